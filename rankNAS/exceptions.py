@@ -1,0 +1,78 @@
+"""The errors of RankNAS.
+
+::
+
+    RankNASError
+    +-- UsageError (ValueError)          what the user gave is wrong; the command line exits with 2
+        +-- UnknownNameError (KeyError)  a space, strategy, objective, … that does not exist
+        +-- BudgetError                  a budget that is malformed or that nothing can meet
+        +-- DataError                    a data set that is missing or malformed
+        +-- WeightsError                 a weights file that is unreadable or belongs to another model
+        +-- StudyError                   a study that is missing, corrupt or differently configured
+        +-- ObjectiveError               an objective that raised or returned no finite number
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetError",
+    "DataError",
+    "ObjectiveError",
+    "RankNASError",
+    "StudyError",
+    "UnknownNameError",
+    "UsageError",
+    "WeightsError",
+]
+
+
+class RankNASError(Exception):
+    """Base of every error that RankNAS raises on purpose."""
+
+
+class UsageError(RankNASError, ValueError):
+    """What the user gave is wrong; the message says what would be right."""
+
+
+class UnknownNameError(UsageError, KeyError):
+    """A name that is not in the list it was looked up in.
+
+    Args:
+        kind: What was looked up, for example ``"strategy"``.
+        name: What was given.
+        known: The names that exist; the nearest one is suggested.
+        hint: A last sentence, for example about other accepted forms.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        guess = f" Did you mean {near[0]!r}?" if near else ""
+        super().__init__(
+            f"unknown {kind} {name!r}.{guess} Known: {', '.join(known)}.{' ' + hint if hint else ''}"
+        )
+
+    __str__ = Exception.__str__  # KeyError would print the repr of the message
+
+
+class BudgetError(UsageError):
+    """A budget that is malformed or that no allocation can meet."""
+
+
+class DataError(UsageError):
+    """A data set that is missing, malformed or does not fit the model."""
+
+
+class WeightsError(UsageError):
+    """A weights file that is unreadable or belongs to another model."""
+
+
+class StudyError(UsageError):
+    """A study that is missing, corrupt or was made with another configuration."""
+
+
+class ObjectiveError(UsageError):
+    """An objective that raised, or returned something that is not a finite number."""
