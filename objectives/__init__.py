@@ -1,0 +1,65 @@
+"""Objectives: what a trial measures. `OBJECTIVES` lists the built-in ones."""
+
+from __future__ import annotations
+
+from rankNAS.exceptions import UnknownNameError, UsageError
+from rankNAS.objectives.base import Candidate, Direction, Objective, ObjectiveBase
+from rankNAS.objectives.costs import CostObjective, Latency
+from rankNAS.objectives.quality import Accuracy, Agreement, Loss
+from rankNAS.plugins import load_callable
+
+__all__ = [
+    "OBJECTIVES",
+    "Accuracy",
+    "Agreement",
+    "Candidate",
+    "CostObjective",
+    "Direction",
+    "Latency",
+    "Loss",
+    "Objective",
+    "ObjectiveBase",
+    "make_objective",
+]
+
+OBJECTIVES: dict[str, ObjectiveBase] = {
+    objective.name: objective
+    for objective in (
+        Accuracy(),
+        Loss(),
+        Agreement(),
+        CostObjective("macs"),
+        CostObjective("params"),
+        CostObjective("weight_bytes"),
+        Latency(),
+    )
+}
+
+
+def make_objective(given: str | ObjectiveBase) -> ObjectiveBase:
+    """An objective from a name, ``file.py:function[=DIRECTION]``, or an objective itself.
+
+    A function's direction is what follows ``=``, else its attribute ``direction``, else
+    ``maximize``.
+
+    Raises:
+        UnknownNameError: No such objective.
+        UsageError: The file or function cannot be loaded, or an unknown direction.
+
+    >>> make_objective("loss").direction
+    'minimize'
+    """
+    if isinstance(given, ObjectiveBase):
+        return given
+    if not isinstance(given, str):
+        raise UsageError(
+            f"an objective must be a name or an Objective, got {type(given).__name__}; wrap a "
+            "function as Objective(fn, direction=...)."
+        )
+    if ".py:" not in given:
+        if given not in OBJECTIVES:
+            raise UnknownNameError("objective", given, OBJECTIVES, "Or path/to/file.py:function.")
+        return OBJECTIVES[given]
+    spec, _, direction = given.partition("=")
+    fn = load_callable(spec, "objective")
+    return Objective(fn, direction or getattr(fn, "direction", "maximize"))

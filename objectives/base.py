@@ -1,0 +1,114 @@
+"""The contract of an objective: a measured quantity with a direction."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, final
+
+from torch import Tensor, nn
+
+from rankNAS.allocation import Allocation
+from rankNAS.exceptions import ObjectiveError, UsageError
+
+__all__ = ["Candidate", "Direction", "Objective", "ObjectiveBase"]
+
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One allocation under evaluation, with everything an objective may measure.
+
+    Args:
+        allocation: The allocation.
+        logits: Outputs on the validation inputs, (samples, …).
+        dense_logits: The dense model's.
+        targets: Validation targets.
+        inputs: Validation inputs.
+        costs: Exact costs of the whole network by name.
+        build: Makes the compressed network, in evaluation mode; called only when needed.
+    """
+
+    allocation: Allocation
+    logits: Tensor
+    dense_logits: Tensor
+    targets: Tensor
+    inputs: Tensor
+    costs: Mapping[str, float]
+    build: Callable[[], nn.Module]
+
+
+class ObjectiveBase(ABC):
+    """A measured quantity with a name and a direction.
+
+    `measure` must not change the candidate and must give the same number for the same candidate,
+    up to the noise of what it measures.
+    """
+
+    name: str
+    direction: Direction
+
+    @abstractmethod
+    def measure(self, candidate: Candidate) -> float:
+        """The value for one candidate."""
+
+    @final
+    def __call__(self, candidate: Candidate) -> float:
+        """The value, checked.
+
+        Raises:
+            ObjectiveError: `measure` raised, or its value is not a finite number.
+        """
+        try:
+            value = float(self.measure(candidate))
+        except ObjectiveError:
+            raise
+        except Exception as error:
+            raise ObjectiveError(
+                f"objective {self.name!r} raised {type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(value):
+            raise ObjectiveError(f"objective {self.name!r} returned {value}, not a finite number.")
+        return value
+
+
+@final
+@dataclass(frozen=True)
+class Objective(ObjectiveBase):
+    """Any function of the compressed network and the validation data.
+
+    Args:
+        fn: Takes the network (``nn.Module``, evaluation mode) and the validation data
+            (``inputs, targets``); returns a number.
+        direction: ``maximize`` or ``minimize``.
+        name: Defaults to the function's name.
+
+    Raises:
+        UsageError: Not callable, or an unknown direction.
+
+    Example:
+        >>> def depth(network, data):
+        ...     return sum(1 for _ in network.modules())
+        >>> Objective(depth, direction="minimize").name
+        'depth'
+    """
+
+    fn: Callable[[nn.Module, tuple[Tensor, Tensor]], float]
+    direction: Direction = "maximize"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise UsageError(f"`fn` must be callable, got {type(self.fn).__name__}.")
+        if self.direction not in ("maximize", "minimize"):
+            raise UsageError(
+                f"`direction` must be 'maximize' or 'minimize', got {self.direction!r}."
+            )
+        if not self.name:
+            object.__setattr__(self, "name", getattr(self.fn, "__name__", "objective"))
+
+    def measure(self, candidate: Candidate) -> float:
+        return self.fn(candidate.build(), (candidate.inputs, candidate.targets))

@@ -1,0 +1,69 @@
+"""How good the outputs are: accuracy, loss, agreement with the dense model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+from torch.nn import functional
+
+from rankNAS.objectives.base import Candidate, Direction, ObjectiveBase
+
+__all__ = ["Accuracy", "Agreement", "Loss", "accuracy", "agreement", "loss"]
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """Share of targets that are the largest logit; logits (*targets.shape, classes)."""
+    return float((logits.argmax(-1) == targets).double().mean())
+
+
+def loss(logits: Tensor, targets: Tensor) -> float:
+    """Mean cross entropy in nats, or mean squared error where the targets are real numbers."""
+    if targets.is_floating_point():
+        return float(functional.mse_loss(logits.double(), targets.double()))
+    flat = logits.reshape(-1, logits.shape[-1]).double()
+    return float(functional.cross_entropy(flat, targets.reshape(-1)))
+
+
+def agreement(logits: Tensor, dense_logits: Tensor) -> float:
+    """Mean KL(dense || compressed) in nats; 0 when both give the same distribution."""
+    log_p = functional.log_softmax(dense_logits.double(), -1)
+    log_q = functional.log_softmax(logits.double(), -1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@final
+@dataclass(frozen=True)
+class Accuracy(ObjectiveBase):
+    """Classification accuracy on the validation data, in [0, 1]."""
+
+    name: str = "accuracy"
+    direction: Direction = "maximize"
+
+    def measure(self, candidate: Candidate) -> float:
+        return accuracy(candidate.logits, candidate.targets)
+
+
+@final
+@dataclass(frozen=True)
+class Loss(ObjectiveBase):
+    """Loss on the validation data: cross entropy in nats, or mean squared error."""
+
+    name: str = "loss"
+    direction: Direction = "minimize"
+
+    def measure(self, candidate: Candidate) -> float:
+        return loss(candidate.logits, candidate.targets)
+
+
+@final
+@dataclass(frozen=True)
+class Agreement(ObjectiveBase):
+    """Divergence from the dense model's outputs, KL(dense || compressed) in nats."""
+
+    name: str = "agreement"
+    direction: Direction = "minimize"
+
+    def measure(self, candidate: Candidate) -> float:
+        return agreement(candidate.logits, candidate.dense_logits)

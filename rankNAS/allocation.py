@@ -1,0 +1,113 @@
+"""What is searched: an allocation gives every decomposable layer one choice of operator and rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from rankNAS.exceptions import UsageError
+
+__all__ = ["DENSE", "Allocation", "Choice"]
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """An operator and its rank for one layer.
+
+    Args:
+        operator: Name of the operator, or ``"dense"``.
+        rank: The integers that say how much is kept; empty for dense. Their meaning is the
+            operator's: ``(rank,)`` for ``svd``, ``(groups, rank)`` for ``group_svd``,
+            ``(rank_out, rank_in)`` for ``tucker2``.
+
+    >>> str(Choice("group_svd", (4, 8)))
+    'group_svd:4x8'
+    >>> Choice.parse("tucker2:24x16")
+    Choice(operator='tucker2', rank=(24, 16))
+    """
+
+    operator: str
+    rank: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.operator}:{'x'.join(map(str, self.rank))}" if self.rank else self.operator
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """The inverse of ``str``.
+
+        Raises:
+            UsageError: The text is not of the form ``operator:AxB``.
+        """
+        operator, _, rank = str(text).partition(":")
+        try:
+            return cls(operator, tuple(int(r) for r in rank.split("x")) if rank else ())
+        except ValueError:
+            raise UsageError(
+                f"a choice must look like 'svd:16', 'tucker2:24x16' or 'dense', got {text!r}."
+            ) from None
+
+
+DENSE = Choice("dense")
+
+
+@dataclass(frozen=True)
+class Allocation(Mapping[str, Choice]):
+    """One choice per layer: an immutable, hashable mapping from layer name to choice.
+
+    Args:
+        items_: Pairs of layer name and choice, in the order of the space; the order does not
+            matter for equality.
+
+    >>> a = Allocation.of({"conv1": Choice("svd", (4,)), "conv2": DENSE})
+    >>> a["conv1"].rank, len(a)
+    ((4,), 2)
+    >>> Allocation.from_json(a.to_json()) == a
+    True
+    """
+
+    items_: tuple[tuple[str, Choice], ...]
+
+    @classmethod
+    def of(cls, choices: Mapping[str, Choice]) -> Allocation:
+        """An allocation from any mapping of layer name to choice."""
+        return cls(tuple(choices.items()))
+
+    def __getitem__(self, layer: str) -> Choice:
+        return dict(self.items_)[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items_))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allocation) and dict(self.items_) == dict(other.items_)
+
+    def labels(self) -> dict[str, str]:
+        """Layer name to choice as text, ready for JSON."""
+        return {name: str(choice) for name, choice in self.items_}
+
+    def to_json(self) -> str:
+        """The allocation as a JSON object of layer name to choice."""
+        return json.dumps(self.labels())
+
+    @classmethod
+    def from_json(cls, text: str) -> Allocation:
+        """The inverse of `to_json`.
+
+        Raises:
+            UsageError: The text is not a JSON object of layer names to choices.
+        """
+        try:
+            labels = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"an allocation must be a JSON object: {error}.") from None
+        if not isinstance(labels, dict):
+            raise UsageError(f"an allocation must be a JSON object, got {type(labels).__name__}.")
+        return cls.of({name: Choice.parse(label) for name, label in labels.items()})

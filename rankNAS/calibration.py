@@ -1,0 +1,267 @@
+"""Calibration: the second moments of layer inputs and output gradients, streamed over data.
+
+Never holds more than one batch of activations; a layer's sums are (g, n, n) and (g, o, o) however
+much data is read. Results are cached on disk under a key of the model's weights and the data.
+
+References:
+    Martens and Grosse, ICML 2015: gradients for labels sampled from the model give the Fisher.
+    Grosse and Martens, ICML 2016: the convolutional case, patches summed over positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankNAS.decompositions.metrics import MetricName, Statistics
+from rankNAS.decompositions.shapes import LayerShape
+from rankNAS.exceptions import RankNASError
+from rankNAS.files import save_atomically
+from rankNAS.search_spaces.base import Layer, SearchSpace
+
+__all__ = ["calibrate", "patches"]
+
+logger = logging.getLogger(__name__)
+MAX_POSITIONS = 1024  # patches of one image that enter C: at 32 x 32 all of them
+
+
+def calibrate(
+    model: nn.Module,
+    space: SearchSpace,
+    inputs: Tensor,
+    *,
+    metric: MetricName = "fisher",
+    batch_size: int = 128,
+    seed: int = 0,
+    cache: Path | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of every layer of a space.
+
+    Args:
+        model: The dense model that was compiled, in evaluation mode.
+        space: Its space.
+        inputs: Calibration inputs, (samples, …).
+        metric: ``weight`` needs no statistics and returns none; ``fisher`` needs a backward pass
+            and class logits as the model's output.
+        batch_size: Samples a pass.
+        seed: Of the sampled labels and positions.
+        cache: Folder to keep the result in.
+        on_batch: Called with (batches done, batches in all).
+
+    Raises:
+        RankNASError: The statistics are not finite.
+    """
+    if metric == "weight":
+        return {}
+    path = (
+        None
+        if cache is None
+        else cache / f"{_key(model, space, inputs, metric, seed)}.safetensors"
+    )
+    if path is not None and (cached := _read(path, space)) is not None:
+        return cached
+    sums = _Sums(space, seed)
+    chunks = inputs.split(batch_size)
+    with sums.recording(model, gradients=metric == "fisher"):
+        for done, batch in enumerate(chunks, 1):
+            _pass(model, batch, sums, backward=metric == "fisher")
+            if on_batch is not None:
+                on_batch(done, len(chunks))
+    statistics = sums.finish()
+    if path is not None:
+        _write(path, statistics)
+    return statistics
+
+
+def _pass(model: nn.Module, batch: Tensor, sums: _Sums, *, backward: bool) -> None:
+    if not backward:
+        with torch.no_grad():
+            model(batch)
+        return
+    with torch.enable_grad():
+        logits = model(batch)
+        logits = logits.reshape(-1, logits.shape[-1])
+        probabilities = logits.detach().softmax(-1)
+        uniform = torch.rand(len(logits), 1, generator=sums.generator).to(probabilities)
+        labels = (probabilities.cumsum(-1) < uniform).sum(-1).clamp_max(logits.shape[-1] - 1)
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        # Gradients with respect to the recorded outputs alone: parameters need none.
+        gradients = torch.autograd.grad(loss, [y for _, y in sums.outputs])
+        for (name, _), gradient in zip(sums.outputs, gradients, strict=True):
+            sums.add_gradient(name, gradient)
+    sums.outputs.clear()
+
+
+class _Sums:
+    """Running sums of one calibration, in float64."""
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self.layers = space.layers
+        self.generator = torch.Generator().manual_seed(seed)
+        self.moment: dict[str, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
+        self.gradient: dict[str, Tensor] = {}
+        self.patches: dict[str, int] = {}
+        self.gradients: dict[str, int] = {}
+        self.outputs: list[tuple[str, Tensor]] = []
+
+    @contextmanager
+    def recording(self, model: nn.Module, *, gradients: bool) -> Iterator[None]:
+        """Hooks in place; parameters need no gradient, the first layer's output starts the tape."""
+        handles = []
+        modules = {
+            id(model.get_submodule(p)): (p, x) for x in self.layers.values() for p in x.paths
+        }
+        for path, layer in modules.values():
+            hook = self._hook(layer, gradients)
+            handles.append(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+        required = [p for p in model.parameters() if p.requires_grad]
+        for parameter in required:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in required:
+                parameter.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, layer: Layer, gradients: bool) -> Callable[..., Tensor | None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            self.add_input(layer.name, (*args, *kwargs.values())[0].detach())
+            if not gradients:
+                return None
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            # The copy is what the network goes on with, so that an in-place activation does not
+            # overwrite the tensor whose gradient is asked for.
+            self.outputs.append((layer.name, output))
+            return output.clone()
+
+        return hook
+
+    def add_input(self, name: str, x: Tensor) -> None:
+        P = patches(self.layers[name].shape, x, self.generator)  # (g, N, n)
+        moment, mean = (P.mT @ P).double(), P.double().sum(1)
+        self.moment[name] = self.moment.get(name, 0) + moment
+        self.mean[name] = self.mean.get(name, 0) + mean
+        self.patches[name] = self.patches.get(name, 0) + P.shape[1]
+
+    def add_gradient(self, name: str, gradient: Tensor) -> None:
+        shape = self.layers[name].shape
+        if shape.kernel:
+            gradient = gradient.movedim(1, -1)
+        D = gradient.reshape(-1, shape.groups, shape.outputs // shape.groups).transpose(0, 1)
+        self.gradient[name] = self.gradient.get(name, 0) + (D.mT @ D).double()
+        self.gradients[name] = self.gradients.get(name, 0) + D.shape[1]
+
+    def finish(self) -> dict[str, Statistics]:
+        statistics = {}
+        for name in self.layers:
+            count = self.patches[name]
+            gradient = self.gradient.get(name)
+            result = Statistics(
+                self.moment[name] / count,
+                self.mean[name] / count,
+                None if gradient is None else gradient / self.gradients[name],
+            )
+            for tensor in (result.moment, result.gradient):
+                if tensor is not None and not tensor.isfinite().all():
+                    raise RankNASError(
+                        f"the calibration statistics of layer {name!r} are not finite; look for "
+                        "NaN or infinity in the calibration data or in the model's activations."
+                    )
+            statistics[name] = result
+        return statistics
+
+
+def patches(
+    shape: LayerShape, x: Tensor, generator: torch.Generator | None = None
+) -> Tensor:  # -> (g, N, n)
+    """The input patches a layer multiplies with its folded weight.
+
+    Args:
+        shape: The layer.
+        x: Its input: (*, features), (batch, channels, length) or (batch, channels, height, width).
+        generator: Draws at most 1024 positions of each image; None takes all.
+    """
+    g = shape.groups
+    if not shape.kernel:
+        return x.reshape(-1, g, shape.inputs // g).transpose(0, 1)
+    x = x.reshape(-1, *x.shape[-len(shape.kernel) - 1 :])
+    x = _pad(shape, x)
+    if len(shape.kernel) == 1:
+        x = x.unsqueeze(2)
+    kernel, dilation, stride = (
+        (1,) * (2 - len(v)) + v for v in (shape.kernel, shape.dilation, shape.stride)
+    )
+    columns = functional.unfold(x, kernel, dilation, 0, stride)  # (batch, g n, positions)
+    if generator is not None and columns.shape[2] > MAX_POSITIONS:
+        drawn = torch.randperm(columns.shape[2], generator=generator)[:MAX_POSITIONS]
+        columns = columns[:, :, drawn.to(columns.device)]
+    return columns.unflatten(1, (g, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _pad(shape: LayerShape, x: Tensor) -> Tensor:
+    sides = [side for pair in reversed(shape.explicit_padding) for side in pair]
+    if not any(sides):
+        return x
+    mode = "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+    return functional.pad(x, sides, mode=mode)
+
+
+def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, metric: str, seed: int) -> str:
+    """Content key: layers, weights, inputs and settings."""
+    digest = hashlib.sha256(f"1 {metric} {seed} {MAX_POSITIONS}".encode())
+    for name, layer in space.layers.items():
+        digest.update(f"{name} {layer.shape}".encode())
+    tensors: Mapping[str, Tensor] = {**model.state_dict(), "inputs": inputs}
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:
+    tensors = {}
+    for name, s in statistics.items():
+        tensors[f"moment:{name}"], tensors[f"mean:{name}"] = s.moment, s.mean
+        if s.gradient is not None:
+            tensors[f"gradient:{name}"] = s.gradient
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_atomically(path, lambda temporary: save_file(tensors, temporary))
+    except OSError as error:
+        logger.warning("the calibration could not be cached in %s: %s", path, error)
+
+
+def _read(path: Path, space: SearchSpace) -> dict[str, Statistics] | None:
+    """The cached statistics, or None; a damaged file is made again."""
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+        return {
+            name: Statistics(
+                tensors[f"moment:{name}"], tensors[f"mean:{name}"], tensors.get(f"gradient:{name}")
+            )
+            for name in space.layers
+        }
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning(
+            "the cached calibration %s is unreadable and is made again: %s", path, error
+        )
+        return None

@@ -1,0 +1,112 @@
+"""The contract of an operator: how one layer is decomposed at every rank at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.decompositions.metrics import Metric
+from rankNAS.decompositions.shapes import Cost, LayerShape
+
+__all__ = ["Factors", "Operator", "Rank"]
+
+Rank = tuple[int, ...]
+
+
+class Factors(ABC):
+    """The factors of one layer, from which every rank is a slice. Read-only once made."""
+
+    shape: LayerShape
+    operator: Operator
+
+    @abstractmethod
+    def error(self, rank: Rank) -> float:
+        """Relative error in the metric, ||H (W - What) C^1/2||_F^2 / ||H W C^1/2||_F^2."""
+
+    @abstractmethod
+    def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
+        """The weights of the chain at a rank, folded (g, o, n) like the stages' shapes."""
+
+    @abstractmethod
+    def weight(self, rank: Rank) -> Tensor:
+        """The approximated weight What (g, o, n) that the chain multiplies out to."""
+
+    @final
+    def truncate(self, rank: Rank, bias: Tensor | None = None) -> nn.Module:
+        """The decomposed layer at a rank: a chain of ordinary modules, in the dtype of `bias`
+        or else float32.
+        """
+        module = self.operator.build(self.shape, rank)
+        fill(module, self.operator.stages(self.shape, rank), self.stage_weights(rank), bias)
+        return module
+
+
+class Operator(ABC):
+    """A way to decompose a layer. Stateless: equal arguments give equal results.
+
+    `stages` alone defines cost and module; the ranks that `families` lists are those a search
+    space may offer.
+    """
+
+    name: str
+
+    @abstractmethod
+    def refuses(self, shape: LayerShape) -> str | None:
+        """Why the operator cannot be used on a layer, or None if it can."""
+
+    @abstractmethod
+    def families(self, shape: LayerShape, multiple_of: int = 1) -> list[list[Rank]]:
+        """All ranks, grouped into lists that increase in cost and in accuracy.
+
+        Args:
+            shape: The layer's shape.
+            multiple_of: Ranks are multiples of this (numbers of groups need not be).
+        """
+
+    @abstractmethod
+    def stages(self, shape: LayerShape, rank: Rank) -> tuple[LayerShape, ...]:
+        """The chain of layers that replaces a layer at a rank."""
+
+    @abstractmethod
+    def factorise(
+        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
+    ) -> Factors:
+        """The factors for all the given ranks.
+
+        Args:
+            shape: The layer's shape.
+            weight: Its weight as (g, o, c, kh, kw).
+            metric: The norm to be optimal in.
+            ranks: The ranks that will be asked for.
+        """
+
+    @final
+    def cost(self, shape: LayerShape, rank: Rank) -> Cost:
+        """Exact cost at a rank: arithmetic on shapes alone."""
+        return sum((s.cost() for s in self.stages(shape, rank)), Cost(0, 0, 0))
+
+    @final
+    def build(
+        self, shape: LayerShape, rank: Rank, device: torch.device | str = "meta"
+    ) -> nn.Module:
+        """The decomposed layer at a rank, uninitialised."""
+        return nn.Sequential(*(s.build(device) for s in self.stages(shape, rank)))
+
+
+def fill(
+    module: nn.Module,
+    stages: Sequence[LayerShape],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+) -> None:
+    """Give a chain built on the meta device its weights, in place."""
+    dtype = torch.float32 if bias is None else bias.dtype
+    for child, shape, weight in zip(module.children(), stages, weights, strict=True):
+        child.weight = nn.Parameter(shape.unfold(weight).to(dtype).contiguous())
+        if shape.bias:
+            assert bias is not None
+            child.bias = nn.Parameter(bias.detach().clone())

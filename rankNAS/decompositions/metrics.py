@@ -1,0 +1,116 @@
+"""The norm in which a truncation is optimal.
+
+Notation, per group of a layer folded to W (o, n):
+
+    C (n, n)   second moment of the input patches
+    G (o, o)   second moment of the loss gradient at the output
+    H (o, o)   any matrix with H^T H = G
+
+The error of an approximation What is ||H (W - What) C^1/2||_F^2. ``weight`` takes C = G = 1,
+``input`` takes C from data (DRONE, Chen et al., NeurIPS 2021), ``fisher`` takes both, which is the
+Kronecker-factored curvature of Martens and Grosse (2015) used as a norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from rankNAS.exceptions import UsageError
+
+__all__ = ["METRICS", "Metric", "MetricName", "Statistics", "make_metric", "matrix_root"]
+
+MetricName = Literal["weight", "input", "fisher"]
+METRICS: tuple[str, ...] = get_args(MetricName)
+RIDGE = 1e-6  # of the mean diagonal: statistics of few samples are rank-deficient
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration records of one layer, all in float64.
+
+    Args:
+        moment: Mean outer product of the input patches, (g, n, n).
+        mean: Mean input patch, (g, n).
+        gradient: Mean outer product of the loss gradient at the output, (g, o, o), or None.
+    """
+
+    moment: Tensor
+    mean: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A norm for the error of one layer.
+
+    Args:
+        C: (g, n, n), or None for the identity.
+        H: (g, o, o) with H^T H = G, or None for the identity.
+        mean: Mean input patch (g, n) when the mean of the error is corrected elsewhere (by the
+            bias or by a following batch norm) and C is therefore a covariance; None otherwise.
+    """
+
+    C: Tensor | None = None
+    H: Tensor | None = None
+    mean: Tensor | None = None
+
+    def left(self, x: Tensor) -> Tensor:  # (g, o, m) -> (g, o, m)
+        """H x."""
+        return x if self.H is None else self.H @ x
+
+    def right(self, x: Tensor) -> Tensor:  # (g, o, n) -> (g, o, n)
+        """X C."""
+        return x if self.C is None else x @ self.C
+
+    def energy(self, W: Tensor) -> Tensor:  # (g, o, n) -> ()
+        """||H W C^1/2||_F^2, summed over the groups."""
+        HW = self.left(W)
+        return (self.right(HW) * HW).sum()
+
+
+def make_metric(
+    name: MetricName, statistics: Statistics | None = None, *, centred: bool = False
+) -> Metric:
+    """The metric of a layer from its statistics.
+
+    Args:
+        name: ``weight``, ``input`` or ``fisher``.
+        statistics: What calibration recorded; not needed for ``weight``.
+        centred: Measure the variance of the error alone. Right where its mean is removed, by a
+            bias or by a following batch norm whose statistics are re-estimated.
+
+    Raises:
+        UsageError: Unknown name, or the statistics it needs are missing.
+    """
+    if name not in METRICS:
+        raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, got {name!r}.")
+    if name == "weight":
+        return Metric()
+    if statistics is None or (name == "fisher" and statistics.gradient is None):
+        raise UsageError(f"the metric {name!r} needs calibration statistics of the layer.")
+    C, mean = statistics.moment.double(), None
+    if centred:
+        mean = statistics.mean.double()
+        C = C - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    C = _ridged(C)
+    if name == "input":
+        return Metric(C, None, mean)
+    assert statistics.gradient is not None
+    return Metric(C, matrix_root(statistics.gradient.double()), mean)
+
+
+def _ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    scale = A.diagonal(dim1=-2, dim2=-1).mean(-1)
+    scale = torch.where(scale > 0, scale * RIDGE, torch.ones_like(scale))
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    return A + scale[..., None, None] * eye
+
+
+def matrix_root(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """The symmetric square root of a positive semi-definite matrix, ridged by 1e-6 of its scale."""
+    values, vectors = torch.linalg.eigh(_ridged(A))
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT

@@ -1,0 +1,167 @@
+"""Nested bases: one factorisation that is optimal, at every rank, for its own input features.
+
+All operators first map the input patch x (n,) to features Phi x and then features to outputs. They
+differ in the structure of Phi alone: its columns fall into b blocks of width w = n / b, and each
+rank adds one feature to every block. Given Phi, the best output map in the norm
+||H (W - A Phi) C^1/2||_F is a least-squares solution that does not depend on H. With the Cholesky
+factor L of Phi C Phi^T, features ordered by rank first and block second,
+
+    M = W C Phi^T L^-T,    What_r = M[:, :m] L[:m, :m]^-1 Phi[:m],    m = r b,
+
+so that every rank is a slice, and its error is exactly
+
+    ||H W C^1/2||_F^2 - sum of the squares of the first m columns of H M.
+
+This refits the second layer of a grouped decomposition jointly over its groups, which the
+group-wise singular value decomposition of ALDS does not do.
+
+Notation: g groups of the layer, b blocks, w block width, R largest rank, K = R b.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankNAS.decompositions.metrics import Metric, matrix_root
+
+__all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
+
+DEAD = 1e-13  # squared norm, relative to the largest, below which a direction is rounding noise
+
+
+@dataclass(frozen=True)
+class NestedBasis:
+    """Features of every rank and the output map that is optimal for them.
+
+    Args:
+        basis: Phi by block, (g, b, R, w).
+        columns: Which columns of W each block holds, (b, w).
+        scale: Reciprocal norms of the features, (g, K); zero for dead ones.
+        L: Cholesky factor of Phi C Phi^T for features of unit norm, (g, K, K).
+        M: W C Phi^T L^-T, (g, o, K).
+        HM: H M, (g, o, K).
+        energy: ||H W C^1/2||_F^2.
+    """
+
+    basis: Tensor
+    columns: Tensor
+    scale: Tensor
+    L: Tensor
+    M: Tensor
+    HM: Tensor
+    energy: float
+
+    @property
+    def blocks(self) -> int:
+        """b, the features that one unit of rank adds."""
+        return self.basis.shape[1]
+
+    def errors(self) -> Tensor:  # (R + 1,)
+        """Relative error at rank 0, 1, …, R."""
+        scores = self.HM.square().sum((0, 1)).reshape(-1, self.blocks).sum(1)
+        kept = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
+        return (1 - kept / self.energy).clamp(0, 1) if self.energy > 0 else kept * 0
+
+    def output_map(self, rank: int) -> Tensor:  # (g, o, rank b)
+        """The map from the first features, ordered by rank first, to the outputs."""
+        m = rank * self.blocks
+        return self.solve(self.M[:, :, :m])
+
+    def solve(self, M: Tensor) -> Tensor:  # (g, *, m) -> (g, *, m)
+        """M L^-1 for coefficients on the orthonormal features, back on the features Phi."""
+        m = M.shape[-1]
+        A = torch.linalg.solve_triangular(self.L[:, :m, :m], M, upper=False, left=False)
+        return A * self.scale[:, None, :m]
+
+    def multiply(self, output_map: Tensor) -> Tensor:  # (g, o, rank b) -> (g, o, n)
+        """output_map Phi, with the columns put back in the order of W."""
+        g, o, m = output_map.shape
+        A = output_map.reshape(g, o, m // self.blocks, self.blocks)
+        by_block = torch.einsum("gorb,gbrw->gobw", A, self.basis[:, :, : A.shape[2]])
+        W = by_block.new_empty(g, o, self.columns.numel())
+        W[:, :, self.columns.flatten()] = by_block.flatten(2)
+        return W
+
+
+def nested_basis(W: Tensor, metric: Metric, basis: Tensor, columns: Tensor) -> NestedBasis:
+    """The nested least-squares solution for given features.
+
+    Args:
+        W: Folded weight (g, o, n), float64.
+        metric: The norm.
+        basis: Phi by block, (g, b, R, w); the scale of a row does not matter, dead rows are zero.
+        columns: Which columns of W each block holds, (b, w).
+    """
+    g, b, R, w = basis.shape
+    order = columns.flatten()
+    WC = metric.right(W)[:, :, order].unflatten(2, (b, w))
+    cross = torch.einsum("gobw,gbrw->gorb", WC, basis).flatten(2)  # (g, o, K)
+    gram = _gram(metric, basis, order)
+    norms = gram.diagonal(dim1=-2, dim2=-1)
+    alive = norms > 0
+    scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
+    gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    gram.diagonal(dim1=-2, dim2=-1).copy_(torch.ones_like(norms))
+    L = _cholesky(gram)
+    M = torch.linalg.solve_triangular(
+        L.mT, cross * scale.unsqueeze(-2), upper=True, left=False
+    )  # (g, o, K)
+    return NestedBasis(basis, columns, scale, L, M, metric.left(M), float(metric.energy(W)))
+
+
+def _gram(metric: Metric, basis: Tensor, order: Tensor) -> Tensor:  # (g, K, K)
+    g, b, R, w = basis.shape
+    if metric.C is None:
+        gram = basis.new_zeros(g, R, b, R, b)
+        for i in range(b):
+            gram[:, :, i, :, i] = basis[:, i] @ basis[:, i].mT
+        return gram.reshape(g, R * b, R * b)
+    C = metric.C[:, order][:, :, order].unflatten(1, (b, w))
+    half = torch.einsum("gbrw,gbwn->grbn", basis, C).unflatten(3, (b, w))
+    return torch.einsum("grbcw,gcsw->grbsc", half, basis).reshape(g, R * b, R * b)
+
+
+def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
+    """Cholesky factor; nearly dependent features get just enough jitter to stay harmless."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    for jitter in (0.0, 1e-12, 1e-10, 1e-8):
+        L, info = torch.linalg.cholesky_ex(gram + jitter * eye)
+        if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() > 1e-7:
+            break
+    return L
+
+
+def leading_rows(
+    T: Tensor, C: Tensor | None, R: int
+) -> Tensor:  # (…, rows, w), (…, w, w) -> (…, R, w)
+    """Unit rows whose first r span the best rank-r row space of T, for every r <= R.
+
+    With T C^1/2 = U S V^T these are the rows of U^T T, formed on the smaller side of T and without
+    an inverse, so that a singular C does no harm (the output-side form of DRONE). Rows beyond the
+    numerical rank are zero.
+
+    Args:
+        T: The matrix, already multiplied by H from the left.
+        C: The norm on its columns, or None for the identity.
+        R: How many rows, at most ``min(rows, w)``.
+    """
+    if T.shape[-2] <= T.shape[-1]:
+        values, U = torch.linalg.eigh((T if C is None else T @ C) @ T.mT)
+        rows = U.flip(-1)[..., :R].mT @ T
+    else:
+        N = T.mT @ T
+        root = torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
+        root = root if C is None else matrix_root(C)
+        values, V = torch.linalg.eigh(root.mT @ N @ root)
+        rows = V.flip(-1)[..., :R].mT @ root.mT @ N
+    values = values.flip(-1)[..., :R]
+    alive = values > DEAD * values[..., :1]
+    return torch.nn.functional.normalize(rows, dim=-1) * alive.unsqueeze(-1)
+
+
+def diagonal_blocks(C: Tensor | None, columns: Tensor) -> Tensor | None:
+    """The diagonal blocks (g, b, w, w) of C for columns (b, w)."""
+    return None if C is None else C[:, columns.unsqueeze(2), columns.unsqueeze(1)]

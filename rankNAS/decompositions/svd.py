@@ -1,0 +1,202 @@
+"""Decompositions into two layers: plain, spatially separable and channel-grouped.
+
+References:
+    Denton et al., NeurIPS 2014, and Zhang et al., TPAMI 2016: k x k then 1 x 1 (`Svd`).
+    Jaderberg et al., BMVC 2014: k x 1 then 1 x k (`SpatialSvd`).
+    Liebenwein et al., NeurIPS 2021, section 2.1: k channel groups (`GroupSvd`).
+    Chen et al., NeurIPS 2021 (DRONE): the data-aware optimum of the first in closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rankNAS.decompositions.base import Factors, Operator, Rank
+from rankNAS.decompositions.metrics import Metric
+from rankNAS.decompositions.nested import (
+    NestedBasis,
+    diagonal_blocks,
+    leading_rows,
+    nested_basis,
+)
+from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
+
+__all__ = ["GroupSvd", "SpatialSvd", "Svd"]
+
+
+@final
+@dataclass(frozen=True)
+class TwoStageFactors(Factors):
+    """Nested bases by number of channel groups (1 for operators that have no groups)."""
+
+    operator: Operator
+    shape: LayerShape
+    bases: dict[int, NestedBasis]
+    errors: dict[int, list[float]]
+
+    def _at(self, rank: Rank) -> tuple[int, int]:
+        return (rank[0], rank[1]) if len(rank) == 2 else (1, rank[0])
+
+    def error(self, rank: Rank) -> float:
+        groups, r = self._at(rank)
+        return self.errors[groups][r]
+
+    def weight(self, rank: Rank) -> Tensor:
+        groups, r = self._at(rank)
+        nested = self.bases[groups]
+        return nested.multiply(nested.output_map(r))
+
+    def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
+        groups, r = self._at(rank)
+        nested = self.bases[groups]
+        A = nested.output_map(r)  # (g, o, r b), rank first
+        g, b = nested.basis.shape[:2]
+        if isinstance(self.operator, SpatialSvd):  # all blocks share one basis
+            return [nested.basis[:, 0, :r], A]
+        by_group = A.unflatten(2, (r, b)).transpose(2, 3).flatten(2)  # group first
+        return [nested.basis[:, :, :r].reshape(g * b, r, -1), by_group]
+
+
+def _two_stage(
+    operator: Operator, shape: LayerShape, bases: dict[int, NestedBasis]
+) -> TwoStageFactors:
+    errors = {groups: nested.errors().tolist() for groups, nested in bases.items()}
+    return TwoStageFactors(operator, shape, bases, errors)
+
+
+@final
+@dataclass(frozen=True)
+class Svd(Operator):
+    """Rank (r,): the layer with r outputs, then a 1 x 1 layer."""
+
+    name = "svd"
+
+    def refuses(self, shape: LayerShape) -> str | None:
+        return None
+
+    def families(self, shape: LayerShape, multiple_of: int = 1) -> list[list[Rank]]:
+        full = min(shape.outputs // shape.groups, shape.width)
+        return [[(r,) for r in range(multiple_of, full + 1, multiple_of)]]
+
+    def stages(self, shape: LayerShape, rank: Rank) -> tuple[LayerShape, ...]:
+        inner = rank[0] * shape.groups
+        first = replace(shape, outputs=inner, bias=False)
+        return chain(first, pointwise(shape, inner, shape.outputs, shape.groups))
+
+    def factorise(
+        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
+    ) -> Factors:
+        W = weight.double().flatten(2)
+        columns = torch.arange(W.shape[2], device=W.device).unsqueeze(0)
+        basis = leading_rows(metric.left(W), metric.C, max(r for (r,) in ranks))
+        return _two_stage(self, shape, {1: nested_basis(W, metric, basis.unsqueeze(1), columns)})
+
+
+@final
+@dataclass(frozen=True)
+class SpatialSvd(Operator):
+    """Rank (r,): a (kh, 1) layer with r outputs, then a (1, kw) layer."""
+
+    name = "spatial_svd"
+
+    def refuses(self, shape: LayerShape) -> str | None:
+        if len(shape.kernel) != 2 or min(shape.kernel) == 1:
+            return "needs a two-dimensional kernel larger than one in both directions"
+        return None
+
+    def families(self, shape: LayerShape, multiple_of: int = 1) -> list[list[Rank]]:
+        rows = shape.outputs // shape.groups * shape.kernel[1]
+        full = min(rows, shape.inputs // shape.groups * shape.kernel[0])
+        return [[(r,) for r in range(multiple_of, full + 1, multiple_of)]]
+
+    def stages(self, shape: LayerShape, rank: Rank) -> tuple[LayerShape, ...]:
+        def side(x: tuple[int, ...], axis: int, other: int) -> tuple[int, int]:
+            return (x[0], other) if axis == 0 else (other, x[1])
+
+        def stage(axis: int, inputs: int, outputs: int, bias: bool) -> LayerShape:
+            return replace(
+                shape,
+                inputs=inputs,
+                outputs=outputs,
+                bias=bias,
+                kernel=side(shape.kernel, axis, 1),
+                stride=side(shape.stride, axis, 1),
+                dilation=side(shape.dilation, axis, 1),
+                padding=shape.padding
+                if isinstance(shape.padding, str)
+                else side(shape.padding, axis, 0),
+            )
+
+        inner = rank[0] * shape.groups
+        return chain(
+            stage(0, shape.inputs, inner, False), stage(1, inner, shape.outputs, shape.bias)
+        )
+
+    def factorise(
+        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
+    ) -> Factors:
+        g, o, c, kh, kw = weight.shape
+        W = weight.double().flatten(2)
+        index = torch.arange(W.shape[2], device=W.device).reshape(c * kh, kw)
+        columns = index.T.contiguous()  # (kw, c kh)
+        stacked = metric.left(W).unflatten(2, (c * kh, kw)).transpose(2, 3)
+        blocks = diagonal_blocks(metric.C, columns)
+        shared = None if blocks is None else blocks.mean(1)
+        basis = leading_rows(stacked.reshape(g, o * kw, c * kh), shared, max(r for (r,) in ranks))
+        basis = basis.unsqueeze(1).expand(-1, kw, -1, -1)
+        return _two_stage(self, shape, {1: nested_basis(W, metric, basis, columns)})
+
+
+@final
+@dataclass(frozen=True)
+class GroupSvd(Operator):
+    """Rank (k, r): a layer of k channel groups with r outputs each, then a 1 x 1 layer.
+
+    Args:
+        max_groups: The largest k offered, besides k = number of channels.
+    """
+
+    max_groups: int = 64
+    name = "group_svd"
+
+    def refuses(self, shape: LayerShape) -> str | None:
+        return None if self._group_counts(shape) else "has one channel a group"
+
+    def families(self, shape: LayerShape, multiple_of: int = 1) -> list[list[Rank]]:
+        outputs = shape.outputs // shape.groups
+        return [
+            [(k, r) for r in range(multiple_of, min(outputs, shape.width // k) + 1, multiple_of)]
+            for k in self._group_counts(shape)
+        ]
+
+    def _group_counts(self, shape: LayerShape) -> list[int]:
+        channels = shape.inputs // shape.groups
+        return [k for k in range(2, min(channels, self.max_groups) + 1) if channels % k == 0]
+
+    def stages(self, shape: LayerShape, rank: Rank) -> tuple[LayerShape, ...]:
+        groups = shape.groups * rank[0]
+        inner = groups * rank[1]
+        first = replace(shape, outputs=inner, groups=groups, bias=False)
+        return chain(first, pointwise(shape, inner, shape.outputs, shape.groups))
+
+    def factorise(
+        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
+    ) -> Factors:
+        W = weight.double().flatten(2)
+        HW = metric.left(W)
+        largest: dict[int, int] = {}
+        for k, r in ranks:
+            largest[k] = max(r, largest.get(k, 0))
+        bases = {}
+        for k, R in largest.items():
+            columns = torch.arange(W.shape[2], device=W.device).reshape(k, -1)
+            basis = leading_rows(
+                HW[:, :, columns].transpose(1, 2), diagonal_blocks(metric.C, columns), R
+            )
+            bases[k] = nested_basis(W, metric, basis, columns)
+        return _two_stage(self, shape, bases)

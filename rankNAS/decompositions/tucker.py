@@ -1,0 +1,168 @@
+"""Tucker-2: 1 x 1, then k x k, then 1 x 1.
+
+In the weight metric the factors are those of the higher-order SVD (De Lathauwer et al., SIAM J.
+Matrix Anal. Appl. 2000; Kim et al., ICLR 2016, for convolutions). In the data-aware metrics the
+input factor comes from the channel blocks of C, the output factor from H W C W^T H^T, and the core
+is the exact least-squares solution for them. The table of errors over both ranks is a
+two-dimensional cumulative sum, so all pairs come from one factorisation.
+
+Notation: (g, o, c, kh, kw) the weight, s = kh kw, rank (rank_out, rank_in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rankNAS.decompositions.base import Factors, Operator, Rank
+from rankNAS.decompositions.metrics import Metric
+from rankNAS.decompositions.nested import (
+    NestedBasis,
+    diagonal_blocks,
+    leading_rows,
+    nested_basis,
+)
+from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
+
+__all__ = ["Tucker2", "TuckerFactors"]
+
+
+@final
+@dataclass(frozen=True)
+class TuckerFactors(Factors):
+    """Input basis, output basis U (g, o, o) and error table; refined bases override them."""
+
+    operator: Operator
+    shape: LayerShape
+    nested: NestedBasis
+    metric: Metric
+    U: Tensor
+    refined: dict[Rank, tuple[NestedBasis, Tensor]] = field(default_factory=dict)
+    table: list[list[float]] = field(default_factory=list)
+
+    def error(self, rank: Rank) -> float:
+        if rank in self.refined:
+            nested, U = self.refined[rank]
+            return _errors(nested, U)[rank[0]][rank[1]]
+        return self.table[rank[0]][rank[1]]
+
+    def weight(self, rank: Rank) -> Tensor:
+        _, core, P = self.stage_weights(rank)
+        nested, _ = self.refined.get(rank, (self.nested, self.U))
+        return nested.multiply(P @ core)
+
+    def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
+        r_out, r_in = rank
+        nested, U = self.refined.get(rank, (self.nested, self.U))
+        U = U[:, :, :r_out]
+        core = nested.solve(U.mT @ nested.HM[:, :, : r_in * nested.blocks])
+        P = U if self.metric.H is None else torch.linalg.solve(self.metric.H, U)
+        return [nested.basis[:, 0, :r_in], core, P]
+
+
+@final
+@dataclass(frozen=True)
+class Tucker2(Operator):
+    """Rank (rank_out, rank_in): 1 x 1 to rank_in, the kernel to rank_out, 1 x 1 to the outputs.
+
+    Args:
+        sweeps: Alternating refinements of each requested pair (HOOI); 0 keeps the HOSVD.
+        steps: How many values of each of the two ranks a search space is offered.
+    """
+
+    sweeps: int = 0
+    steps: int = 12
+    name = "tucker2"
+
+    def refuses(self, shape: LayerShape) -> str | None:
+        if not shape.kernel or max(shape.kernel) == 1:
+            return "a Tucker-2 of a 1 x 1 kernel is an SVD"
+        return None
+
+    def families(self, shape: LayerShape, multiple_of: int = 1) -> list[list[Rank]]:
+        def values(full: int) -> list[int]:
+            steps = {
+                max(1, round(full * i / self.steps) // multiple_of)
+                for i in range(1, self.steps + 1)
+            }
+            return [multiple_of * step for step in sorted(steps) if multiple_of * step <= full]
+
+        outputs, inputs = shape.outputs // shape.groups, shape.inputs // shape.groups
+        return [[(r_out, r_in) for r_out in values(outputs)] for r_in in values(inputs)]
+
+    def stages(self, shape: LayerShape, rank: Rank) -> tuple[LayerShape, ...]:
+        outer, inner = rank[0] * shape.groups, rank[1] * shape.groups
+        first = replace(pointwise(shape, shape.inputs, inner, shape.groups), bias=False)
+        return chain(
+            replace(first, calls=shape.calls),
+            replace(shape, inputs=inner, outputs=outer, bias=False),
+            pointwise(shape, outer, shape.outputs, shape.groups),
+        )
+
+    def factorise(
+        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
+    ) -> Factors:
+        ranks = list(ranks)
+        W = weight.double().flatten(2)
+        HW = metric.left(W)
+        c, s = weight.shape[2], weight.shape[3] * weight.shape[4]
+        columns = torch.arange(W.shape[2], device=W.device).reshape(c, s).T.contiguous()
+        nested = _input_basis(W, HW, metric, columns, max(r_in for _, r_in in ranks))
+        U = torch.linalg.eigh(metric.right(HW) @ HW.mT).eigenvectors.flip(-1)
+        refined = {
+            rank: _refine(W, HW, metric, columns, nested, U, rank, self.sweeps)
+            for rank in (ranks if self.sweeps else [])
+        }
+        return TuckerFactors(self, shape, nested, metric, U, refined, _errors(nested, U))
+
+
+def _input_basis(W: Tensor, T: Tensor, metric: Metric, columns: Tensor, R: int) -> NestedBasis:
+    """Channel factor of rank R from the rows of T (g, rows, n), and the least squares for it."""
+    s, c = columns.shape
+    stacked = T[:, :, columns].transpose(1, 2).reshape(T.shape[0], -1, c)  # (g, s rows, c)
+    blocks = diagonal_blocks(metric.C, columns)
+    shared = None if blocks is None else blocks.mean(1)
+    rank = min(R, *stacked.shape[-2:])
+    basis = leading_rows(stacked, shared, rank)
+    basis = torch.nn.functional.pad(basis, (0, 0, 0, R - rank))
+    return nested_basis(W, metric, basis.unsqueeze(1).expand(-1, s, -1, -1), columns)
+
+
+def _errors(nested: NestedBasis, U: Tensor) -> list[list[float]]:
+    """Relative error for every (rank_out, rank_in), zero ranks included."""
+    squares = (U.mT @ nested.HM).square().sum(0)  # (o, K)
+    squares = squares.unflatten(1, (-1, nested.blocks)).sum(2)
+    kept = torch.nn.functional.pad(squares.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    if nested.energy == 0:
+        return (kept * 0).tolist()  # type: ignore[no-any-return]
+    return (1 - kept / nested.energy).clamp(0, 1).tolist()  # type: ignore[no-any-return]
+
+
+def _refine(
+    W: Tensor,
+    HW: Tensor,
+    metric: Metric,
+    columns: Tensor,
+    nested: NestedBasis,
+    U: Tensor,
+    rank: Rank,
+    sweeps: int,
+) -> tuple[NestedBasis, Tensor]:
+    """Higher-order orthogonal iteration at one rank; a sweep that does not help is dropped."""
+    r_out, r_in = rank
+    best = (_errors(nested, U)[r_out][r_in], nested, U)
+    for _ in range(sweeps):
+        HM = best[1].HM[:, :, : r_in * nested.blocks]
+        U = torch.linalg.eigh(HM @ HM.mT).eigenvectors.flip(-1)
+        projected = U[:, :, :r_out].mT @ HW
+        candidate = _input_basis(W, projected, metric, columns, r_in)
+        error = _errors(candidate, U)[r_out][r_in]
+        if error >= best[0]:
+            error_u = _errors(best[1], U)[r_out][r_in]
+            return (best[1], U) if error_u < best[0] else best[1:]
+        best = (error, candidate, U)
+    return best[1:]

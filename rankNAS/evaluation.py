@@ -1,0 +1,188 @@
+"""Allocation to metrics.
+
+A candidate is evaluated with the decomposed layers multiplied out into the dense layers' weights:
+the same function, at dense speed on any device, and moving from one allocation to the next touches
+only the layers that differ. The network itself, with its thin layers, is built on demand.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from rankNAS.allocation import Allocation, Choice
+from rankNAS.data import batches
+from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.network import Factorisation
+from rankNAS.objectives.base import Candidate, ObjectiveBase
+from rankNAS.objectives.quality import accuracy, agreement, loss
+from rankNAS.recovery.batch_norm import has_batch_norm, reestimate_batch_norm
+
+__all__ = ["Evaluator", "Timing", "test_metrics"]
+
+
+@dataclass
+class Timing:
+    """Where evaluation time went, in seconds: forward passes, and everything else."""
+
+    forward: float = 0.0
+    other: float = 0.0
+
+
+@dataclass
+class Evaluator:
+    """Turns allocations into metrics; identical allocations are evaluated once.
+
+    Args:
+        factorisation: The factors, shared and never changed.
+        calibration: Inputs (samples, …) from which batch-norm statistics are re-estimated.
+        validation: Inputs and targets that metrics are measured on.
+        objectives: What to measure besides the metrics that come for free.
+        extra_costs: Further costs of an allocation by name, for example a predicted latency.
+        batch_norm: Re-estimate batch-norm statistics; ignored without batch norms.
+        batch_size: Samples a forward pass.
+        device: Where to run.
+    """
+
+    factorisation: Factorisation
+    calibration: Tensor
+    validation: tuple[Tensor, Tensor]
+    objectives: Sequence[ObjectiveBase] = ()
+    extra_costs: Callable[[Mapping[str, Choice]], Mapping[str, float]] | None = None
+    batch_norm: bool = True
+    batch_size: int = 256
+    device: torch.device | str = "cpu"
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        self._scratch = copy.deepcopy(self.factorisation.model).to(self.device).eval()
+        self._applied: dict[str, Choice] = dict(self.factorisation.space.dense)
+        self._known: dict[Allocation, dict[str, float]] = {}
+        self.batch_norm = self.batch_norm and has_batch_norm(self._scratch)
+        self._calibration = self._place(self.calibration)
+        self._inputs = self._place(self.validation[0])
+        self._targets = self.validation[1].to(self.device)
+        if self._inputs.dim() == 4:
+            self._scratch = self._scratch.to(memory_format=torch.channels_last)
+        self.dense_logits = self._forward()
+
+    def _place(self, x: Tensor) -> Tensor:
+        x = x.to(self.device)
+        # On CPUs and tensor cores convolutions run faster with the channels last.
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def evaluate(self, allocation: Allocation) -> dict[str, float]:
+        """Metrics of an allocation: accuracy and loss, agreement, costs, and the objectives.
+
+        Raises:
+            ObjectiveError: An objective raised or returned something that is not finite.
+            UsageError: The allocation does not belong to the space.
+        """
+        if allocation not in self._known:
+            started, forward = time.perf_counter(), self.timing.forward
+            self._known[allocation] = self._evaluate(allocation)
+            elapsed = time.perf_counter() - started
+            self.timing.other += elapsed - (self.timing.forward - forward)
+        return dict(self._known[allocation])
+
+    def remember(self, allocation: Allocation, metrics: Mapping[str, float]) -> None:
+        """Record metrics measured earlier, so that they are not measured again."""
+        self._known[allocation] = dict(metrics)
+
+    def network(self, allocation: Allocation) -> nn.Module:
+        """The compressed network, in evaluation mode, with re-estimated batch norms."""
+        self._apply(allocation)
+        return self._build(allocation)
+
+    def costs(self, allocation: Allocation) -> dict[str, float]:
+        """Exact costs of the whole network, and the extra ones."""
+        cost = self.factorisation.space.cost(allocation)
+        exact = {"macs": cost.macs, "params": cost.params, "weight_bytes": cost.weight_bytes}
+        return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
+
+    def _evaluate(self, allocation: Allocation) -> dict[str, float]:
+        costs = self.costs(allocation)
+        self._apply(allocation)
+        logits = self._forward()
+        candidate = Candidate(
+            allocation,
+            logits,
+            self.dense_logits,
+            self._targets,
+            self._inputs,
+            costs,
+            lambda: self._build(allocation),
+        )
+        metrics = {**quality(logits, self._targets), **costs}
+        if logits.dim() > 1 and not self._targets.is_floating_point():
+            metrics["agreement"] = agreement(logits, self.dense_logits)
+        return metrics | {o.name: o(candidate) for o in self.objectives if o.name not in metrics}
+
+    @torch.no_grad()
+    def _apply(self, allocation: Allocation) -> None:
+        """Give the scratch network the weights and batch-norm statistics of an allocation."""
+        self.factorisation.space.check(allocation)
+        for name, choice in allocation.items():
+            if choice == self._applied[name]:
+                continue
+            weight, bias = self.factorisation.layers[name].folded(choice)
+            for path in self.factorisation.space.layers[name].paths:
+                module: Any = self._scratch.get_submodule(path)
+                module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
+                if bias is not None:
+                    module.bias.copy_(bias)
+            self._applied[name] = choice
+        if self.batch_norm:
+            started = time.perf_counter()
+            reestimate_batch_norm(self._scratch, self._calibration, self.batch_size)
+            self.timing.forward += time.perf_counter() - started
+
+    @torch.no_grad()
+    def _forward(self) -> Tensor:
+        started = time.perf_counter()
+        logits = torch.cat([self._scratch(x) for x in self._inputs.split(self.batch_size)])
+        self.timing.forward += time.perf_counter() - started
+        return logits
+
+    def _build(self, allocation: Allocation) -> nn.Module:
+        """The network of the allocation that is applied now."""
+        network = self.factorisation.materialise(allocation).to(self.device).eval()
+        for name, module in self._scratch.named_modules():
+            if isinstance(module, _BatchNorm):
+                network.get_submodule(name).load_state_dict(module.state_dict())
+        return network
+
+
+def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
+    """Loss, and accuracy where the targets are classes."""
+    metrics = {"loss": loss(logits, targets)}
+    if not targets.is_floating_point():
+        metrics["accuracy"] = accuracy(logits, targets)
+    return metrics
+
+
+@torch.no_grad()
+def test_metrics(
+    network: nn.Module,
+    dataset: Dataset[Any] | tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Loss and accuracy of a network on a data set, streamed."""
+    network = network.to(device).eval()
+    logits, targets = [], []
+    for x, y in batches(dataset, batch_size, device=device):
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        logits.append(network(x))
+        targets.append(y)
+    return quality(torch.cat(logits), torch.cat(targets))

@@ -1,0 +1,199 @@
+"""From a model and an allocation to a network: factorise once, slice for every allocation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.decompositions import OPERATORS, Factors, Metric, MetricName, Statistics, make_metric
+from rankNAS.decompositions.shapes import LayerShape, is_hf_conv1d
+from rankNAS.exceptions import UsageError
+from rankNAS.recovery.batch_norm import has_batch_norm
+from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.base import Layer, SearchSpace
+
+__all__ = ["Factorisation", "LayerFactors", "factorise", "skeleton"]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """One layer's factors by operator, its dense weight and its metric."""
+
+    layer: Layer
+    weight: Tensor
+    bias: Tensor | None
+    metric: Metric
+    factors: dict[str, Factors]
+
+    def error(self, choice: Choice) -> float:
+        """Relative error of a choice in the metric; dense is 0."""
+        return 0.0 if choice == DENSE else self.factors[choice.operator].error(choice.rank)
+
+    def folded(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
+        """Weight (in the shape of `LayerShape.unfold`) and bias that a choice multiplies out to."""
+        if choice == DENSE:
+            return self.layer.shape.unfold(self.weight), self.bias
+        approximation = self.factors[choice.operator].weight(choice.rank)
+        return (
+            self.layer.shape.unfold(approximation).to(self.weight.dtype),
+            self._corrected_bias(approximation),
+        )
+
+    def module(self, choice: Choice) -> nn.Module:
+        """The decomposed layer, an ordinary chain of modules."""
+        factors = self.factors[choice.operator]
+        bias = self.bias
+        if bias is not None and self.metric.mean is not None:
+            bias = self._corrected_bias(factors.weight(choice.rank))
+        module = factors.truncate(choice.rank, bias)
+        return module.to(self.weight.dtype)
+
+    def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
+        """b + (W - What) E[x]: the mean of the error is taken out."""
+        if self.bias is None or self.metric.mean is None:
+            return self.bias
+        D = self.weight.double().flatten(2) - approximation
+        shift = (D @ self.metric.mean.unsqueeze(-1)).flatten()
+        return (self.bias.double() + shift).to(self.bias.dtype)
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """A model's factors, shared read-only by all allocations.
+
+    Args:
+        model: The dense model, with separate attention projections.
+        space: Its space.
+        layers: Name to factors.
+    """
+
+    model: nn.Module
+    space: SearchSpace
+    layers: dict[str, LayerFactors]
+
+    def errors(self) -> dict[str, list[float]]:
+        """Relative error of each choice of each layer, in the order of the space."""
+        return {
+            name: [self.layers[name].error(choice) for choice in layer.choices]
+            for name, layer in self.space.layers.items()
+        }
+
+    def materialise(self, allocation: Mapping[str, Choice]) -> nn.Module:
+        """The compressed network: a copy of the model with ordinary modules in place.
+
+        Raises:
+            UsageError: The allocation does not belong to the space.
+        """
+        self.space.check(allocation)
+        modules = {
+            name: self.layers[name].module(choice)
+            for name, choice in allocation.items()
+            if choice != DENSE
+        }
+        # What is replaced need not be copied first.
+        memo = {id(self.model.get_submodule(n)): nn.Identity() for n in modules}
+        network = copy.deepcopy(self.model, dict(memo))
+        for name, module in modules.items():
+            replace_module(network, self.space.layers[name].paths, module)
+        return network
+
+
+def factorise(
+    model: nn.Module,
+    space: SearchSpace,
+    statistics: Mapping[str, Statistics] | None = None,
+    *,
+    metric: MetricName = "weight",
+    centred: bool | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Factorisation:
+    """Factorise every layer of a space once, for all its choices.
+
+    Args:
+        model: The model that was compiled.
+        space: Its space.
+        statistics: From `calibrate`; not needed for ``metric="weight"``.
+        metric: The norm in which truncations are optimal.
+        centred: Optimise the variance of the error and correct its mean: through the bias, or,
+            in layers without one, through a following batch norm that is re-estimated. By default
+            on for layers with a bias, and for all if the model has batch norms.
+        on_layer: Called with (layers done, layers in all).
+    """
+    model = separate_attention(model)
+    centred_all = has_batch_norm(model) if centred is None else centred
+    layers = {}
+    for done, (name, layer) in enumerate(space.layers.items(), 1):
+        module = model.get_submodule(name)
+        has_bias = module.bias is not None
+        layer_centred = centred_all or (centred is None and has_bias)
+        layer_metric = make_metric(metric, (statistics or {}).get(name), centred=layer_centred)
+        layers[name] = _factorise_layer(layer, module, layer_metric)
+        if on_layer is not None:
+            on_layer(done, len(space.layers))
+    return Factorisation(model, space, layers)
+
+
+def _factorise_layer(layer: Layer, module: nn.Module, metric: Metric) -> LayerFactors:
+    shape = layer.shape
+    weight = shape.fold(_oriented(module))
+    factors = {
+        name: OPERATORS[name].factorise(shape, weight, metric, ranks)
+        for name, ranks in _ranks(layer.choices).items()
+    }
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    return LayerFactors(layer, weight, None if bias is None else bias.detach(), metric, factors)
+
+
+def _ranks(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:
+    ranks: dict[str, list[tuple[int, ...]]] = {}
+    for choice in choices:
+        if choice != DENSE:
+            ranks.setdefault(choice.operator, []).append(choice.rank)
+    return ranks
+
+
+def _oriented(module: nn.Module) -> Tensor:
+    """The weight with outputs first; Hugging Face's ``Conv1D`` keeps them last."""
+    weight: Tensor = module.weight.detach()  # type: ignore[operator, assignment]
+    return weight.T if is_hf_conv1d(module) else weight
+
+
+def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
+    """The compressed network without its weights: `model`, changed in place, with empty layers.
+
+    Paths that share one module in the model share the decomposed one too.
+
+    Raises:
+        UsageError: The allocation names a layer that the model does not have, or an operator that
+            does not exist.
+    """
+    model = separate_attention(model)
+    for name, choice in allocation.items():
+        if choice == DENSE:
+            continue
+        if choice.operator not in OPERATORS:
+            raise UsageError(f"layer {name!r} needs the unknown operator {choice.operator!r}.")
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise UsageError(f"the model has no layer {name!r}; is it another model?") from None
+        weight = module.weight
+        paths = [
+            path
+            for path, other in model.named_modules(remove_duplicate=False)
+            if other is module or getattr(other, "weight", None) is weight
+        ]
+        shape = LayerShape.of(module)
+        replace_module(model, paths, OPERATORS[choice.operator].build(shape, choice.rank))
+    return model
+
+
+def replace_module(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Put one module at every path, in place."""
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,143 @@
+"""Attention whose projections are ordinary linear layers.
+
+``nn.MultiheadAttention`` keeps the projections of query, key and value in one fused parameter and
+never calls its output projection as a module, so none of them can be decomposed by replacing a
+module. `separate_attention` swaps each for an equal module that calls four ``nn.Linear``.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankNAS.exceptions import UsageError
+
+__all__ = ["SeparateAttention", "separate_attention"]
+
+
+class SeparateAttention(nn.Module):
+    """``nn.MultiheadAttention`` with separate projections; the call signature is the same.
+
+    Args:
+        attention: The module to take the sizes and, by reference or by slices, the weights from.
+
+    Raises:
+        UsageError: The module uses ``add_bias_kv`` or ``add_zero_attn``.
+    """
+
+    # Read by nn.TransformerEncoderLayer, which then does not take its fused fast path.
+    in_proj_bias = None
+    _qkv_same_embed_dim = False
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if attention.bias_k is not None or attention.add_zero_attn:
+            raise UsageError("attention with `add_bias_kv` or `add_zero_attn` is not supported.")
+        self.embed_dim = attention.embed_dim
+        self.num_heads = attention.num_heads
+        self.batch_first = attention.batch_first
+        self.dropout = attention.dropout
+        self.q_proj, self.k_proj, self.v_proj = _input_projections(attention)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.train(attention.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; see ``nn.MultiheadAttention`` for shapes and masks."""
+        batched = query.dim() == 3
+        if batched and not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = (
+            _heads(x if batched else x.unsqueeze(0), self.num_heads)
+            for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        )
+        mask = _mask(attn_mask, key_padding_mask, q)
+        y, weights = self._attend(q, k, v, mask, need_weights)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))  # (batch, length, embed)
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            return y.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (y if self.batch_first else y.transpose(0, 1)), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:
+            y = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+            return y, None
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        weights = torch.softmax(scores if mask is None else scores + mask, -1)
+        weights = functional.dropout(weights, dropout)
+        return weights @ v, weights
+
+
+def separate_attention(model: nn.Module) -> nn.Module:
+    """The model with each ``nn.MultiheadAttention`` replaced; a copy if there is any."""
+    if not any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    if isinstance(model, nn.MultiheadAttention):
+        return SeparateAttention(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(parent, name, SeparateAttention(child))
+    return model
+
+
+def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
+    if attention.in_proj_weight is not None:
+        weights = attention.in_proj_weight.chunk(3)
+    else:
+        weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    bias = attention.in_proj_bias
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:  # (batch, length, embed) -> (batch, heads, length, d)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """One additive mask that broadcasts to (batch, heads, queries, keys)."""
+    total: Tensor | None = None
+    if attn_mask is not None:
+        additive = _additive(attn_mask, q)
+        if additive.dim() == 3:  # (batch * heads, queries, keys)
+            additive = additive.unflatten(0, (-1, q.shape[1]))
+        total = additive
+    if padding is not None:
+        additive = _additive(padding, q)
+        additive = additive.reshape(-1, 1, 1, additive.shape[-1])
+        total = additive if total is None else total + additive
+    return total
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """Boolean masks exclude where true; float masks are added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))

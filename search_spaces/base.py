@@ -1,0 +1,119 @@
+"""A search space: the decomposable layers of a model, the choices of each, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
+from rankNAS.exceptions import UsageError
+
+__all__ = ["COSTS", "Layer", "SearchSpace", "Skipped"]
+
+
+@dataclass(frozen=True)
+class Layer(Mapping[Choice, Cost]):
+    """A decomposable layer: a mapping from its choices to their exact costs.
+
+    Args:
+        name: Path of the module in the model.
+        aliases: Other paths that hold the same weight.
+        shape: Its shape, with the input sizes of every call in one forward pass.
+        choices: What it may become; the first is dense.
+        costs: The cost of each choice, all calls together.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: LayerShape
+    choices: tuple[Choice, ...]
+    costs: tuple[Cost, ...]
+
+    @cached_property
+    def _table(self) -> dict[Choice, Cost]:
+        return dict(zip(self.choices, self.costs, strict=True))
+
+    def __getitem__(self, choice: Choice) -> Cost:
+        return self._table[choice]
+
+    def __iter__(self) -> Iterator[Choice]:
+        return iter(self.choices)
+
+    def __len__(self) -> int:
+        return len(self.choices)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Every path of the layer in the model."""
+        return (self.name, *self.aliases)
+
+    def restrict(self, keep: Sequence[Choice]) -> Layer:
+        """The layer with only some of its choices, in their order here; dense always stays."""
+        wanted = {DENSE, *keep}
+        kept = tuple(choice for choice in self.choices if choice in wanted)
+        return replace(self, choices=kept, costs=tuple(self[choice] for choice in kept))
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that stays dense, and why."""
+
+    name: str
+    reason: str
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The decomposable layers of a model with their choices, and the cost of all the rest.
+
+    Args:
+        layers: Name to layer, in the order of the forward pass.
+        skipped: Layers that could be decomposed in principle and are left dense.
+        rest: Cost of everything outside `layers`, skipped layers included.
+        input_shape: Shape of the example input, batch included; costs are for this input.
+    """
+
+    layers: dict[str, Layer]
+    skipped: tuple[Skipped, ...]
+    rest: Cost
+    input_shape: tuple[int, ...]
+
+    @cached_property
+    def dense_cost(self) -> Cost:
+        """Cost of the dense model."""
+        return self.cost(self.dense)
+
+    @cached_property
+    def dense(self) -> Allocation:
+        """The allocation that leaves every layer as it is."""
+        return Allocation.of(dict.fromkeys(self.layers, DENSE))
+
+    def cost(self, allocation: Mapping[str, Choice]) -> Cost:
+        """Exact cost of the whole model under an allocation.
+
+        Raises:
+            UsageError: The allocation names a layer or a choice that the space does not have.
+        """
+        self.check(allocation)
+        return sum((self.layers[name][c] for name, c in allocation.items()), self.rest)
+
+    def check(self, allocation: Mapping[str, Choice]) -> None:
+        """Raise a UsageError unless the allocation gives every layer one of its choices."""
+        if unknown := [name for name in allocation if name not in self.layers]:
+            raise UsageError(f"the space has no layer {unknown[0]!r}.")
+        for name, layer in self.layers.items():
+            if name not in allocation:
+                raise UsageError(f"the allocation has no choice for layer {name!r}.")
+            if allocation[name] not in layer:
+                raise UsageError(
+                    f"layer {name!r} has no choice {str(allocation[name])!r}; it has "
+                    f"{len(layer)}, from {layer.choices[0]} to {layer.choices[-1]}."
+                )
+
+    def restrict(self, keep: Mapping[str, Sequence[Choice]]) -> SearchSpace:
+        """The space with only some choices of each layer; dense always stays."""
+        layers = {name: layer.restrict(keep[name]) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)

@@ -1,0 +1,245 @@
+"""Model and example inputs to search space.
+
+One forward pass under PyTorch's FLOP counter finds which layers are called, how often and on what
+sizes; everything else is arithmetic on shapes, so a model on the ``meta`` device compiles too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
+from rankNAS.exceptions import RankNASError, UsageError
+from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
+from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
+
+__all__ = ["compile_space", "count_macs"]
+
+MIN_WEIGHTS = 1024  # below this a layer is too small for its ranks to matter
+
+
+def compile_space(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    policy: RankPolicy | None = None,
+    exclude: Sequence[str] = (),
+    keep_output_dense: bool = True,
+    min_weights: int = MIN_WEIGHTS,
+) -> SearchSpace:
+    """The search space of a model.
+
+    Args:
+        model: Any module; ``nn.MultiheadAttention`` is seen as four linear layers.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, on the
+            model's device (``meta`` included). Costs are for exactly this input.
+        policy: Which ranks to offer.
+        exclude: Regular expressions; a layer whose path one of them matches stays dense.
+        keep_output_dense: Leave the last layer of the forward pass as it is.
+        min_weights: Leave layers with fewer weights as they are.
+
+    Returns:
+        The space; ``space.layers`` maps names to layers, ``space.skipped`` says what stays dense
+        and why.
+
+    Raises:
+        UsageError: The model does not run on the example inputs, or nothing can be decomposed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> space = compile_space(model, torch.zeros(1, 64))
+        >>> space.dense_cost.macs, list(space.layers)
+        (4736, ['0'])
+        >>> space.layers["0"][Choice("svd", (8,))].macs
+        1024
+    """
+    model = separate_attention(model)
+    policy = policy or RankPolicy()
+    calls, total = _trace(model, example_inputs)
+    order = {name: position for position, name in enumerate(calls)}
+    groups = sorted(_tied(model), key=lambda names: min(order.get(n, len(order)) for n in names))
+    output = max(calls, key=lambda n: order[n]) if calls and keep_output_dense else None
+    layers: dict[str, Layer] = {}
+    skipped: list[Skipped] = []
+    for names in groups:
+        shape = _shape(model, names, calls)
+        reason = _reason(model, names, shape, exclude, output, min_weights)
+        choices, costs = candidate_choices(shape, policy) if reason is None else ((), ())
+        if reason is None and len(choices) == 1:
+            reason = "no rank costs less than the dense layer"
+        if reason is None:
+            layers[names[0]] = Layer(names[0], tuple(names[1:]), shape, choices, costs)
+        else:
+            skipped.append(Skipped(names[0], reason, shape.cost()))
+    if not layers:
+        raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{_why(skipped)}")
+    return SearchSpace(
+        layers, tuple(skipped), _rest(model, layers, total), _shape_of(example_inputs)
+    )
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """Multiply-accumulates of one forward pass, as ``torch.utils.flop_counter`` counts them."""
+    return _trace(model, example_inputs)[1]
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[int, ...]]], int]:
+    """Input sizes of each call by layer name, in the order of the first calls; and the MACs."""
+    calls: dict[str, list[tuple[int, ...]]] = {}
+    names = {id(m): n for n, m in model.named_modules() if _is_decomposable(m)}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(names[id(module)], []).append(_call(module, (*args, *kwargs.values())[0]))
+
+    modules = [m for m in model.modules() if id(m) in names]
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in modules]
+    try:
+        # Under no_grad some modules take fused kernels that the counter does not know.
+        with _evaluating(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            _forward(model, example_inputs)
+    except Exception as error:
+        raise UsageError(
+            f"{type(model).__name__} does not run on the example inputs "
+            f"{_shape_of(example_inputs)}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, counter.get_total_flops() // 2
+
+
+def _forward(model: nn.Module, example_inputs: Any) -> Any:
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _shape_of(example_inputs: Any) -> tuple[int, ...]:
+    if isinstance(example_inputs, dict):
+        example_inputs = list(example_inputs.values())
+    if isinstance(example_inputs, tuple | list):
+        example_inputs = example_inputs[0] if example_inputs else torch.empty(0)
+    return tuple(getattr(example_inputs, "shape", ()))
+
+
+def _is_decomposable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_hf_conv1d(module)
+
+
+def _call(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Input size of a call, in the form of `LayerShape.calls`."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return (x.numel() // x.shape[-1],)
+    spatial = len(module.kernel_size)
+    return (x.shape[0] if x.dim() == spatial + 2 else 1, *x.shape[-spatial:])
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Paths of decomposable modules, those of one weight together, in the model's order."""
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _is_decomposable(module):
+            weight = module._parameters.get("weight")  # a property if parametrised
+            groups.setdefault(id(module if weight is None else weight), []).append(name)
+    return list(groups.values())
+
+
+def _shape(
+    model: nn.Module, names: list[str], calls: dict[str, list[tuple[int, ...]]]
+) -> LayerShape:
+    all_calls = tuple(call for name in names for call in calls.get(name, ()))
+    return LayerShape.of(model.get_submodule(names[0]), all_calls)
+
+
+def _reason(
+    model: nn.Module,
+    names: list[str],
+    shape: LayerShape,
+    exclude: Sequence[str],
+    output: str | None,
+    min_weights: int,
+) -> str | None:
+    """Why a layer stays dense, or None."""
+    modules = [model.get_submodule(name) for name in names]
+    checks: list[tuple[str, Callable[[], bool]]] = [
+        ("excluded", lambda: any(re.search(e, n) for e in exclude for n in names)),
+        ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
+        ("its class overrides forward", lambda: any(map(_overrides_forward, modules))),
+        ("not called in the forward pass", lambda: not shape.calls),
+        ("output layer", lambda: output in names),
+        ("depthwise: one channel a group", lambda: 1 < shape.groups == shape.inputs),
+        (
+            f"tiny: fewer than {min_weights} weights",
+            lambda: shape.outputs * shape.width < min_weights,
+        ),
+        ("its weight is used by another kind of module", lambda: _shared(model, modules)),
+        ("its weight is tied under different biases", lambda: _biases(modules) > 1),
+    ]
+    return next((reason for reason, applies in checks if applies()), None)
+
+
+def _is_computed(module: nn.Module) -> bool:
+    return is_parametrized(module) or "weight" not in module._parameters
+
+
+def _overrides_forward(module: nn.Module) -> bool:
+    if is_hf_conv1d(module):
+        return False
+    return not any(type(module).forward is c.forward for c in (nn.Linear, nn.Conv1d, nn.Conv2d))
+
+
+def _shared(model: nn.Module, modules: list[nn.Module]) -> bool:
+    """Whether a module that is not one of `modules` holds the same weight (an embedding, say)."""
+    weight, own = modules[0].weight, {id(m) for m in modules}
+    return any(
+        parameter is weight
+        for module in model.modules()
+        if id(module) not in own
+        for parameter in module._parameters.values()
+    )
+
+
+def _biases(modules: list[nn.Module]) -> int:
+    return len({id(module.bias) for module in modules})
+
+
+def _rest(model: nn.Module, layers: dict[str, Layer], total_macs: int) -> Cost:
+    """Cost of everything but the layers of the space."""
+    parameters = {id(p): p for p in model.parameters()}.values()
+    params = sum(p.numel() for p in parameters)
+    weight_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    own = sum((layer.costs[0] for layer in layers.values()), Cost(0, 0, 0))
+    if own.macs > total_macs:
+        raise RankNASError(
+            f"the layers' MACs ({own.macs}) exceed those of the model ({total_macs}); "
+            "please report the model."
+        )
+    return Cost(total_macs - own.macs, params - own.params, weight_bytes - own.weight_bytes)
+
+
+def _why(skipped: list[Skipped]) -> str:
+    return "".join(f" {s.name}: {s.reason}." for s in skipped[:3])

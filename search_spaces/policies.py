@@ -1,0 +1,107 @@
+"""Which ranks of a layer are worth offering to a search."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.decompositions import OPERATORS, Operator, Rank
+from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
+from rankNAS.exceptions import UnknownNameError, UsageError
+
+__all__ = ["RankPolicy", "candidate_choices"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankPolicy:
+    """How the candidate ranks of each layer are chosen.
+
+    A choice is offered if it saves both multiply-accumulates and parameters (break-even), if its
+    ranks are multiples of `multiple_of`, and if no larger rank of its family costs as little.
+
+    Args:
+        candidates: Most choices of one layer, dense aside; shared out among the operators and,
+            within one, among its families (for example numbers of groups). Ranks are spread
+            evenly, and the largest is always kept.
+        multiple_of: Ranks are multiples of this; hardware often rewards 8 or 16.
+        cost: The cost on which a choice must not be dominated: ``macs``, ``params`` or
+            ``weight_bytes``.
+        operators: The operators to use, in this order.
+
+    Raises:
+        UsageError: A number below one, an unknown cost or an unknown operator.
+    """
+
+    candidates: int = 256
+    multiple_of: int = 1
+    cost: str = "macs"
+    operators: tuple[str, ...] = tuple(OPERATORS)
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "multiple_of"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.cost not in COSTS:
+            raise UnknownNameError("cost", self.cost, COSTS)
+        for operator in self.operators:
+            if operator not in OPERATORS:
+                raise UnknownNameError("operator", operator, OPERATORS)
+
+
+@lru_cache(maxsize=4096)
+def candidate_choices(
+    shape: LayerShape, policy: RankPolicy
+) -> tuple[tuple[Choice, ...], tuple[Cost, ...]]:
+    """The choices of a layer of this shape with their costs, dense first and then by cost."""
+    usable = [OPERATORS[n] for n in policy.operators if OPERATORS[n].refuses(shape) is None]
+    share = max(1, policy.candidates // max(1, len(usable)))
+    found: dict[Choice, Cost] = {}
+    for operator in usable:
+        for rank, cost in _candidates(operator, shape, policy, share):
+            found[Choice(operator.name, rank)] = cost
+    ordered = sorted(found.items(), key=lambda item: (-item[1][policy.cost], item[0]))
+    return (DENSE, *(c for c, _ in ordered)), (shape.cost(), *(cost for _, cost in ordered))
+
+
+def _candidates(
+    operator: Operator, shape: LayerShape, policy: RankPolicy, share: int
+) -> Iterator[tuple[Rank, Cost]]:
+    heads = [_head(operator, shape, f) for f in operator.families(shape, policy.multiple_of)]
+    heads = _spread([head for head in heads if head], share)
+    for head in heads:
+        priced = [
+            (rank, operator.cost(shape, rank)) for rank in _spread(head, share // len(heads))
+        ]
+        yield from _non_dominated(priced, policy.cost)
+
+
+def _head(operator: Operator, shape: LayerShape, family: list[Rank]) -> list[Rank]:
+    """The ranks of a family that save both MACs and parameters; cost increases along a family."""
+    dense = shape.cost()
+
+    def saves_nothing(rank: Rank) -> bool:
+        cost = operator.cost(shape, rank)
+        return cost.macs >= dense.macs or cost.params >= dense.params
+
+    return family[: bisect_left(family, True, key=saves_nothing)]
+
+
+def _spread(items: list[T], count: int) -> list[T]:
+    """At most `count` items (at least one), evenly spaced, the last always among them."""
+    count = max(1, min(count, len(items)))
+    return [items[(i + 1) * len(items) // count - 1] for i in range(count)] if items else []
+
+
+def _non_dominated(family: list[tuple[Rank, Cost]], cost: str) -> list[tuple[Rank, Cost]]:
+    """Without the ranks for which a larger one costs no more."""
+    kept: list[tuple[Rank, Cost]] = []
+    for rank, c in reversed(family):
+        if not kept or c[cost] < kept[-1][1][cost]:
+            kept.append((rank, c))
+    return kept[::-1]
