@@ -43,9 +43,7 @@ class Latency(ObjectiveBase):
     direction: Direction = "minimize"
 
     def measure(self, candidate: Candidate) -> float:
-        return median_seconds(
-            candidate.build(), candidate.inputs[: self.batch_size], self.repeats
-        )
+        return median_seconds(candidate.build(), candidate.inputs[: self.batch_size], self.repeats)
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ References:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.nn import functional
 from rankNAS.decompositions.metrics import MetricName, Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
+from rankNAS.fingerprints import fingerprint
 from rankNAS.files import save_atomically
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
@@ -225,14 +225,9 @@ def _pad(shape: LayerShape, x: Tensor) -> Tensor:
 
 def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, metric: str, seed: int) -> str:
     """Content key: layers, weights, inputs and settings."""
-    digest = hashlib.sha256(f"1 {metric} {seed} {MAX_POSITIONS}".encode())
-    for name, layer in space.layers.items():
-        digest.update(f"{name} {layer.shape}".encode())
-    tensors: Mapping[str, Tensor] = {**model.state_dict(), "inputs": inputs}
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:32]
+    layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
+    salt = "\n".join([f"1 {metric} {seed} {MAX_POSITIONS}", *layers])
+    return fingerprint({**model.state_dict(), "inputs": inputs}, salt)
 
 
 def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:

@@ -224,7 +224,7 @@ def _sampled_bytes(dataset: Dataset[Any], where: str) -> list[bytes]:
     """The length and up to 64 evenly spaced items, among them the first and the last."""
     last = size_of(dataset) - 1
     parts = [str(last).encode()]
-    # Random transforms must give the same items each time, and not disturb the caller's.
+    # Random transforms that draw from torch must give the same items each time.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for row in sorted({i * last // 63 for i in range(64)}):

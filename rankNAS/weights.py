@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -179,9 +180,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are refused below anyway
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        if "nsupported" in str(error):
+        if "nsupported" in str(error) and _is_pickle(path):
             raise WeightsError(
                 f"{path} was refused, because loading it could run code: it is not a plain dict "
                 "of tensors; save model.state_dict(), best as safetensors."
@@ -190,6 +193,12 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise _damaged(path, error) from error
     return _tensors(content, path)
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether the file begins like a pickle or a zip archive with one; text does not."""
+    with path.open("rb") as file:
+        return file.read(2).startswith((b"\x80", b"PK"))
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:

@@ -688,7 +688,7 @@ def test_fingerprint_of_pairs() -> None:
     assert len({base, *others}) == 6
 
 
-def test_fingerprint_does_not_depend_on_random_transforms_or_disturb_them() -> None:
+def test_fingerprint_does_not_depend_on_random_transforms() -> None:
     class Noisy(Labelled):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
             return torch.rand(2, 3), self.values[index]

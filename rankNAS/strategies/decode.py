@@ -71,9 +71,7 @@ def decode(problem: Problem, multipliers: Array, rng: np.random.Generator) -> In
 
 def preference(problem: Problem, indices: Indices) -> Array:  # (P, L) -> (P, L)
     """Multipliers under which an allocation is worst everywhere alike: one over its errors."""
-    errors = np.stack(
-        [e[indices[:, i]] for i, e in enumerate(problem.errors)], axis=1
-    )  # (P, L)
+    errors = np.stack([e[indices[:, i]] for i, e in enumerate(problem.errors)], axis=1)  # (P, L)
     smallest = np.array([e[e > 0].min() if (e > 0).any() else 1.0 for e in problem.errors])
     return 1 / np.maximum(errors, 0.5 * smallest)
 

@@ -17,7 +17,6 @@ from rankNAS.exceptions import UsageError
 __all__ = ["CifarResNet", "CifarVGG", "resnet20", "resnet56", "vgg16_cifar"]
 
 _VGG16_STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-_SMALLEST_VGG_SIDE = 2 ** len(_VGG16_STAGES)
 
 
 def resnet20(num_classes: int, input_shape: tuple[int, ...]) -> CifarResNet:
@@ -36,10 +35,11 @@ def vgg16_cifar(num_classes: int, input_shape: tuple[int, ...]) -> CifarVGG:
     Raises:
         UsageError: The images are smaller than 32 x 32, which five poolings reduce to nothing.
     """
-    if min(input_shape[1:]) < _SMALLEST_VGG_SIDE:
+    side = 2 ** len(_VGG16_STAGES)
+    if min(input_shape[1:]) < side:
         raise UsageError(
             f"vgg16_cifar was given images of {input_shape[1]} x {input_shape[2]}, but it halves "
-            f"them five times; give images of at least {_SMALLEST_VGG_SIDE} x {_SMALLEST_VGG_SIDE}."
+            f"them five times; give images of at least {side} x {side}."
         )
     return CifarVGG(num_classes, input_shape[0])
 

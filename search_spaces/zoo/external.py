@@ -60,7 +60,7 @@ def timm_model(name: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.
     try:
         import timm
     except ImportError as error:
-        raise UsageError(f"`timm:{name}` needs timm: pip install 'ranknas[hf]'.") from error
+        raise UsageError(f"`timm:{name}` needs timm: pip install 'ranknas[hf]'") from error
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:20]
         raise UnknownNameError(

@@ -1,0 +1,84 @@
+"""RankNAS: neural architecture search over the ranks of low-rank compressed networks.
+
+The public names are loaded when first used, so that ``import rankNAS`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankNAS.allocation import DENSE, Allocation, Choice
+    from rankNAS.artifact import load
+    from rankNAS.data import Data, load_data
+    from rankNAS.decompositions import Operator
+    from rankNAS.exceptions import RankNASError, UsageError
+    from rankNAS.hw_models import CallableModel, HardwareModel
+    from rankNAS.objectives import Objective
+    from rankNAS.search import Settings, search
+    from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
+    from rankNAS.strategies import Strategy, Trial
+    from rankNAS.study import Study
+
+_HOMES = {
+    "DENSE": "allocation",
+    "Allocation": "allocation",
+    "CallableModel": "hw_models",
+    "Choice": "allocation",
+    "Data": "data",
+    "HardwareModel": "hw_models",
+    "Objective": "objectives",
+    "Operator": "decompositions",
+    "RankNASError": "exceptions",
+    "RankPolicy": "search_spaces",
+    "SearchSpace": "search_spaces",
+    "Settings": "search",
+    "Strategy": "strategies",
+    "Study": "study",
+    "Trial": "strategies",
+    "UsageError": "exceptions",
+    "compile_space": "search_spaces",
+    "load": "artifact",
+    "load_data": "data",
+    "search": "search",
+}
+
+__all__ = [
+    "DENSE",
+    "Allocation",
+    "CallableModel",
+    "Choice",
+    "Data",
+    "HardwareModel",
+    "Objective",
+    "Operator",
+    "RankNASError",
+    "RankPolicy",
+    "SearchSpace",
+    "Settings",
+    "Strategy",
+    "Study",
+    "Trial",
+    "UsageError",
+    "compile_space",
+    "load",
+    "load_data",
+    "search",
+]
+
+try:
+    __version__ = version("ranknas")
+except PackageNotFoundError:  # a bare checkout
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankNAS' has no attribute {name!r}")
+    return getattr(import_module(f"rankNAS.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,234 @@
+"""Bayesian optimisation over per-layer choices, on the budget by construction.
+
+A Gaussian process models each objective as a function of the layers' relative errors. The
+acquisition function is maximised over a pool of allocations, each decoded from a preference by the
+exact solver (`decode`), so the process never proposes, and never needs to model, a point that
+breaks a budget. Preferences are drawn around the best allocations found and at large; the first
+proposal is the min-max allocation of the tables.
+
+References:
+    Balandat et al., NeurIPS 2020 (BoTorch). Ament et al., NeurIPS 2023: log expected improvement.
+    Daulton et al., NeurIPS 2021: noisy expected hypervolume improvement, for several objectives.
+    Hvarfner et al., ICML 2024: length scales that grow with the dimension (BoTorch's default).
+    Eriksson et al., NeurIPS 2019: candidates that perturb a few dimensions of the best point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rankNAS.allocation import Allocation
+from rankNAS.exceptions import BudgetError, UsageError
+from rankNAS.pareto import non_dominated
+from rankNAS.solver import least_cost
+from rankNAS.strategies.base import Array, History, Problem, Strategy
+from rankNAS.strategies.decode import Indices, decode, preference
+
+__all__ = ["BayesianOptimisation"]
+
+
+@final
+@dataclass(frozen=True)
+class BayesianOptimisation(Strategy):
+    """Gaussian process and log expected improvement over allocations on the budget.
+
+    Args:
+        initial: Trials before the process takes over; the first is the min-max allocation, the
+            others perturb it.
+        pool: Preferences decoded for each proposal.
+        spread: Standard deviation of the log-multipliers of preferences drawn at large.
+        local: Share of the pool drawn around the best allocations.
+
+    Raises:
+        UsageError: A number that is not positive, or `local` outside [0, 1].
+    """
+
+    initial: int = 6
+    pool: int = 512
+    spread: float = 0.7
+    local: float = 0.75
+    name = "bo"
+
+    def __post_init__(self) -> None:
+        if self.initial < 1 or self.pool < 2 or self.spread <= 0 or not 0 <= self.local <= 1:
+            raise UsageError(
+                "`initial` must be at least 1, `pool` at least 2, `spread` positive and `local` "
+                f"in [0, 1]; got {self}."
+            )
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        known = history.complete
+        found: list[Allocation] = []
+        start = np.ones((1, len(problem.errors)))
+        first = problem.allocation(decode(problem, start, rng)[0].tolist())
+        if first not in history.proposed:
+            found.append(first)
+        taken = history.proposed | set(found)
+        if len(found) == n:
+            return found
+        if len(known) < self.initial:
+            drawn = self._unseen(problem, self._at_large(problem, rng), taken, rng)
+            return found + [problem.allocation(row.tolist()) for row in drawn[: n - len(found)]]
+        pool = self._unseen(problem, self._preferences(problem, history, rng), taken, rng)
+        if len(pool) == 0:
+            return found
+        chosen = _maximise(problem, history, pool, n - len(found), int(rng.integers(2**31)))
+        return found + [problem.allocation(pool[i].tolist()) for i in chosen]
+
+    def _at_large(self, problem: Problem, rng: np.random.Generator) -> Array:
+        size = (self.pool, len(problem.errors))
+        return np.exp(rng.normal(0, self.spread, size))
+
+    def _preferences(self, problem: Problem, history: History, rng: np.random.Generator) -> Array:
+        """Part around the best allocations, a few layers changed at three scales; the rest wide."""
+        best = np.array([problem.indices(t.allocation) for t in _best(problem, history, 5)])
+        centres = preference(problem, best)
+        count, L = int(self.pool * self.local), len(problem.errors)
+        drawn = centres[np.arange(count) % len(centres)]
+        scale = rng.choice([0.25, 0.5, 1.0], (count, 1)) * 2 * self.spread
+        changed = rng.random((count, L)) < np.maximum(
+            rng.choice([0.1, 0.3, 1.0], (count, 1)), 1 / L
+        )
+        local = drawn * np.exp(rng.normal(0, 1, (count, L)) * scale * changed)
+        return np.concatenate([local, self._at_large(problem, rng)[: self.pool - count]])
+
+    def _unseen(
+        self,
+        problem: Problem,
+        preferences: Array,
+        taken: frozenset[Allocation] | set[Allocation],
+        rng: np.random.Generator,
+    ) -> Indices:
+        """The distinct allocations of the preferences that nobody has tried, (pool, L)."""
+        problems = _tightened(problem, rng)
+        parts = np.array_split(preferences, len(problems))
+        rows = np.concatenate(
+            [_decoded(p, part, rng) for p, part in zip(problems, parts, strict=True)]
+        )
+        _, order = np.unique(rows, axis=0, return_index=True)
+        rows = rows[np.sort(order)]
+        fresh = [problem.allocation(row.tolist()) not in taken for row in rows]
+        return rows[np.array(fresh, dtype=bool)]
+
+
+def _decoded(problem: Problem, preferences: Array, rng: np.random.Generator) -> Indices:
+    """As `decode`, but empty where a tightened set of budgets cannot be met."""
+    try:
+        return decode(problem, preferences, rng)
+    except BudgetError:
+        return np.zeros((0, len(problem.errors)), dtype=np.int64)
+
+
+def _tightened(problem: Problem, rng: np.random.Generator) -> list[Problem]:
+    """The problem; or, where a cost is an objective, problems with budgets down to the least.
+
+    On the budget's edge alone there would be no trade-off to explore.
+    """
+    traded = [name for name in problem.objectives if name in problem.costs]
+    if not traded:
+        return [problem]
+    budget = dict(problem.budget) or {traded[0]: 1.0}
+    name = traded[0] if traded[0] in budget else next(iter(budget))
+    least = (least_cost(problem.costs[name]) + problem.rest[name]) / problem.dense[name]
+    shares = np.exp(rng.uniform(np.log(least), np.log(budget[name]), 8))
+    bounds = [budget[name], *np.maximum(shares, least)]
+    return [replace(problem, budget=budget | {name: float(b)}) for b in bounds]
+
+
+def _best(problem: Problem, history: History, count: int) -> list[Any]:
+    """The trials of the largest value; with several objectives, those that are not dominated."""
+    trials = history.complete
+    values = _signed(problem, history)
+    if values.shape[1] > 1:
+        front = non_dominated(values)
+        return [t for t, keep in zip(trials, front, strict=True) if keep]
+    order = np.argsort(-values[:, 0], kind="stable")
+    return [trials[i] for i in order[:count]]
+
+
+def _signed(problem: Problem, history: History) -> Array:  # (trials, objectives), larger is better
+    sign = np.array([1.0 if d == "maximize" else -1.0 for d in problem.directions])
+    return np.array([t.values for t in history.complete]) * sign
+
+
+def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), in [0, 1]
+    """Square root of each layer's relative error: harm is nearly additive and smooth in it."""
+    errors = np.stack([e[rows[:, i]] for i, e in enumerate(problem.errors)], axis=1)
+    return torch.from_numpy(np.sqrt(np.clip(errors, 0, 1)))
+
+
+def _maximise(problem: Problem, history: History, pool: Indices, n: int, seed: int) -> list[int]:
+    """Positions in the pool that greedily maximise the acquisition function."""
+    with _deterministic(seed):
+        X = _features(problem, np.array([problem.indices(t.allocation) for t in history.complete]))
+        Y = torch.from_numpy(_signed(problem, history))
+        candidates = _features(problem, pool)
+        pending = [problem.indices(a) for a in history.pending]
+        waiting = _features(problem, np.array(pending)) if pending else None
+        acquisition = _acquisition(X, Y, waiting, seed)
+        chosen: list[int] = []
+        for _ in range(min(n, len(pool))):
+            with torch.no_grad():
+                scores = torch.cat([acquisition(c.unsqueeze(1)) for c in candidates.split(256)])
+            scores[chosen] = -torch.inf
+            chosen.append(int(scores.argmax()))
+            waiting = _joined(waiting, candidates[chosen[-1:]])
+            acquisition.set_X_pending(waiting)
+        return chosen
+
+
+def _acquisition(X: Tensor, Y: Tensor, waiting: Tensor | None, seed: int) -> Any:
+    from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+    from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import ModelListGP, SingleTaskGP
+    from botorch.models.transforms import Standardize
+    from botorch.sampling import SobolQMCNormalSampler
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    models = []
+    for y in Y.split(1, dim=1):
+        y = y + 0.0 if float(y.std()) > 0 else y + 1e-9 * torch.arange(len(y)).unsqueeze(1)
+        model = SingleTaskGP(X, y, outcome_transform=Standardize(1))
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+        models.append(model)
+    sampler = SobolQMCNormalSampler(torch.Size([128]), seed=seed % 2**31)
+    if len(models) == 1:
+        return qLogNoisyExpectedImprovement(
+            models[0], X, sampler=sampler, X_pending=waiting, prune_baseline=True
+        )
+    span = Y.max(0).values - Y.min(0).values
+    return qLogNoisyExpectedHypervolumeImprovement(
+        ModelListGP(*models),
+        ref_point=(Y.min(0).values - 0.1 * span).tolist(),
+        X_baseline=X,
+        sampler=sampler,
+        X_pending=waiting,
+        prune_baseline=True,
+    )
+
+
+@contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """Own random numbers, and one thread: small matrices, and workers that do not fight."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _joined(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else torch.cat([a, b])
