@@ -60,6 +60,7 @@ def make_objective(given: str | ObjectiveBase) -> ObjectiveBase:
         if given not in OBJECTIVES:
             raise UnknownNameError("objective", given, OBJECTIVES, "Or path/to/file.py:function.")
         return OBJECTIVES[given]
-    spec, _, direction = given.partition("=")
-    fn = load_callable(spec, "objective")
+    path, _, name_direction = given.rpartition(":")
+    name, _, direction = name_direction.partition("=")
+    fn = load_callable(f"{path}:{name}", "objective")
     return Objective(fn, direction or getattr(fn, "direction", "maximize"))

@@ -21,7 +21,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> float:
 def loss(logits: Tensor, targets: Tensor) -> float:
     """Mean cross entropy in nats, or mean squared error where the targets are real numbers."""
     if targets.is_floating_point():
-        return float(functional.mse_loss(logits.double(), targets.double()))
+        return float(functional.mse_loss(logits.double(), targets.double().reshape(logits.shape)))
     flat = logits.reshape(-1, logits.shape[-1]).double()
     return float(functional.cross_entropy(flat, targets.reshape(-1)))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.hw_models import CallableModel, HardwareModel
     from rankNAS.objectives import Objective
-    from rankNAS.search import Settings, search
+    from rankNAS.engine import Settings, search
     from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
     from rankNAS.strategies import Strategy, Trial
     from rankNAS.study import Study
@@ -34,7 +34,7 @@ _HOMES = {
     "RankNASError": "exceptions",
     "RankPolicy": "search_spaces",
     "SearchSpace": "search_spaces",
-    "Settings": "search",
+    "Settings": "engine",
     "Strategy": "strategies",
     "Study": "study",
     "Trial": "strategies",
@@ -42,7 +42,7 @@ _HOMES = {
     "compile_space": "search_spaces",
     "load": "artifact",
     "load_data": "data",
-    "search": "search",
+    "search": "engine",
 }
 
 __all__ = [

@@ -27,6 +27,7 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
 from rankNAS.fingerprints import fingerprint
 from rankNAS.files import save_atomically
+from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 __all__ = ["calibrate", "patches"]
@@ -64,6 +65,7 @@ def calibrate(
     """
     if metric == "weight":
         return {}
+    model = separate_attention(model)
     path = (
         None
         if cache is None
@@ -97,7 +99,9 @@ def _pass(model: nn.Module, batch: Tensor, sums: _Sums, *, backward: bool) -> No
         labels = (probabilities.cumsum(-1) < uniform).sum(-1).clamp_max(logits.shape[-1] - 1)
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         # Gradients with respect to the recorded outputs alone: parameters need none.
-        gradients = torch.autograd.grad(loss, [y for _, y in sums.outputs])
+        # Those of layers that the logits do not depend on are zero.
+        outputs = [y for _, y in sums.outputs]
+        gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
         for (name, _), gradient in zip(sums.outputs, gradients, strict=True):
             sums.add_gradient(name, gradient)
     sums.outputs.clear()
@@ -163,7 +167,7 @@ class _Sums:
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         shape = self.layers[name].shape
         if shape.kernel:
-            gradient = gradient.movedim(1, -1)
+            gradient = gradient.movedim(-1 - len(shape.kernel), -1)
         D = gradient.reshape(-1, shape.groups, shape.outputs // shape.groups).transpose(0, 1)
         self.gradient[name] = self.gradient.get(name, 0) + (D.mT @ D).double()
         self.gradients[name] = self.gradients.get(name, 0) + D.shape[1]
@@ -239,7 +243,7 @@ def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     try:
         save_atomically(path, lambda temporary: save_file(tensors, temporary))
-    except OSError as error:
+    except (SafetensorError, OSError) as error:
         logger.warning("the calibration could not be cached in %s: %s", path, error)
 
 

@@ -121,10 +121,12 @@ class Evaluator:
             costs,
             lambda: self._build(allocation),
         )
-        metrics = {**quality(logits, self._targets), **costs}
+        # A predicted cost stands in for a measured one; any other objective is measured.
+        measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
+        metrics = quality(logits, self._targets)
         if logits.dim() > 1 and not self._targets.is_floating_point():
             metrics["agreement"] = agreement(logits, self.dense_logits)
-        return metrics | {o.name: o(candidate) for o in self.objectives if o.name not in metrics}
+        return {**metrics, **costs, **measured}
 
     @torch.no_grad()
     def _apply(self, allocation: Allocation) -> None:

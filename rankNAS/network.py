@@ -49,8 +49,7 @@ class LayerFactors:
         bias = self.bias
         if bias is not None and self.metric.mean is not None:
             bias = self._corrected_bias(factors.weight(choice.rank))
-        module = factors.truncate(choice.rank, bias)
-        return module.to(self.weight.dtype)
+        return factors.truncate(choice.rank, bias, self.weight.dtype)
 
     def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
         """b + (W - What) E[x]: the mean of the error is taken out."""
@@ -187,8 +186,8 @@ def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
             for path, other in model.named_modules(remove_duplicate=False)
             if other is module or getattr(other, "weight", None) is weight
         ]
-        shape = LayerShape.of(module)
-        replace_module(model, paths, OPERATORS[choice.operator].build(shape, choice.rank))
+        empty = OPERATORS[choice.operator].build(LayerShape.of(module), choice.rank)
+        replace_module(model, paths, empty.to(weight.dtype))
     return model
 
 

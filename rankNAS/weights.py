@@ -24,7 +24,7 @@ from rankNAS.files import cache_folder, save_atomically
 from rankNAS.recovery.training import RECIPE_VERSION, TrainingConfig, train
 from rankNAS.search_spaces.zoo import SPACES
 
-__all__ = ["load_state", "load_weights", "pretrained_weights", "trained_model"]
+__all__ = ["load_state", "load_weights", "peek_metadata", "pretrained_weights", "trained_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,15 @@ def load_weights(model: nn.Module, path: Path | str) -> dict[str, str]:
         state, metadata = _read_torch(path), {}
     load_state(model, state, source=str(path))
     return metadata
+
+
+def peek_metadata(path: Path | str) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for any other file, good or bad."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -55,7 +55,13 @@ class SeparateAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see ``nn.MultiheadAttention`` for shapes and masks."""
+        """Attend; see ``nn.MultiheadAttention`` for shapes and masks.
+
+        Raises:
+            UsageError: ``is_causal``, which is only a hint about the mask, without a mask.
+        """
+        if is_causal and attn_mask is None:
+            raise UsageError("`is_causal` needs the causal mask itself in `attn_mask`.")
         batched = query.dim() == 3
         if batched and not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -86,17 +92,28 @@ class SeparateAttention(nn.Module):
 
 
 def separate_attention(model: nn.Module) -> nn.Module:
-    """The model with each ``nn.MultiheadAttention`` replaced; a copy if there is any."""
-    if not any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+    """The model with each ``nn.MultiheadAttention`` replaced; a copy if there is any.
+
+    Subclasses with a forward of their own stay as they are.
+    """
+    if not any(map(_is_attention, model.modules())):
         return model
     model = copy.deepcopy(model)
-    if isinstance(model, nn.MultiheadAttention):
-        return SeparateAttention(model)
+    if _is_attention(model):
+        return SeparateAttention(model)  # type: ignore[arg-type]
+    separate = {m: SeparateAttention(m) for m in model.modules() if _is_attention(m)}  # type: ignore[arg-type]
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(parent, name, SeparateAttention(child))
+        for name, child in list(parent._modules.items()):  # a shared module under all its names
+            if child in separate:
+                setattr(parent, name, separate[child])
+        if isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False  # it would ask for the fused parameter
     return model
+
+
+def _is_attention(module: nn.Module) -> bool:
+    own = nn.MultiheadAttention
+    return isinstance(module, own) and type(module).forward is own.forward
 
 
 def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,8 +106,14 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
     modules = [m for m in model.modules() if id(m) in names]
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in modules]
     try:
-        # Under no_grad some modules take fused kernels that the counter does not know.
-        with _evaluating(model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        # Under no_grad some modules take fused kernels that the counter does not know, and so does
+        # attention on CPUs.
+        with (
+            _evaluating(model),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             _forward(model, example_inputs)
     except Exception as error:
         raise UsageError(
@@ -186,6 +193,7 @@ def _reason(
     """Why a layer stays dense, or None."""
     modules = [model.get_submodule(name) for name in names]
     checks: list[tuple[str, Callable[[], bool]]] = [
+        ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
         ("excluded", lambda: any(re.search(e, n) for e in exclude for n in names)),
         ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
         ("its class overrides forward", lambda: any(map(_overrides_forward, modules))),
@@ -198,6 +206,7 @@ def _reason(
         ),
         ("its weight is used by another kind of module", lambda: _shared(model, modules)),
         ("its weight is tied under different biases", lambda: _biases(modules) > 1),
+        ("its weight is tied under different settings", lambda: _settings(modules) > 1),
     ]
     return next((reason for reason, applies in checks if applies()), None)
 
@@ -225,6 +234,11 @@ def _shared(model: nn.Module, modules: list[nn.Module]) -> bool:
 
 def _biases(modules: list[nn.Module]) -> int:
     return len({id(module.bias) for module in modules})
+
+
+def _settings(modules: list[nn.Module]) -> int:
+    """How many ways, in stride or orientation for example, the modules use their one weight."""
+    return len({(is_hf_conv1d(module), LayerShape.of(module)) for module in modules})
 
 
 def _rest(model: nn.Module, layers: dict[str, Layer], total_macs: int) -> Cost:

@@ -60,6 +60,7 @@ def candidate_choices(
 ) -> tuple[tuple[Choice, ...], tuple[Cost, ...]]:
     """The choices of a layer of this shape with their costs, dense first and then by cost."""
     usable = [OPERATORS[n] for n in policy.operators if OPERATORS[n].refuses(shape) is None]
+    usable = usable[: policy.candidates]
     share = max(1, policy.candidates // max(1, len(usable)))
     found: dict[Choice, Cost] = {}
     for operator in usable:

@@ -36,12 +36,15 @@ class Factors(ABC):
         """The approximated weight What (g, o, n) that the chain multiplies out to."""
 
     @final
-    def truncate(self, rank: Rank, bias: Tensor | None = None) -> nn.Module:
-        """The decomposed layer at a rank: a chain of ordinary modules, in the dtype of `bias`
-        or else float32.
+    def truncate(
+        self, rank: Rank, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> nn.Module:
+        """The decomposed layer at a rank: a chain of ordinary modules with their own weights.
+
+        Their type is `dtype`, or else that of `bias`, or else float32.
         """
         module = self.operator.build(self.shape, rank)
-        fill(module, self.operator.stages(self.shape, rank), self.stage_weights(rank), bias)
+        fill(module, self.operator.stages(self.shape, rank), self.stage_weights(rank), bias, dtype)
         return module
 
 
@@ -102,11 +105,12 @@ def fill(
     stages: Sequence[LayerShape],
     weights: Sequence[Tensor],
     bias: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Give a chain built on the meta device its weights, in place."""
-    dtype = torch.float32 if bias is None else bias.dtype
+    dtype = dtype or (torch.float32 if bias is None else bias.dtype)
     for child, shape, weight in zip(module.children(), stages, weights, strict=True):
-        child.weight = nn.Parameter(shape.unfold(weight).to(dtype).contiguous())
+        child.weight = nn.Parameter(shape.unfold(weight).to(dtype, copy=True).contiguous())
         if shape.bias:
             assert bias is not None
-            child.bias = nn.Parameter(bias.detach().clone())
+            child.bias = nn.Parameter(bias.detach().to(dtype, copy=True))

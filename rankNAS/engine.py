@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,7 @@ def search(
     space: SearchSpace | None = None,
     device: str | torch.device = "cpu",
     on_progress: Progress | None = None,
+    on_record: Callable[[], object] | None = None,
     on_trial: Callable[[Trial, Trial | None], None] | None = None,
 ) -> Study:
     """Search the ranks of a trained model.
@@ -107,6 +108,7 @@ def search(
         space: From `compile_space`; compiled here if not given.
         device: Where to evaluate.
         on_progress: Called with a stage's name, steps done, and steps in all.
+        on_record: Called once, when all arguments have proved right and the study is open.
         on_trial: Called with each trial and the best one so far.
 
     Raises:
@@ -149,6 +151,7 @@ def search(
         seed=seed,
         on_progress=report,
     )
+    check_labels(loaded, _outputs(factorisation.model, splits))
     record = Record.open(
         storage,
         name,
@@ -159,6 +162,8 @@ def search(
         directions=problem.directions,
         resume=resume,
     )
+    if on_record is not None:
+        on_record()
     factorisation, problem = _as_recorded(factorisation, problem, record)
     evaluator = Evaluator(
         factorisation,
@@ -170,9 +175,8 @@ def search(
         batch_size=settings.batch_size,
         device=device,
     )
-    check_labels(loaded, evaluator.dense_logits.shape[-1])
     dense = {
-        **quality(evaluator.dense_logits, evaluator._targets),
+        **quality(evaluator.dense_logits, splits.validation[1].to(device)),
         **evaluator.costs(factorisation.space.dense),
     }
     study = Study(name, record, problem, chosen, evaluator, loaded, splits, dense)
@@ -195,17 +199,16 @@ def prepare(
     on_progress: Progress,
 ) -> tuple[Factorisation, Problem]:
     """Everything that is done once: the space, its factors and its tables."""
-    model = separate_attention(model).eval()
-    inputs = splits.calibration[0]
+    model = copy.deepcopy(separate_attention(model)).to(device).eval()
+    inputs = splits.calibration[0].to(device)
     space = space or compile_space(model, inputs[:1], policy=settings.policy)
     named = [(o.name, o.direction) for o in objectives]
     hardware_needed = "latency" in budget
     make_problem(space, None, {k: v for k, v in budget.items() if k != "latency"}).check()
-    model = model.to(device)
     statistics = calibrate(
         model,
         space,
-        inputs.to(device),
+        inputs,
         metric=settings.metric,
         seed=seed,
         cache=cache_folder() / "calibration",
@@ -329,6 +332,13 @@ def _predicted(problem: Problem) -> Callable[[Mapping[str, Any]], dict[str, floa
         return {"predicted_latency": float(sum(t[i] for t, i in zip(table, indices, strict=True)))}
 
     return costs
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, splits: Splits) -> int:
+    """Size of the last axis of the model's output."""
+    device = next(model.parameters()).device
+    return int(model(splits.calibration[0][:1].to(device)).shape[-1])
 
 
 def _check(n_trials: int, objectives: Sequence[ObjectiveBase]) -> None:

@@ -1,0 +1,288 @@
+"""The command line. Each command imports what it needs when it runs: ``--help`` loads no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="ranknas",
+    help="Search the ranks of low-rank compressed networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Space = Annotated[
+    str,
+    typer.Option(help="A built-in space, torchvision:NAME, timm:NAME or path/to/file.py:factory."),
+]
+Out = Annotated[str, typer.Option(help="Folder of the studies' folders.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Study = Annotated[str, typer.Argument(help="Name of a study in --out, or path of its folder.")]
+DEFAULT_OUT = "ranknas-studies"
+
+
+@app.command()
+def search(
+    space: Space = "resnet18",
+    strategy: Annotated[
+        str, typer.Option(help="A name (see `ranknas strategies`) or path/to/file.py:factory.")
+    ] = "bo",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Fraction kept of the dense --cost, or COST=FRACTION. Repeatable."),
+    ] = None,
+    cost: Annotated[
+        str, typer.Option(help="What a bare --budget bounds: macs, params, weight_bytes, latency.")
+    ] = "macs",
+    objective: Annotated[
+        list[str] | None,
+        typer.Option(help="A name (see `ranknas objectives`) or file.py:function[=minimize]."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(help="digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory."),
+    ] = "digits",
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            help="imagenet, cifar10 or MEAN,STD. Default: the weights' metadata, else imagenet."
+        ),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this side.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="safetensors or state-dict file, or 'pretrained'. Default: train first."
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Trials of the study, in all.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    study: Annotated[
+        str | None, typer.Option(help="Name of the study. Default: a new one.")
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Optuna storage URL. Default: study.db in the study's folder."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an existing study.")
+    ] = False,
+    out: Out = DEFAULT_OUT,
+    finetune: Annotated[
+        int, typer.Option(help="Epochs of training of the chosen network.", min=0)
+    ] = 0,
+    distill: Annotated[
+        float, typer.Option(help="Weight of distillation from the dense model in --finetune.")
+    ] = 0.5,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of --finetune.")] = 0.01,
+    metric: Annotated[
+        str, typer.Option(help="Norm of the decompositions: fisher, input or weight.")
+    ] = "fisher",
+    operators: Annotated[
+        str | None, typer.Option(help="Comma-separated: svd,spatial_svd,tucker2,group_svd.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(help="Most choices of a layer before pruning.")] = 256,
+    multiple_of: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 1,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers to leave dense.")
+    ] = None,
+    calibration: Annotated[int, typer.Option(help="Training samples for statistics.")] = 1024,
+    validation: Annotated[int, typer.Option(help="Training samples for the objectives.")] = 1024,
+    batch_norm: Annotated[
+        bool, typer.Option(help="Re-estimate batch norms after truncation.")
+    ] = True,
+    hardware: Annotated[
+        str, typer.Option(help="For latency: host or file.py:function(layer, choice) -> seconds.")
+    ] = "host",
+    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Search the ranks of a network under a budget, and keep the result."""
+    from rankNAS.cli.options import SearchOptions
+    from rankNAS.cli.searching import run_search
+
+    options = SearchOptions(
+        space=space,
+        strategy=strategy,
+        budget=budget or [],
+        cost=cost,
+        objective=objective or ["accuracy"],
+        data=data,
+        normalize=normalize,
+        image_size=image_size,
+        weights=weights,
+        trials=trials,
+        seed=seed,
+        study=study,
+        storage=storage,
+        out=out,
+        finetune=finetune,
+        distill=distill,
+        learning_rate=learning_rate,
+        metric=metric,
+        operators=operators,
+        candidates=candidates,
+        multiple_of=multiple_of,
+        exclude=exclude or [],
+        calibration=calibration,
+        validation=validation,
+        batch_norm=batch_norm,
+        hardware=hardware,
+        device=device,
+    )
+    run_search(options, resume=resume, as_json=json, quiet=quiet)
+
+
+@app.command()
+def resume(
+    study: Study,
+    out: Out = DEFAULT_OUT,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials of the study, in all. Default: as before.")
+    ] = None,
+    trust_study: Annotated[
+        bool,
+        typer.Option("--trust-study", help="Run the Python files that the study's options name."),
+    ] = False,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Go on with a study, with the options it was started with."""
+    from rankNAS.cli.searching import run_resume
+
+    run_resume(study, out, trials, trust_study=trust_study, as_json=json, quiet=quiet)
+
+
+@app.command()
+def show(
+    study: Study,
+    out: Out = DEFAULT_OUT,
+    top: Annotated[int, typer.Option(help="How many trials to list.")] = 10,
+    json: Json = False,
+) -> None:
+    """Show a study: its result, its best trials and the chosen ranks."""
+    from rankNAS.cli.showing import run_show
+
+    run_show(study, out, top, as_json=json)
+
+
+@app.command(name="compile")
+def compile_(
+    space: Space = "resnet18",
+    num_classes: Annotated[int, typer.Option(help="Classes of the model.")] = 1000,
+    image_size: Annotated[int | None, typer.Option(help="Side of the input image.")] = None,
+    operators: Annotated[str | None, typer.Option(help="Comma-separated operators.")] = None,
+    candidates: Annotated[int, typer.Option(help="Most choices of a layer.")] = 256,
+    multiple_of: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 1,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of layers to leave dense.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Print the search space of a model: layers, choices, costs, and what stays dense and why."""
+    from rankNAS.cli.listing import run_compile
+
+    run_compile(
+        space, num_classes, image_size, operators, candidates, multiple_of, exclude or [], json
+    )
+
+
+@app.command()
+def export(
+    study: Study,
+    out: Out = DEFAULT_OUT,
+    format: Annotated[str, typer.Option(help="safetensors, onnx or pt2.")] = "safetensors",
+    output: Annotated[str | None, typer.Option(help="File to write.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="file.py:factory, for a study of a model of your own.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Export the network of a study, reload it and compare outputs."""
+    from rankNAS.cli.exporting import run_export
+
+    run_export(study, out, format, output, space, as_json=json)
+
+
+@app.command()
+def dashboard(
+    study: Study,
+    out: Out = DEFAULT_OUT,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+) -> None:
+    """Open a study in optuna-dashboard (needs the extra `dashboard`)."""
+    from rankNAS.cli.showing import run_dashboard
+
+    run_dashboard(study, out, host, port)
+
+
+@app.command()
+def spaces(json: Json = False) -> None:
+    """List the built-in search spaces."""
+    from rankNAS.cli.listing import run_spaces
+
+    run_spaces(json)
+
+
+@app.command()
+def strategies(json: Json = False) -> None:
+    """List the strategies."""
+    from rankNAS.cli.listing import run_strategies
+
+    run_strategies(json)
+
+
+@app.command()
+def objectives(json: Json = False) -> None:
+    """List the objectives."""
+    from rankNAS.cli.listing import run_objectives
+
+    run_objectives(json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from rankNAS import __version__
+
+        typer.echo(f"ranknas {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Search the ranks of low-rank compressed networks."""
+
+
+def main() -> None:
+    """Run the command line; mistakes of the user exit with 2 and one line, no traceback."""
+    from rankNAS.exceptions import RankNASError, UsageError
+
+    try:
+        app()
+    except UsageError as error:
+        _fail(error, 2)
+    except RankNASError as error:
+        _fail(error, 1)
+    except BrokenPipeError:  # the reader of a pipe, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"ranknas: error: {error}", err=True)
+    sys.exit(code)

@@ -1,0 +1,92 @@
+"""Progress on stderr and tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+__all__ = ["Reporter", "number", "print_json", "print_table", "reporting"]
+
+
+class Reporter:
+    """Shows stages as progress bars; silent if there is no progress display."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def stage(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Move the bar of a stage, which appears when it is first named."""
+        if self._progress is None:
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note="")
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, markup=False)
+
+
+@contextmanager
+def reporting(quiet: bool) -> Iterator[Reporter]:
+    """A reporter on stderr."""
+    if quiet:
+        yield Reporter(None)
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Reporter(progress)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1
+) -> None:
+    """A table on stdout; the first `left` columns are text, the others are aligned right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console()
+    width = None if console.is_terminal else 140
+    Console(width=width, highlight=False).print(table)
+
+
+def number(value: float) -> str:
+    """A count with thousands separators, or a real number with five digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.5g}"
+
+
+def percent(part: Mapping[str, float], whole: Mapping[str, float], name: str) -> str:
+    """What is kept of a cost: ``11,243,520 (30.0 %)``."""
+    return f"{number(part[name])} ({100 * part[name] / whole[name]:.1f} %)"
