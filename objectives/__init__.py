@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.objectives.base import Candidate, Direction, Objective, ObjectiveBase
 from rankNAS.objectives.costs import CostObjective, Latency
@@ -63,4 +65,4 @@ def make_objective(given: str | ObjectiveBase) -> ObjectiveBase:
     path, _, name_direction = given.rpartition(":")
     name, _, direction = name_direction.partition("=")
     fn = load_callable(f"{path}:{name}", "objective")
-    return Objective(fn, direction or getattr(fn, "direction", "maximize"))
+    return Objective(fn, cast(Direction, direction or getattr(fn, "direction", "maximize")))

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from rankNAS.artifact import load
     from rankNAS.data import Data, load_data
     from rankNAS.decompositions import Operator
+    from rankNAS.engine import Settings, search
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.hw_models import CallableModel, HardwareModel
     from rankNAS.objectives import Objective
-    from rankNAS.engine import Settings, search
     from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
     from rankNAS.strategies import Strategy, Trial
     from rankNAS.study import Study

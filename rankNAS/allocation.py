@@ -1,4 +1,4 @@
-"""What is searched: an allocation gives every decomposable layer one choice of operator and rank."""
+"""What is searched: an allocation gives every layer one choice of operator and rank."""
 
 from __future__ import annotations
 

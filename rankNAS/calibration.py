@@ -25,15 +25,15 @@ from torch.nn import functional
 from rankNAS.decompositions.metrics import MetricName, Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
-from rankNAS.fingerprints import fingerprint
 from rankNAS.files import save_atomically
+from rankNAS.fingerprints import fingerprint
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 __all__ = ["calibrate", "patches"]
 
 logger = logging.getLogger(__name__)
-MAX_POSITIONS = 1024  # patches of one image that enter C: at 32 x 32 all of them
+MAX_POSITIONS = 256  # patches of one input that enter C; neighbours are nearly copies
 
 
 def calibrate(
@@ -122,7 +122,7 @@ class _Sums:
 
     @contextmanager
     def recording(self, model: nn.Module, *, gradients: bool) -> Iterator[None]:
-        """Hooks in place; parameters need no gradient, the first layer's output starts the tape."""
+        """Hooks in place, parameters frozen: the first layer's output starts the tape."""
         handles = []
         modules = {
             id(model.get_submodule(p)): (p, x) for x in self.layers.values() for p in x.paths
@@ -200,23 +200,31 @@ def patches(
     Args:
         shape: The layer.
         x: Its input: (*, features), (batch, channels, length) or (batch, channels, height, width).
-        generator: Draws at most 1024 positions of each image; None takes all.
+        generator: Draws at most 256 positions of each input; None takes all.
     """
     g = shape.groups
     if not shape.kernel:
         return x.reshape(-1, g, shape.inputs // g).transpose(0, 1)
     x = x.reshape(-1, *x.shape[-len(shape.kernel) - 1 :])
     x = _pad(shape, x)
-    if len(shape.kernel) == 1:
-        x = x.unsqueeze(2)
-    kernel, dilation, stride = (
-        (1,) * (2 - len(v)) + v for v in (shape.kernel, shape.dilation, shape.stride)
-    )
-    columns = functional.unfold(x, kernel, dilation, 0, stride)  # (batch, g n, positions)
-    if generator is not None and columns.shape[2] > MAX_POSITIONS:
-        drawn = torch.randperm(columns.shape[2], generator=generator)[:MAX_POSITIONS]
-        columns = columns[:, :, drawn.to(columns.device)]
-    return columns.unflatten(1, (g, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    reading = _positions(shape, x.shape[2:], generator).to(x.device)  # (kernel, positions)
+    columns = x.flatten(2)[:, :, reading]  # (batch, g c, kernel, positions)
+    columns = columns.reshape(len(x), g, shape.width, -1)
+    return columns.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _positions(
+    shape: LayerShape, size: tuple[int, ...], generator: torch.Generator | None
+) -> Tensor:  # -> (kernel, positions)
+    """Where in the flattened padded input each kernel element reads, for the drawn positions."""
+    starts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for length, k, d, s in zip(size, shape.kernel, shape.dilation, shape.stride, strict=True):
+        along = torch.arange(0, length - d * (k - 1), s)
+        starts = (starts[:, None] * length + along).flatten()
+        offsets = (offsets[:, None] * length + d * torch.arange(k)).flatten()
+    if generator is not None and len(starts) > MAX_POSITIONS:
+        starts = starts[torch.randperm(len(starts), generator=generator)[:MAX_POSITIONS]]
+    return offsets[:, None] + starts
 
 
 def _pad(shape: LayerShape, x: Tensor) -> Tensor:

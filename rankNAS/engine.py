@@ -266,8 +266,8 @@ def _as_recorded(
     if same:
         return factorisation, problem
     raise RankNASError(
-        f"study {record.study.study_name!r} was made with other choices of ranks than this machine "
-        "and these versions give; start a new study."
+        f"study {record.study.study_name!r} was made with other choices of ranks than this "
+        "machine and these versions give; start a new study."
     )
 
 

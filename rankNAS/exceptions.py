@@ -7,8 +7,8 @@
         +-- UnknownNameError (KeyError)  a space, strategy, objective, … that does not exist
         +-- BudgetError                  a budget that is malformed or that nothing can meet
         +-- DataError                    a data set that is missing or malformed
-        +-- WeightsError                 a weights file that is unreadable or belongs to another model
-        +-- StudyError                   a study that is missing, corrupt or differently configured
+        +-- WeightsError                 an unreadable weights file, or one of another model
+        +-- StudyError                   a study that is missing, corrupt or configured otherwise
         +-- ObjectiveError               an objective that raised or returned no finite number
 """
 
@@ -51,9 +51,8 @@ class UnknownNameError(UsageError, KeyError):
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         guess = f" Did you mean {near[0]!r}?" if near else ""
-        super().__init__(
-            f"unknown {kind} {name!r}.{guess} Known: {', '.join(known)}.{' ' + hint if hint else ''}"
-        )
+        listed = f" Known: {', '.join(known)}."
+        super().__init__(f"unknown {kind} {name!r}.{guess}{listed} {hint}".rstrip())
 
     __str__ = Exception.__str__  # KeyError would print the repr of the message
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class LayerFactors:
         return 0.0 if choice == DENSE else self.factors[choice.operator].error(choice.rank)
 
     def folded(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
-        """Weight (in the shape of `LayerShape.unfold`) and bias that a choice multiplies out to."""
+        """Weight (shaped as by `LayerShape.unfold`) and bias that a choice multiplies out to."""
         if choice == DENSE:
             return self.layer.shape.unfold(self.weight), self.bias
         approximation = self.factors[choice.operator].weight(choice.rank)
@@ -52,7 +53,7 @@ class LayerFactors:
         return factors.truncate(choice.rank, bias, self.weight.dtype)
 
     def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
-        """b + (W - What) E[x]: the mean of the error is taken out."""
+        """The bias b + (W - What) E[x], which takes out the mean of the error."""
         if self.bias is None or self.metric.mean is None:
             return self.bias
         D = self.weight.double().flatten(2) - approximation
@@ -143,7 +144,7 @@ def _factorise_layer(layer: Layer, module: nn.Module, metric: Metric) -> LayerFa
         name: OPERATORS[name].factorise(shape, weight, metric, ranks)
         for name, ranks in _ranks(layer.choices).items()
     }
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    bias: Any = module.bias
     return LayerFactors(layer, weight, None if bias is None else bias.detach(), metric, factors)
 
 
@@ -157,7 +158,8 @@ def _ranks(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:
 
 def _oriented(module: nn.Module) -> Tensor:
     """The weight with outputs first; Hugging Face's ``Conv1D`` keeps them last."""
-    weight: Tensor = module.weight.detach()  # type: ignore[operator, assignment]
+    own: Any = module.weight
+    weight: Tensor = own.detach()
     return weight.T if is_hf_conv1d(module) else weight
 
 
@@ -180,7 +182,7 @@ def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
             module = model.get_submodule(name)
         except AttributeError:
             raise UsageError(f"the model has no layer {name!r}; is it another model?") from None
-        weight = module.weight
+        weight: Any = module.weight
         paths = [
             path
             for path, other in model.named_modules(remove_duplicate=False)

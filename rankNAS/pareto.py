@@ -26,5 +26,4 @@ def non_dominated(values: npt.ArrayLike | Sequence[Any]) -> npt.NDArray[np.bool_
     v = np.asarray(values, dtype=float)
     as_good = (v[:, None, :] >= v[None, :, :]).all(2)
     better = (v[:, None, :] > v[None, :, :]).any(2)
-    front: npt.NDArray[np.bool_] = ~(as_good & better).any(0)
-    return front
+    return ~np.any(as_good & better, axis=0)

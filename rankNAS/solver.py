@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ __all__ = ["Solution", "least_cost", "min_max", "min_sum"]
 Array = npt.NDArray[np.float64]
 Table = Sequence[Array]  # one array of C_l values a layer
 SLACK = 1e-9  # relative: budgets are met to rounding error, never beyond
+SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,30 @@ def min_sum(
     constraints = [LinearConstraint(one, 1, 1)]
     if limits:
         rows = np.stack([np.concatenate(c) / b for c, b in zip(costs, limits, strict=True)])
-        constraints.append(LinearConstraint(rows, -np.inf, 1.0))
-    result = milp(
-        flat / scale,
-        constraints=constraints,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, (flat <= largest).astype(float)),
-        options={"mip_rel_gap": gap, "time_limit": seconds},
-    )
-    if result.x is None:
-        raise _infeasible(costs, limits) if result.status == 2 else _unsolved(seconds)
-    chosen = np.array([np.argmax(np.where(layer == i, result.x, -1)) for i in range(len(value))])
+        constraints.append(LinearConstraint(SHARPNESS * rows, -np.inf, SHARPNESS))
     offsets = np.cumsum([0, *(len(v) for v in value[:-1])])
-    indices = tuple(int(i) for i in chosen - offsets)
-    indices = _within(value, costs, limits, indices, largest)
-    return Solution(indices, _total(value, indices), float(result.mip_gap or 0.0))
+    deadline = time.monotonic() + seconds
+    while True:
+        result = milp(
+            flat / scale,
+            constraints=constraints,
+            integrality=np.ones(len(flat), dtype=np.int64),
+            bounds=Bounds(0, (flat <= largest).astype(float)),
+            options={
+                "mip_rel_gap": gap,
+                "time_limit": max(0.0, deadline - time.monotonic()),
+            },
+        )
+        if result.x is None:
+            raise _infeasible(costs, limits) if result.status == 2 else _unsolved(seconds)
+        chosen = [int(np.argmax(np.where(layer == i, result.x, -1))) for i in range(len(value))]
+        indices = tuple(int(i) for i in chosen - offsets)
+        if _meets(costs, limits, indices):
+            return Solution(indices, _total(value, indices), float(result.mip_gap or 0.0))
+        # Rounding inside the solver let it pass a limit by a hair: never that allocation again.
+        again = np.zeros((1, len(flat)))
+        again[0, chosen] = 1
+        constraints.append(LinearConstraint(again, -np.inf, len(value) - 1))
 
 
 def min_max(value: Table, costs: Sequence[Table], limits: Sequence[float]) -> Solution:
@@ -134,23 +145,11 @@ def _feasible(
     return True
 
 
-def _within(
-    value: Table,
-    costs: Sequence[Table],
-    limits: Sequence[float],
-    indices: tuple[int, ...],
-    largest: float,
-) -> tuple[int, ...]:
-    """The indices, unless rounding inside the solver let them pass a limit by a hair."""
-    over = [
-        k
-        for k, (cost, limit) in enumerate(zip(costs, limits, strict=True))
-        if _total(cost, indices) > limit * (1 + SLACK)
-    ]
-    if not over:
-        return indices
-    tighter = [limit * (1 - 1e-5) if k in over else limit for k, limit in enumerate(limits)]
-    return min_sum(value, costs, tighter, largest=largest).indices
+def _meets(costs: Sequence[Table], limits: Sequence[float], indices: Sequence[int]) -> bool:
+    return all(
+        _total(cost, indices) <= limit * (1 + SLACK)
+        for cost, limit in zip(costs, limits, strict=True)
+    )
 
 
 def _total(table: Table, indices: Sequence[int]) -> float:

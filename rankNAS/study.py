@@ -90,7 +90,7 @@ class Study:
         return network.cpu()
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
-        """Loss and accuracy on the test data, which the search never sees; by default of the best."""
+        """Loss and accuracy on the test data, which the search never sees."""
         network = self.materialise() if network is None else network
         return test_metrics(network, self.splits.test, device=self.evaluator.device)
 

@@ -117,7 +117,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
-    if attention.in_proj_weight is not None:
+    if attention._qkv_same_embed_dim:
         weights = attention.in_proj_weight.chunk(3)
     else:
         weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
@@ -135,7 +135,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:  # (batch, length, embed) -> (batch, heads, length, d)
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:

@@ -23,7 +23,9 @@ __all__ = ["run_compile", "run_objectives", "run_spaces", "run_strategies"]
 
 def run_spaces(as_json: bool) -> None:
     """List the built-in spaces and the general forms."""
-    rows = [(entry.name, entry.family, entry.description) for entry in SPACES.values()]
+    rows: list[tuple[str, str, str]] = [
+        (entry.name, entry.family, entry.description) for entry in SPACES.values()
+    ]
     rows += [
         ("torchvision:NAME", "torchvision", "any torchvision model"),
         ("timm:NAME", "timm", "any timm model (extra `hf`)"),
@@ -40,7 +42,9 @@ def run_strategies(as_json: bool) -> None:
 
 def run_objectives(as_json: bool) -> None:
     """List the objectives."""
-    rows = [(name, o.direction, _summary(type(o))) for name, o in OBJECTIVES.items()]
+    rows: list[tuple[str, str, str]] = [
+        (name, o.direction, _summary(type(o))) for name, o in OBJECTIVES.items()
+    ]
     rows.append(("path/to/file.py:function", "=maximize", "a function of network and data"))
     _print("Objectives", ("name", "direction", "description"), rows, as_json)
 

@@ -216,7 +216,6 @@ def _search(
                 folder.rmdir()
     study.model = {
         "space": options.space,
-        "num_classes": study.data.num_classes,
         "num_classes": data.num_classes,
         "input_shape": list(data.input_shape),
     }
@@ -234,7 +233,7 @@ def _keep(
     study.to_pandas().to_csv(folder / "trials.csv", index=False)
     test = study.test(network)
     dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
-    result = {
+    result: dict[str, Any] = {
         "study": options.study,
         "strategy": options.strategy,
         "space": options.space,

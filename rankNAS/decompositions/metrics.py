@@ -100,7 +100,7 @@ def make_metric(
     if name == "input":
         return Metric(C, None, mean)
     assert statistics.gradient is not None
-    return Metric(C, matrix_root(statistics.gradient.double()), mean)
+    return Metric(C, matrix_root(_ridged(statistics.gradient.double())), mean)
 
 
 def _ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
@@ -111,6 +111,7 @@ def _ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
 
 
 def matrix_root(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
-    """The symmetric square root of a positive semi-definite matrix, ridged by 1e-6 of its scale."""
-    values, vectors = torch.linalg.eigh(_ridged(A))
-    return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    """The symmetric square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh(A)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+    return root

@@ -74,7 +74,8 @@ class NestedBasis:
         """M L^-1 for coefficients on the orthonormal features, back on the features Phi."""
         m = M.shape[-1]
         A = torch.linalg.solve_triangular(self.L[:, :m, :m], M, upper=False, left=False)
-        return A * self.scale[:, None, :m]
+        scaled: Tensor = A * self.scale[:, None, :m]
+        return scaled
 
     def multiply(self, output_map: Tensor) -> Tensor:  # (g, o, rank b) -> (g, o, n)
         """output_map Phi, with the columns put back in the order of W."""
@@ -127,6 +128,7 @@ def _gram(metric: Metric, basis: Tensor, order: Tensor) -> Tensor:  # (g, K, K)
 def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
     """Cholesky factor; nearly dependent features get just enough jitter to stay harmless."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    L = gram
     for jitter in (0.0, 1e-12, 1e-10, 1e-8):
         L, info = torch.linalg.cholesky_ex(gram + jitter * eye)
         if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() > 1e-7:
@@ -159,7 +161,9 @@ def leading_rows(
         rows = V.flip(-1)[..., :R].mT @ root.mT @ N
     values = values.flip(-1)[..., :R]
     alive = values > DEAD * values[..., :1]
-    return torch.nn.functional.normalize(rows, dim=-1) * alive.unsqueeze(-1)
+    unit: Tensor = torch.nn.functional.normalize(rows, dim=-1)
+    kept: Tensor = unit * alive.unsqueeze(-1)
+    return kept
 
 
 def diagonal_blocks(C: Tensor | None, columns: Tensor) -> Tensor | None:

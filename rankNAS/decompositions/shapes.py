@@ -72,7 +72,7 @@ class LayerShape:
 
     @classmethod
     def of(cls, module: nn.Module, calls: tuple[tuple[int, ...], ...] = ()) -> LayerShape:
-        """The shape of an existing ``Linear``, ``Conv1d``, ``Conv2d`` or Hugging Face ``Conv1D``."""
+        """The shape of a ``Linear``, ``Conv1d``, ``Conv2d`` or Hugging Face ``Conv1D``."""
         weight: Any = module.weight
         common: dict[str, Any] = {
             "bias": module.bias is not None,

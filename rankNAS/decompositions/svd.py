@@ -158,7 +158,7 @@ class GroupSvd(Operator):
     """Rank (k, r): a layer of k channel groups with r outputs each, then a 1 x 1 layer.
 
     Args:
-        max_groups: The largest k offered, besides k = number of channels.
+        max_groups: The largest k offered; k divides the number of channels.
     """
 
     max_groups: int = 64

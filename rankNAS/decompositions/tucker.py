@@ -30,6 +30,8 @@ from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
 __all__ = ["Tucker2", "TuckerFactors"]
 
+TIE = 1e-9  # relative weight of a criterion that only breaks ties
+
 
 @final
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ def _errors(nested: NestedBasis, U: Tensor) -> list[list[float]]:
     squares = squares.unflatten(1, (-1, nested.blocks)).sum(2)
     kept = torch.nn.functional.pad(squares.cumsum(0).cumsum(1), (1, 0, 1, 0))
     if nested.energy == 0:
-        return (kept * 0).tolist()  # type: ignore[no-any-return]
-    return (1 - kept / nested.energy).clamp(0, 1).tolist()  # type: ignore[no-any-return]
+        return (kept * 0).tolist()
+    return (1 - kept / nested.energy).clamp(0, 1).tolist()
 
 
 def _refine(
@@ -157,7 +159,9 @@ def _refine(
     best = (_errors(nested, U)[r_out][r_in], nested, U)
     for _ in range(sweeps):
         HM = best[1].HM[:, :, : r_in * nested.blocks]
-        U = torch.linalg.eigh(HM @ HM.mT).eigenvectors.flip(-1)
+        # Where HM has fewer columns than r_out, the directions it leaves open are those of H W.
+        energy = HM @ HM.mT + TIE * metric.right(HW) @ HW.mT
+        U = torch.linalg.eigh(energy).eigenvectors.flip(-1)
         projected = U[:, :, :r_out].mT @ HW
         candidate = _input_basis(W, projected, metric, columns, r_in)
         error = _errors(candidate, U)[r_out][r_in]

@@ -127,7 +127,7 @@ class Problem:
         return all(fractions[name] <= bound * (1 + SLACK) for name, bound in self.budget.items())
 
     def check(self) -> None:
-        """Raise a BudgetError that names the smallest possible fraction if a budget is too small."""
+        """Raise a BudgetError, naming the smallest possible fraction, if a budget is too small."""
         for name, limit in self.limits.items():
             least = least_cost(self.costs[name])
             if least > limit * (1 + SLACK):

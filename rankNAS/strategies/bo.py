@@ -33,6 +33,8 @@ from rankNAS.strategies.decode import Indices, decode, preference
 
 __all__ = ["BayesianOptimisation"]
 
+FIT_ITERATIONS = 50  # of L-BFGS; later ones change the hyper-parameters, not the choice
+
 
 @final
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class BayesianOptimisation(Strategy):
         return np.exp(rng.normal(0, self.spread, size))
 
     def _preferences(self, problem: Problem, history: History, rng: np.random.Generator) -> Array:
-        """Part around the best allocations, a few layers changed at three scales; the rest wide."""
+        """Part around the best allocations, some layers changed at three scales; the rest wide."""
         best = np.array([problem.indices(t.allocation) for t in _best(problem, history, 5)])
         centres = preference(problem, best)
         count, L = int(self.pool * self.local), len(problem.errors)
@@ -117,7 +119,8 @@ class BayesianOptimisation(Strategy):
         _, order = np.unique(rows, axis=0, return_index=True)
         rows = rows[np.sort(order)]
         fresh = [problem.allocation(row.tolist()) not in taken for row in rows]
-        return rows[np.array(fresh, dtype=bool)]
+        unseen: Indices = rows[np.array(fresh, dtype=bool)]
+        return unseen
 
 
 def _decoded(problem: Problem, preferences: Array, rng: np.random.Generator) -> Indices:
@@ -157,7 +160,8 @@ def _best(problem: Problem, history: History, count: int) -> list[Any]:
 
 def _signed(problem: Problem, history: History) -> Array:  # (trials, objectives), larger is better
     sign = np.array([1.0 if d == "maximize" else -1.0 for d in problem.directions])
-    return np.array([t.values for t in history.complete]) * sign
+    signed: Array = np.array([t.values for t in history.complete]) * sign
+    return signed
 
 
 def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), in [0, 1]
@@ -190,16 +194,20 @@ def _acquisition(X: Tensor, Y: Tensor, waiting: Tensor | None, seed: int) -> Any
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
     from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
     from botorch.fit import fit_gpytorch_mll
-    from botorch.models import ModelListGP, SingleTaskGP
+    from botorch.models import SingleTaskGP
+    from botorch.models.model_list_gp_regression import ModelListGP
     from botorch.models.transforms import Standardize
-    from botorch.sampling import SobolQMCNormalSampler
+    from botorch.sampling.normal import SobolQMCNormalSampler
     from gpytorch.mlls import ExactMarginalLogLikelihood
 
     models = []
     for y in Y.split(1, dim=1):
         y = y + 0.0 if float(y.std()) > 0 else y + 1e-9 * torch.arange(len(y)).unsqueeze(1)
         model = SingleTaskGP(X, y, outcome_transform=Standardize(1))
-        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+        fit_gpytorch_mll(
+            ExactMarginalLogLikelihood(model.likelihood, model),
+            optimizer_kwargs={"options": {"maxiter": FIT_ITERATIONS}},
+        )
         models.append(model)
     sampler = SobolQMCNormalSampler(torch.Size([128]), seed=seed % 2**31)
     if len(models) == 1:

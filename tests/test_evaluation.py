@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset, TensorDataset
+
+from rankNAS import evaluation
+from rankNAS.allocation import Allocation
+from rankNAS.calibration import calibrate
+from rankNAS.evaluation import Evaluator
+from rankNAS.exceptions import ObjectiveError, UsageError
+from rankNAS.network import Factorisation, factorise
+from rankNAS.objectives import Accuracy, Agreement, CostObjective, Latency, Loss, Objective
+from rankNAS.search_spaces.compiler import compile_space
+
+
+def images(n: int = 60) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(n, 3, 8, 8, generator=generator),
+        torch.randint(6, (n,), generator=generator),
+    )
+
+
+def convolutional() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(12, 12, 3, stride=2),
+        nn.BatchNorm2d(12),
+        nn.Flatten(),
+        nn.Linear(108, 6),
+    )
+    model(images()[0] * 1.5 + 0.2)  # running statistics that are not those of the data
+    return model.eval()
+
+
+def factorised(model: nn.Module, x: Tensor, **options: Any) -> Factorisation:
+    space = compile_space(model, x[:1], min_weights=1, keep_output_dense=False)
+    metric = options.pop("metric", "input")
+    return factorise(model, space, calibrate(model, space, x, metric=metric), metric=metric)
+
+
+def evaluator(batch_norm: bool = True, **options: Any) -> Evaluator:
+    x, y = images()
+    calibration = images(40)[0]
+    return Evaluator(
+        factorised(convolutional(), x), calibration, (x, y), batch_norm=batch_norm, **options
+    )
+
+
+def drawn(of: Evaluator, seed: int) -> Allocation:
+    rng = random.Random(seed)
+    layers = of.factorisation.space.layers
+    return Allocation.of({n: rng.choice(layer.choices) for n, layer in layers.items()})
+
+
+def by_hand(network: nn.Module, dense: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    with torch.no_grad():
+        log_q = network.eval()(x).double().log_softmax(-1)
+        log_p = dense.eval()(x).double().log_softmax(-1)
+    return {
+        "accuracy": (log_q.argmax(-1) == y).double().mean().item(),
+        "loss": -log_q.gather(-1, y[:, None]).mean().item(),
+        "agreement": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+    }
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("batch_size", [17, 256])
+def test_metrics_are_those_of_the_network(batch_norm: bool, batch_size: int) -> None:
+    ev = evaluator(batch_norm, batch_size=batch_size)
+    for seed in range(4):
+        allocation = drawn(ev, seed)
+        metrics = ev.evaluate(allocation)
+        network = ev.network(allocation)
+        assert not network.training
+        for name, value in by_hand(network, convolutional(), *images()).items():
+            assert metrics[name] == pytest.approx(value, abs=1e-4), name
+        cost = ev.factorisation.space.cost(allocation)
+        assert metrics["params"] == cost.params == sum(p.numel() for p in network.parameters())
+        assert (metrics["macs"], metrics["weight_bytes"]) == (cost.macs, cost.weight_bytes)
+
+
+def test_batch_norms_are_those_of_the_calibration_data() -> None:
+    ev = evaluator(batch_size=100)
+    network = ev.network(drawn(ev, 3))
+    x = images(40)[0]
+    hidden = network[0](x)
+    torch.testing.assert_close(
+        network[1].running_mean, hidden.mean((0, 2, 3)), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(network[1].running_var, hidden.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    kept = evaluator(batch_norm=False)
+    for name, value in convolutional()[1].state_dict().items():
+        assert torch.equal(kept.network(drawn(kept, 3))[1].state_dict()[name], value)
+
+
+def test_dense_without_batch_norm_is_the_model() -> None:
+    ev = evaluator(batch_norm=False)
+    metrics = ev.evaluate(ev.factorisation.space.dense)
+    expected = by_hand(convolutional(), convolutional(), *images())
+    assert metrics["agreement"] == 0 == expected["agreement"]
+    assert metrics["accuracy"] == expected["accuracy"]
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    torch.testing.assert_close(ev.dense_logits, convolutional()(images()[0]).detach())
+
+
+def test_agreement_is_positive_elsewhere() -> None:
+    ev = evaluator(batch_norm=False)
+    smallest = {n: layer.choices[-1] for n, layer in ev.factorisation.space.layers.items()}
+    assert ev.evaluate(Allocation.of(smallest))["agreement"] > 0
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_order_of_evaluations_does_not_matter(batch_norm: bool) -> None:
+    allocations = [drawn(evaluator(), seed) for seed in range(4)]
+    alone = [evaluator(batch_norm).evaluate(allocation) for allocation in allocations]
+    ev = evaluator(batch_norm)
+    rng = random.Random(0)
+    for _ in range(12):
+        i = rng.randrange(4)
+        ev._known.clear()  # the same numbers must come out of measuring anew
+        assert ev.evaluate(allocations[i]) == alone[i]
+
+
+def count_forwards(ev: Evaluator) -> list[int]:
+    calls = [0]
+
+    def count(*_: Any) -> None:
+        calls[0] += 1
+
+    ev._scratch.register_forward_hook(count)
+    return calls
+
+
+def test_equal_allocations_are_evaluated_once() -> None:
+    ev = evaluator(batch_norm=False)
+    calls = count_forwards(ev)
+    allocation = drawn(ev, 0)
+    first = ev.evaluate(allocation)
+    assert calls == [1]
+    reordered = Allocation.of(dict(reversed(list(allocation.items()))))
+    second = ev.evaluate(reordered)
+    assert calls == [1] and first == second
+    second["loss"] = -1.0  # what is returned is the caller's own
+    assert ev.evaluate(allocation) == first
+    ev.evaluate(drawn(ev, 1))
+    assert calls == [2]
+
+
+def test_remembered_metrics_are_not_measured() -> None:
+    ev = evaluator()
+    calls = count_forwards(ev)
+    allocation = drawn(ev, 0)
+    ev.remember(allocation, {"loss": 1.5})
+    assert ev.evaluate(allocation) == {"loss": 1.5} and calls == [0]
+
+
+def test_time_is_accounted_for() -> None:
+    ev = evaluator()
+    before = ev.timing.forward
+    ev.evaluate(drawn(ev, 0))
+    assert ev.timing.forward > before > 0 and ev.timing.other > 0
+
+
+def test_the_model_and_its_factors_are_not_changed() -> None:
+    model = convolutional()
+    before = copy.deepcopy(model.state_dict())
+    x, y = images()
+    ev = Evaluator(factorised(model, x), x, (x, y))
+    for seed in range(3):
+        ev.evaluate(drawn(ev, seed))
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
+def test_a_custom_objective_gets_the_network_and_the_data() -> None:
+    seen: list[tuple[nn.Module, tuple[Tensor, Tensor]]] = []
+
+    def worst(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+        seen.append((network, data))
+        with torch.no_grad():
+            return float(
+                functional.cross_entropy(network(data[0]), data[1], reduction="none").max()
+            )
+
+    ev = evaluator(objectives=[Objective(worst, direction="minimize")])
+    allocation = drawn(ev, 2)
+    metrics = ev.evaluate(allocation)
+    (network, (x, y)) = seen[0]
+    assert not network.training
+    assert torch.equal(x, images()[0]) and torch.equal(y, images()[1])
+    logits = ev.network(allocation)(images()[0])
+    expected = functional.cross_entropy(logits, y, reduction="none").max().item()
+    assert metrics["worst"] == pytest.approx(expected, rel=1e-5)
+    assert sum(p.numel() for p in network.parameters()) == metrics["params"]
+
+
+def test_a_custom_objective_with_the_name_of_a_metric_is_the_one_that_counts() -> None:
+    def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+        return 42.0
+
+    ev = evaluator(objectives=[Objective(accuracy)])
+    assert ev.evaluate(drawn(ev, 0))["accuracy"] == 42.0
+
+
+def test_built_in_objectives() -> None:
+    built_in = [Accuracy(), Loss(), Agreement(), CostObjective("macs"), Latency(repeats=1)]
+    ev, plain = evaluator(objectives=built_in), evaluator()
+    metrics, expected = ev.evaluate(drawn(ev, 0)), plain.evaluate(drawn(plain, 0))
+    assert metrics.pop("latency") > 0
+    assert metrics == expected
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "text", None, [1, 2]])
+def test_objectives_that_return_no_finite_number(value: Any) -> None:
+    def broken(network: nn.Module, data: tuple[Tensor, Tensor]) -> Any:
+        return value
+
+    ev = evaluator(objectives=[Objective(broken)])
+    for _ in range(2):  # a failure is not remembered as a result
+        with pytest.raises(ObjectiveError, match="'broken'"):
+            ev.evaluate(drawn(ev, 0))
+
+
+def test_objectives_that_raise() -> None:
+    def broken(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+        raise ZeroDivisionError("by zero")
+
+    ev = evaluator(objectives=[Objective(broken)])
+    with pytest.raises(ObjectiveError, match="'broken' raised ZeroDivisionError: by zero"):
+        ev.evaluate(drawn(ev, 0))
+
+
+def test_extra_costs() -> None:
+    def extra(allocation: Any) -> dict[str, float]:
+        return {"latency": float(len(allocation)), "energy": 2.0}
+
+    ev = evaluator(extra_costs=extra, objectives=[Latency(), CostObjective("energy")])
+    metrics = ev.evaluate(drawn(ev, 0))
+    # a predicted latency stands in for a measured one
+    assert metrics["latency"] == len(ev.factorisation.space.layers) and metrics["energy"] == 2
+    assert ev.costs(drawn(ev, 0)).items() <= metrics.items()
+
+
+def test_allocations_of_another_space() -> None:
+    ev = evaluator()
+    with pytest.raises(UsageError, match="no layer 'x'"):
+        ev.evaluate(Allocation.of({"x": drawn(ev, 0)["0"]}))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 4)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, 10) -> (N, T, 4)
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def test_sequences_and_tied_layers() -> None:
+    torch.manual_seed(0)
+    model, x, y = Tied(), torch.randn(9, 5, 10), torch.randint(4, (9, 5))
+    ev = Evaluator(factorised(model, x, metric="fisher"), x, (x, y), batch_size=4)
+    for seed in range(3):
+        allocation = drawn(ev, seed)
+        metrics = ev.evaluate(allocation)
+        network = ev.network(allocation)
+        expected = by_hand(
+            nn.Sequential(network, nn.Flatten(0, 1)),
+            nn.Sequential(model, nn.Flatten(0, 1)),
+            x,
+            y.flatten(),
+        )
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, abs=1e-5)
+
+
+def test_regression_has_a_loss_only() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+    x, y = torch.randn(20, 12), torch.randn(20)
+    ev = Evaluator(factorised(model, x), x, (x, y))
+    metrics = ev.evaluate(ev.factorisation.space.dense)
+    assert set(metrics) == {"loss", "macs", "params", "weight_bytes"}
+    residual = model(x).squeeze(1).double() - y.double()
+    assert metrics["loss"] == pytest.approx(residual.square().mean().item(), rel=1e-6)
+
+
+def test_hugging_face_layers_are_folded_transposed() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model = nn.Sequential(conv1d(24, 12), nn.ReLU(), conv1d(4, 24))
+    x, y = torch.randn(15, 12), torch.randint(4, (15,))
+    ev = Evaluator(factorised(model, x), x, (x, y))
+    for seed in range(3):
+        allocation = drawn(ev, seed)
+        expected = by_hand(ev.network(allocation), model, x, y)
+        metrics = ev.evaluate(allocation)
+        assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+class Counted(Dataset[tuple[Tensor, Tensor]]):
+    """A dataset that records which items are read, and how far ahead."""
+
+    def __init__(self) -> None:
+        self.x, self.y = images()
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= len(self.x):
+            raise IndexError(index)
+        self.read.append(index)
+        return self.x[index], self.y[index]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        raise AssertionError("items are to be read in batches")
+
+
+def test_test_metrics_stream() -> None:
+    model, counted = convolutional(), Counted()
+    ahead: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Tensor]) -> None:
+        ahead.append(len(counted.read))
+
+    model.register_forward_pre_hook(note)
+    metrics = evaluation.test_metrics(model.train(), counted, batch_size=25)
+    assert ahead == [25, 50, 60] and counted.read == list(range(60))
+    expected = by_hand(convolutional(), convolutional(), *images())
+    assert metrics["accuracy"] == expected["accuracy"]
+    assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for source in (images(), TensorDataset(*images())):
+        again = evaluation.test_metrics(convolutional(), source, batch_size=7)
+        assert again == pytest.approx(metrics, rel=1e-5)
