@@ -71,7 +71,7 @@ def calibrate(
         if cache is None
         else cache / f"{_key(model, space, inputs, metric, seed)}.safetensors"
     )
-    if path is not None and (cached := _read(path, space)) is not None:
+    if path is not None and (cached := _read(path, space, inputs.device)) is not None:
         return cached
     sums = _Sums(space, seed)
     chunks = inputs.split(batch_size)
@@ -238,7 +238,7 @@ def _pad(shape: LayerShape, x: Tensor) -> Tensor:
 def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, metric: str, seed: int) -> str:
     """Content key: layers, weights, inputs and settings."""
     layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
-    salt = "\n".join([f"1 {metric} {seed} {MAX_POSITIONS}", *layers])
+    salt = "\n".join([f"1 {metric} {seed} {MAX_POSITIONS} {model}", *layers])
     return fingerprint({**model.state_dict(), "inputs": inputs}, salt)
 
 
@@ -255,12 +255,12 @@ def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:
         logger.warning("the calibration could not be cached in %s: %s", path, error)
 
 
-def _read(path: Path, space: SearchSpace) -> dict[str, Statistics] | None:
+def _read(path: Path, space: SearchSpace, device: torch.device) -> dict[str, Statistics] | None:
     """The cached statistics, or None; a damaged file is made again."""
     if not path.exists():
         return None
     try:
-        tensors = load_file(path)
+        tensors = load_file(path, device=str(device))
         return {
             name: Statistics(
                 tensors[f"moment:{name}"], tensors[f"mean:{name}"], tensors.get(f"gradient:{name}")

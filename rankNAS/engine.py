@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,22 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from rankNAS.allocation import Allocation
+from rankNAS.allocation import Allocation, Choice
 from rankNAS.budget import check_budget
 from rankNAS.calibration import calibrate
 from rankNAS.data import Data, Splits, check_labels, load_data, split
 from rankNAS.decompositions.metrics import MetricName
+from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation import Evaluator, quality
 from rankNAS.exceptions import ObjectiveError, RankNASError, UsageError
 from rankNAS.files import cache_folder
 from rankNAS.fingerprints import fingerprint
 from rankNAS.hw_models import HardwareModel, latency_tables, make_hardware
-from rankNAS.network import Factorisation, factorise
+from rankNAS.network import Factorisation, Select, factorise
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.record import Record
 from rankNAS.search_spaces.attention import separate_attention
-from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies import make_strategy
@@ -164,7 +165,7 @@ def search(
     )
     if on_record is not None:
         on_record()
-    factorisation, problem = _as_recorded(factorisation, problem, record)
+    _check_choices(problem, record)
     evaluator = Evaluator(
         factorisation,
         splits.calibration[0],
@@ -203,8 +204,12 @@ def prepare(
     inputs = splits.calibration[0].to(device)
     space = space or compile_space(model, inputs[:1], policy=settings.policy)
     named = [(o.name, o.direction) for o in objectives]
-    hardware_needed = "latency" in budget
     make_problem(space, None, {k: v for k, v in budget.items() if k != "latency"}).check()
+    latency = None
+    if "latency" in budget:
+        latency = latency_tables(
+            make_hardware(hardware), space, lambda done, total: on_progress("time", done, total)
+        )
     statistics = calibrate(
         model,
         space,
@@ -220,51 +225,44 @@ def prepare(
         statistics,
         metric=settings.metric,
         centred=None if settings.batch_norm else False,
+        select=_selection({*budget, *(name for name, _ in named)}, latency, settings.choices),
         on_layer=lambda done, total: on_progress("factorise", done, total),
     )
-    latency = None
-    if hardware_needed:
-        latency = latency_tables(
-            make_hardware(hardware), space, lambda done, total: on_progress("time", done, total)
-        )
+    if latency is not None:
+        latency = {
+            name: [latency[name][space.layers[name].choices.index(c)] for c in layer.choices]
+            for name, layer in factorisation.space.layers.items()
+        }
     problem = make_problem(
-        space, factorisation.errors(), budget, latency=latency, objectives=named
+        factorisation.space, factorisation.errors(), budget, latency=latency, objectives=named
     )
     problem.check()
-    return _restricted(factorisation, problem, worthwhile(problem, settings.choices))
+    return factorisation, problem
 
 
-def _restricted(
-    factorisation: Factorisation, problem: Problem, keep: Mapping[str, Sequence[Any]]
-) -> tuple[Factorisation, Problem]:
-    """Factorisation and tables with only some choices of each layer; dense always stays first."""
-    space = factorisation.space.restrict(keep)
-    index = {
-        name: [problem.choices[name].index(c) for c in layer.choices]
-        for name, layer in space.layers.items()
-    }
+def _selection(
+    names: set[str], latency: Mapping[str, Sequence[float]] | None, most: int
+) -> Select:
+    """Which choices of a layer may be part of a good allocation, given the costs that matter."""
+    exact = [name for name in COSTS if name in names]
 
-    def narrowed(tables: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(t[i] for t, i in zip(tables, index.values(), strict=True))
+    def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
+        costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
+        if latency is not None:
+            costs.append(latency[layer.name])
+        costs = costs or [[c["macs"] for c in layer.costs]]
+        return [layer.choices[i] for i in worthwhile(errors, costs, most)]
 
-    return replace(factorisation, space=space), replace(
-        problem,
-        choices={name: layer.choices for name, layer in space.layers.items()},
-        errors=narrowed(problem.errors),
-        costs={name: narrowed(tables) for name, tables in problem.costs.items()},
-    )
+    return select
 
 
-def _as_recorded(
-    factorisation: Factorisation, problem: Problem, record: Record
-) -> tuple[Factorisation, Problem]:
-    """A resumed study keeps the choices it was made with, whatever rounding says today."""
-    same = all(
+def _check_choices(problem: Problem, record: Record) -> None:
+    """Raise a RankNASError unless a resumed study has the choices that it was made with."""
+    if all(
         [str(c) for c in choices] == list(record.choices[name])
         for name, choices in problem.choices.items()
-    )
-    if same:
-        return factorisation, problem
+    ):
+        return
     raise RankNASError(
         f"study {record.study.study_name!r} was made with other choices of ranks than this "
         "machine and these versions give; start a new study."

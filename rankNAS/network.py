@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.decompositions import OPERATORS, Factors, Metric, MetricName, Statistics, make_metric
+from rankNAS.decompositions import (
+    OPERATORS,
+    Factors,
+    Metric,
+    MetricName,
+    Statistics,
+    Target,
+    make_metric,
+)
 from rankNAS.decompositions.shapes import LayerShape, is_hf_conv1d
 from rankNAS.exceptions import UsageError
 from rankNAS.recovery.batch_norm import has_batch_norm
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
+
+Select = Callable[[Layer, Sequence[float]], Sequence[Choice]]
 
 __all__ = ["Factorisation", "LayerFactors", "factorise", "skeleton"]
 
@@ -33,6 +43,19 @@ class LayerFactors:
     def error(self, choice: Choice) -> float:
         """Relative error of a choice in the metric; dense is 0."""
         return 0.0 if choice == DENSE else self.factors[choice.operator].error(choice.rank)
+
+    def errors(self) -> list[float]:
+        """Relative error of each choice of the layer."""
+        return [self.error(choice) for choice in self.layer.choices]
+
+    def restrict(self, keep: Sequence[Choice]) -> LayerFactors:
+        """Only some of the choices, in the memory that these need."""
+        layer = self.layer.restrict(keep)
+        factors = {
+            name: self.factors[name].restrict(ranks)
+            for name, ranks in _ranks(layer.choices).items()
+        }
+        return replace(self, layer=layer, factors=factors)
 
     def folded(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
         """Weight (shaped as by `LayerShape.unfold`) and bias that a choice multiplies out to."""
@@ -77,10 +100,7 @@ class Factorisation:
 
     def errors(self) -> dict[str, list[float]]:
         """Relative error of each choice of each layer, in the order of the space."""
-        return {
-            name: [self.layers[name].error(choice) for choice in layer.choices]
-            for name, layer in self.space.layers.items()
-        }
+        return {name: found.errors() for name, found in self.layers.items()}
 
     def materialise(self, allocation: Mapping[str, Choice]) -> nn.Module:
         """The compressed network: a copy of the model with ordinary modules in place.
@@ -109,6 +129,7 @@ def factorise(
     *,
     metric: MetricName = "weight",
     centred: bool | None = None,
+    select: Select | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Factorisation:
     """Factorise every layer of a space once, for all its choices.
@@ -121,6 +142,8 @@ def factorise(
         centred: Optimise the variance of the error and correct its mean: through the bias, or,
             in layers without one, through a following batch norm that is re-estimated. By default
             on for layers with a bias, and for all if the model has batch norms.
+        select: Given a layer and the relative error of each of its choices, the choices to keep;
+            the factors of the others are dropped at once, and they leave the space.
         on_layer: Called with (layers done, layers in all).
     """
     model = separate_attention(model)
@@ -131,21 +154,28 @@ def factorise(
         has_bias = module.bias is not None
         layer_centred = centred_all or (centred is None and has_bias)
         layer_metric = make_metric(metric, (statistics or {}).get(name), centred=layer_centred)
-        layers[name] = _factorise_layer(layer, module, layer_metric)
+        found = _factorise_layer(layer, module, layer_metric)
+        if select is not None:
+            found = found.restrict(select(layer, found.errors()))
+        layers[name] = found
         if on_layer is not None:
             on_layer(done, len(space.layers))
+    space = replace(space, layers={name: found.layer for name, found in layers.items()})
     return Factorisation(model, space, layers)
 
 
 def _factorise_layer(layer: Layer, module: nn.Module, metric: Metric) -> LayerFactors:
     shape = layer.shape
     weight = shape.fold(_oriented(module))
+    target = Target(weight, metric)
     factors = {
-        name: OPERATORS[name].factorise(shape, weight, metric, ranks)
+        name: OPERATORS[name].factorise(shape, target, ranks)
         for name, ranks in _ranks(layer.choices).items()
     }
     bias: Any = module.bias
-    return LayerFactors(layer, weight, None if bias is None else bias.detach(), metric, factors)
+    bias = None if bias is None else bias.detach()
+    # C is as large as all factors together, and no longer needed.
+    return LayerFactors(layer, weight, bias, replace(metric, C=None), factors)
 
 
 def _ranks(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:

@@ -26,4 +26,5 @@ def non_dominated(values: npt.ArrayLike | Sequence[Any]) -> npt.NDArray[np.bool_
     v = np.asarray(values, dtype=float)
     as_good = (v[:, None, :] >= v[None, :, :]).all(2)
     better = (v[:, None, :] > v[None, :, :]).any(2)
-    return ~np.any(as_good & better, axis=0)
+    dominated: npt.NDArray[np.bool_] = np.any(as_good & better, axis=0)
+    return ~dominated

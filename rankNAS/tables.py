@@ -1,7 +1,7 @@
 """Space and factors to tables: what a strategy and the solver see.
 
-Choices that another one beats in error and in every budgeted cost can never be part of an optimal
-allocation, so they are dropped before the search.
+Choices that another one beats in error and in every cost that matters can never be part of an
+optimal allocation, so they are dropped before the search.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from rankNAS.allocation import Choice
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.pareto import non_dominated
 from rankNAS.search_spaces.base import SearchSpace
@@ -58,27 +58,26 @@ def make_problem(
     )
 
 
-def worthwhile(problem: Problem, most: int = 64) -> dict[str, list[Choice]]:
-    """By layer, the choices that no other beats in error and in every cost that matters.
+def worthwhile(errors: Sequence[float], costs: Sequence[Sequence[float]], most: int) -> list[int]:
+    """The choices of a layer that no other beats in error and in every cost, cheapest first.
 
     Args:
-        problem: Tables of the whole space.
-        most: Keep at most this many of a layer, evenly spaced in cost.
+        errors: Relative error of each choice.
+        costs: One sequence a cost that matters.
+        most: Keep at most this many, evenly spaced in the first cost.
+
+    >>> worthwhile([0.0, 0.2, 0.3, 0.1], [[9, 4, 5, 6]], most=64)
+    [1, 3, 0]
     """
-    names = [n for n in problem.costs if n in problem.budget or n in problem.objectives]
-    tables = [problem.costs[name] for name in names or ["macs"]]
-    kept = {}
-    for i, (layer, choices) in enumerate(problem.choices.items()):
-        columns = np.stack([problem.errors[i], *(table[i] for table in tables)], axis=1)
-        front = np.flatnonzero(_first_of_equals(columns) & non_dominated(-columns))
-        front = front[np.argsort(columns[front, 1], kind="stable")]
-        if len(front) > most:
-            front = front[np.linspace(0, len(front) - 1, most).round().astype(int)]
-        kept[layer] = [choices[j] for j in front]
-    return kept
+    columns = np.stack([np.asarray(errors), *(np.asarray(c, dtype=float) for c in costs)], axis=1)
+    front = np.flatnonzero(_first_of_equals(columns) & non_dominated(-columns))
+    front = front[np.argsort(columns[front, 1], kind="stable")]
+    if len(front) > most:
+        front = front[np.linspace(0, len(front) - 1, most).round().astype(int)]
+    return [int(i) for i in front]
 
 
-def _first_of_equals(columns: Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _first_of_equals(columns: Array) -> npt.NDArray[np.bool_]:
     """True for the first of each set of equal rows."""
     first = np.zeros(len(columns), dtype=bool)
     first[np.unique(columns, axis=0, return_index=True)[1]] = True

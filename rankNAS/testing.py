@@ -42,6 +42,7 @@ from rankNAS.decompositions import (
     Operator,
     Rank,
     Statistics,
+    Target,
     make_metric,
 )
 from rankNAS.hw_models.base import HardwareModel
@@ -237,7 +238,7 @@ class OperatorContract:
     def test_truncating_fills_what_build_builds(self, layer: LayerCase) -> None:
         shape, module = layer.shape(), layer.module()
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, _folded(shape, module), Metric(), ranks)
+        factors = self.operator.factorise(shape, Target(_folded(shape, module), Metric()), ranks)
         for rank in ranks:
             filled = factors.truncate(rank, _bias(module))
             empty = self.operator.build(shape, rank)
@@ -252,7 +253,7 @@ class OperatorContract:
     ) -> None:
         shape, module, x = layer.shape(), layer.module(), layer.input()
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, _folded(shape, module), metric, ranks)
+        factors = self.operator.factorise(shape, Target(_folded(shape, module), metric), ranks)
         for rank in ranks:
             reference = layer.module()
             reference.weight = nn.Parameter(
@@ -269,7 +270,7 @@ class OperatorContract:
         shape = layer.shape()
         weight = _folded(shape, layer.module())
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, weight, metric, ranks)
+        factors = self.operator.factorise(shape, Target(weight, metric), ranks)
         for rank in ranks:
             direct = definition_of_error(metric, weight.flatten(2), factors.weight(rank))
             assert factors.error(rank) == pytest.approx(direct, rel=1e-6, abs=1e-9)
@@ -278,7 +279,7 @@ class OperatorContract:
         shape = layer.shape()
         weight = _folded(shape, layer.module())
         full = self.operator.families(shape)[-1][-1]
-        factors = self.operator.factorise(shape, weight, metric, [full])
+        factors = self.operator.factorise(shape, Target(weight, metric), [full])
         assert factors.error(full) == pytest.approx(0, abs=1e-9)
         torch.testing.assert_close(factors.weight(full), weight.flatten(2), rtol=0, atol=1e-6)
 
@@ -288,7 +289,9 @@ class OperatorContract:
         shape = layer.shape()
         families = self.operator.families(shape)
         ranks = [rank for family in families for rank in family]
-        factors = self.operator.factorise(shape, _folded(shape, layer.module()), metric, ranks)
+        factors = self.operator.factorise(
+            shape, Target(_folded(shape, layer.module()), metric), ranks
+        )
         for family in families:
             errors = [factors.error(rank) for rank in family]
             assert all(0 <= e <= 1 for e in errors)
@@ -298,9 +301,9 @@ class OperatorContract:
         shape = layer.shape()
         weight, ranks = _folded(shape, layer.module()), self.ranks(shape)
         metric = make_metric("fisher", random_statistics(shape))
-        together = self.operator.factorise(shape, weight, metric, ranks)
+        together = self.operator.factorise(shape, Target(weight, metric), ranks)
         for rank in ranks:
-            alone = self.operator.factorise(shape, weight, metric, [rank])
+            alone = self.operator.factorise(shape, Target(weight, metric), [rank])
             assert alone.error(rank) == pytest.approx(together.error(rank), rel=1e-6, abs=1e-9)
 
     @pytest.mark.parametrize("samples", [0, 1, 3])
@@ -313,7 +316,7 @@ class OperatorContract:
         metric = make_metric("fisher", statistics, centred=centred)
         weight = _folded(shape, layer.module())
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, weight, metric, ranks)
+        factors = self.operator.factorise(shape, Target(weight, metric), ranks)
         for rank in ranks:
             approximation = factors.weight(rank)
             assert approximation.isfinite().all()
@@ -325,7 +328,7 @@ class OperatorContract:
         shape = layer.shape()
         ranks = self.ranks(shape)
         zero = torch.zeros_like(_folded(shape, layer.module()))
-        factors = self.operator.factorise(shape, zero, metric, ranks)
+        factors = self.operator.factorise(shape, Target(zero, metric), ranks)
         for rank in ranks:
             assert factors.error(rank) == 0
             assert (factors.weight(rank) == 0).all()
@@ -337,7 +340,7 @@ class OperatorContract:
         before = weight.clone()
         copy: Operator = pickle.loads(pickle.dumps(self.operator))
         results = [
-            operator.factorise(shape, weight, Metric(), ranks).weight(ranks[0])
+            operator.factorise(shape, Target(weight, Metric()), ranks).weight(ranks[0])
             for operator in (self.operator, self.operator, copy)
         ]
         assert torch.equal(results[0], results[1])

@@ -157,9 +157,15 @@ def test_three_failures_in_a_row_stop_the_search(
         raise ZeroDivisionError("of mine")
 
     storage = f"sqlite:///{tmp_path}/study.db"
-    with pytest.raises(ObjectiveError, match="3 trials in a row failed.*ZeroDivisionError: of mine"):
+    with pytest.raises(
+        ObjectiveError, match="3 trials in a row failed.*ZeroDivisionError: of mine"
+    ):
         search(
-            small_net, small_data, objectives=[rankNAS.Objective(broken)], storage=storage, name="x"
+            small_net,
+            small_data,
+            objectives=[rankNAS.Objective(broken)],
+            storage=storage,
+            name="x",
         )
 
 

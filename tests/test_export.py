@@ -19,9 +19,9 @@ from rankNAS.search_spaces.compiler import compile_space
 def network(small_net: nn.Module) -> nn.Module:
     space = compile_space(small_net, torch.zeros(1, 3, 8, 8))
     choices = {"conv2": Choice("group_svd", (4, 2)), "linear": Choice("svd", (3,))}
-    return factorise(small_net, space).materialise(
-        Allocation.of(dict(space.dense) | choices)
-    ).eval()
+    return (
+        factorise(small_net, space).materialise(Allocation.of(dict(space.dense) | choices)).eval()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's exporters warn about their own internals
@@ -48,9 +48,7 @@ def test_the_batch_size_stays_free(network: nn.Module, tmp_path: Path) -> None:
 def test_wrong_outputs_are_refused(
     network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(
-        export.__globals__["_READERS"], "safetensors", lambda n, p, x: n(x) + 0.1
-    )
+    monkeypatch.setitem(export.__globals__["_READERS"], "safetensors", lambda n, p, x: n(x) + 0.1)
     with pytest.raises(RankNASError, match="differ by up to 0.1"):
         export(network, tmp_path / "n", "safetensors", (3, 8, 8))
 

@@ -41,7 +41,12 @@ def test_every_package_is_listed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for folder in ("rankNAS", "rankNAS/search_spaces", "rankNAS/objectives", "rankNAS/hw_models")
+        for folder in (
+            "rankNAS",
+            "rankNAS/search_spaces",
+            "rankNAS/objectives",
+            "rankNAS/hw_models",
+        )
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert found == set(listed)

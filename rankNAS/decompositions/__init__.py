@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.metrics import METRICS, Metric, MetricName, Statistics, make_metric
+from rankNAS.decompositions.metrics import (
+    METRICS,
+    Metric,
+    MetricName,
+    Statistics,
+    Target,
+    make_metric,
+)
 from rankNAS.decompositions.shapes import Cost, GroupedLinear, LayerShape
 from rankNAS.decompositions.svd import GroupSvd, SpatialSvd, Svd
 from rankNAS.decompositions.tucker import Tucker2
@@ -23,6 +30,7 @@ __all__ = [
     "SpatialSvd",
     "Statistics",
     "Svd",
+    "Target",
     "Tucker2",
     "make_metric",
 ]

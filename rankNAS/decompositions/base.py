@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from rankNAS.decompositions.metrics import Metric
+from rankNAS.decompositions.metrics import Target
 from rankNAS.decompositions.shapes import Cost, LayerShape
 
 __all__ = ["Factors", "Operator", "Rank"]
@@ -34,6 +34,10 @@ class Factors(ABC):
     @abstractmethod
     def weight(self, rank: Rank) -> Tensor:
         """The approximated weight What (g, o, n) that the chain multiplies out to."""
+
+    def restrict(self, ranks: Iterable[Rank]) -> Factors:
+        """The factors of fewer ranks; what only the others need may be dropped from memory."""
+        return self
 
     @final
     def truncate(
@@ -75,15 +79,12 @@ class Operator(ABC):
         """The chain of layers that replaces a layer at a rank."""
 
     @abstractmethod
-    def factorise(
-        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
-    ) -> Factors:
+    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
         """The factors for all the given ranks.
 
         Args:
             shape: The layer's shape.
-            weight: Its weight as (g, o, c, kh, kw).
-            metric: The norm to be optimal in.
+            target: Its weight, and the norm to be optimal in.
             ranks: The ranks that will be asked for.
         """
 

@@ -14,6 +14,7 @@ Kronecker-factored curvature of Martens and Grosse (2015) used as a norm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["METRICS", "Metric", "MetricName", "Statistics", "make_metric", "matrix_root"]
+__all__ = ["METRICS", "Metric", "MetricName", "Statistics", "Target", "make_metric", "matrix_root"]
 
 MetricName = Literal["weight", "input", "fisher"]
 METRICS: tuple[str, ...] = get_args(MetricName)
@@ -70,6 +71,44 @@ class Metric:
         """||H W C^1/2||_F^2, summed over the groups."""
         HW = self.left(W)
         return (self.right(HW) * HW).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What is approximated: one layer's weight in one metric. Its products are formed once.
+
+    Args:
+        weight: (g, o, c, kh, kw), of any real type.
+        metric: The norm.
+    """
+
+    weight: Tensor
+    metric: Metric
+
+    @cached_property
+    def W(self) -> Tensor:
+        """The folded weight (g, o, n) in float64."""
+        return self.weight.detach().double().flatten(2)
+
+    @cached_property
+    def HW(self) -> Tensor:
+        """H W, (g, o, n)."""
+        return self.metric.left(self.W)
+
+    @cached_property
+    def WC(self) -> Tensor:
+        """W C, (g, o, n)."""
+        return self.metric.right(self.W)
+
+    @cached_property
+    def HWC(self) -> Tensor:
+        """H W C, (g, o, n)."""
+        return self.metric.left(self.WC)
+
+    @cached_property
+    def energy(self) -> float:
+        """||H W C^1/2||_F^2, summed over the groups."""
+        return float((self.HWC * self.HW).sum())
 
 
 def make_metric(

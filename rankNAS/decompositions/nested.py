@@ -20,12 +20,12 @@ Notation: g groups of the layer, b blocks, w block width, R largest rank, K = R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.metrics import Metric, matrix_root
+from rankNAS.decompositions.metrics import Target, matrix_root
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
@@ -59,6 +59,18 @@ class NestedBasis:
         """b, the features that one unit of rank adds."""
         return self.basis.shape[1]
 
+    def head(self, rank: int) -> NestedBasis:
+        """The first ranks alone, in memory of their own."""
+        m = rank * self.blocks
+        return replace(
+            self,
+            basis=self.basis[:, :, :rank].clone(),
+            scale=self.scale[:, :m].clone(),
+            L=self.L[:, :m, :m].clone(),
+            M=self.M[:, :, :m].clone(),
+            HM=self.HM[:, :, :m].clone(),
+        )
+
     def errors(self) -> Tensor:  # (R + 1,)
         """Relative error at rank 0, 1, …, R."""
         scores = self.HM.square().sum((0, 1)).reshape(-1, self.blocks).sum(1)
@@ -87,20 +99,17 @@ class NestedBasis:
         return W
 
 
-def nested_basis(W: Tensor, metric: Metric, basis: Tensor, columns: Tensor) -> NestedBasis:
+def nested_basis(target: Target, basis: Tensor, columns: Tensor) -> NestedBasis:
     """The nested least-squares solution for given features.
 
     Args:
-        W: Folded weight (g, o, n), float64.
-        metric: The norm.
+        target: The weight and the norm.
         basis: Phi by block, (g, b, R, w); the scale of a row does not matter, dead rows are zero.
         columns: Which columns of W each block holds, (b, w).
     """
     g, b, R, w = basis.shape
-    order = columns.flatten()
-    WC = metric.right(W)[:, :, order].unflatten(2, (b, w))
-    cross = torch.einsum("gobw,gbrw->gorb", WC, basis).flatten(2)  # (g, o, K)
-    gram = _gram(metric, basis, order)
+    cross = torch.einsum("gobw,gbrw->gorb", target.WC[:, :, columns], basis).flatten(2)
+    gram = _gram(target.metric.C, basis, columns)
     norms = gram.diagonal(dim1=-2, dim2=-1)
     alive = norms > 0
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
@@ -110,19 +119,19 @@ def nested_basis(W: Tensor, metric: Metric, basis: Tensor, columns: Tensor) -> N
     M = torch.linalg.solve_triangular(
         L.mT, cross * scale.unsqueeze(-2), upper=True, left=False
     )  # (g, o, K)
-    return NestedBasis(basis, columns, scale, L, M, metric.left(M), float(metric.energy(W)))
+    return NestedBasis(basis, columns, scale, L, M, target.metric.left(M), target.energy)
 
 
-def _gram(metric: Metric, basis: Tensor, order: Tensor) -> Tensor:  # (g, K, K)
+def _gram(C: Tensor | None, basis: Tensor, columns: Tensor) -> Tensor:  # (g, K, K)
+    """Phi C Phi^T, features ordered by rank first."""
     g, b, R, w = basis.shape
-    if metric.C is None:
+    if C is None:
         gram = basis.new_zeros(g, R, b, R, b)
         for i in range(b):
             gram[:, :, i, :, i] = basis[:, i] @ basis[:, i].mT
         return gram.reshape(g, R * b, R * b)
-    C = metric.C[:, order][:, :, order].unflatten(1, (b, w))
-    half = torch.einsum("gbrw,gbwn->grbn", basis, C).unflatten(3, (b, w))
-    return torch.einsum("grbcw,gcsw->grbsc", half, basis).reshape(g, R * b, R * b)
+    half = (basis @ C[:, columns])[..., columns]  # (g, b, R, b, w)
+    return torch.einsum("gbrcw,gcsw->grbsc", half, basis).reshape(g, R * b, R * b)
 
 
 def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.metrics import Metric
+from rankNAS.decompositions.metrics import Target
 from rankNAS.decompositions.nested import (
     NestedBasis,
     diagonal_blocks,
@@ -27,6 +27,8 @@ from rankNAS.decompositions.nested import (
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
 __all__ = ["GroupSvd", "SpatialSvd", "Svd"]
+
+WIDE = 128  # channels beyond which every other number of groups will do: each costs a Cholesky
 
 
 @final
@@ -51,6 +53,10 @@ class TwoStageFactors(Factors):
         nested = self.bases[groups]
         return nested.multiply(nested.output_map(r))
 
+    def restrict(self, ranks: Iterable[Rank]) -> Factors:
+        largest = _largest(self._at(rank) for rank in ranks)
+        return replace(self, bases={k: self.bases[k].head(r) for k, r in largest.items()})
+
     def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
         groups, r = self._at(rank)
         nested = self.bases[groups]
@@ -60,6 +66,14 @@ class TwoStageFactors(Factors):
             return [nested.basis[:, 0, :r], A]
         by_group = A.unflatten(2, (r, b)).transpose(2, 3).flatten(2)  # group first
         return [nested.basis[:, :, :r].reshape(g * b, r, -1), by_group]
+
+
+def _largest(ranks: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """By number of groups, the largest rank."""
+    largest: dict[int, int] = {}
+    for groups, r in ranks:
+        largest[groups] = max(r, largest.get(groups, 0))
+    return largest
 
 
 def _two_stage(
@@ -88,13 +102,10 @@ class Svd(Operator):
         first = replace(shape, outputs=inner, bias=False)
         return chain(first, pointwise(shape, inner, shape.outputs, shape.groups))
 
-    def factorise(
-        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
-    ) -> Factors:
-        W = weight.double().flatten(2)
-        columns = torch.arange(W.shape[2], device=W.device).unsqueeze(0)
-        basis = leading_rows(metric.left(W), metric.C, max(r for (r,) in ranks))
-        return _two_stage(self, shape, {1: nested_basis(W, metric, basis.unsqueeze(1), columns)})
+    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
+        columns = torch.arange(shape.width, device=target.W.device).unsqueeze(0)
+        basis = leading_rows(target.HW, target.metric.C, max(r for (r,) in ranks))
+        return _two_stage(self, shape, {1: nested_basis(target, basis.unsqueeze(1), columns)})
 
 
 @final
@@ -137,19 +148,16 @@ class SpatialSvd(Operator):
             stage(0, shape.inputs, inner, False), stage(1, inner, shape.outputs, shape.bias)
         )
 
-    def factorise(
-        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
-    ) -> Factors:
-        g, o, c, kh, kw = weight.shape
-        W = weight.double().flatten(2)
-        index = torch.arange(W.shape[2], device=W.device).reshape(c * kh, kw)
+    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
+        g, o, c, kh, kw = target.weight.shape
+        index = torch.arange(shape.width, device=target.W.device).reshape(c * kh, kw)
         columns = index.T.contiguous()  # (kw, c kh)
-        stacked = metric.left(W).unflatten(2, (c * kh, kw)).transpose(2, 3)
-        blocks = diagonal_blocks(metric.C, columns)
+        stacked = target.HW.unflatten(2, (c * kh, kw)).transpose(2, 3)
+        blocks = diagonal_blocks(target.metric.C, columns)
         shared = None if blocks is None else blocks.mean(1)
         basis = leading_rows(stacked.reshape(g, o * kw, c * kh), shared, max(r for (r,) in ranks))
         basis = basis.unsqueeze(1).expand(-1, kw, -1, -1)
-        return _two_stage(self, shape, {1: nested_basis(W, metric, basis, columns)})
+        return _two_stage(self, shape, {1: nested_basis(target, basis, columns)})
 
 
 @final
@@ -176,7 +184,8 @@ class GroupSvd(Operator):
 
     def _group_counts(self, shape: LayerShape) -> list[int]:
         channels = shape.inputs // shape.groups
-        return [k for k in range(2, min(channels, self.max_groups) + 1) if channels % k == 0]
+        counts = [k for k in range(2, min(channels, self.max_groups) + 1) if channels % k == 0]
+        return counts if channels <= WIDE else counts[::-2][::-1]
 
     def stages(self, shape: LayerShape, rank: Rank) -> tuple[LayerShape, ...]:
         groups = shape.groups * rank[0]
@@ -184,19 +193,11 @@ class GroupSvd(Operator):
         first = replace(shape, outputs=inner, groups=groups, bias=False)
         return chain(first, pointwise(shape, inner, shape.outputs, shape.groups))
 
-    def factorise(
-        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
-    ) -> Factors:
-        W = weight.double().flatten(2)
-        HW = metric.left(W)
-        largest: dict[int, int] = {}
-        for k, r in ranks:
-            largest[k] = max(r, largest.get(k, 0))
+    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
         bases = {}
-        for k, R in largest.items():
-            columns = torch.arange(W.shape[2], device=W.device).reshape(k, -1)
-            basis = leading_rows(
-                HW[:, :, columns].transpose(1, 2), diagonal_blocks(metric.C, columns), R
-            )
-            bases[k] = nested_basis(W, metric, basis, columns)
+        for k, R in _largest((k, r) for k, r in ranks).items():
+            columns = torch.arange(shape.width, device=target.W.device).reshape(k, -1)
+            blocks = diagonal_blocks(target.metric.C, columns)
+            basis = leading_rows(target.HW[:, :, columns].transpose(1, 2), blocks, R)
+            bases[k] = nested_basis(target, basis, columns)
         return _two_stage(self, shape, bases)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.metrics import Metric
+from rankNAS.decompositions.metrics import Target
 from rankNAS.decompositions.nested import (
     NestedBasis,
     diagonal_blocks,
@@ -41,7 +41,7 @@ class TuckerFactors(Factors):
     operator: Operator
     shape: LayerShape
     nested: NestedBasis
-    metric: Metric
+    H: Tensor | None
     U: Tensor
     refined: dict[Rank, tuple[NestedBasis, Tensor]] = field(default_factory=dict)
     table: list[list[float]] = field(default_factory=list)
@@ -57,12 +57,18 @@ class TuckerFactors(Factors):
         nested, _ = self.refined.get(rank, (self.nested, self.U))
         return nested.multiply(P @ core)
 
+    def restrict(self, ranks: Iterable[Rank]) -> Factors:
+        ranks = set(ranks)
+        refined = {rank: found for rank, found in self.refined.items() if rank in ranks}
+        largest = max((r_in for _, r_in in ranks), default=0)
+        return replace(self, nested=self.nested.head(largest), refined=refined)
+
     def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
         r_out, r_in = rank
         nested, U = self.refined.get(rank, (self.nested, self.U))
         U = U[:, :, :r_out]
         core = nested.solve(U.mT @ nested.HM[:, :, : r_in * nested.blocks])
-        P = U if self.metric.H is None else torch.linalg.solve(self.metric.H, U)
+        P = U if self.H is None else torch.linalg.solve(self.H, U)
         return [nested.basis[:, 0, :r_in], core, P]
 
 
@@ -105,33 +111,29 @@ class Tucker2(Operator):
             pointwise(shape, outer, shape.outputs, shape.groups),
         )
 
-    def factorise(
-        self, shape: LayerShape, weight: Tensor, metric: Metric, ranks: Iterable[Rank]
-    ) -> Factors:
+    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
         ranks = list(ranks)
-        W = weight.double().flatten(2)
-        HW = metric.left(W)
-        c, s = weight.shape[2], weight.shape[3] * weight.shape[4]
-        columns = torch.arange(W.shape[2], device=W.device).reshape(c, s).T.contiguous()
-        nested = _input_basis(W, HW, metric, columns, max(r_in for _, r_in in ranks))
-        U = torch.linalg.eigh(metric.right(HW) @ HW.mT).eigenvectors.flip(-1)
+        index = torch.arange(shape.width, device=target.W.device)
+        columns = index.reshape(target.weight.shape[2], -1).T.contiguous()  # (s, c)
+        nested = _input_basis(target, target.HW, columns, max(r_in for _, r_in in ranks))
+        U = torch.linalg.eigh(target.HWC @ target.HW.mT).eigenvectors.flip(-1)
         refined = {
-            rank: _refine(W, HW, metric, columns, nested, U, rank, self.sweeps)
+            rank: _refine(target, columns, nested, U, rank, self.sweeps)
             for rank in (ranks if self.sweeps else [])
         }
-        return TuckerFactors(self, shape, nested, metric, U, refined, _errors(nested, U))
+        return TuckerFactors(self, shape, nested, target.metric.H, U, refined, _errors(nested, U))
 
 
-def _input_basis(W: Tensor, T: Tensor, metric: Metric, columns: Tensor, R: int) -> NestedBasis:
+def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBasis:
     """Channel factor of rank R from the rows of T (g, rows, n), and the least squares for it."""
     s, c = columns.shape
     stacked = T[:, :, columns].transpose(1, 2).reshape(T.shape[0], -1, c)  # (g, s rows, c)
-    blocks = diagonal_blocks(metric.C, columns)
+    blocks = diagonal_blocks(target.metric.C, columns)
     shared = None if blocks is None else blocks.mean(1)
     rank = min(R, *stacked.shape[-2:])
     basis = leading_rows(stacked, shared, rank)
     basis = torch.nn.functional.pad(basis, (0, 0, 0, R - rank))
-    return nested_basis(W, metric, basis.unsqueeze(1).expand(-1, s, -1, -1), columns)
+    return nested_basis(target, basis.unsqueeze(1).expand(-1, s, -1, -1), columns)
 
 
 def _errors(nested: NestedBasis, U: Tensor) -> list[list[float]]:
@@ -145,9 +147,7 @@ def _errors(nested: NestedBasis, U: Tensor) -> list[list[float]]:
 
 
 def _refine(
-    W: Tensor,
-    HW: Tensor,
-    metric: Metric,
+    target: Target,
     columns: Tensor,
     nested: NestedBasis,
     U: Tensor,
@@ -160,10 +160,10 @@ def _refine(
     for _ in range(sweeps):
         HM = best[1].HM[:, :, : r_in * nested.blocks]
         # Where HM has fewer columns than r_out, the directions it leaves open are those of H W.
-        energy = HM @ HM.mT + TIE * metric.right(HW) @ HW.mT
+        energy = HM @ HM.mT + TIE * target.HWC @ target.HW.mT
         U = torch.linalg.eigh(energy).eigenvectors.flip(-1)
-        projected = U[:, :, :r_out].mT @ HW
-        candidate = _input_basis(W, projected, metric, columns, r_in)
+        projected = U[:, :, :r_out].mT @ target.HW
+        candidate = _input_basis(target, projected, columns, r_in)
         error = _errors(candidate, U)[r_out][r_in]
         if error >= best[0]:
             error_u = _errors(best[1], U)[r_out][r_in]

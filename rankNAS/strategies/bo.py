@@ -27,7 +27,7 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.pareto import non_dominated
-from rankNAS.solver import least_cost
+from rankNAS.solver import least_cost, min_max
 from rankNAS.strategies.base import Array, History, Problem, Strategy
 from rankNAS.strategies.decode import Indices, decode, preference
 
@@ -70,8 +70,8 @@ class BayesianOptimisation(Strategy):
     ) -> list[Allocation]:
         known = history.complete
         found: list[Allocation] = []
-        start = np.ones((1, len(problem.errors)))
-        first = problem.allocation(decode(problem, start, rng)[0].tolist())
+        limits = list(problem.limits.values())
+        first = problem.allocation(min_max(problem.errors, problem.budgeted(), limits).indices)
         if first not in history.proposed:
             found.append(first)
         taken = history.proposed | set(found)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankNAS.decompositions import LayerShape, Metric, make_metric
+from rankNAS.decompositions import LayerShape, Metric, Target, make_metric
 from rankNAS.decompositions.nested import diagonal_blocks, leading_rows, nested_basis
 from rankNAS.testing import definition_of_error, random_statistics
 
@@ -47,7 +47,7 @@ def test_the_output_map_is_the_least_squares_solution(
     columns = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).reshape(blocks, -1)
     W, basis = normal(seed, 1, outputs, n), normal(seed + 1, 1, blocks, R, width)
     metric = fisher(n, outputs)
-    nested = nested_basis(W, metric, basis, columns)
+    nested = nested_basis(Target(W, metric), basis, columns)
     S = torch.linalg.cholesky(metric.C)
     for rank in range(1, R + 1):
         Phi = features(basis, columns, rank)
@@ -60,7 +60,7 @@ def test_the_output_map_is_the_least_squares_solution(
 
 def test_without_features_all_is_lost() -> None:
     nested = nested_basis(
-        normal(0, 1, 3, 4), Metric(), normal(1, 1, 1, 2, 4), torch.arange(4).unsqueeze(0)
+        Target(normal(0, 1, 3, 4), Metric()), normal(1, 1, 1, 2, 4), torch.arange(4).unsqueeze(0)
     )
     errors = nested.errors()
     assert errors[0] == 1
@@ -70,8 +70,10 @@ def test_without_features_all_is_lost() -> None:
 def test_the_scale_of_a_feature_does_not_matter() -> None:
     W, basis, columns = normal(0, 1, 3, 6), normal(1, 1, 2, 2, 3), torch.arange(6).reshape(2, 3)
     metric = fisher(6, 3)
-    one = nested_basis(W, metric, basis, columns)
-    other = nested_basis(W, metric, basis * torch.tensor([1e-6, 1e5]).double()[:, None], columns)
+    one = nested_basis(Target(W, metric), basis, columns)
+    other = nested_basis(
+        Target(W, metric), basis * torch.tensor([1e-6, 1e5]).double()[:, None], columns
+    )
     torch.testing.assert_close(one.errors(), other.errors())
     for rank in (1, 2):
         torch.testing.assert_close(
@@ -83,8 +85,8 @@ def test_the_scale_of_a_feature_does_not_matter() -> None:
 def test_dead_features_add_nothing(metric: Metric) -> None:
     W, basis, columns = normal(0, 1, 3, 6), normal(1, 1, 2, 3, 3), torch.arange(6).reshape(2, 3)
     basis[:, :, 1] = 0
-    nested = nested_basis(W, metric, basis, columns)
-    alive = nested_basis(W, metric, basis[:, :, [0, 2]], columns)
+    nested = nested_basis(Target(W, metric), basis, columns)
+    alive = nested_basis(Target(W, metric), basis[:, :, [0, 2]], columns)
     errors = nested.errors()
     assert errors[1] == errors[2]
     assert float(errors[3]) == pytest.approx(float(alive.errors()[2]))
@@ -97,8 +99,8 @@ def test_repeated_features_are_harmless() -> None:
     W, basis, columns = normal(0, 1, 3, 6), normal(1, 1, 1, 3, 6), torch.arange(6).unsqueeze(0)
     basis[:, :, 1] = basis[:, :, 0]
     metric = fisher(6, 3)
-    nested = nested_basis(W, metric, basis, columns)
-    alive = nested_basis(W, metric, basis[:, :, [0, 2]], columns)
+    nested = nested_basis(Target(W, metric), basis, columns)
+    alive = nested_basis(Target(W, metric), basis[:, :, [0, 2]], columns)
     assert nested.L.isfinite().all()
     assert float(nested.errors()[3]) == pytest.approx(float(alive.errors()[2]), abs=1e-6)
     actual = nested.multiply(nested.output_map(3))

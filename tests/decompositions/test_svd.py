@@ -26,6 +26,7 @@ from rankNAS.decompositions import (
     SpatialSvd,
     Statistics,
     Svd,
+    Target,
     make_metric,
 )
 from rankNAS.network import Factorisation, factorise
@@ -43,7 +44,7 @@ def normal(seed: int, *size: int) -> Tensor:
 def linear(operator: Operator, W: Tensor, metric: Metric | None, ranks: list[Rank]) -> Factors:
     """Factors of a linear layer with weight W (o, n)."""
     shape = LayerShape(W.shape[1], W.shape[0])
-    return operator.factorise(shape, shape.fold(W), metric or Metric(), ranks)
+    return operator.factorise(shape, Target(shape.fold(W), metric or Metric()), ranks)
 
 
 def truncated(W: Tensor, rank: int) -> Tensor:
@@ -80,7 +81,7 @@ def test_spatial_svd_is_the_truncated_svd_of_the_separable_unfolding() -> None:
     shape = LayerShape.of(module)
     W = module.weight.detach()
     unfolded = W.permute(0, 3, 1, 2).reshape(5 * 2, 3 * 3)  # (o kw) x (c kh)
-    factors = SpatialSvd().factorise(shape, shape.fold(W), Metric(), [(9,)])
+    factors = SpatialSvd().factorise(shape, Target(shape.fold(W), Metric()), [(9,)])
     for r in range(1, 10):
         folded = factors.weight((r,)).reshape(5, 3, 3, 2).permute(0, 3, 1, 2).reshape(10, 9)
         torch.testing.assert_close(folded, truncated(unfolded, r))
@@ -159,7 +160,7 @@ def test_T_A8_the_pair_multiplies_back() -> None:
     module = nn.Conv2d(6, 5, 3, stride=2, padding=1).double().requires_grad_(False)
     shape, x = LayerShape.of(module), normal(0, 2, 6, 7, 7)
     W = module.weight.flatten(1)
-    factors = GroupSvd().factorise(shape, shape.fold(module.weight), Metric(), [(3, 5)])
+    factors = GroupSvd().factorise(shape, Target(shape.fold(module.weight), Metric()), [(3, 5)])
     for r in range(1, 6):
         first, second = factors.truncate((3, r), module.bias)
         assert (first.groups, first.out_channels) == (3, 3 * r)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankNAS.decompositions import Factors, LayerShape, Metric, Svd, Tucker2, make_metric
+from rankNAS.decompositions import Factors, LayerShape, Metric, Svd, Target, Tucker2, make_metric
 from rankNAS.testing import definition_of_error, random_statistics
 
 
@@ -31,7 +31,7 @@ def conv(W: Tensor, **kwargs: tuple[int, int]) -> LayerShape:
 
 def tucker(W: Tensor, ranks: list[tuple[int, int]], sweeps: int = 0) -> Factors:
     shape = conv(W)
-    return Tucker2(sweeps).factorise(shape, shape.fold(W), Metric(), ranks)
+    return Tucker2(sweeps).factorise(shape, Target(shape.fold(W), Metric()), ranks)
 
 
 def unfoldings(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def test_T_H1_the_chain_is_the_dense_convolution() -> None:
     module = nn.Conv2d(5, 6, 3, stride=2, padding=1).double().requires_grad_(False)
     module.weight.copy_(torch.einsum("or,cs,rsij->ocij", U, V, normal(2, 2, 3, 3, 3)))
     shape = LayerShape.of(module)
-    factors = Tucker2().factorise(shape, shape.fold(module.weight), Metric(), [(2, 3)])
+    factors = Tucker2().factorise(shape, Target(shape.fold(module.weight), Metric()), [(2, 3)])
     chain = factors.truncate((2, 3), module.bias)
     first, middle, last = chain
     assert [m.kernel_size for m in chain] == [(1, 1), (3, 3), (1, 1)]
@@ -75,7 +75,7 @@ def test_T_H1_the_chain_is_the_dense_convolution() -> None:
 def test_T_H3_equal_ranks_on_a_1x1_kernel_are_the_truncated_svd(rank: int) -> None:
     W = normal(0, 6, 5, 1, 1)
     shape = conv(W)
-    svd = Svd().factorise(shape, shape.fold(W), Metric(), [(rank,)])
+    svd = Svd().factorise(shape, Target(shape.fold(W), Metric()), [(rank,)])
     torch.testing.assert_close(
         tucker(W, [(rank, rank)]).weight((rank, rank)), svd.weight((rank,)), rtol=0, atol=1e-12
     )
@@ -112,7 +112,7 @@ def test_sweeps_never_worsen(metric: str, rank: tuple[int, int]) -> None:
     norm = make_metric(metric, random_statistics(shape))
     errors = []
     for sweeps in (0, 1, 2, 4, 8):
-        factors = Tucker2(sweeps).factorise(shape, shape.fold(W), norm, [rank])
+        factors = Tucker2(sweeps).factorise(shape, Target(shape.fold(W), norm), [rank])
         errors.append(factors.error(rank))
         direct = definition_of_error(norm, shape.fold(W).flatten(2), factors.weight(rank))
         assert errors[-1] == pytest.approx(direct, rel=1e-7)
@@ -140,7 +140,7 @@ def test_the_core_is_the_least_squares_optimum_in_the_metric() -> None:
     W = normal(0, 4, 3, 2, 2)
     shape = conv(W)
     metric = make_metric("fisher", random_statistics(shape))
-    factors = Tucker2().factorise(shape, shape.fold(W), metric, [(2, 2)])
+    factors = Tucker2().factorise(shape, Target(shape.fold(W), metric), [(2, 2)])
     V, core, P = (w[0] for w in factors.stage_weights((2, 2)))
     Phi = torch.einsum("rc,st->rsct", V.reshape(2, 3), torch.eye(4).double()).reshape(8, 12)
     S, H = torch.linalg.cholesky(metric.C[0]), metric.H[0]
