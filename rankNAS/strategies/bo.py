@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -191,6 +192,7 @@ def _maximise(problem: Problem, history: History, pool: Indices, n: int, seed: i
 
 
 def _acquisition(X: Tensor, Y: Tensor, waiting: Tensor | None, seed: int) -> Any:
+    """The acquisition function, on a process fitted to the trials (X, Y)."""
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
     from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
     from botorch.fit import fit_gpytorch_mll
@@ -229,7 +231,10 @@ def _acquisition(X: Tensor, Y: Tensor, waiting: Tensor | None, seed: int) -> Any
 def _deterministic(seed: int) -> Iterator[None]:
     """Own random numbers, and one thread: small matrices, and workers that do not fight."""
     threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Deprecations inside the libraries, and jitter that they add to covariances by themselves.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="A not p.d., added jitter")
         torch.manual_seed(seed)
         torch.set_num_threads(1)
         try:
