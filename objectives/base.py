@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
@@ -57,13 +58,14 @@ class ObjectiveBase(ABC):
 
     @final
     def __call__(self, candidate: Candidate) -> float:
-        """The value, checked.
+        """The value, checked; measured without recording gradients.
 
         Raises:
             ObjectiveError: `measure` raised, or its value is not a finite number.
         """
         try:
-            value = float(self.measure(candidate))
+            with torch.no_grad():
+                value = float(self.measure(candidate))
         except ObjectiveError:
             raise
         except Exception as error:

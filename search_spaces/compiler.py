@@ -62,6 +62,7 @@ def compile_space(
         >>> space = compile_space(model, torch.zeros(1, 64))
         >>> space.dense_cost.macs, list(space.layers)
         (4736, ['0'])
+        >>> from rankNAS.allocation import Choice
         >>> space.layers["0"][Choice("svd", (8,))].macs
         1024
     """

@@ -45,11 +45,16 @@ def test_built_in_spaces_need_no_factory(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
     x = torch.randn(2, 3, 32, 32)
+    operators = {
+        "layer1.0.conv1": "svd",
+        "layer2.0.conv1": "spatial_svd",
+        "layer3.0.conv2": "tucker2",
+        "layer3.1.conv1": "group_svd",
+    }
+    layers = compile_space(model, x[:1]).layers
     choices = {
-        "layer1.0.conv1": Choice("svd", (5,)),
-        "layer2.0.conv1": Choice("spatial_svd", (7,)),
-        "layer3.0.conv2": Choice("tucker2", (11, 16)),
-        "layer3.1.conv1": Choice("group_svd", (4, 3)),
+        name: next(choice for choice in layers[name] if choice.operator == operator)
+        for name, operator in operators.items()
     }
     network = compressed(model, x[:1], choices)
     built = {"space": "resnet20", "num_classes": 10, "input_shape": [3, 32, 32]}
@@ -57,7 +62,9 @@ def test_built_in_spaces_need_no_factory(tmp_path: Path) -> None:
     again = load(path)
     assert torch.equal(again(x), network(x))
     assert not again.training
-    assert json.loads(read_metadata(path)["allocation"])["layer3.1.conv1"] == "group_svd:4x3"
+    assert json.loads(read_metadata(path)["allocation"])["layer3.1.conv1"] == str(
+        choices["layer3.1.conv1"]
+    )
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rankNAS.decompositions.shapes import Cost, LayerShape
 __all__ = ["Factors", "Operator", "Rank"]
 
 Rank = tuple[int, ...]
+BALANCING_SWEEPS = 10  # a middle layer has two sides, which disturb each other
 
 
 class Factors(ABC):
@@ -48,7 +49,8 @@ class Factors(ABC):
         Their type is `dtype`, or else that of `bias`, or else float32.
         """
         module = self.operator.build(self.shape, rank)
-        fill(module, self.operator.stages(self.shape, rank), self.stage_weights(rank), bias, dtype)
+        stages = self.operator.stages(self.shape, rank)
+        fill(module, stages, balanced(stages, self.stage_weights(rank)), bias, dtype)
         return module
 
 
@@ -99,6 +101,26 @@ class Operator(ABC):
     ) -> nn.Module:
         """The decomposed layer at a rank, uninitialised."""
         return nn.Sequential(*(s.build(device) for s in self.stages(shape, rank)))
+
+
+def balanced(stages: Sequence[LayerShape], weights: Sequence[Tensor]) -> list[Tensor]:
+    """The same chain with each inner feature's scale shared evenly by the layers around it.
+
+    The product does not change; training does: gradients of factors of very different norms are
+    out of proportion, and the usual learning rates diverge.
+    """
+    result = list(weights)
+    pairs = list(enumerate(zip(stages[:-1], stages[1:], strict=True)))
+    for i, (before, after) in pairs * (1 if len(pairs) == 1 else BALANCING_SWEEPS):
+        produced = result[i].reshape(before.outputs, -1)
+        taken = result[i + 1].unflatten(2, (after.inputs // after.groups, -1))  # (g, o, c, k)
+        from_norm, to_norm = produced.norm(dim=1), taken.norm(dim=(1, 3)).flatten()
+        scale = (to_norm / from_norm).sqrt()
+        scale = torch.where((from_norm > 0) & (to_norm > 0), scale, torch.ones_like(scale))
+        result[i] = (produced * scale.unsqueeze(1)).reshape(result[i].shape)
+        by_group = scale.reshape(after.groups, 1, -1, 1)
+        result[i + 1] = (taken / by_group).reshape(result[i + 1].shape)
+    return result
 
 
 def fill(

@@ -29,6 +29,7 @@ from rankNAS.decompositions.metrics import Target, matrix_root
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
+JITTER = 1e-8  # of a feature's squared norm
 DEAD = 1e-13  # squared norm, relative to the largest, below which a direction is rounding noise
 
 
@@ -135,13 +136,15 @@ def _gram(C: Tensor | None, basis: Tensor, columns: Tensor) -> Tensor:  # (g, K,
 
 
 def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
-    """Cholesky factor; nearly dependent features get just enough jitter to stay harmless."""
+    """Cholesky factor, with jitter where features are nearly dependent.
+
+    Without it their coefficients would be large and cancel, which float32 and training do not
+    survive; the jitter costs at most its own size in relative error.
+    """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    L = gram
-    for jitter in (0.0, 1e-12, 1e-10, 1e-8):
-        L, info = torch.linalg.cholesky_ex(gram + jitter * eye)
-        if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() > 1e-7:
-            break
+    L, info = torch.linalg.cholesky_ex(gram)
+    if info.any() or L.diagonal(dim1=-2, dim2=-1).amin() < JITTER**0.5:
+        L = torch.linalg.cholesky(gram + JITTER * eye)
     return L
 
 

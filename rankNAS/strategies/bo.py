@@ -55,7 +55,7 @@ class BayesianOptimisation(Strategy):
 
     initial: int = 6
     pool: int = 512
-    spread: float = 0.7
+    spread: float = 0.35
     local: float = 0.75
     name = "bo"
 

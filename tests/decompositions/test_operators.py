@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
-from rankNAS.decompositions import OPERATORS, GroupSvd, LayerShape, Rank, SpatialSvd, Svd, Tucker2
-from rankNAS.testing import LAYERS, OperatorContract
+from rankNAS.decompositions import (
+    OPERATORS,
+    GroupSvd,
+    LayerShape,
+    Rank,
+    SpatialSvd,
+    Svd,
+    Target,
+    Tucker2,
+    make_metric,
+)
+from rankNAS.testing import LAYERS, OperatorContract, random_statistics
 
 
 class TestSvd(OperatorContract):
@@ -131,3 +144,25 @@ def test_T_A7_counts() -> None:
     assert dense / 704 == pytest.approx(52.4, abs=0.05)
     assert dense / 4672 == pytest.approx(7.9, abs=0.05)
     assert max(r for k, r in GroupSvd().families(shape)[-1] if k == 64) == 9
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_inner_features_have_balanced_norms(name: str) -> None:
+    """Each feature leaves a layer and enters the next with one norm, at any metric scale."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 12, 3)
+    shape = LayerShape.of(layer, ((1, 9, 9),))
+    statistics = random_statistics(shape)
+    assert statistics.gradient is not None
+    tiny = replace(statistics, gradient=statistics.gradient * 1e-8)
+    operator = OPERATORS[name]
+    rank = operator.families(shape)[0][1]
+    target = Target(shape.fold(layer.weight), make_metric("fisher", tiny))
+    module = operator.factorise(shape, target, [rank]).truncate(rank, layer.bias)
+    stages = list(module.children())
+    for before, after in zip(stages[:-1], stages[1:], strict=True):
+        left: torch.Tensor = before.weight.detach()  # type: ignore[operator, union-attr, assignment]
+        right: torch.Tensor = after.weight.detach()  # type: ignore[operator, union-attr, assignment]
+        produced = left.flatten(1).norm(dim=1)
+        taken = right.transpose(0, 1).flatten(1).norm(dim=1)
+        torch.testing.assert_close(produced, taken, rtol=2e-2, atol=1e-6)

@@ -1,0 +1,256 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rankNAS.plugins import load_callable
+from rankNAS.search_spaces.compiler import count_macs
+
+QUICK = ["--calibration", "64", "--validation", "64", "--trials", "3", "--quiet"]
+
+
+def ranknas(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(
+        [sys.executable, "-m", "rankNAS", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def weights(model_file: str, tmp_path: Path) -> str:
+    """Random weights for the model of `model_file`, with its normalisation in the metadata."""
+    torch.manual_seed(0)
+    model = load_callable(model_file)(num_classes=10)
+    path = tmp_path / "weights.safetensors"
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        path,
+        {"input": "RGB/255 normalised by mean (0.5,0.5,0.5), std (0.25,0.25,0.25)"},
+    )
+    return str(path)
+
+
+@pytest.fixture
+def search(model_file: str, weights: str, tmp_path: Path) -> list[str]:
+    return [
+        *("search", "--space", model_file, "--weights", weights, "--strategy", "random"),
+        *("--budget", "0.6", "--study", "first", *QUICK),
+    ]
+
+
+def test_search_show_resume_and_export(search: list[str], model_file: str, tmp_path: Path) -> None:
+    """One study from start to end; each step needs the one before."""
+    done = ranknas(*search, "--json", "--finetune", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {
+        *("study", "strategy", "space", "input_shape", "budget", "cost", "dense", "best"),
+        *("trials", "seconds", "artifact"),
+    } <= set(result)
+    assert {"accuracy", "test_accuracy", "macs", "params"} <= set(result["dense"])
+    assert {"accuracy", "test_accuracy", "macs", "params", "allocation"} <= set(result["best"])
+    assert len(result["trials"]) == 3
+    assert result["best"]["macs"] <= 0.6 * result["dense"]["macs"]
+    assert result["finetuned"]["epochs"] == 1
+    folder = tmp_path / "ranknas-studies" / "first"
+    names = {"best.json", "best.safetensors", "finetuned.safetensors", "config.json", "study.db"}
+    assert names | {"trials.csv", "result.json"} <= {p.name for p in folder.iterdir()}
+    assert json.loads((folder / "best.json").read_text()) == result["best"]["allocation"]
+    model = load_callable(model_file)(num_classes=10)
+    assert result["dense"]["macs"] == count_macs(model, torch.zeros(1, *result["input_shape"]))
+
+    shown = ranknas("show", "first", cwd=tmp_path)
+    assert shown.returncode == 0 and "chosen ranks" in shown.stdout
+    assert all(layer in shown.stdout for layer in result["best"]["allocation"])
+    assert json.loads(ranknas("show", "first", "--json", cwd=tmp_path).stdout) == result
+
+    untrusted = ranknas("resume", "first", cwd=tmp_path)
+    assert untrusted.returncode == 2 and "--trust-study" in untrusted.stderr
+    more = ranknas(
+        *("resume", "first", "--trials", "5", "--trust-study", "--json", "--quiet"), cwd=tmp_path
+    )
+    assert more.returncode == 0, more.stderr
+    trials = json.loads(more.stdout)["trials"]
+    assert [t["allocation"] for t in trials[:3]] == [t["allocation"] for t in result["trials"]]
+    assert len(trials) == 5
+
+    exported = ranknas(
+        *("export", "first", "--format", "pt2", "--space", model_file, "--json"), cwd=tmp_path
+    )
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["max_absolute_difference"] < 1e-4
+
+
+def test_killed_and_resumed_equals_uninterrupted(search: list[str], tmp_path: Path) -> None:
+    arguments = [*search[: search.index("--trials")], "--trials", "40", "--json"]
+    whole = ranknas(*arguments, "--quiet", "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rankNAS", *arguments, "--quiet", "--out", "cut"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    database = tmp_path / "cut" / "first" / "study.db"
+    while process.poll() is None and finished(database) < 4:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = finished(database)
+    assert 4 <= kept < 40
+    resumed = ranknas(*arguments, "--quiet", "--out", "cut", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    def essence(text: str) -> list[tuple[object, ...]]:
+        return [(t["number"], t["allocation"], t["values"]) for t in json.loads(text)["trials"]]
+
+    assert essence(resumed.stdout) == essence(whole.stdout)
+    assert json.loads(resumed.stdout)["best"] == json.loads(whole.stdout)["best"]
+
+
+def finished(database: Path) -> int:
+    if not database.exists():
+        return 0
+    try:
+        with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+            (count,) = connection.execute("select count(*) from trials").fetchone()
+            return int(count)
+    except sqlite3.Error:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--space", "resnet19"], "Did you mean 'resnet18'"),
+        (["--strategy", "bow"], "Did you mean 'bo'"),
+        (["--objective", "acuracy"], "Did you mean 'accuracy'"),
+        (["--cost", "mac"], "Did you mean 'macs'"),
+        (["--budget", "0"], "must be in (0, 1]"),
+        (["--budget", "half"], "a budget must be a fraction"),
+        (["--budget", "params=0.0001"], "the smallest possible is"),
+        (["--weights", "none.safetensors"], "none.safetensors"),
+        (["--data", "parquet:nowhere"], "nowhere"),
+        (["--data", "imagnet"], "unknown data source"),
+        (["--normalize", "half"], "half"),
+        (["--operators", "svd,tucker"], "Did you mean 'tucker2'"),
+        (["--metric", "fischer"], "must be one of weight, input, fisher"),
+        (["--study", "../escape"], "`--study` must be"),
+        (["--trials", "0"], "at least 1, got 0"),
+        (["--hardware", "hots"], "Did you mean 'host'"),
+        (["--out", "file/below"], "cannot be written"),
+        (["--resume"], "no study 'first'"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    search: list[str],
+    tmp_path: Path,
+    change: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rankNAS.cli import main
+
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ranknas", *search, *change])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capfd.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+    unchanged = [p for p in sorted(tmp_path.rglob("*")) if "__pycache__" not in p.parts]
+    assert unchanged == before
+
+
+def test_a_finished_study_is_not_begun_again(search: list[str], tmp_path: Path) -> None:
+    assert ranknas(*search, cwd=tmp_path).returncode == 0
+    again = ranknas(*search, cwd=tmp_path)
+    assert again.returncode == 2 and "add --resume" in again.stderr
+    other = ranknas(*search, "--resume", "--budget", "params=0.7", cwd=tmp_path)
+    assert other.returncode == 2 and "another configuration" in other.stderr
+    table = (tmp_path / "ranknas-studies" / "first" / "result.json").read_text()
+    assert len(json.loads(table)["trials"]) == 3
+
+
+def test_an_unnamed_study_gets_a_new_name(search: list[str], tmp_path: Path) -> None:
+    i = search.index("--study")
+    arguments = [*search[:i], *search[i + 2 :], "--json"]
+    names = [json.loads(ranknas(*arguments, cwd=tmp_path).stdout)["study"] for _ in range(2)]
+    assert names == ["my_model.py-factory-random-0.6", "my_model.py-factory-random-0.6-2"]
+
+
+def test_an_objective_that_fails_three_times_stops_with_its_reason(
+    search: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def broken(network, data):\n    return float('nan')\n")
+    stopped = ranknas(*search, "--objective", "mine.py:broken", cwd=tmp_path)
+    assert stopped.returncode == 2
+    assert "3 trials in a row failed" in stopped.stderr and "nan" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["spaces"], "resnet20"),
+        (["strategies"], "bo"),
+        (["objectives"], "accuracy"),
+        (["compile", "--space", "resnet20", "--num-classes", "10"], "output layer"),
+        (["--version"], "ranknas"),
+        (["search", "--help"], "--budget"),
+    ],
+)
+def test_listings(
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rankNAS.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["ranknas", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["spaces", "strategies", "objectives", "compile"])
+def test_listings_as_json(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rankNAS.cli import main
+
+    space = ["--space", "resnet20"] if command == "compile" else []
+    monkeypatch.setattr(sys, "argv", ["ranknas", command, "--json", *space])
+    with pytest.raises(SystemExit):
+        main()
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_unknown_studies_are_named(tmp_path: Path) -> None:
+    for command in ("show", "resume", "export", "dashboard"):
+        failed = ranknas(command, "none", cwd=tmp_path)
+        assert failed.returncode == 2 and "there is no study 'none'" in failed.stderr
