@@ -19,7 +19,7 @@ from rankNAS.allocation import Allocation, Choice
 from rankNAS.budget import check_budget
 from rankNAS.calibration import calibrate
 from rankNAS.data import Data, Splits, check_labels, load_data, split
-from rankNAS.decompositions.metrics import MetricName
+from rankNAS.decompositions.metrics import METRICS, MetricName
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation import Evaluator, quality
 from rankNAS.exceptions import ObjectiveError, RankNASError, UsageError
@@ -58,6 +58,9 @@ class Settings:
         policy: Which ranks are offered.
         choices: Most choices a layer keeps once their errors are known.
         batch_size: Samples a forward pass.
+
+    Raises:
+        UsageError: An unknown metric, or a number below one.
     """
 
     metric: MetricName = "fisher"
@@ -67,6 +70,13 @@ class Settings:
     policy: RankPolicy = RankPolicy()
     choices: int = 64
     batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, got {self.metric!r}.")
+        for name in ("calibration", "validation", "choices", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
 def search(

@@ -60,6 +60,8 @@ def model_file(tmp_path: Path) -> str:
         "    return nn.Sequential(\n"
         "        nn.Conv2d(3, 16, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(16),\n"
         "        nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),\n"
+        "        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),\n"
+        "        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),\n"
         "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))\n"
     )
     return f"{path}:factory"

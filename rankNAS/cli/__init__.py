@@ -73,7 +73,7 @@ def search(
         typer.Option(help="Optuna storage URL. Default: study.db in the study's folder."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an existing study.")
+        bool, typer.Option("--resume", help="Go on with the study if it exists.")
     ] = False,
     out: Out = DEFAULT_OUT,
     finetune: Annotated[

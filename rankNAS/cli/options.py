@@ -68,9 +68,8 @@ class SearchOptions:
         stem = re.sub(r"[^A-Za-z0-9._=-]+", "-", "-".join(parts)).strip(".-")[:100]
         names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
         used = [n for n in names if (Path(self.out) / n / CONFIGURATION).exists()]
-        if resume and not used:
-            raise StudyError(f"there is no study {stem!r} in {self.out!r} to resume.")
-        name = used[-1] if resume else next(n for n in names if n not in used)
+        fresh = next(n for n in names if n not in used)
+        name = used[-1] if resume and used else fresh
         return replace(self, study=name)
 
     def code(self) -> list[str]:

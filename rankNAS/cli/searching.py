@@ -184,7 +184,8 @@ def _search(
         reporter.stage("trials", trial.number + 1, options.trials, note)
 
     budget = parse_budget(options.budget, options.cost)
-    folder, fresh = options.folder, not options.folder.exists()
+    folder = options.folder
+    fresh = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         study = search(
@@ -211,9 +212,9 @@ def _search(
         reporter.say(f"interrupted; finished trials are kept. Go on with: {resume_with}")
         sys.exit(130)
     finally:
-        if fresh:
-            with suppress(OSError):  # nothing is left of a search that never began
-                folder.rmdir()
+        with suppress(OSError):  # nothing is left of a search that never began
+            for path in fresh:
+                path.rmdir()
     study.model = {
         "space": options.space,
         "num_classes": data.num_classes,

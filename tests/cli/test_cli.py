@@ -144,7 +144,8 @@ def finished(database: Path) -> int:
         (["--strategy", "bow"], "Did you mean 'bo'"),
         (["--objective", "acuracy"], "Did you mean 'accuracy'"),
         (["--cost", "mac"], "Did you mean 'macs'"),
-        (["--budget", "0"], "must be in (0, 1]"),
+        (["--budget", "params=0"], "must be in (0, 1]"),
+        (["--budget", "0.5"], "given twice"),
         (["--budget", "half"], "a budget must be a fraction"),
         (["--budget", "params=0.0001"], "the smallest possible is"),
         (["--weights", "none.safetensors"], "none.safetensors"),
@@ -157,7 +158,6 @@ def finished(database: Path) -> int:
         (["--trials", "0"], "at least 1, got 0"),
         (["--hardware", "hots"], "Did you mean 'host'"),
         (["--out", "file/below"], "cannot be written"),
-        (["--resume"], "no study 'first'"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
