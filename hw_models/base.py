@@ -20,6 +20,14 @@ class HardwareModel(ABC):
 
     Predictions are additive over layers and cover the decomposable layers only. They must be
     positive, and equal for equal arguments within one process.
+
+    Example:
+        >>> class Board(HardwareModel):
+        ...     name = "board"
+        ...     def latency(self, layer, choice):
+        ...         return 1e-6 + layer[choice].macs / 2e9, 0.0
+        >>> Board().name
+        'board'
     """
 
     name: str

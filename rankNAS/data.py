@@ -63,6 +63,13 @@ class Data:
         fingerprint: A key (hex) of content and preprocessing, equal on all machines.
         normalize: The mean and std in use, as ``load_data`` takes it; None if unknown.
         flip: Whether a mirrored input still belongs to the same class.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> items = TensorDataset(torch.zeros(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]))
+        >>> data = load_data((items, items))
+        >>> data.input_shape, data.num_classes
+        ((3,), 3)
     """
 
     name: str
@@ -116,6 +123,11 @@ def load_data(
         DataError: If anything about the data or the options is wrong.
         UnknownNameError: If there is no such source.
         UsageError: If the file of a factory cannot be imported.
+
+    Example:
+        >>> data = load_data("digits")
+        >>> data.input_shape, data.num_classes
+        ((3, 32, 32), 10)
     """
     if isinstance(source, str) and not is_plugin(source):
         return _read(source, normalize, image_size)

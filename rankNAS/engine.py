@@ -61,6 +61,10 @@ class Settings:
 
     Raises:
         UsageError: An unknown metric, or a number below one.
+
+    Example:
+        >>> Settings(metric="input", policy=RankPolicy(multiple_of=8)).validation
+        1024
     """
 
     metric: MetricName = "fisher"

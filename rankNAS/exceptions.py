@@ -30,11 +30,26 @@ __all__ = [
 
 
 class RankNASError(Exception):
-    """Base of every error that RankNAS raises on purpose."""
+    """Base of every error that RankNAS raises on purpose.
+
+    >>> try:
+    ...     raise BudgetError("too small")
+    ... except RankNASError as error:
+    ...     print(error)
+    too small
+    """
 
 
 class UsageError(RankNASError, ValueError):
-    """What the user gave is wrong; the message says what would be right."""
+    """What the user gave is wrong; the message says what would be right.
+
+    >>> from rankNAS.budget import parse_budget
+    >>> try:
+    ...     parse_budget(["1.5"])
+    ... except UsageError as error:
+    ...     print(str(error).partition(",")[0])
+    the budget for 'macs' must be in (0
+    """
 
 
 class UnknownNameError(UsageError, KeyError):

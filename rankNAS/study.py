@@ -37,6 +37,19 @@ class Study:
         dense: Metrics of the dense model on the validation data, and its costs.
         model: How the dense model is built, for `save`; empty for a model of the caller's.
         seconds: Wall-clock time of this session of the search.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> from rankNAS.engine import search
+        >>> x, y = torch.randn(200, 64), torch.randint(0, 4, (200,))
+        >>> data = TensorDataset(x[:150], y[:150]), TensorDataset(x[150:], y[150:])
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 4))
+        >>> study = search(model, data, budget={"macs": 0.5}, strategy="random", n_trials=3)
+        >>> len(study.to_pandas()), study.best in study.pareto_front()
+        (3, True)
+        >>> study.materialise()(x[:5]).shape
+        torch.Size([5, 4])
     """
 
     name: str

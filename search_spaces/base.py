@@ -74,6 +74,16 @@ class SearchSpace:
         skipped: Layers that could be decomposed in principle and are left dense.
         rest: Cost of everything outside `layers`, skipped layers included.
         input_shape: Shape of the example input, batch included; costs are for this input.
+
+    Example:
+        >>> import torch
+        >>> from rankNAS.search_spaces import compile_space
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10))
+        >>> space = compile_space(model, torch.zeros(1, 64))
+        >>> space.cost({"0": Choice("svd", (8,))}).macs  # 8 x (64 + 64) + 64 x 10
+        1664
+        >>> space.skipped[0].reason
+        'output layer'
     """
 
     layers: dict[str, Layer]

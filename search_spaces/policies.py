@@ -36,6 +36,12 @@ class RankPolicy:
 
     Raises:
         UsageError: A number below one, an unknown cost or an unknown operator.
+
+    Example:
+        >>> shape = LayerShape(inputs=64, outputs=64, calls=((1,),))
+        >>> choices, _ = candidate_choices(shape, RankPolicy(multiple_of=8, operators=("svd",)))
+        >>> [str(choice) for choice in choices]
+        ['dense', 'svd:24', 'svd:16', 'svd:8']
     """
 
     candidates: int = 256

@@ -79,6 +79,12 @@ def test_the_public_names_exist_and_are_all() -> None:
         _ = rankNAS.nothing
 
 
+def test_every_public_name_has_an_example() -> None:
+    """`DENSE` is a value, shown in the examples of `Allocation`."""
+    for name in set(rankNAS.__all__) - {"DENSE"}:
+        assert ">>>" in (getattr(rankNAS, name).__doc__ or ""), name
+
+
 @pytest.mark.parametrize("name", [n for n in modules() if not n.startswith("rankNAS.cli")])
 def test_docstring_examples(name: str) -> None:
     results = doctest.testmod(importlib.import_module(name))

@@ -26,6 +26,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.files import write_json
 from rankNAS.hw_models import make_hardware
 from rankNAS.objectives import make_objective
+from rankNAS.plugins import is_plugin
 from rankNAS.recovery.training import TrainingConfig, default_config, train
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -113,7 +114,8 @@ def _check_writable(folder: Path) -> None:
 
 def _data(options: SearchOptions) -> Data:
     normalize = options.normalize
-    if normalize is None and options.weights not in (None, "pretrained"):
+    of_file = options.weights not in (None, "pretrained")
+    if normalize is None and of_file and not is_plugin(options.data):
         texts = peek_metadata(Path(str(options.weights))).values()
         normalize = next(filter(None, map(normalization_from_metadata, texts)), None)
     return load_data(options.data, normalize=normalize, image_size=options.image_size)

@@ -59,6 +59,14 @@ class Operator(ABC):
 
     `stages` alone defines cost and module; the ranks that `families` lists are those a search
     space may offer.
+
+    Example:
+        >>> from rankNAS.decompositions import Svd
+        >>> shape = LayerShape(inputs=64, outputs=32, calls=((1,),))
+        >>> Svd().cost(shape, (8,)).macs  # 8 x (64 + 32)
+        768
+        >>> Svd().build(shape, (8,))[0].weight.shape
+        torch.Size([8, 64])
     """
 
     name: str

@@ -33,6 +33,11 @@ class Trial:
         metrics: Everything that was measured, by name.
         seconds: How long the evaluation took.
         reason: Why it failed.
+
+    Example:
+        >>> from rankNAS.allocation import DENSE
+        >>> Trial(0, Allocation.of({"conv1": DENSE}), "complete", (0.9,)).values
+        (0.9,)
     """
 
     number: int
@@ -156,6 +161,15 @@ class Strategy(ABC):
     to know about earlier proposals it reads from the history. Every proposal is an allocation of
     the problem's space that meets its budgets. An empty list means there is nothing more to
     propose. A strategy must pickle, and is a frozen dataclass of its configuration.
+
+    Example:
+        >>> class Dense(Strategy):
+        ...     name = "dense"
+        ...     def propose(self, problem, history, n, rng):
+        ...         allocation = problem.allocation([0] * len(problem.errors))
+        ...         return [] if allocation in history.proposed else [allocation]
+        >>> Dense().name
+        'dense'
     """
 
     name: str

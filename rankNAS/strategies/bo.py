@@ -4,7 +4,7 @@ A Gaussian process models each objective as a function of the layers' relative e
 acquisition function is maximised over a pool of allocations, each decoded from a preference by the
 exact solver (`decode`), so the process never proposes, and never needs to model, a point that
 breaks a budget. Preferences are drawn around the best allocations found and at large; the first
-proposal is the min-max allocation of the tables.
+proposals are those of `energy` and `uniform`.
 
 References:
     Balandat et al., NeurIPS 2020 (BoTorch). Ament et al., NeurIPS 2023: log expected improvement.
@@ -31,6 +31,7 @@ from rankNAS.pareto import non_dominated
 from rankNAS.solver import least_cost, min_max
 from rankNAS.strategies.base import Array, History, Problem, Strategy
 from rankNAS.strategies.decode import Indices, decode, preference
+from rankNAS.strategies.shares import within_shares
 
 __all__ = ["BayesianOptimisation"]
 
@@ -43,8 +44,8 @@ class BayesianOptimisation(Strategy):
     """Gaussian process and log expected improvement over allocations on the budget.
 
     Args:
-        initial: Trials before the process takes over; the first is the min-max allocation, the
-            others perturb it.
+        initial: Trials before the process takes over: the min-max allocation, that of equal
+            shares, and perturbations of the first.
         pool: Preferences decoded for each proposal.
         spread: Standard deviation of the log-multipliers of preferences drawn at large.
         local: Share of the pool drawn around the best allocations.
@@ -70,14 +71,11 @@ class BayesianOptimisation(Strategy):
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         known = history.complete
-        found: list[Allocation] = []
-        limits = list(problem.limits.values())
-        first = problem.allocation(min_max(problem.errors, problem.budgeted(), limits).indices)
-        if first not in history.proposed:
-            found.append(first)
-        taken = history.proposed | set(found)
+        starts = dict.fromkeys((_min_max(problem), _equal_shares(problem)))
+        found = [a for a in starts if a not in history.proposed][:n]
         if len(found) == n:
             return found
+        taken = history.proposed | set(found)
         if len(known) < self.initial:
             drawn = self._unseen(problem, self._at_large(problem, rng), taken, rng)
             return found + [problem.allocation(row.tolist()) for row in drawn[: n - len(found)]]
@@ -122,6 +120,15 @@ class BayesianOptimisation(Strategy):
         fresh = [problem.allocation(row.tolist()) not in taken for row in rows]
         unseen: Indices = rows[np.array(fresh, dtype=bool)]
         return unseen
+
+
+def _min_max(problem: Problem) -> Allocation:
+    limits = list(problem.limits.values())
+    return problem.allocation(min_max(problem.errors, problem.budgeted(), limits).indices)
+
+
+def _equal_shares(problem: Problem) -> Allocation:
+    return problem.allocation(within_shares(problem, np.ones(len(problem.errors))).tolist())
 
 
 def _decoded(problem: Problem, preferences: Array, rng: np.random.Generator) -> Indices:

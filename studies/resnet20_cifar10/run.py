@@ -37,7 +37,7 @@ SETTINGS = rankNAS.Settings(calibration=1024, validation=1024)
 
 
 def jobs() -> list[tuple[str, float, int]]:
-    """Strategy, budget and seed; all seeds where all strategies are compared, else three."""
+    """Strategy, budget and seed; all seeds where all strategies are compared, else two."""
     compared = [
         (strategy, budget, seed)
         for seed in range(SEEDS)
@@ -46,7 +46,7 @@ def jobs() -> list[tuple[str, float, int]]:
     ]
     others = [
         (strategy, budget, seed)
-        for seed in range(3)
+        for seed in range(2)
         for budget in BUDGETS
         if budget not in SEARCHED
         for strategy in ("uniform", "energy")
@@ -92,7 +92,7 @@ def run(data_source: str, weights: str, results: Path) -> None:
         table = pd.read_csv(results)
         done = set(zip(table.strategy, table.budget, table.seed, strict=True))
     with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not done:
             writer.writeheader()
         for job in jobs():

@@ -1,0 +1,83 @@
+"""Tables and the pruning of choices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from rankNAS.allocation import Allocation
+from rankNAS.exceptions import BudgetError
+from rankNAS.network import factorise
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.tables import make_problem, worthwhile
+
+points = st.lists(st.tuples(*[st.integers(0, 6)] * 3), min_size=1, max_size=20)
+
+
+@given(points)
+def test_worthwhile_keeps_exactly_one_of_each_point_that_nothing_beats(
+    rows: list[tuple[int, int, int]],
+) -> None:
+    kept = worthwhile([r[0] for r in rows], [[r[1] for r in rows], [r[2] for r in rows]], 99)
+    unbeaten = {
+        p
+        for p in rows
+        if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in rows)
+    }
+    assert {rows[i] for i in kept} == unbeaten and len(kept) == len(unbeaten)
+    assert [rows[i][1] for i in kept] == sorted(rows[i][1] for i in kept)
+
+
+def test_thinning_keeps_both_ends() -> None:
+    errors = list(np.linspace(1, 0, 50))
+    kept = worthwhile(errors, [list(range(50))], 7)
+    assert len(kept) == 7 and kept[0] == 0 and kept[-1] == 49
+
+
+@pytest.fixture
+def space(small_net: nn.Module) -> SearchSpace:
+    return compile_space(small_net, torch.zeros(1, 3, 8, 8))
+
+
+def test_costs_of_the_tables_are_those_of_the_space(
+    small_net: nn.Module, space: SearchSpace
+) -> None:
+    problem = make_problem(space, factorise(small_net, space).errors(), {"params": 0.5})
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        indices = [int(rng.integers(len(c))) for c in problem.choices.values()]
+        allocation = problem.allocation(indices)
+        assert problem.indices(allocation) == indices
+        cost, dense = space.cost(allocation), space.dense_cost
+        for name, fraction in problem.fractions(indices).items():
+            assert fraction == pytest.approx(cost[name] / dense[name], rel=1e-12)
+        assert problem.meets(indices) == (cost.params <= 0.5 * dense.params)
+
+
+def test_latency_is_a_cost_of_the_layers_alone(space: SearchSpace) -> None:
+    latency = {name: [1.0 + i for i in range(len(x))] for name, x in space.layers.items()}
+    problem = make_problem(space, None, {"latency": 1.0}, latency=latency)
+    assert problem.dense["latency"] == len(space.layers)
+    assert problem.rest["latency"] == 0
+
+
+def test_budgets_that_exclude_each_other() -> None:
+    """Each budget can be met, but by different choices of the only layer."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False))
+    space = compile_space(model, torch.zeros(1, 64))
+    latency = {"0": [1.0 if c.rank == (31,) else 10.0 for c in space.layers["0"].choices]}
+    latency["0"][0] = 10.0
+    problem = make_problem(space, None, {"latency": 0.1, "macs": 0.5}, latency=latency)
+    with pytest.raises(BudgetError, match="together, although each can be met alone"):
+        problem.check()
+
+
+def test_allocations_of_the_problem_are_allocations_of_the_space(space: SearchSpace) -> None:
+    problem = make_problem(space, None, {})
+    assert problem.allocation([0] * len(space.layers)) == space.dense
+    assert isinstance(problem.allocation([1] * len(space.layers)), Allocation)
