@@ -142,6 +142,7 @@ def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
     survive; the jitter costs at most its own size in relative error.
     """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    L: Tensor
     L, info = torch.linalg.cholesky_ex(gram)
     if info.any() or L.diagonal(dim1=-2, dim2=-1).amin() < JITTER**0.5:
         L = torch.linalg.cholesky(gram + JITTER * eye)
