@@ -44,7 +44,8 @@ class Study:
         >>> from rankNAS.engine import search
         >>> x, y = torch.randn(200, 64), torch.randint(0, 4, (200,))
         >>> data = TensorDataset(x[:150], y[:150]), TensorDataset(x[150:], y[150:])
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 4))
+        >>> sizes = [(64, 64), (64, 64), (64, 4)]
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(*size) for size in sizes))
         >>> study = search(model, data, budget={"macs": 0.5}, strategy="random", n_trials=3)
         >>> len(study.to_pandas()), study.best in study.pareto_front()
         (3, True)

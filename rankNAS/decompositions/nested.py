@@ -29,7 +29,7 @@ from rankNAS.decompositions.metrics import Target, matrix_root
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
-JITTER = 1e-8  # of a feature's squared norm
+JITTER = (1e-8, 1e-6, 1e-4, 1e-2)  # of a feature's squared norm
 DEAD = 1e-13  # squared norm, relative to the largest, below which a direction is rounding noise
 
 
@@ -144,8 +144,12 @@ def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     L: Tensor
     L, info = torch.linalg.cholesky_ex(gram)
-    if info.any() or L.diagonal(dim1=-2, dim2=-1).amin() < JITTER**0.5:
-        L = torch.linalg.cholesky(gram + JITTER * eye)
+    if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() >= JITTER[0] ** 0.5:
+        return L
+    for jitter in JITTER:  # more than the first only where C is singular to rounding error
+        L, info = torch.linalg.cholesky_ex(gram + jitter * eye)
+        if not info.any():
+            break
     return L
 
 
