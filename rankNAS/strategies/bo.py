@@ -28,13 +28,14 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.pareto import non_dominated
-from rankNAS.solver import least_cost, min_max
+from rankNAS.solver import least_cost
 from rankNAS.strategies.base import Array, History, Problem, Strategy
 from rankNAS.strategies.decode import Indices, decode, preference
-from rankNAS.strategies.shares import within_shares
+from rankNAS.strategies.oneshot import Energy, Uniform
 
 __all__ = ["BayesianOptimisation"]
 
+STARTS = (Energy(), Uniform())
 FIT_ITERATIONS = 50  # of L-BFGS; later ones change the hyper-parameters, not the choice
 
 
@@ -71,8 +72,8 @@ class BayesianOptimisation(Strategy):
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         known = history.complete
-        starts = dict.fromkeys((_min_max(problem), _equal_shares(problem)))
-        found = [a for a in starts if a not in history.proposed][:n]
+        starts = [a for s in STARTS for a in s.propose(problem, history, 1, rng)]
+        found = list(dict.fromkeys(starts))[:n]
         if len(found) == n:
             return found
         taken = history.proposed | set(found)
@@ -120,15 +121,6 @@ class BayesianOptimisation(Strategy):
         fresh = [problem.allocation(row.tolist()) not in taken for row in rows]
         unseen: Indices = rows[np.array(fresh, dtype=bool)]
         return unseen
-
-
-def _min_max(problem: Problem) -> Allocation:
-    limits = list(problem.limits.values())
-    return problem.allocation(min_max(problem.errors, problem.budgeted(), limits).indices)
-
-
-def _equal_shares(problem: Problem) -> Allocation:
-    return problem.allocation(within_shares(problem, np.ones(len(problem.errors))).tolist())
 
 
 def _decoded(problem: Problem, preferences: Array, rng: np.random.Generator) -> Indices:
