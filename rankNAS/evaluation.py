@@ -3,6 +3,8 @@
 A candidate is evaluated with the decomposed layers multiplied out into the dense layers' weights:
 the same function, at dense speed on any device, and moving from one allocation to the next touches
 only the layers that differ. The network itself, with its thin layers, is built on demand.
+Where the model can be traced, a forward pass begins at the first layer that differs from the last
+allocation's (`stages`), so that neighbours are cheap.
 """
 
 from __future__ import annotations
@@ -24,7 +26,13 @@ from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.network import Factorisation
 from rankNAS.objectives.base import Candidate, ObjectiveBase
 from rankNAS.objectives.quality import accuracy, agreement, loss
-from rankNAS.recovery.batch_norm import has_batch_norm, reestimate_batch_norm
+from rankNAS.recovery.batch_norm import (
+    cumulative_averaging,
+    even_chunks,
+    has_batch_norm,
+    reestimate_batch_norm,
+)
+from rankNAS.stages import Pass, Stages
 
 __all__ = ["Evaluator", "Timing", "test_metrics"]
 
@@ -50,6 +58,7 @@ class Evaluator:
         batch_norm: Re-estimate batch-norm statistics; ignored without batch norms.
         batch_size: Samples a forward pass.
         device: Where to run.
+        prefix_reuse: Keep activations, so that what did not change is not computed again.
     """
 
     factorisation: Factorisation
@@ -60,6 +69,7 @@ class Evaluator:
     batch_norm: bool = True
     batch_size: int = 256
     device: torch.device | str = "cpu"
+    prefix_reuse: bool = True
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
@@ -72,7 +82,10 @@ class Evaluator:
         self._targets = self.validation[1].to(self.device)
         if self._inputs.dim() == 4:
             self._scratch = self._scratch.to(memory_format=torch.channels_last)
+        self._stages = self._traced() if self.prefix_reuse else None
+        self._passes = self._make_passes()
         self.dense_logits = self._forward()
+        self._invalidate(0)
 
     def _place(self, x: Tensor) -> Tensor:
         x = x.to(self.device)
@@ -132,27 +145,69 @@ class Evaluator:
     def _apply(self, allocation: Allocation) -> None:
         """Give the scratch network the weights and batch-norm statistics of an allocation."""
         self.factorisation.space.check(allocation)
-        for name, choice in allocation.items():
-            if choice == self._applied[name]:
-                continue
-            weight, bias = self.factorisation.layers[name].folded(choice)
+        changed = [n for n, c in allocation.items() if c != self._applied[n]]
+        for name in changed:
+            weight, bias = self.factorisation.layers[name].folded(allocation[name])
             for path in self.factorisation.space.layers[name].paths:
                 module: Any = self._scratch.get_submodule(path)
                 module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
                 if bias is not None:
                     module.bias.copy_(bias)
-            self._applied[name] = choice
+            self._applied[name] = allocation[name]
+        if self._stages is not None and changed:
+            self._invalidate(min(self._stages.cuts[name] for name in changed))
         if self.batch_norm:
             started = time.perf_counter()
-            reestimate_batch_norm(self._scratch, self._calibration, self.batch_size)
+            self._reestimate()
             self.timing.forward += time.perf_counter() - started
+
+    def _reestimate(self) -> None:
+        """Batch-norm statistics of everything that has changed."""
+        if self._stages is None:
+            reestimate_batch_norm(self._scratch, self._calibration, self.batch_size)
+            return
+        calibration = self._passes[0]
+        after = [i for i, _ in self._norms if i >= calibration.start]
+        if after:
+            self._passes[-1].invalidate(min(after))
+            with cumulative_averaging([module for i, module in self._norms if i in after]):
+                calibration.run()
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
         started = time.perf_counter()
-        logits = torch.cat([self._scratch(x) for x in self._inputs.split(self.batch_size)])
+        if self._stages is None:
+            outputs = [self._scratch(x) for x in self._inputs.split(self.batch_size)]
+        else:
+            outputs = self._passes[-1].run()
+        logits = torch.cat(outputs)
         self.timing.forward += time.perf_counter() - started
         return logits
+
+    def _traced(self) -> Stages | None:
+        layers = {n: layer.paths for n, layer in self.factorisation.space.layers.items()}
+        examples = [self._inputs[:2], self._inputs[:3]]
+        return Stages.of(self._scratch, layers, examples)
+
+    def _make_passes(self) -> list[Pass]:
+        """Over the calibration inputs up to the last batch norm, and over the validation inputs."""
+        self._norms: list[tuple[int, _BatchNorm]] = []
+        if self._stages is None:
+            return []
+        passes = [Pass(self._stages, self._inputs.split(self.batch_size))]
+        if self.batch_norm:
+            modules = dict(self._stages.network.named_modules())
+            calls = [(i, modules.get(str(n.target))) for i, n in enumerate(self._stages.nodes)]
+            self._norms = [
+                (i, m) for i, m in calls if isinstance(m, _BatchNorm) and m.running_mean is not None
+            ]
+            chunks = even_chunks(self._calibration, self.batch_size)
+            passes.insert(0, Pass(self._stages, chunks, stop=self._norms[-1][0] + 1))
+        return passes
+
+    def _invalidate(self, first: int) -> None:
+        for repeated in self._passes:
+            repeated.invalidate(first)
 
     def _build(self, allocation: Allocation) -> nn.Module:
         """The network of the allocation that is applied now."""

@@ -21,7 +21,7 @@ LEVELS = [
     {"data", "data_sources", "decompositions", "solver"},
     {"search_spaces"},
     {"recovery"},
-    {"calibration", "network", "weights", "objectives", "hw_models", "artifact", "export"},
+    {"calibration", "network", "stages", "weights", "objectives", "hw_models", "artifact", "export"},
     {"evaluation", "strategies", "tables"},
     {"record", "study"},
     {"engine", "testing"},

@@ -8,7 +8,7 @@ gradients and often recovers most of the lost accuracy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["has_batch_norm", "reestimate_batch_norm"]
+__all__ = ["cumulative_averaging", "even_chunks", "has_batch_norm", "reestimate_batch_norm"]
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -54,8 +54,8 @@ def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 
             f"batch-norm statistics were asked for from {len(inputs)} inputs in batches of "
             f"{batch_size}, but a variance needs at least 2; give more inputs or a larger batch."
         )
-    with _cumulative_averaging(layers):
-        for batch in _even_chunks(inputs, batch_size):
+    with cumulative_averaging(layers):
+        for batch in even_chunks(inputs, batch_size):
             network(batch)
     return network
 
@@ -68,14 +68,15 @@ def _tracking_layers(network: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def _even_chunks(inputs: Tensor, batch_size: int) -> tuple[Tensor, ...]:
+def even_chunks(inputs: Tensor, batch_size: int) -> tuple[Tensor, ...]:
     """Chunks whose sizes differ by 1 at most, so that they weigh alike and none holds 1 input."""
     count = min(math.ceil(len(inputs) / batch_size), len(inputs) // 2)
     return inputs.tensor_split(count)
 
 
 @contextmanager
-def _cumulative_averaging(layers: list[_BatchNorm]) -> Iterator[None]:
+def cumulative_averaging(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within, the running statistics of batch norms become the plain average over the batches."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
