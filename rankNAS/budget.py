@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from rankNAS.exceptions import BudgetError, UnknownNameError
 
-__all__ = ["BUDGET_COSTS", "check_budget", "parse_budget"]
+__all__ = ["BUDGET_COSTS", "check_budget", "parse_budget", "parse_budgets"]
 
 BUDGET_COSTS = ("macs", "params", "weight_bytes", "latency")
 
@@ -40,6 +40,41 @@ def parse_budget(items: Iterable[str], cost: str = "macs") -> dict[str, float]:
             raise BudgetError(f"the budget for {name!r} is given twice.")
         budget[name] = fraction
     return check_budget(budget)
+
+
+def parse_budgets(items: Iterable[str], cost: str = "macs") -> list[dict[str, float]]:
+    """Several budgets as written on the command line, each to be met by an answer of its own.
+
+    Args:
+        items: As for `parse_budget`, with lists of fractions: ``0.5,0.3`` are two budgets. Items
+            with several fractions must have equally many; one with a single fraction holds in
+            every budget.
+        cost: What a bare fraction bounds.
+
+    Raises:
+        BudgetError: As for `parse_budget`, or lists of different lengths.
+        UnknownNameError: No such cost.
+
+    >>> parse_budgets(["0.5,0.3", "params=0.6"])
+    [{'macs': 0.5, 'params': 0.6}, {'macs': 0.3, 'params': 0.6}]
+    """
+    lists = []
+    for item in items:
+        name, equals, text = item.rpartition("=")
+        lists.append([f"{name}{equals}{part.strip()}" for part in text.split(",")])
+    count = max((len(parts) for parts in lists), default=1)
+    if any(len(parts) not in (1, count) for parts in lists):
+        raise BudgetError(
+            f"the budgets list {' and '.join(str(len(parts)) for parts in lists)} fractions; give "
+            "one, or equally many, for each cost."
+        )
+    budgets = []
+    for i in range(count):
+        budget = parse_budget((parts[i % len(parts)] for parts in lists), cost)
+        if budget in budgets:
+            raise BudgetError(f"the budget {budget} is given twice.")
+        budgets.append(budget)
+    return budgets
 
 
 def check_budget(budget: Mapping[str, float]) -> dict[str, float]:

@@ -6,43 +6,44 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import optuna
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from rankNAS.allocation import Allocation, Choice
+from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.budget import check_budget
 from rankNAS.calibration import calibrate
-from rankNAS.data import Data, Splits, check_labels, load_data, split
+from rankNAS.data import Data, Splits, check_labels, load_data, size_of, split
 from rankNAS.decompositions.metrics import METRICS, MetricName
 from rankNAS.decompositions.shapes import COSTS
-from rankNAS.evaluation import Evaluator, quality
+from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import ObjectiveError, RankNASError, UsageError
 from rankNAS.files import cache_folder
 from rankNAS.fingerprints import fingerprint
 from rankNAS.hw_models import HardwareModel, latency_tables, make_hardware
 from rankNAS.network import Factorisation, Select, factorise
 from rankNAS.objectives import ObjectiveBase, make_objective
+from rankNAS.pareto import worthwhile
 from rankNAS.record import Record
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies import make_strategy
-from rankNAS.strategies.base import History, Problem, Strategy, Trial
-from rankNAS.study import Study, best_trial
-from rankNAS.tables import make_problem, worthwhile
+from rankNAS.strategies.base import History, Problem, Request, Strategy, Trial
+from rankNAS.study import Study
+from rankNAS.tables import make_problem
+from rankNAS.workbench import Progress, Workbench
 
-__all__ = ["Settings", "prepare", "search"]
+__all__ = ["Settings", "check_budgets", "prepare", "run", "search"]
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # in a row, and the search stops
-Progress = Callable[[str, int, int], None]
 Source = str | Data | tuple[Dataset[Any], Dataset[Any]]
 
 
@@ -88,7 +89,7 @@ def search(
     data: Source,
     *,
     objectives: Sequence[str | ObjectiveBase] = ("accuracy",),
-    budget: Mapping[str, float] | None = None,
+    budget: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
     strategy: str | Strategy = "bo",
     n_trials: int = 40,
     storage: str | optuna.storages.BaseStorage | None = None,
@@ -110,9 +111,11 @@ def search(
         data: A source (see `load_data`), a `Data`, or a training and a test set.
         objectives: Names, or `Objective` objects. With several, see ``Study.pareto_front``.
         budget: Cost name to the fraction kept of the dense model's, for example
-            ``{"macs": 0.3}``.
+            ``{"macs": 0.3}``. Several such budgets are answered one after the other, by the
+            same factors, tables and trials.
         strategy: A name, or a `Strategy`.
-        n_trials: How many trials the study shall have in the end, failed ones included.
+        n_trials: How many trials each budget shall have in the end, failed ones included; the
+            measurements that some strategies make first (`Strategy.probes`) come on top.
         storage: An Optuna storage or URL such as ``sqlite:///study.db``; None keeps the study in
             memory.
         name: The study's name in the storage.
@@ -131,10 +134,11 @@ def search(
         DataError: Data that is missing or does not fit the model.
         ObjectiveError: Three trials in a row failed.
         StudyError: The study exists and `resume` is false, or its configuration differs.
+        UsageError: The strategy cannot do what is asked.
 
     Example:
         >>> import torch
-        >>> from torch import nn
+        >>> from torch import Tensor, nn
         >>> from torch.utils.data import TensorDataset
         >>> x, y = torch.randn(200, 64), torch.randint(0, 4, (200,))
         >>> data = TensorDataset(x[:150], y[:150]), TensorDataset(x[150:], y[150:])
@@ -147,82 +151,97 @@ def search(
     started = time.perf_counter()
     chosen = make_strategy(strategy)
     measured = [make_objective(o) for o in objectives]
-    budget = check_budget(budget or {})
+    budgets = check_budgets(budget)
     _check(n_trials, measured)
     loaded = load_data(data)
-    splits = split(
-        loaded, calibration=settings.calibration, validation=settings.validation, seed=seed
-    )
-    report = on_progress or (lambda *_: None)
-    factorisation, problem = prepare(
+    bench, problems = prepare(
         model,
-        splits,
-        budget=budget,
+        loaded,
+        strategies=[chosen],
+        budgets=budgets,
         objectives=measured,
         settings=settings,
         hardware=hardware,
         space=space,
         device=device,
         seed=seed,
-        on_progress=report,
+        on_progress=on_progress,
     )
-    check_labels(loaded, _outputs(factorisation.model, splits))
     record = Record.open(
         storage,
         name,
         configuration=_configuration(
-            model, loaded, chosen, measured, budget, settings, seed, factorisation
+            model, loaded, chosen, measured, budgets, settings, seed, bench.factorisation
         ),
-        choices={layer: [str(c) for c in choices] for layer, choices in problem.choices.items()},
-        directions=problem.directions,
+        choices=problems[0].labels(),
+        directions=problems[0].directions,
         resume=resume,
     )
     if on_record is not None:
         on_record()
-    _check_choices(problem, record)
-    evaluator = Evaluator(
-        factorisation,
-        splits.calibration[0],
-        splits.validation,
-        measured,
-        extra_costs=_predicted(problem),
-        batch_norm=settings.batch_norm,
-        batch_size=settings.batch_size,
-        device=device,
-    )
-    dense = {
-        **quality(evaluator.dense_logits, splits.validation[1].to(device)),
-        **evaluator.costs(factorisation.space.dense),
-    }
-    study = Study(name, record, problem, chosen, evaluator, loaded, splits, dense)
-    _run(study, n_trials, seed, on_trial)
+    _check_choices(problems[0], record)
+    study = Study(name, record, problems, chosen.bind(bench), bench, loaded, bench.dense())
+    run(study, n_trials, on_trial)
     study.seconds = time.perf_counter() - started
     return study
 
 
 def prepare(
     model: nn.Module,
-    splits: Splits,
+    data: Data,
     *,
-    budget: Mapping[str, float],
+    strategies: Sequence[Strategy],
+    budgets: Sequence[Mapping[str, float]],
     objectives: Sequence[ObjectiveBase],
     settings: Settings,
     hardware: str | HardwareModel = "host",
     space: SearchSpace | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
-    on_progress: Progress,
-) -> tuple[Factorisation, Problem]:
-    """Everything that is done once: the space, its factors and its tables."""
+    on_progress: Progress | None = None,
+) -> tuple[Workbench, tuple[Problem, ...]]:
+    """Everything that is done once: the splits, the space, its factors, its tables.
+
+    Args:
+        model: The dense model; it is not changed.
+        data: The data.
+        strategies: All that will work on it; each keeps the choices it may need.
+        budgets: One a problem.
+        objectives: What is measured.
+        settings: How candidates are made and measured.
+        hardware: A name or a `HardwareModel`, where latency is budgeted.
+        space: From `compile_space`; compiled here if not given.
+        device: Where to evaluate.
+        seed: Of everything that is drawn.
+        on_progress: Called with a stage's name, steps done, and steps in all.
+
+    Returns:
+        The workbench, and one problem for each budget, with the same tables.
+
+    Raises:
+        UsageError: A strategy cannot do what is asked.
+        BudgetError: Nothing can meet a budget.
+        DataError: The data does not fit the model.
+    """
+    report = on_progress or (lambda *_: None)
+    splits = split(
+        data, calibration=settings.calibration, validation=settings.validation, seed=seed
+    )
+    for strategy in strategies:
+        for budget in budgets:
+            strategy.check(_request(budget, objectives, splits))
     model = copy.deepcopy(separate_attention(model)).to(device).eval()
     inputs = splits.calibration[0].to(device)
+    check_labels(data, _outputs(model, inputs))
     space = space or compile_space(model, inputs[:1], policy=settings.policy)
     named = [(o.name, o.direction) for o in objectives]
-    make_problem(space, None, {k: v for k, v in budget.items() if k != "latency"}).check()
+    for budget in budgets:
+        make_problem(space, None, {k: v for k, v in budget.items() if k != "latency"}).check()
+    costs = {name for budget in budgets for name in budget}
     latency = None
-    if "latency" in budget:
+    if "latency" in costs or any(s.needs_latency for s in strategies):
         latency = latency_tables(
-            make_hardware(hardware), space, lambda done, total: on_progress("time", done, total)
+            make_hardware(hardware), space, lambda done, total: report("time", done, total)
         )
     statistics = calibrate(
         model,
@@ -231,41 +250,84 @@ def prepare(
         metric=settings.metric,
         seed=seed,
         cache=cache_folder() / "calibration",
-        on_batch=lambda done, total: on_progress("calibrate", done, total),
+        on_batch=lambda done, total: report("calibrate", done, total),
     )
+    operators = list(dict.fromkeys(s.operators for s in strategies))
     factorisation = factorise(
         model,
         space,
         statistics,
         metric=settings.metric,
         centred=None if settings.batch_norm else False,
-        select=_selection({*budget, *(name for name, _ in named)}, latency, settings.choices),
-        on_layer=lambda done, total: on_progress("factorise", done, total),
+        select=_selection({*costs, *(n for n, _ in named)}, latency, settings.choices, operators),
+        on_layer=lambda done, total: report("factorise", done, total),
     )
     if latency is not None:
         latency = {
             name: [latency[name][space.layers[name].choices.index(c)] for c in layer.choices]
             for name, layer in factorisation.space.layers.items()
         }
-    problem = make_problem(
-        factorisation.space, factorisation.errors(), budget, latency=latency, objectives=named
+    problems = tuple(
+        make_problem(
+            factorisation.space, factorisation.errors(), budget, latency=latency, objectives=named
+        )
+        for budget in budgets
     )
-    problem.check()
-    return factorisation, problem
+    for problem in problems:
+        problem.check()
+    evaluator = Evaluator(
+        factorisation,
+        splits.calibration[0],
+        splits.validation,
+        objectives,
+        extra_costs=_predicted(problems[0]),
+        batch_norm=settings.batch_norm,
+        batch_size=settings.batch_size,
+        device=device,
+    )
+    return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
+
+
+def _request(
+    budget: Mapping[str, float], objectives: Sequence[ObjectiveBase], splits: Splits
+) -> Request:
+    targets = splits.calibration[1]
+    return Request(
+        budget=budget,
+        objectives=[o.name for o in objectives],
+        training=size_of(splits.training),
+        classes=not targets.is_floating_point(),
+    )
 
 
 def _selection(
-    names: set[str], latency: Mapping[str, Sequence[float]] | None, most: int
+    names: set[str],
+    latency: Mapping[str, Sequence[float]] | None,
+    most: int,
+    operators: Sequence[tuple[str, ...] | None],
 ) -> Select:
-    """Which choices of a layer may be part of a good allocation, given the costs that matter."""
+    """Which choices of a layer may be part of a good allocation, given the costs that matter.
+
+    They are looked for among each set of operators by itself.
+    """
     exact = [name for name in COSTS if name in names]
 
     def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
         costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
-        if latency is not None:
+        if latency is not None and "latency" in names:
             costs.append(latency[layer.name])
         costs = costs or [[c["macs"] for c in layer.costs]]
-        return [layer.choices[i] for i in worthwhile(errors, costs, most)]
+        kept: set[Choice] = set()
+        for allowed in operators:
+            rows = [
+                i
+                for i, c in enumerate(layer.choices)
+                if allowed is None or c == DENSE or c.operator in allowed
+            ]
+            columns = [[cost[i] for i in rows] for cost in costs]
+            found = worthwhile([errors[i] for i in rows], columns, most)
+            kept |= {layer.choices[rows[i]] for i in found}
+        return [c for c in layer.choices if c in kept]
 
     return select
 
@@ -283,46 +345,63 @@ def _check_choices(problem: Problem, record: Record) -> None:
     )
 
 
-def _run(
-    study: Study,
-    n_trials: int,
-    seed: int,
-    on_trial: Callable[[Trial, Trial | None], None] | None,
+def run(
+    study: Study, n_trials: int, on_trial: Callable[[Trial, Trial | None], None] | None = None
 ) -> None:
+    """Propose, evaluate and record until every budget has its number of trials.
+
+    Args:
+        study: What is known so far; its strategy is bound.
+        n_trials: Trials proposed for each budget, failed ones included. Probes come on top.
+        on_trial: Called with each trial and the best one so far for its budget.
+
+    Raises:
+        ObjectiveError: Three trials in a row failed.
+    """
     history = study.history
     for trial in history.complete:
         study.evaluator.remember(trial.allocation, trial.metrics)
-    while len(history.trials) < n_trials:
-        rng = np.random.default_rng([seed, len(history.trials)])
-        proposals = study.strategy.propose(study.problem, history, 1, rng)
-        if not proposals:
-            break
-        trial = _evaluate(study, proposals[0], len(history.trials))
-        study.record.add(trial, study.problem.objectives)
-        history = History((*history.trials, trial))
-        if on_trial is not None:
-            on_trial(trial, best_trial(study.problem, history) if history.complete else None)
-        _stop_if_failing(history)
+    for problem in study.problems:
+        while len(history.candidates(problem)) < n_trials:
+            probes = study.strategy.probes(problem, history)
+            probes = [a for a in dict.fromkeys(probes) if a not in history.found]
+            proposals = probes
+            if not probes:
+                rng = np.random.default_rng([study.bench.seed, len(history.trials)])
+                proposals = study.strategy.propose(problem, history, 1, rng)
+            if not proposals:
+                break
+            for allocation in proposals:
+                number = len(history.trials)
+                trial = _evaluate(study, problem, allocation, number, probe=bool(probes))
+                study.record.add(trial, problem.objectives)
+                history = History((*history.trials, trial))
+                if on_trial is not None:
+                    some = bool(history.feasible(problem))
+                    best = study.strategy.select(problem, history) if some else None
+                    on_trial(trial, best)
+                _stop_if_failing(history)
 
 
-def _evaluate(study: Study, allocation: Allocation, number: int) -> Trial:
-    problem = study.problem
-    study.evaluator.factorisation.space.check(allocation)
-    if not problem.meets(problem.indices(allocation)):
+def _evaluate(
+    study: Study, problem: Problem, allocation: Allocation, number: int, *, probe: bool
+) -> Trial:
+    study.bench.factorisation.space.check(allocation)
+    if not probe and not problem.meets(problem.indices(allocation)):
         raise RankNASError(
             f"strategy {study.strategy.name!r} proposed an allocation that breaks the budget "
             f"{dict(problem.budget)}: {problem.fractions(problem.indices(allocation))}."
         )
     started = time.perf_counter()
+    trial = Trial(number, allocation, "failed", probe=probe, target=problem.label)
     try:
         metrics = study.evaluator.evaluate(allocation)
     except (ObjectiveError, torch.OutOfMemoryError) as error:
         logger.warning("trial %d failed: %s", number, error)
-        seconds = time.perf_counter() - started
-        return Trial(number, allocation, "failed", seconds=seconds, reason=str(error))
+        return replace(trial, seconds=time.perf_counter() - started, reason=str(error))
     values = tuple(metrics[name] for name in problem.objectives)
     seconds = time.perf_counter() - started
-    return Trial(number, allocation, "complete", values, metrics, seconds)
+    return replace(trial, state="complete", values=values, metrics=metrics, seconds=seconds)
 
 
 def _stop_if_failing(history: History) -> None:
@@ -347,10 +426,20 @@ def _predicted(problem: Problem) -> Callable[[Mapping[str, Any]], dict[str, floa
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, splits: Splits) -> int:
+def _outputs(model: nn.Module, inputs: Tensor) -> int:
     """Size of the last axis of the model's output."""
-    device = next(model.parameters()).device
-    return int(model(splits.calibration[0][:1].to(device)).shape[-1])
+    return int(model(inputs[:1]).shape[-1])
+
+
+def check_budgets(
+    budget: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+) -> list[dict[str, float]]:
+    """One budget or several, checked; none at all is one empty budget."""
+    given = [budget or {}] if budget is None or isinstance(budget, Mapping) else list(budget)
+    checked = [check_budget(b) for b in given] or [{}]
+    if len({tuple(sorted(b.items())) for b in checked}) < len(checked):
+        raise UsageError(f"a budget is given twice: {checked}.")
+    return checked
 
 
 def _check(n_trials: int, objectives: Sequence[ObjectiveBase]) -> None:
@@ -368,7 +457,7 @@ def _configuration(
     data: Data,
     strategy: Strategy,
     objectives: Sequence[ObjectiveBase],
-    budget: Mapping[str, float],
+    budgets: Sequence[Mapping[str, float]],
     settings: Settings,
     seed: int,
     factorisation: Factorisation,
@@ -379,7 +468,8 @@ def _configuration(
         "data": data.fingerprint,
         "strategy": repr(strategy),
         "objectives": [f"{o.name}={o.direction}" for o in objectives],
-        "budget": dict(budget),
+        # A study goes on under another bound, but the choices depend on the costs that matter.
+        "costs": sorted({name for budget in budgets for name in budget}),
         "settings": repr(settings),
         "seed": seed,
         "layers": len(factorisation.space.layers),

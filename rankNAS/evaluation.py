@@ -34,7 +34,7 @@ from rankNAS.recovery.batch_norm import (
 )
 from rankNAS.stages import Pass, Stages
 
-__all__ = ["Evaluator", "Timing", "test_metrics"]
+__all__ = ["Evaluator", "Timing", "quality", "test_metrics"]
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Evaluator:
         return Stages.of(self._scratch, layers, examples)
 
     def _make_passes(self) -> list[Pass]:
-        """Over the calibration inputs up to the last batch norm, and over the validation inputs."""
+        """Over the calibration inputs, up to the last batch norm, and the validation inputs."""
         self._norms: list[tuple[int, _BatchNorm]] = []
         if self._stages is None:
             return []
@@ -199,7 +199,9 @@ class Evaluator:
             modules = dict(self._stages.network.named_modules())
             calls = [(i, modules.get(str(n.target))) for i, n in enumerate(self._stages.nodes)]
             self._norms = [
-                (i, m) for i, m in calls if isinstance(m, _BatchNorm) and m.running_mean is not None
+                (i, m)
+                for i, m in calls
+                if isinstance(m, _BatchNorm) and m.running_mean is not None
             ]
             chunks = even_chunks(self._calibration, self.batch_size)
             passes.insert(0, Pass(self._stages, chunks, stop=self._norms[-1][0] + 1))

@@ -32,13 +32,18 @@ __all__ = ["Factorisation", "LayerFactors", "factorise", "skeleton"]
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One layer's factors by operator, its dense weight and its metric."""
+    """One layer's factors by operator, its dense weight and its metric.
+
+    ``outputs`` (g, o, o) is the covariance of the layer's outputs: W C W^T, with C the identity in
+    the metric ``weight``.
+    """
 
     layer: Layer
     weight: Tensor
     bias: Tensor | None
     metric: Metric
     factors: dict[str, Factors]
+    outputs: Tensor
 
     def error(self, choice: Choice) -> float:
         """Relative error of a choice in the metric; dense is 0."""
@@ -175,7 +180,8 @@ def _factorise_layer(layer: Layer, module: nn.Module, metric: Metric) -> LayerFa
     bias: Any = module.bias
     bias = None if bias is None else bias.detach()
     # C is as large as all factors together, and no longer needed.
-    return LayerFactors(layer, weight, bias, replace(metric, C=None), factors)
+    outputs = target.WC @ target.W.mT
+    return LayerFactors(layer, weight, bias, replace(metric, C=None), factors, outputs)
 
 
 def _ranks(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["non_dominated"]
+__all__ = ["hypervolume", "non_dominated", "worthwhile"]
+
+Array = npt.NDArray[np.float64]
 
 
 def non_dominated(values: npt.ArrayLike | Sequence[Any]) -> npt.NDArray[np.bool_]:
@@ -28,3 +30,53 @@ def non_dominated(values: npt.ArrayLike | Sequence[Any]) -> npt.NDArray[np.bool_
     better = (v[:, None, :] > v[None, :, :]).any(2)
     dominated: npt.NDArray[np.bool_] = np.any(as_good & better, axis=0)
     return ~dominated
+
+
+def hypervolume(values: npt.ArrayLike | Sequence[Any], reference: npt.ArrayLike) -> float:
+    """The volume that points dominate above a reference point; larger is better in every column.
+
+    Args:
+        values: (points, objectives).
+        reference: (objectives,); points that are not better in every objective do not count.
+
+    >>> hypervolume([[1.0, 2.0], [2.0, 1.0]], [0.0, 0.0])
+    3.0
+    """
+    import torch
+    from botorch.utils.multi_objective.hypervolume import Hypervolume
+
+    points = np.asarray(values, dtype=float).reshape(-1, len(np.asarray(reference)))
+    floor = torch.as_tensor(np.asarray(reference, dtype=float))
+    better = points[(points > floor.numpy()).all(1)]
+    if len(better) == 0:
+        return 0.0
+    front = torch.from_numpy(better[non_dominated(better)])
+    return float(Hypervolume(floor).compute(front))
+
+
+def worthwhile(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: int) -> list[int]:
+    """The choices of a layer that no other beats in error and in every cost, cheapest first.
+
+    The others can never be part of an optimal allocation.
+
+    Args:
+        errors: Relative error of each choice.
+        costs: One sequence a cost that matters.
+        most: Keep at most this many, evenly spaced in the first cost.
+
+    >>> worthwhile([0.0, 0.2, 0.3, 0.1], [[9, 4, 5, 6]], most=64)
+    [1, 3, 0]
+    """
+    columns = np.stack([np.asarray(errors), *(np.asarray(c, dtype=float) for c in costs)], axis=1)
+    front = np.flatnonzero(_first_of_equals(columns) & non_dominated(-columns))
+    front = front[np.argsort(columns[front, 1], kind="stable")]
+    if len(front) > most:
+        front = front[np.linspace(0, len(front) - 1, most).round().astype(int)]
+    return [int(i) for i in front]
+
+
+def _first_of_equals(columns: Array) -> npt.NDArray[np.bool_]:
+    """True for the first of each set of equal rows."""
+    first = np.zeros(len(columns), dtype=bool)
+    first[np.unique(columns, axis=0, return_index=True)[1]] = True
+    return first

@@ -96,6 +96,9 @@ class Record:
         attributes: dict[str, Any] = {METRICS: dict(trial.metrics), **trial.metrics}
         if trial.reason:
             attributes["reason"] = trial.reason
+        if trial.probe:
+            attributes["probe"] = True
+        attributes["target"] = trial.target
         complete = trial.state == "complete"
         frozen = FrozenTrial(
             number=-1,
@@ -108,7 +111,8 @@ class Record:
             params=labels,
             distributions={k: CategoricalDistribution(list(self.choices[k])) for k in labels},
             user_attrs=attributes,
-            system_attrs={},
+            # What samplers and the dashboard read: a probe need not meet the budget.
+            system_attrs={"constraints": (1.0 if trial.probe else 0.0,)},
             intermediate_values={},
         )
         with warnings.catch_warnings():
@@ -132,6 +136,8 @@ class Record:
                     frozen.user_attrs.get(METRICS, {}),
                     frozen.duration.total_seconds() if frozen.duration else 0.0,
                     frozen.user_attrs.get("reason", ""),
+                    frozen.user_attrs.get("probe", False),
+                    frozen.user_attrs.get("target", ""),
                 )
             )
         return History(tuple(trials))

@@ -43,7 +43,7 @@ class Stages:
         self, nodes: list[fx.Node], result: Any, network: nn.Module, cuts: dict[str, int]
     ) -> None:
         self.nodes, self.result, self.network, self.cuts = nodes, result, network, cuts
-        self._interpreter = fx.Interpreter(network)  # type: ignore[arg-type]
+        self._interpreter = fx.Interpreter(network)
         place = {node: i for i, node in enumerate(nodes)}
         self.last_use = [i for i, _ in enumerate(nodes)]
         for i, node in enumerate(nodes):
@@ -170,8 +170,8 @@ class Pass:
         cuts = sorted(set(self.stages.cuts.values()) - {0})
         few = self.batches[0][:2]
         _, kept = self.stages.run({}, 0, few, cuts, self.stop)
-        total = sum(_bytes(values.values()) for values in kept.values())
-        total = total * sum(map(len, self.batches)) / len(few)
+        sampled = sum(_bytes(values.values()) for values in kept.values())
+        total = sampled * sum(map(len, self.batches)) / len(few)
         return list(kept)[:: max(1, math.ceil(total / MEMORY))]
 
 

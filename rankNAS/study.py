@@ -14,12 +14,12 @@ from rankNAS import artifact
 from rankNAS.allocation import Allocation
 from rankNAS.data import Data, Splits
 from rankNAS.evaluation import Evaluator, test_metrics
-from rankNAS.exceptions import StudyError
 from rankNAS.pareto import non_dominated
 from rankNAS.record import Record
 from rankNAS.strategies.base import History, Problem, Strategy, Trial
+from rankNAS.workbench import Workbench
 
-__all__ = ["Study", "best_trial", "front"]
+__all__ = ["Study", "front"]
 
 
 @dataclass
@@ -29,11 +29,10 @@ class Study:
     Args:
         name: The study's name in its storage.
         record: The Optuna study behind it.
-        problem: Tables, budgets and directions.
+        problems: Tables, budgets and directions; one a budget, with the same tables.
         strategy: What proposed the trials.
-        evaluator: Evaluates further allocations on the same terms.
-        data: The data and
-        splits: its parts.
+        bench: The model, its factors, the evaluator and the parts of the data.
+        data: The data.
         dense: Metrics of the dense model on the validation data, and its costs.
         model: How the dense model is built, for `save`; empty for a model of the caller's.
         seconds: Wall-clock time of this session of the search.
@@ -55,11 +54,10 @@ class Study:
 
     name: str
     record: Record
-    problem: Problem
+    problems: tuple[Problem, ...]
     strategy: Strategy
-    evaluator: Evaluator
+    bench: Workbench
     data: Data
-    splits: Splits
     dense: dict[str, float]
     model: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -75,22 +73,49 @@ class Study:
         return self.history.trials
 
     @property
+    def problem(self) -> Problem:
+        """The problem of the first budget."""
+        return self.problems[0]
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Evaluates further allocations on the same terms."""
+        return self.bench.evaluator
+
+    @property
+    def splits(self) -> Splits:
+        """The parts of the data."""
+        return self.bench.splits
+
+    @property
     def best(self) -> Trial:
-        """The best trial by the first objective.
+        """The strategy's answer to the first budget, usually the best trial that meets it.
 
         Raises:
             StudyError: No trial has succeeded yet.
         """
-        return best_trial(self.problem, self.history)
+        return self.answer(self.problem)
+
+    def answer(self, problem: Problem) -> Trial:
+        """The strategy's answer to one of the budgets.
+
+        Raises:
+            StudyError: No trial has succeeded yet.
+        """
+        return self.strategy.select(problem, self.history)
 
     def pareto_front(self) -> list[Trial]:
-        """The trials that no other dominates in the objectives, best in the first one first."""
+        """The trials within the first budget that no other one dominates in the objectives.
+
+        The best in the first objective comes first.
+        """
         return front(self.problem, self.history)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a trial: number, state, metrics, and a column ``layer:NAME`` per layer."""
         rows = [
-            {"number": t.number, "state": t.state, "seconds": t.seconds, **t.metrics}
+            {"number": t.number, "state": t.state, "probe": t.probe, "target": t.target}
+            | {"seconds": t.seconds, **t.metrics}
             | {f"layer:{name}": label for name, label in t.allocation.labels().items()}
             for t in self.trials
         ]
@@ -121,27 +146,13 @@ class Study:
         return artifact.save(network, allocation, path, model=self.model, metrics=metrics)
 
 
-def best_trial(problem: Problem, history: History) -> Trial:
-    """The best complete trial by the first objective; of equals, the one of the smaller loss.
-
-    Raises:
-        StudyError: There is none.
-    """
-    if not history.complete:
-        raise StudyError("no trial of the study has succeeded yet.")
-    sign = 1.0 if problem.directions[0] == "maximize" else -1.0
-    return max(
-        history.complete,
-        key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number),
-    )
-
-
 def front(problem: Problem, history: History) -> list[Trial]:
-    """The complete trials that no other dominates, best in the first objective first."""
-    if not history.complete:
+    """The trials within the budget that no other one dominates, by the first objective."""
+    trials = history.feasible(problem)
+    if not trials:
         return []
     sign = [1.0 if d == "maximize" else -1.0 for d in problem.directions]
-    values = [[s * v for s, v in zip(sign, t.values, strict=True)] for t in history.complete]
+    values = [[s * v for s, v in zip(sign, t.values, strict=True)] for t in trials]
     keep = non_dominated(values)
-    kept = [(v, t) for v, t, k in zip(values, history.complete, keep, strict=True) if k]
+    kept = [(v, t) for v, t, k in zip(values, trials, keep, strict=True) if k]
     return [t for _, t in sorted(kept, key=lambda pair: (-pair[0][0], pair[1].number))]

@@ -608,19 +608,33 @@ def _state(problem: Problem) -> tuple[list[Array], object]:
     return [t.copy() for t in tables], generators
 
 
+def _probed(strategy: Strategy, problem: Problem, history: History) -> History:
+    """With the probes that a strategy asks for, until it asks for no more."""
+    while True:
+        probes = dict.fromkeys(strategy.probes(problem, history))
+        if not (wanted := [a for a in probes if a not in history.found]):
+            return history
+        for allocation in wanted:
+            problem.indices(allocation)
+            trial = random_trial(problem, len(history.trials), allocation)
+            trial = replace(trial, probe=True, target=problem.label)
+            history = History((*history.trials, trial))
+
+
 def _study(strategy: Strategy, problem: Problem, rounds: int, batch: int) -> Study:
     tables, generators = _state(problem)
     history, done = History(), []
     for number in range(rounds):
         rng = np.random.default_rng(number)
+        history = _probed(strategy, problem, history)
         proposals = tuple(strategy.propose(problem, history, batch, rng))
         done.append((history, proposals))
         trials = list(history.trials)
         for allocation in proposals:
             trial = random_trial(problem, len(trials), allocation)
-            if not trials:
-                trial = Trial(0, allocation, "failed", reason="on purpose")
-            trials.append(trial)
+            if number == 0 and allocation == proposals[0]:
+                trial = replace(trial, state="failed", values=(), reason="on purpose")
+            trials.append(replace(trial, target=problem.label))
         history = History(tuple(trials))
     tables_after, generators_after = _state(problem)
     same = all(np.array_equal(a, b) for a, b in zip(tables, tables_after, strict=True))

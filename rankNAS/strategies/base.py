@@ -1,22 +1,26 @@
-"""The contract of a strategy, and what it sees: the problem and the history."""
+"""The contract of a strategy, and what it sees: the problem, the history and the workbench."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.exceptions import BudgetError
+from rankNAS.exceptions import BudgetError, StudyError
 from rankNAS.objectives.base import Direction
+from rankNAS.pareto import worthwhile
 from rankNAS.solver import SLACK, least_cost, min_max
 
-__all__ = ["History", "Problem", "Strategy", "Trial"]
+if TYPE_CHECKING:
+    from rankNAS.workbench import Workbench
+
+__all__ = ["History", "Problem", "Request", "Strategy", "Trial"]
 
 Array = npt.NDArray[np.float64]
 
@@ -33,6 +37,8 @@ class Trial:
         metrics: Everything that was measured, by name.
         seconds: How long the evaluation took.
         reason: Why it failed.
+        probe: Whether it was evaluated to learn from it, whatever its cost.
+        target: The label of the budget that it was proposed for.
 
     Example:
         >>> from rankNAS.allocation import DENSE
@@ -47,6 +53,8 @@ class Trial:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    probe: bool = False
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,23 @@ class History:
     trials: tuple[Trial, ...] = ()
     pending: tuple[Allocation, ...] = ()
 
-    @property
+    @cached_property
     def complete(self) -> tuple[Trial, ...]:
-        """The trials that succeeded."""
+        """The trials that succeeded, probes and those proposed for other budgets included."""
         return tuple(t for t in self.trials if t.state == "complete")
+
+    @cached_property
+    def found(self) -> Mapping[Allocation, Trial]:
+        """The trials, failed ones too, by their allocation."""
+        return {t.allocation: t for t in self.trials}
+
+    def feasible(self, problem: Problem) -> tuple[Trial, ...]:
+        """The successful trials that meet a problem's budgets, whatever they were made for."""
+        return tuple(t for t in self.complete if problem.meets(problem.indices(t.allocation)))
+
+    def candidates(self, problem: Problem) -> tuple[Trial, ...]:
+        """The trials, failed ones too, that were proposed for a problem's budgets."""
+        return tuple(t for t in self.trials if not t.probe and t.target == problem.label)
 
     @cached_property
     def proposed(self) -> frozenset[Allocation]:
@@ -89,6 +110,11 @@ class Problem:
     objectives: tuple[str, ...] = ("accuracy",)
     directions: tuple[Direction, ...] = ("maximize",)
 
+    @property
+    def label(self) -> str:
+        """The budgets in words: ``macs<=0.5``, or ``dense`` without any."""
+        return ",".join(f"{name}<={bound:g}" for name, bound in self.budget.items()) or "dense"
+
     @cached_property
     def dense(self) -> dict[str, float]:
         """By cost name, what the dense model costs; dense is the first choice of every layer."""
@@ -104,6 +130,40 @@ class Problem:
             name: fraction * self.dense[name] - self.rest[name]
             for name, fraction in self.budget.items()
         }
+
+    def within(self, operators: Sequence[str] | None) -> Problem:
+        """The problem with only the choices of some operators that are worth their cost.
+
+        Args:
+            operators: Their names; None allows all. A layer that none of them can decompose stays
+                dense. Of the choices that are left, those that another beats in error and in every
+                cost that is budgeted or an objective are dropped.
+        """
+        names = [n for n in self.costs if n in self.budget or n in self.objectives] or ["macs"]
+        kept = []
+        for i, choices in enumerate(self.choices.values()):
+            allowed = [
+                j
+                for j, c in enumerate(choices)
+                if j == 0 or operators is None or c.operator in operators
+            ]
+            columns = [self.costs[n][i][allowed] for n in names]
+            found = worthwhile(self.errors[i][allowed], columns, len(allowed))
+            kept.append(sorted({0, *(allowed[j] for j in found)}))
+        pairs = zip(self.choices.items(), kept, strict=True)
+        return replace(
+            self,
+            choices={name: tuple(choices[j] for j in keep) for (name, choices), keep in pairs},
+            errors=tuple(e[keep] for e, keep in zip(self.errors, kept, strict=True)),
+            costs={
+                name: tuple(c[keep] for c, keep in zip(table, kept, strict=True))
+                for name, table in self.costs.items()
+            },
+        )
+
+    def labels(self) -> dict[str, list[str]]:
+        """The choices of each layer in words."""
+        return {name: [str(c) for c in choices] for name, choices in self.choices.items()}
 
     def budgeted(self) -> list[tuple[Array, ...]]:
         """The cost tables that are bounded, in the order of `limits`."""
@@ -154,6 +214,23 @@ class Problem:
             ) from None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a search is asked for, before any work is done.
+
+    Args:
+        budget: As in `Problem`.
+        objectives: Their names.
+        training: Samples that may be trained on.
+        classes: Whether the targets are classes.
+    """
+
+    budget: Mapping[str, float]
+    objectives: Sequence[str]
+    training: int
+    classes: bool
+
+
 class Strategy(ABC):
     """Proposes allocations.
 
@@ -161,6 +238,15 @@ class Strategy(ABC):
     to know about earlier proposals it reads from the history. Every proposal is an allocation of
     the problem's space that meets its budgets. An empty list means there is nothing more to
     propose. A strategy must pickle, and is a frozen dataclass of its configuration.
+
+    Three more methods may be overridden: `check` refuses what the strategy cannot do, `bind`
+    takes what it needs to know of the model, and `probes` asks for measurements of allocations
+    that need not meet the budgets.
+
+    Attributes:
+        name: As given to ``--strategy``.
+        operators: Whose choices it uses; None for all.
+        needs_latency: Whether it needs the problem's latency table, budgeted or not.
 
     Example:
         >>> class Dense(Strategy):
@@ -173,6 +259,40 @@ class Strategy(ABC):
     """
 
     name: str
+    operators: tuple[str, ...] | None = None
+    needs_latency: bool = False
+
+    def check(self, request: Request) -> None:  # noqa: B027
+        """Raise a UsageError if the strategy cannot do what is asked; called before any work."""
+
+    def bind(self, bench: Workbench) -> Strategy:
+        """The strategy with what it needs to know of the model; called once a search."""
+        return self
+
+    def probes(self, problem: Problem, history: History) -> list[Allocation]:
+        """Allocations to measure before `propose` is called again; they need not meet the budget.
+
+        Probes that are in the history are not measured again, so this may always return the same
+        list. A pure function, like `propose`. Neighbours in the list are cheapest to evaluate if
+        they agree in the first layers.
+        """
+        return []
+
+    def select(self, problem: Problem, history: History) -> Trial:
+        """The answer to a problem: of the trials that meet its budgets, the best measured one.
+
+        By the first objective; of equals, the one of the smaller loss, then the earlier one.
+
+        Raises:
+            StudyError: No trial has succeeded yet.
+        """
+        trials = history.feasible(problem)
+        if not trials:
+            raise StudyError(f"no trial of the study has succeeded yet for {problem.label}.")
+        sign = 1.0 if problem.directions[0] == "maximize" else -1.0
+        return max(
+            trials, key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number)
+        )
 
     @abstractmethod
     def propose(

@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -29,7 +29,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.pareto import non_dominated
 from rankNAS.solver import least_cost
-from rankNAS.strategies.base import Array, History, Problem, Strategy
+from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
 from rankNAS.strategies.decode import Indices, decode, preference
 from rankNAS.strategies.oneshot import Energy, Uniform
 
@@ -71,13 +71,12 @@ class BayesianOptimisation(Strategy):
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        known = history.complete
-        starts = [a for s in STARTS for a in s.propose(problem, history, 1, rng)]
-        found = list(dict.fromkeys(starts))[:n]
+        starts = dict.fromkeys(start.solve(problem) for start in STARTS)
+        found = [a for a in starts if a not in history.proposed][:n]
         if len(found) == n:
             return found
         taken = history.proposed | set(found)
-        if len(known) < self.initial:
+        if len(history.feasible(problem)) < self.initial:
             drawn = self._unseen(problem, self._at_large(problem, rng), taken, rng)
             return found + [problem.allocation(row.tolist()) for row in drawn[: n - len(found)]]
         pool = self._unseen(problem, self._preferences(problem, history, rng), taken, rng)
@@ -149,8 +148,8 @@ def _tightened(problem: Problem, rng: np.random.Generator) -> list[Problem]:
 
 def _best(problem: Problem, history: History, count: int) -> list[Any]:
     """The trials of the largest value; with several objectives, those that are not dominated."""
-    trials = history.complete
-    values = _signed(problem, history)
+    trials = history.feasible(problem)
+    values = _signed(problem, trials)
     if values.shape[1] > 1:
         front = non_dominated(values)
         return [t for t, keep in zip(trials, front, strict=True) if keep]
@@ -158,9 +157,10 @@ def _best(problem: Problem, history: History, count: int) -> list[Any]:
     return [trials[i] for i in order[:count]]
 
 
-def _signed(problem: Problem, history: History) -> Array:  # (trials, objectives), larger is better
+def _signed(problem: Problem, trials: Sequence[Trial]) -> Array:
+    """Values (trials, objectives), larger is better."""
     sign = np.array([1.0 if d == "maximize" else -1.0 for d in problem.directions])
-    signed: Array = np.array([t.values for t in history.complete]) * sign
+    signed: Array = np.array([t.values for t in trials]) * sign
     return signed
 
 
@@ -173,12 +173,14 @@ def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), i
 def _maximise(problem: Problem, history: History, pool: Indices, n: int, seed: int) -> list[int]:
     """Positions in the pool that greedily maximise the acquisition function."""
     with _deterministic(seed):
-        X = _features(problem, np.array([problem.indices(t.allocation) for t in history.complete]))
-        Y = torch.from_numpy(_signed(problem, history))
+        trials = history.complete
+        X = _features(problem, np.array([problem.indices(t.allocation) for t in trials]))
+        Y = torch.from_numpy(_signed(problem, trials))
+        met = torch.tensor([problem.meets(problem.indices(t.allocation)) for t in trials])
         candidates = _features(problem, pool)
         pending = [problem.indices(a) for a in history.pending]
         waiting = _features(problem, np.array(pending)) if pending else None
-        acquisition = _acquisition(X, Y, waiting, seed)
+        acquisition = _acquisition(X, Y, met, waiting, seed)
         chosen: list[int] = []
         for _ in range(min(n, len(pool))):
             with torch.no_grad():
@@ -190,8 +192,11 @@ def _maximise(problem: Problem, history: History, pool: Indices, n: int, seed: i
         return chosen
 
 
-def _acquisition(X: Tensor, Y: Tensor, waiting: Tensor | None, seed: int) -> Any:
-    """The acquisition function, on a process fitted to the trials (X, Y)."""
+def _acquisition(X: Tensor, Y: Tensor, met: Tensor, waiting: Tensor | None, seed: int) -> Any:
+    """The acquisition function, on a process fitted to the trials (X, Y).
+
+    What is to be improved on are those of them that met the budget.
+    """
     from botorch.acquisition.logei import qLogNoisyExpectedImprovement
     from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
     from botorch.fit import fit_gpytorch_mll
@@ -213,13 +218,13 @@ def _acquisition(X: Tensor, Y: Tensor, waiting: Tensor | None, seed: int) -> Any
     sampler = SobolQMCNormalSampler(torch.Size([128]), seed=seed % 2**31)
     if len(models) == 1:
         return qLogNoisyExpectedImprovement(
-            models[0], X, sampler=sampler, X_pending=waiting, prune_baseline=True
+            models[0], X[met], sampler=sampler, X_pending=waiting, prune_baseline=True
         )
     span = Y.max(0).values - Y.min(0).values
     return qLogNoisyExpectedHypervolumeImprovement(
         ModelListGP(*models),
         ref_point=(Y.min(0).values - 0.1 * span).tolist(),
-        X_baseline=X,
+        X_baseline=X[met],
         sampler=sampler,
         X_pending=waiting,
         prune_baseline=True,

@@ -1,23 +1,83 @@
-"""Strategies that propose one allocation from the tables alone."""
+"""Strategies that propose one allocation from the tables alone; or one a budget, for a front."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
 
 from rankNAS.allocation import Allocation
-from rankNAS.solver import min_max
+from rankNAS.exceptions import BudgetError
+from rankNAS.solver import least_cost, min_max
 from rankNAS.strategies.base import Array, History, Problem, Strategy
 from rankNAS.strategies.shares import within_shares
 
-__all__ = ["Energy", "Uniform"]
+__all__ = ["Energy", "OneShot", "Uniform", "sweep"]
+
+SWEEP = 12  # budgets of a front
+
+
+class OneShot(Strategy):
+    """A strategy whose answer follows from the tables alone.
+
+    Where a cost is an objective there is no single answer: the budget on it is swept down to the
+    least possible, which gives a front.
+    """
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> Allocation:
+        """The answer to a problem.
+
+        Raises:
+            BudgetError: The strategy finds no allocation that meets the budgets.
+        """
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        """The answer; or, where a cost is an objective, the answers to a sweep of budgets."""
+        found: list[Allocation] = []
+        for swept in sweep(problem):
+            try:
+                allocation = self.solve(swept)
+            except BudgetError:
+                if swept is problem:
+                    raise
+                continue
+            if allocation not in history.proposed and allocation not in found:
+                found.append(allocation)
+            if len(found) == n:
+                break
+        return found
+
+
+def sweep(problem: Problem, points: int = SWEEP) -> list[Problem]:
+    """The problem; and, where costs are objectives, with their budgets lowered step by step.
+
+    Args:
+        problem: Tables and budgets; a cost that is an objective need not be budgeted.
+        points: Budgets from the largest allowed fraction to the least possible one.
+    """
+    swept = [name for name in problem.objectives if name in problem.costs]
+    if not swept:
+        return [problem]
+    steps = np.linspace(0, 1, points)[1:-1]
+    problems = [problem]
+    for step in steps:
+        lowered = dict(problem.budget)
+        for name in swept:
+            least = (least_cost(problem.costs[name]) + problem.rest[name]) / problem.dense[name]
+            high = problem.budget.get(name, 1.0)
+            lowered[name] = float(high - step * (high - least))
+        problems.append(replace(problem, budget=lowered))
+    return problems
 
 
 @final
 @dataclass(frozen=True)
-class Uniform(Strategy):
+class Uniform(OneShot):
     """The same fraction of every layer: the baseline of the literature.
 
     Each layer takes, of all its choices within that fraction of its own cost, the most accurate;
@@ -26,16 +86,15 @@ class Uniform(Strategy):
 
     name = "uniform"
 
-    def propose(
-        self, problem: Problem, history: History, n: int, rng: np.random.Generator
-    ) -> list[Allocation]:
+    def solve(self, problem: Problem) -> Allocation:
+        """The largest common share."""
         shares: Array = np.ones(len(problem.errors))
-        return _once(problem.allocation(within_shares(problem, shares).tolist()), history)
+        return problem.allocation(within_shares(problem, shares).tolist())
 
 
 @final
 @dataclass(frozen=True)
-class Energy(Strategy):
+class Energy(OneShot):
     """The least possible worst relative error over the layers, solved exactly.
 
     The error of a layer is that of its best operator at its cost, in the chosen metric. Of the
@@ -46,13 +105,7 @@ class Energy(Strategy):
 
     name = "energy"
 
-    def propose(
-        self, problem: Problem, history: History, n: int, rng: np.random.Generator
-    ) -> list[Allocation]:
+    def solve(self, problem: Problem) -> Allocation:
+        """The exact min-max allocation."""
         limits = list(problem.limits.values())
-        solution = min_max(problem.errors, problem.budgeted(), limits)
-        return _once(problem.allocation(solution.indices), history)
-
-
-def _once(allocation: Allocation, history: History) -> list[Allocation]:
-    return [] if allocation in history.proposed else [allocation]
+        return problem.allocation(min_max(problem.errors, problem.budgeted(), limits).indices)
