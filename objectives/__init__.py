@@ -7,7 +7,7 @@ from typing import cast
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.objectives.base import Candidate, Direction, Objective, ObjectiveBase
 from rankNAS.objectives.costs import CostObjective, Latency
-from rankNAS.objectives.quality import Accuracy, Agreement, Loss
+from rankNAS.objectives.quality import Accuracy, Agreement, Loss, ReverseAgreement
 from rankNAS.plugins import load_callable
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Loss",
     "Objective",
     "ObjectiveBase",
+    "ReverseAgreement",
     "make_objective",
 ]
 
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, ObjectiveBase] = {
         Accuracy(),
         Loss(),
         Agreement(),
+        ReverseAgreement(),
         CostObjective("macs"),
         CostObjective("params"),
         CostObjective("weight_bytes"),

@@ -10,7 +10,16 @@ from torch.nn import functional
 
 from rankNAS.objectives.base import Candidate, Direction, ObjectiveBase
 
-__all__ = ["Accuracy", "Agreement", "Loss", "accuracy", "agreement", "loss"]
+__all__ = [
+    "Accuracy",
+    "Agreement",
+    "Loss",
+    "ReverseAgreement",
+    "accuracy",
+    "agreement",
+    "loss",
+    "reverse_agreement",
+]
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
@@ -31,6 +40,11 @@ def agreement(logits: Tensor, dense_logits: Tensor) -> float:
     log_p = functional.log_softmax(dense_logits.double(), -1)
     log_q = functional.log_softmax(logits.double(), -1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def reverse_agreement(logits: Tensor, dense_logits: Tensor) -> float:
+    """Mean KL(compressed || dense) in nats: large where mass goes to what dense rules out."""
+    return agreement(dense_logits, logits)
 
 
 @final
@@ -67,3 +81,15 @@ class Agreement(ObjectiveBase):
 
     def measure(self, candidate: Candidate) -> float:
         return agreement(candidate.logits, candidate.dense_logits)
+
+
+@final
+@dataclass(frozen=True)
+class ReverseAgreement(ObjectiveBase):
+    """Divergence from the dense model's outputs, KL(compressed || dense) in nats."""
+
+    name: str = "reverse_agreement"
+    direction: Direction = "minimize"
+
+    def measure(self, candidate: Candidate) -> float:
+        return reverse_agreement(candidate.logits, candidate.dense_logits)

@@ -6,6 +6,7 @@ much data is read. Results are cached on disk under a key of the model's weights
 References:
     Martens and Grosse, ICML 2015: gradients for labels sampled from the model give the Fisher.
     Grosse and Martens, ICML 2016: the convolutional case, patches summed over positions.
+    Ji et al., EMNLP Findings 2024 (Bolaco), section 3: the pooled covariance.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from rankNAS.fingerprints import fingerprint
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
-__all__ = ["calibrate", "patches"]
+__all__ = ["calibrate", "patches", "unbiased_covariance"]
 
 logger = logging.getLogger(__name__)
 MAX_POSITIONS = 256  # patches of one input that enter C; neighbours are nearly copies
+POOLED = 32  # samples of a group whose covariance is pooled, as in the code released with Bolaco
 
 
 def calibrate(
@@ -54,8 +56,10 @@ def calibrate(
         space: Its space.
         inputs: Calibration inputs, (samples, …).
         metric: ``weight`` needs no statistics and returns none; ``fisher`` needs a backward pass
-            and class logits as the model's output.
-        batch_size: Samples a pass.
+            and class logits as the model's output. ``pooled`` averages the means and the unbiased
+            covariances of consecutive groups of 32 samples, or a few more where these would not
+            divide the samples.
+        batch_size: Samples a pass; those of a group where covariances are pooled.
         seed: Of the sampled labels and positions.
         cache: Folder to keep the result in.
         on_batch: Called with (batches done, batches in all).
@@ -74,10 +78,14 @@ def calibrate(
     if path is not None and (cached := _read(path, space, inputs.device)) is not None:
         return cached
     sums = _Sums(space, seed)
-    chunks = inputs.split(batch_size)
+    pooled = metric == "pooled"
+    groups = max(1, len(inputs) // POOLED)
+    chunks = inputs.tensor_split(groups) if pooled else inputs.split(batch_size)
     with sums.recording(model, gradients=metric == "fisher"):
         for done, batch in enumerate(chunks, 1):
             _pass(model, batch, sums, backward=metric == "fisher")
+            if pooled:
+                sums.close_group()
             if on_batch is not None:
                 on_batch(done, len(chunks))
     statistics = sums.finish()
@@ -118,6 +126,9 @@ class _Sums:
         self.gradient: dict[str, Tensor] = {}
         self.patches: dict[str, int] = {}
         self.gradients: dict[str, int] = {}
+        self.groups = 0
+        self.covariance: dict[str, Tensor] = {}
+        self.group_mean: dict[str, Tensor] = {}
         self.outputs: list[tuple[str, Tensor]] = []
 
     @contextmanager
@@ -172,14 +183,28 @@ class _Sums:
         self.gradient[name] = self.gradient.get(name, 0) + (D.mT @ D).double()
         self.gradients[name] = self.gradients.get(name, 0) + D.shape[1]
 
+    def close_group(self) -> None:
+        """Add the group's covariance and mean to those of the groups before; start another."""
+        self.groups += 1
+        for name in self.layers:
+            count, total = self.patches.pop(name), self.mean.pop(name)
+            covariance = unbiased_covariance(self.moment.pop(name), total, count)
+            self.covariance[name] = self.covariance.get(name, 0) + covariance
+            self.group_mean[name] = self.group_mean.get(name, 0) + total / count
+
+    def _moments(self, name: str) -> tuple[Tensor, Tensor]:
+        if not self.groups:
+            return self.moment[name] / self.patches[name], self.mean[name] / self.patches[name]
+        mean = self.group_mean[name] / self.groups
+        covariance = self.covariance[name] / self.groups
+        return covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2), mean
+
     def finish(self) -> dict[str, Statistics]:
         statistics = {}
         for name in self.layers:
-            count = self.patches[name]
             gradient = self.gradient.get(name)
             result = Statistics(
-                self.moment[name] / count,
-                self.mean[name] / count,
+                *self._moments(name),
                 None if gradient is None else gradient / self.gradients[name],
             )
             for tensor in (result.moment, result.gradient):
@@ -190,6 +215,19 @@ class _Sums:
                     )
             statistics[name] = result
         return statistics
+
+
+def unbiased_covariance(
+    moment: Tensor,  # (*batch, n, n)
+    total: Tensor,  # (*batch, n)
+    count: int,
+) -> Tensor:  # (*batch, n, n)
+    """The covariance of samples from the sum of their outer products and their own sum.
+
+    Divides by one less than the number of samples; of a single one it is zero.
+    """
+    outer = total.unsqueeze(-1) * total.unsqueeze(-2)
+    return (moment - outer / count) / max(1, count - 1)
 
 
 def patches(

@@ -368,7 +368,7 @@ def run(
             proposals = probes
             if not probes:
                 rng = np.random.default_rng([study.bench.seed, len(history.trials)])
-                proposals = study.strategy.propose(problem, history, 1, rng)
+                proposals = _proposals(study, problem, history, rng)
             if not proposals:
                 break
             for allocation in proposals:
@@ -381,6 +381,20 @@ def run(
                     best = study.strategy.select(problem, history) if some else None
                     on_trial(trial, best)
                 _stop_if_failing(history)
+
+
+def _proposals(
+    study: Study, problem: Problem, history: History, rng: np.random.Generator
+) -> list[Allocation]:
+    """What the strategy proposes; if that itself fails, as a training may, it is on record."""
+    try:
+        return study.strategy.propose(problem, history, 1, rng)
+    except ObjectiveError as error:
+        dense = problem.allocation([0] * len(problem.errors))
+        number, target = len(history.trials), problem.label
+        failed = Trial(number, dense, "failed", reason=str(error), target=target)
+        study.record.add(failed, problem.objectives)
+        raise
 
 
 def _evaluate(

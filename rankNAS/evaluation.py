@@ -25,11 +25,13 @@ from rankNAS.data import batches
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.network import Factorisation
 from rankNAS.objectives.base import Candidate, ObjectiveBase
-from rankNAS.objectives.quality import accuracy, agreement, loss
+from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
 from rankNAS.recovery.batch_norm import (
+    BatchNormReference,
     cumulative_averaging,
     even_chunks,
     has_batch_norm,
+    is_tracking,
     reestimate_batch_norm,
 )
 from rankNAS.stages import Pass, Stages
@@ -55,7 +57,8 @@ class Evaluator:
         validation: Inputs and targets that metrics are measured on.
         objectives: What to measure besides the metrics that come for free.
         extra_costs: Further costs of an allocation by name, for example a predicted latency.
-        batch_norm: Re-estimate batch-norm statistics; ignored without batch norms.
+        batch_norm: Correct batch-norm statistics by what compression changed, measured on the
+            calibration inputs; ignored without batch norms.
         batch_size: Samples a forward pass.
         device: Where to run.
         prefix_reuse: Keep activations, so that what did not change is not computed again.
@@ -85,6 +88,8 @@ class Evaluator:
         self._stages = self._traced() if self.prefix_reuse else None
         self._passes = self._make_passes()
         self.dense_logits = self._forward()
+        if self.batch_norm:
+            self._reference = BatchNormReference(self._scratch, self._calibration, self.batch_size)
         self._invalidate(0)
 
     def _place(self, x: Tensor) -> Tensor:
@@ -109,6 +114,11 @@ class Evaluator:
     def remember(self, allocation: Allocation, metrics: Mapping[str, float]) -> None:
         """Record metrics measured earlier, so that they are not measured again."""
         self._known[allocation] = dict(metrics)
+
+    def forget(self) -> None:
+        """Evaluate everything anew, from the first layer on, as if nothing had been yet."""
+        self._known.clear()
+        self._invalidate(0)
 
     def network(self, allocation: Allocation) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms."""
@@ -139,6 +149,7 @@ class Evaluator:
         metrics = quality(logits, self._targets)
         if logits.dim() > 1 and not self._targets.is_floating_point():
             metrics["agreement"] = agreement(logits, self.dense_logits)
+            metrics["reverse_agreement"] = reverse_agreement(logits, self.dense_logits)
         return {**metrics, **costs, **measured}
 
     @torch.no_grad()
@@ -165,13 +176,17 @@ class Evaluator:
         """Batch-norm statistics of everything that has changed."""
         if self._stages is None:
             reestimate_batch_norm(self._scratch, self._calibration, self.batch_size)
+            modules = self._scratch.modules()
+            self._reference.correct(m for m in modules if is_tracking(m))
             return
         calibration = self._passes[0]
         after = [i for i, _ in self._norms if i >= calibration.start]
         if after:
             self._passes[-1].invalidate(min(after))
-            with cumulative_averaging([module for i, module in self._norms if i in after]):
+            changed = [module for i, module in self._norms if i in after]
+            with cumulative_averaging(changed):
                 calibration.run()
+            self._reference.correct(changed)
 
     @torch.no_grad()
     def _forward(self) -> Tensor:

@@ -5,6 +5,7 @@ limit[k]. Every function returns one index per layer.
 
 References:
     Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack (`min_sum`).
+    Pisinger, European Journal of Operational Research 1995: solving it on a core of few choices.
     HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``, solves it.
 """
 
@@ -12,21 +13,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
 from rankNAS.exceptions import BudgetError, RankNASError
+from rankNAS.pareto import worthwhile
 
 __all__ = ["Solution", "least_cost", "min_max", "min_sum"]
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 Table = Sequence[Array]  # one array of C_l values a layer
 SLACK = 1e-9  # relative: budgets are met to rounding error, never beyond
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
+PRECISION = 1e4  # the largest value in HiGHS's eyes, which proves optima to 1e-6 in absolute terms
+CORE = 5  # choices a layer in the first programme, on average
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ def min_sum(
 ) -> Solution:
     """The allocation of the least total value, as a mixed-integer programme.
 
+    The duals of the linear relaxation bound the optimum from below, and bound what each choice
+    adds to it. So a programme of the few choices that add little (the core) gives an allocation;
+    choices that add more than its distance to the bound cannot improve on it, and if the core has
+    all others, its optimum is that of the whole. At most a few cores are needed.
+
     Args:
         value: What is summed; finite.
         costs: One table a budget.
@@ -70,38 +80,156 @@ def min_sum(
 
     Raises:
         BudgetError: No allocation meets the budgets.
+        RankNASError: None was found in time.
     """
-    layer = np.concatenate([np.full(len(v), i) for i, v in enumerate(value)])
-    flat = np.concatenate(value)
-    scale = float(np.abs(flat).max()) or 1.0
-    one = csr_matrix((np.ones(len(flat)), (layer, np.arange(len(flat)))))
-    constraints = [LinearConstraint(one, 1, 1)]
-    if limits:
-        rows = np.stack([np.concatenate(c) / b for c, b in zip(costs, limits, strict=True)])
-        constraints.append(LinearConstraint(SHARPNESS * rows, -np.inf, SHARPNESS))
-    offsets = np.cumsum([0, *(len(v) for v in value[:-1])])
     deadline = time.monotonic() + seconds
+    kept = [
+        _worthwhile(v, [cost[i] for cost in costs], largest) for i, v in enumerate(value)
+    ]  # indices of choices, one array a layer
+    if not all(map(len, kept)) or any(
+        least_cost(cost) > limit * (1 + SLACK) for cost, limit in zip(costs, limits, strict=True)
+    ):
+        raise _infeasible(costs, limits)
+    least, extra = _relaxation(value, costs, limits, kept)
+    bound = least
+    sizes = np.sort(np.concatenate(extra))
+    width = float(sizes[min(CORE * len(value), len(sizes)) - 1])
+    best = None
+    while True:
+        core = [k[e <= width] for k, e in zip(kept, extra, strict=True)]
+        whole = width >= sizes[-1]
+        try:
+            solved = _programme(value, costs, limits, core, gap, deadline)
+        except BudgetError:
+            if whole:
+                raise
+            width = 4 * width if width > 0 else float(sizes[-1])
+            continue
+        if solved is None:
+            if best is None:
+                raise RankNASError(f"the solver found no allocation in {seconds:g} seconds.")
+            return best
+        indices, lower = solved
+        # What lies outside the core adds at least its width to the bound.
+        bound = max(bound, lower if whole else min(lower, least + width))
+        if best is None or _total(value, indices) < best.value:
+            best = Solution(indices, _total(value, indices), 0.0)
+        best = replace(best, gap=max(0.0, best.value - bound) / (abs(best.value) or 1.0))
+        needed = best.value - gap * abs(best.value) - least
+        if best.gap <= gap or whole or needed <= width:
+            return best
+        width = needed
+
+
+def _worthwhile(value: Array, costs: Sequence[Array], largest: float) -> Indices:
+    """The choices of a layer that are allowed and that no other beats in value and every cost."""
+    allowed = np.flatnonzero(value <= largest)
+    columns = [cost[allowed] for cost in costs] or [np.zeros(len(allowed))]
+    kept: Indices = allowed[worthwhile(value[allowed], columns, max(1, len(allowed)))]
+    return kept
+
+
+def _relaxation(
+    value: Table, costs: Sequence[Table], limits: Sequence[float], kept: Sequence[Indices]
+) -> tuple[float, list[Array]]:
+    """A lower bound of the total, and by how much each kept choice raises it.
+
+    For any multipliers m >= 0, sum_l min_c (value + m cost) - m limit bounds the total from below
+    (weak duality), so the proof does not depend on how well the linear programme was solved.
+    """
+    objective, rows, bounds, one = _matrices(value, costs, limits, kept)
+    scale = float(np.abs(objective).max()) or 1.0
+    multipliers = np.zeros(len(limits))
+    if limits and np.ptp(objective) > 0:
+        result = linprog(  # type: ignore[call-overload]  # the stubs do not know sparse matrices
+            objective / scale, A_ub=rows, b_ub=bounds, A_eq=one, b_eq=np.ones(len(kept))
+        )
+        if result.status == 0:
+            multipliers = np.maximum(-result.ineqlin.marginals, 0) * scale
+    priced = objective + multipliers @ rows
+    parts = np.split(priced, np.cumsum([len(k) for k in kept])[:-1])
+    bound = float(sum(p.min() for p in parts) - multipliers @ bounds)
+    return bound, [p - p.min() for p in parts]
+
+
+def _programme(
+    value: Table,
+    costs: Sequence[Table],
+    limits: Sequence[float],
+    kept: Sequence[Indices],
+    gap: float,
+    deadline: float,
+) -> tuple[tuple[int, ...], float] | None:
+    """The best allocation among kept choices, and a lower bound of all; None if out of time.
+
+    The variables are the steps from a layer's choice to the next more expensive one, each after
+    the one before it. Branching on a step halves a layer's choices; branching on a choice, of
+    which exactly one is taken, would hardly decide anything where it is not taken.
+
+    Raises:
+        BudgetError: None of them meets the budgets.
+    """
+    objective, rows, bounds, _ = _matrices(value, costs, limits, kept)
+    L, starts = len(kept), np.cumsum([0, *(len(k) for k in kept)])[:-1]
+    first = starts - np.arange(L)  # the first step of each layer
+    steps = np.delete(np.diff(objective), starts[1:] - 1)
+    if len(steps) == 0:
+        indices = tuple(int(k[0]) for k in kept)
+        if not _meets(costs, limits, indices):
+            raise _infeasible(costs, limits)
+        return indices, _total(value, indices)
+    scale = float(np.abs(objective).max()) / PRECISION or 1.0
+    successive = np.delete(np.arange(len(steps) - 1), [i - 1 for i in first if 0 < i < len(steps)])
+    one = np.ones(len(successive))
+    order = csr_matrix((one, (np.arange(len(one)), successive)), (len(one), len(steps)))
+    order -= csr_matrix((one, (np.arange(len(one)), successive + 1)), (len(one), len(steps)))
+    constraints = [LinearConstraint(order, 0, np.inf)]
+    if limits:
+        room = bounds - rows[:, starts].sum(1)
+        rows = np.delete(np.diff(rows, axis=1), starts[1:] - 1, axis=1)
+        constraints.append(LinearConstraint(SHARPNESS * rows, -np.inf, SHARPNESS * room))
     while True:
         result = milp(
-            flat / scale,
+            steps / scale,
             constraints=constraints,
-            integrality=np.ones(len(flat), dtype=np.int64),
-            bounds=Bounds(0, (flat <= largest).astype(float)),
+            integrality=np.ones(len(steps), dtype=np.int64),
+            bounds=Bounds(0, 1),
             options={
                 "mip_rel_gap": gap,
                 "time_limit": max(0.0, deadline - time.monotonic()),
             },
         )
+        if result.status == 2:
+            raise _infeasible(costs, limits)
         if result.x is None:
-            raise _infeasible(costs, limits) if result.status == 2 else _unsolved(seconds)
-        chosen = [int(np.argmax(np.where(layer == i, result.x, -1))) for i in range(len(value))]
-        indices = tuple(int(i) for i in chosen - offsets)
+            return None
+        taken = [int((part > 0.5).sum()) for part in np.split(result.x, first[1:])]
+        indices = tuple(int(k[j]) for k, j in zip(kept, taken, strict=True))
         if _meets(costs, limits, indices):
-            return Solution(indices, _total(value, indices), float(result.mip_gap or 0.0))
+            return indices, float(result.mip_dual_bound) * scale + float(objective[starts].sum())
         # Rounding inside the solver let it pass a limit by a hair: never that allocation again.
-        again = np.zeros((1, len(flat)))
-        again[0, chosen] = 1
-        constraints.append(LinearConstraint(again, -np.inf, len(value) - 1))
+        again = np.zeros((1, len(steps)))
+        for i, j, k in zip(first, taken, kept, strict=True):
+            again[0, i + j - 1 : i + j] += j > 0
+            again[0, i + j : i + j + 1] -= j < len(k) - 1
+        constraints.append(LinearConstraint(again, -np.inf, L - 1 - taken.count(0)))
+
+
+def _matrices(
+    value: Table, costs: Sequence[Table], limits: Sequence[float], kept: Sequence[Indices]
+) -> tuple[Array, Array, Array, csr_matrix]:
+    """Values (N,), costs (K, N) relative to the limits, bounds (K,), and one choice a layer."""
+
+    def flat(table: Table) -> Array:
+        joined: Array = np.concatenate([t[k] for t, k in zip(table, kept, strict=True)])
+        return joined
+
+    layer = np.repeat(np.arange(len(kept)), [len(k) for k in kept])
+    one = csr_matrix((np.ones(len(layer)), (layer, np.arange(len(layer)))))
+    units = [limit if limit > 0 else 1.0 for limit in limits]
+    rows = [flat(cost) / unit for cost, unit in zip(costs, units, strict=True)]
+    bounds = np.array([limit / unit for limit, unit in zip(limits, units, strict=True)])
+    return flat(value), np.reshape(rows, (len(limits), len(layer))), bounds, one
 
 
 def min_max(value: Table, costs: Sequence[Table], limits: Sequence[float]) -> Solution:
@@ -162,7 +290,3 @@ def _infeasible(costs: Sequence[Table], limits: Sequence[float]) -> BudgetError:
         for cost, limit in zip(costs, limits, strict=True)
     )
     return BudgetError(f"no allocation meets the budgets; the least possible costs are {least}.")
-
-
-def _unsolved(seconds: float) -> RankNASError:
-    return RankNASError(f"the solver found no allocation in {seconds:g} seconds.")

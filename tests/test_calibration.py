@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankNAS.calibration import MAX_POSITIONS, calibrate, patches
+from rankNAS import calibration
+from rankNAS.calibration import MAX_POSITIONS, calibrate, patches, unbiased_covariance
 from rankNAS.decompositions.metrics import Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
@@ -267,6 +268,50 @@ def test_tokens_and_logits_per_position() -> None:
     torch.testing.assert_close(found["2"].gradient[0], expected, rtol=1e-4, atol=1e-7)
 
 
+def test_the_covariance_is_unbiased() -> None:
+    X = torch.randn(2, 9, 4).double() + 3
+    moment, total = X.mT @ X, X.sum(1)
+    expected = torch.stack([torch.cov(x.T) for x in X])
+    torch.testing.assert_close(unbiased_covariance(moment, total, 9), expected)
+    single = X[:, :1]
+    alone = unbiased_covariance(single.mT @ single, single.sum(1), 1)
+    torch.testing.assert_close(alone, torch.zeros(2, 4, 4).double())
+
+
+def test_t_c2_pooled_and_plain_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "POOLED", 2)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    x = torch.tensor([[1.0, 0], [-1, 0], [0, 11], [0, 9]])
+    space = space_of(model, torch.zeros(1, 8))
+
+    def covariance(metric: Any, x: Tensor) -> Tensor:
+        found = calibrate(model, space, functional.pad(x, (0, 6)), metric=metric)["0"]
+        return (found.moment[0] - torch.outer(found.mean[0], found.mean[0]))[:2, :2]
+
+    # inside the groups each pair differs by (2, 0) or (0, 2): variances 2, of one group in two
+    torch.testing.assert_close(covariance("pooled", x), torch.eye(2).double())
+    plain = torch.tensor([[2 / 3, 0.0], [0.0, 34.0]]).double()
+    torch.testing.assert_close(covariance("input", x) * 4 / 3, plain)
+    # with equal means in all groups only the divisors differ: 1 of 2 samples against 4
+    same = torch.tensor([[1.0, 5], [-1, 5], [0, 6], [0, 4]])
+    torch.testing.assert_close(covariance("pooled", same), 2 * covariance("input", same))
+
+
+@pytest.mark.parametrize("samples", [5, 33, 64, 100])
+def test_pooled_statistics_are_averages_over_even_groups(samples: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, groups=1)).eval()
+    x = torch.randn(samples, 3, 6, 5) + torch.arange(samples).reshape(-1, 1, 1, 1) / 10
+    found = calibrate(model, space_of(model, x[:1]), x, metric="pooled", batch_size=7)["0"]
+    shape, count = LayerShape.of(model[0]), max(1, samples // 32)
+    groups = [patches(shape, part) for part in x.tensor_split(count)]
+    mean = torch.stack([g.double().mean(1) for g in groups]).mean(0)
+    covariance = torch.stack([torch.cov(g[0].double().T) for g in groups]).mean(0)
+    torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-5)
+    centred = found.moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    torch.testing.assert_close(centred[0], covariance, rtol=1e-4, atol=1e-4)
+
+
 class Unbatched(nn.Module):
     """Convolutions that see one image at a time, without a batch dimension."""
 
@@ -364,7 +409,7 @@ def counting(model: nn.Module) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("metric", ["input", "fisher"])
+@pytest.mark.parametrize("metric", ["input", "fisher", "pooled"])
 def test_the_cache_gives_the_same_without_a_pass(tmp_path: Path, metric: Any) -> None:
     model, space, x = small()
     passes = counting(model)
@@ -439,11 +484,12 @@ def test_the_key_is_of_the_contents(tmp_path: Path) -> None:
     assert files() == 5
     run(seed=1)
     run(metric="fisher")
-    assert files() == 7
+    run(metric="pooled")
+    assert files() == 8
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("metric", ["input", "fisher"])
+@pytest.mark.parametrize("metric", ["input", "fisher", "pooled"])
 def test_values_that_are_not_finite(tmp_path: Path, bad: float, metric: Any) -> None:
     model, space, x = small()
     x[7, 1, 2, 3] = bad

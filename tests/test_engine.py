@@ -111,12 +111,72 @@ def test_another_configuration_is_refused_and_named(
 ) -> None:
     storage = f"sqlite:///{tmp_path}/study.db"
     search(small_net, small_data, storage=storage)
-    with pytest.raises(StudyError, match=r"budget was {'macs': 0.5}, is {'macs': 0.6}"):
-        search(small_net, small_data, storage=storage, resume=True, budget={"macs": 0.6})
+    with pytest.raises(StudyError, match=r"costs was \['macs'\], is \['params'\]"):
+        search(small_net, small_data, storage=storage, resume=True, budget={"params": 0.6})
     with torch.no_grad():
         small_net.head.weight += 1  # type: ignore[operator, union-attr]
     with pytest.raises(StudyError, match="weights was"):
         search(small_net, small_data, storage=storage, resume=True)
+
+
+def test_a_study_goes_on_under_another_budget(
+    small_net: nn.Module, small_data: Pair, tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    before = search(small_net, small_data, storage=storage).trials
+    options = {"storage": storage, "resume": True, "budget": {"macs": 0.7}}
+    second = search(small_net, small_data, **options)
+    assert [t.allocation for t in second.trials[:4]] == [t.allocation for t in before]
+    assert len(second.trials) == 8
+    feasible = [t for t in second.trials if t.metrics["macs"] <= 0.7 * second.dense["macs"]]
+    assert len(feasible) == 8  # what met the tighter budget counts
+    assert second.best.values[0] == max(t.values[0] for t in feasible)
+
+
+def test_several_answers_share_trials(small_net: nn.Module, small_data: Pair) -> None:
+    budgets = [{"macs": 0.7}, {"macs": 0.5}]
+    study = search(small_net, small_data, budget=budgets, n_trials=3)
+    assert [t.target for t in study.trials] == ["macs<=0.7"] * 3 + ["macs<=0.5"] * 3
+    for problem, budget in zip(study.problems, budgets, strict=True):
+        best = study.answer(problem)
+        met = [
+            t for t in study.trials if t.metrics["macs"] <= budget["macs"] * study.dense["macs"]
+        ]
+        assert best.values[0] == max(t.values[0] for t in met)
+    with pytest.raises(UsageError, match="twice"):
+        search(small_net, small_data, budget=[{"macs": 0.5}, {"macs": 0.5}])
+
+
+class Probing(Strategy):
+    """Measures every layer alone at its cheapest, then proposes the min-max allocation."""
+
+    name = "probing"
+
+    def probes(self, problem: Problem, history: History) -> list[rankNAS.Allocation]:
+        last = [len(e) - 1 for e in problem.errors]
+        rows = np.diag(last)[::-1].tolist()
+        return [problem.allocation(row) for row in rows]
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[rankNAS.Allocation]:
+        assert all(a in history.found for a in self.probes(problem, history))
+        return Energy().propose(problem, history, n, rng)
+
+
+def test_probes_come_first_once_and_are_no_answers(
+    small_net: nn.Module, small_data: Pair, tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    options = {"strategy": Probing(), "storage": storage, "budget": {"macs": 0.5}}
+    study = search(small_net, small_data, **options)
+    layers = len(study.problem.choices)
+    assert [t.probe for t in study.trials] == [True] * layers + [False]
+    assert study.best == study.trials[-1]
+    assert any(t.metrics["macs"] > 0.5 * study.dense["macs"] for t in study.trials[:layers])
+    assert study.record.study.best_trials[0].number == layers  # Optuna too knows what counts
+    again = search(small_net, small_data, **(options | {"resume": True, "budget": {"macs": 0.6}}))
+    assert [t.probe for t in again.trials[layers + 1 :]] == [False]
 
 
 def test_custom_objectives_and_the_pareto_front(small_net: nn.Module, small_data: Pair) -> None:

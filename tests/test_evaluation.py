@@ -73,6 +73,7 @@ def by_hand(network: nn.Module, dense: nn.Module, x: Tensor, y: Tensor) -> dict[
         "accuracy": (log_q.argmax(-1) == y).double().mean().item(),
         "loss": -log_q.gather(-1, y[:, None]).mean().item(),
         "agreement": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "reverse_agreement": (log_q.exp() * (log_q - log_p)).sum(-1).mean().item(),
     }
 
 
@@ -92,18 +93,30 @@ def test_metrics_are_those_of_the_network(batch_norm: bool, batch_size: int) -> 
         assert (metrics["macs"], metrics["weight_bytes"]) == (cost.macs, cost.weight_bytes)
 
 
-def test_batch_norms_are_those_of_the_calibration_data() -> None:
-    ev = evaluator(batch_size=100)
-    network = ev.network(drawn(ev, 3))
-    x = images(40)[0]
-    hidden = network[0](x)
-    torch.testing.assert_close(
-        network[1].running_mean, hidden.mean((0, 2, 3)), rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(network[1].running_var, hidden.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_batch_norms_move_by_what_compression_changes_on_the_calibration_data(
+    prefix_reuse: bool,
+) -> None:
+    ev = evaluator(batch_size=100, prefix_reuse=prefix_reuse)
+    network, dense, x = ev.network(drawn(ev, 3)), convolutional(), images(40)[0]
+    stored, norm = dense[1], network[1]  # type: ignore[index]
+    hidden, before = network[0](x), dense[0](x)  # type: ignore[index]
+    shift = hidden.mean((0, 2, 3)) - before.mean((0, 2, 3))
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(norm.running_mean, stored.running_mean + shift, **close)
+    ratio = hidden.var((0, 2, 3)) / before.var((0, 2, 3))
+    torch.testing.assert_close(norm.running_var, stored.running_var * ratio, rtol=1e-3, atol=1e-5)
     kept = evaluator(batch_norm=False)
-    for name, value in convolutional()[1].state_dict().items():
-        assert torch.equal(kept.network(drawn(kept, 3))[1].state_dict()[name], value)
+    for name, value in convolutional()[1].state_dict().items():  # type: ignore[index]
+        assert torch.equal(kept.network(drawn(kept, 3))[1].state_dict()[name], value)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_the_dense_network_keeps_its_batch_norms(prefix_reuse: bool) -> None:
+    ev = evaluator(prefix_reuse=prefix_reuse)
+    ev.evaluate(drawn(ev, 1))
+    metrics = ev.evaluate(ev.factorisation.space.dense)
+    assert metrics["agreement"] == pytest.approx(0, abs=1e-9)
 
 
 def test_dense_without_batch_norm_is_the_model() -> None:
@@ -145,7 +158,7 @@ def count_forwards(ev: Evaluator) -> list[int]:
 
 
 def test_equal_allocations_are_evaluated_once() -> None:
-    ev = evaluator(batch_norm=False)
+    ev = evaluator(batch_norm=False, prefix_reuse=False)
     calls = count_forwards(ev)
     allocation = drawn(ev, 0)
     first = ev.evaluate(allocation)
@@ -165,6 +178,38 @@ def test_remembered_metrics_are_not_measured() -> None:
     allocation = drawn(ev, 0)
     ev.remember(allocation, {"loss": 1.5})
     assert ev.evaluate(allocation) == {"loss": 1.5} and calls == [0]
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> None:
+    reusing, plain = evaluator(batch_norm), evaluator(batch_norm, prefix_reuse=False)
+    assert reusing._stages is not None and plain._stages is None
+    layers = reusing.factorisation.space.layers
+    rng = random.Random(5)
+    current = dict(drawn(reusing, 5))
+    for step in range(12):
+        for name in rng.sample(list(layers), rng.choice([0, 1, 2])):
+            current[name] = rng.choice(layers[name].choices)
+        allocation = Allocation.of(current)
+        assert reusing.evaluate(allocation) == plain.evaluate(allocation)
+        if step % 3 == 0:  # building a network in between must not disturb what is kept
+            states = [ev.network(allocation).state_dict() for ev in (reusing, plain)]
+            assert all(torch.equal(states[0][k], v) for k, v in states[1].items())
+
+
+def test_only_what_follows_the_first_change_is_computed() -> None:
+    ev = evaluator(prefix_reuse=True)
+    calls = [0]
+    first_layer = ev._scratch[0]  # type: ignore[index]
+    first_layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    names = list(ev.factorisation.space.layers)
+    dense = dict(ev.factorisation.space.dense)
+    ev.evaluate(Allocation.of(dense))
+    assert calls[0] > 0
+    calls[0] = 0
+    for choice in ev.factorisation.space.layers[names[-1]].choices[1:]:
+        ev.evaluate(Allocation.of(dense | {names[-1]: choice}))
+    assert calls[0] == 0
 
 
 def test_time_is_accounted_for() -> None:

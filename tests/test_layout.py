@@ -34,6 +34,7 @@ LEVELS = [
     {"evaluation", "strategies", "tables", "workbench"},
     {"record", "study"},
     {"engine", "testing"},
+    {"comparison"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

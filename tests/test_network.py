@@ -75,7 +75,7 @@ def assert_close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
 
 
-@pytest.mark.parametrize("metric", ["weight", "input", "fisher"])
+@pytest.mark.parametrize("metric", ["weight", "input", "fisher", "pooled"])
 def test_networks_equal_the_model_with_folded_weights(metric: Any) -> None:
     model, space, x = mixed()
     factorisation = factorise(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankNAS import solver
 from rankNAS.exceptions import BudgetError, RankNASError
 from rankNAS.solver import SLACK, Solution, least_cost, min_max, min_sum
 
@@ -89,6 +90,53 @@ def test_the_optimum_is_that_of_brute_force(kind: str, case: Case) -> None:
     assert 0 <= solution.gap <= 1e-6
 
 
+@settings(max_examples=150, deadline=None)
+@given(case=cases(), gap=st.sampled_from([0.0, 0.05]))
+def test_a_core_of_one_choice_a_layer_is_widened_until_the_optimum_is_proven(
+    case: Case, gap: float
+) -> None:
+    feasible = case.feasible()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solver, "CORE", 1)
+        if not feasible:
+            with pytest.raises(BudgetError, match="no allocation meets the budgets"):
+                min_sum(case.value, case.costs, case.limits, gap=gap)
+            return
+        solution = min_sum(case.value, case.costs, case.limits, gap=gap)
+    best = min(case.total(case.value, indices) for indices in feasible)
+    assert case.meets(solution.indices)
+    assert solution.value == case.total(case.value, solution.indices)
+    assert 0 <= solution.gap <= gap + 1e-6
+    assert solution.value * (1 - solution.gap) <= best + 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_no_allocation_is_below_its_bound(case: Case) -> None:
+    """The bound of the relaxation, and what each choice adds to it."""
+    kept = [np.arange(len(v)) for v in case.value]
+    bound, extra = solver._relaxation(case.value, case.costs, case.limits, kept)
+    for indices in case.feasible():
+        added = sum(e[i] for e, i in zip(extra, indices, strict=True))
+        assert case.total(case.value, indices) >= bound + added - 1e-9
+
+
+def test_a_core_proves_the_optimum_of_a_large_table() -> None:
+    """The same optimum as from a core of everything."""
+    rng = np.random.default_rng(1)
+    kept = [np.sort(rng.uniform(0.05, 1, 20))[::-1] for _ in range(30)]
+    value = [(1 - k) ** rng.uniform(1, 4) for k in kept]
+    costs = [[rng.uniform(1, 50) * k * rng.uniform(0.8, 1, 20) for k in kept] for _ in range(2)]
+    limits = [0.4 * float(sum(c.max() for c in cost)) for cost in costs]
+    found = []
+    for core in (2, 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(solver, "CORE", core)
+            found.append(min_sum(value, costs, limits, gap=0))
+    assert found[0].value == pytest.approx(found[1].value, rel=1e-9)
+    assert max(s.gap for s in found) <= 1e-8
+
+
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_min_max_prefers_the_least_total_among_the_best(case: Case) -> None:
@@ -152,19 +200,29 @@ def test_infeasible_budgets_are_named_with_the_least_costs() -> None:
     value = [np.array([0.0, 1.0])] * 2
     cost = [np.array([5.0, 2.0])] * 2
     assert least_cost(cost) == 4
-    for solver in (min_sum, min_max):
+    for method in (min_sum, min_max):
         with pytest.raises(BudgetError, match=r"least possible costs are 4 \(limit 3\)"):
-            solver(value, [cost], [3.0])
+            method(value, [cost], [3.0])
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_nothing_fits_where_the_rest_of_the_model_is_over_the_budget(limit: float) -> None:
+    value, cost = [np.array([0.0, 1.0])], [np.array([2.0, 1.0])]
+    for method in (min_sum, min_max):
+        with pytest.raises(BudgetError):
+            method(value, [cost], [limit])
+    free = [np.array([1.0, 0.0])]
+    assert min_sum(value, [free], [0.0]).indices == (1,)
 
 
 def test_budgets_that_cannot_be_met_together() -> None:
     value = [np.array([0.0, 1.0])]
     costs = [[np.array([1.0, 2.0])], [np.array([2.0, 1.0])]]
-    for solver in (min_sum, min_max):
-        assert solver(value, costs[:1], [1.0]).indices == (0,)
-        assert solver(value, costs[1:], [1.0]).indices == (1,)
+    for method in (min_sum, min_max):
+        assert method(value, costs[:1], [1.0]).indices == (0,)
+        assert method(value, costs[1:], [1.0]).indices == (1,)
         with pytest.raises(BudgetError):
-            solver(value, costs, [1.0, 1.0])
+            method(value, costs, [1.0, 1.0])
 
 
 def test_an_allowed_gap_is_reported_and_kept() -> None:

@@ -1,12 +1,10 @@
-"""Tables and the pruning of choices."""
+"""Tables of a space."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from rankNAS.allocation import Allocation
@@ -14,29 +12,7 @@ from rankNAS.exceptions import BudgetError
 from rankNAS.network import factorise
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.tables import make_problem, worthwhile
-
-points = st.lists(st.tuples(*[st.integers(0, 6)] * 3), min_size=1, max_size=20)
-
-
-@given(points)
-def test_worthwhile_keeps_exactly_one_of_each_point_that_nothing_beats(
-    rows: list[tuple[int, int, int]],
-) -> None:
-    kept = worthwhile([r[0] for r in rows], [[r[1] for r in rows], [r[2] for r in rows]], 99)
-    unbeaten = {
-        p
-        for p in rows
-        if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in rows)
-    }
-    assert {rows[i] for i in kept} == unbeaten and len(kept) == len(unbeaten)
-    assert [rows[i][1] for i in kept] == sorted(rows[i][1] for i in kept)
-
-
-def test_thinning_keeps_both_ends() -> None:
-    errors = list(np.linspace(1, 0, 50))
-    kept = worthwhile(errors, [list(range(50))], 7)
-    assert len(kept) == 7 and kept[0] == 0 and kept[-1] == 49
+from rankNAS.tables import make_problem
 
 
 @pytest.fixture

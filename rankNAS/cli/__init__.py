@@ -25,7 +25,58 @@ Space = Annotated[
 ]
 Out = Annotated[str, typer.Option(help="Folder of the studies' folders.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 Study = Annotated[str, typer.Argument(help="Name of a study in --out, or path of its folder.")]
+Budget = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Fraction kept of the dense --cost, or COST=FRACTION. Repeatable, to hold together. "
+        "Several, as 0.5,0.3, are answered one after the other."
+    ),
+]
+Cost = Annotated[
+    str, typer.Option(help="What a bare --budget bounds: macs, params, weight_bytes, latency.")
+]
+Objective = Annotated[
+    list[str] | None,
+    typer.Option(help="A name (see `ranknas objectives`) or file.py:function[=minimize]."),
+]
+Data = Annotated[
+    str, typer.Option(help="digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory.")
+]
+Normalize = Annotated[
+    str | None,
+    typer.Option(
+        help="imagenet, cifar10 or MEAN,STD. Default: the weights' metadata, else imagenet."
+    ),
+]
+ImageSize = Annotated[int | None, typer.Option(help="Resize images to this side.")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="safetensors or state-dict file, or 'pretrained'. Default: train first."),
+]
+Trials = Annotated[int, typer.Option(help="Trials for each budget, in all; probes come on top.")]
+Finetune = Annotated[int, typer.Option(help="Epochs of training of each chosen network.", min=0)]
+Distill = Annotated[
+    float, typer.Option(help="Weight of distillation from the dense model in --finetune.")
+]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of --finetune.")]
+Metric = Annotated[str, typer.Option(help="Norm of the decompositions: fisher, input or weight.")]
+Operators = Annotated[
+    str | None, typer.Option(help="Comma-separated: svd,spatial_svd,tucker2,group_svd.")
+]
+Candidates = Annotated[int, typer.Option(help="Most choices of a layer before pruning.")]
+MultipleOf = Annotated[int, typer.Option(help="Ranks are multiples of this.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Regular expression of layers to leave dense.")
+]
+Calibration = Annotated[int, typer.Option(help="Training samples for statistics.")]
+Validation = Annotated[int, typer.Option(help="Training samples for the objectives.")]
+BatchNorm = Annotated[bool, typer.Option(help="Re-estimate batch norms after truncation.")]
+Hardware = Annotated[
+    str, typer.Option(help="For latency: host or file.py:function(layer, choice) -> seconds.")
+]
+Device = Annotated[str, typer.Option(help="Where to run, for example cuda.")]
 DEFAULT_OUT = "ranknas-studies"
 
 
@@ -35,35 +86,14 @@ def search(
     strategy: Annotated[
         str, typer.Option(help="A name (see `ranknas strategies`) or path/to/file.py:factory.")
     ] = "bo",
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(help="Fraction kept of the dense --cost, or COST=FRACTION. Repeatable."),
-    ] = None,
-    cost: Annotated[
-        str, typer.Option(help="What a bare --budget bounds: macs, params, weight_bytes, latency.")
-    ] = "macs",
-    objective: Annotated[
-        list[str] | None,
-        typer.Option(help="A name (see `ranknas objectives`) or file.py:function[=minimize]."),
-    ] = None,
-    data: Annotated[
-        str,
-        typer.Option(help="digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory."),
-    ] = "digits",
-    normalize: Annotated[
-        str | None,
-        typer.Option(
-            help="imagenet, cifar10 or MEAN,STD. Default: the weights' metadata, else imagenet."
-        ),
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Resize images to this side.")] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="safetensors or state-dict file, or 'pretrained'. Default: train first."
-        ),
-    ] = None,
-    trials: Annotated[int, typer.Option(help="Trials of the study, in all.")] = 40,
+    budget: Budget = None,
+    cost: Cost = "macs",
+    objective: Objective = None,
+    data: Data = "digits",
+    normalize: Normalize = None,
+    image_size: ImageSize = None,
+    weights: Weights = None,
+    trials: Trials = 40,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     study: Annotated[
         str | None, typer.Option(help="Name of the study. Default: a new one.")
@@ -76,37 +106,23 @@ def search(
         bool, typer.Option("--resume", help="Go on with the study if it exists.")
     ] = False,
     out: Out = DEFAULT_OUT,
-    finetune: Annotated[
-        int, typer.Option(help="Epochs of training of the chosen network.", min=0)
-    ] = 0,
-    distill: Annotated[
-        float, typer.Option(help="Weight of distillation from the dense model in --finetune.")
-    ] = 0.5,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of --finetune.")] = 0.01,
-    metric: Annotated[
-        str, typer.Option(help="Norm of the decompositions: fisher, input or weight.")
-    ] = "fisher",
-    operators: Annotated[
-        str | None, typer.Option(help="Comma-separated: svd,spatial_svd,tucker2,group_svd.")
-    ] = None,
-    candidates: Annotated[int, typer.Option(help="Most choices of a layer before pruning.")] = 256,
-    multiple_of: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 1,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Regular expression of layers to leave dense.")
-    ] = None,
-    calibration: Annotated[int, typer.Option(help="Training samples for statistics.")] = 1024,
-    validation: Annotated[int, typer.Option(help="Training samples for the objectives.")] = 1024,
-    batch_norm: Annotated[
-        bool, typer.Option(help="Re-estimate batch norms after truncation.")
-    ] = True,
-    hardware: Annotated[
-        str, typer.Option(help="For latency: host or file.py:function(layer, choice) -> seconds.")
-    ] = "host",
-    device: Annotated[str, typer.Option(help="Where to run, for example cuda.")] = "cpu",
+    finetune: Finetune = 0,
+    distill: Distill = 0.5,
+    learning_rate: LearningRate = 0.01,
+    metric: Metric = "fisher",
+    operators: Operators = None,
+    candidates: Candidates = 256,
+    multiple_of: MultipleOf = 1,
+    exclude: Exclude = None,
+    calibration: Calibration = 1024,
+    validation: Validation = 1024,
+    batch_norm: BatchNorm = True,
+    hardware: Hardware = "host",
+    device: Device = "cpu",
     json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Search the ranks of a network under a budget, and keep the result."""
+    """Search the ranks of a network under a budget, or several, and keep the result."""
     from rankNAS.cli.options import SearchOptions
     from rankNAS.cli.searching import run_search
 
@@ -143,23 +159,104 @@ def search(
 
 
 @app.command()
+def compare(
+    space: Space = "resnet18",
+    strategies: Annotated[
+        str, typer.Option(help="Comma-separated names (see `ranknas strategies`), or 'all'.")
+    ] = "all",
+    budget: Budget = None,
+    cost: Cost = "macs",
+    objective: Objective = None,
+    data: Data = "digits",
+    normalize: Normalize = None,
+    image_size: ImageSize = None,
+    weights: Weights = None,
+    trials: Trials = 40,
+    seeds: Annotated[int, typer.Option(help="Repeat with the seeds 0, 1, … below this.")] = 3,
+    out: Annotated[
+        str, typer.Option(help="Folder of the result. What it has is not searched again.")
+    ] = "ranknas-comparison",
+    finetune: Finetune = 0,
+    finetune_samples: Annotated[
+        int | None, typer.Option(help="Training samples of --finetune. Default: all.", min=1)
+    ] = None,
+    distill: Distill = 0.5,
+    learning_rate: LearningRate = 0.01,
+    metric: Metric = "fisher",
+    operators: Operators = None,
+    candidates: Candidates = 256,
+    multiple_of: MultipleOf = 1,
+    exclude: Exclude = None,
+    calibration: Calibration = 1024,
+    validation: Validation = 1024,
+    batch_norm: BatchNorm = True,
+    hardware: Hardware = "host",
+    device: Device = "cpu",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare strategies on equal terms, over budgets (default 0.5) and seeds.
+
+    Writes results.csv, summary.md and comparison.png.
+    """
+    from rankNAS.cli.comparing import run_compare
+    from rankNAS.cli.options import CompareOptions
+
+    options = CompareOptions(
+        space=space,
+        strategies=strategies,
+        budget=budget or ["0.5"],
+        cost=cost,
+        objective=objective or ["accuracy"],
+        data=data,
+        normalize=normalize,
+        image_size=image_size,
+        weights=weights,
+        trials=trials,
+        seeds=seeds,
+        out=out,
+        finetune=finetune,
+        finetune_samples=finetune_samples,
+        distill=distill,
+        learning_rate=learning_rate,
+        metric=metric,
+        operators=operators,
+        candidates=candidates,
+        multiple_of=multiple_of,
+        exclude=exclude or [],
+        calibration=calibration,
+        validation=validation,
+        batch_norm=batch_norm,
+        hardware=hardware,
+        device=device,
+    )
+    run_compare(options, as_json=json, quiet=quiet)
+
+
+@app.command()
 def resume(
     study: Study,
     out: Out = DEFAULT_OUT,
     trials: Annotated[
-        int | None, typer.Option(help="Trials of the study, in all. Default: as before.")
+        int | None, typer.Option(help="Trials for each budget, in all. Default: as before.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Other bounds on the same costs. Default: as before. Repeatable."),
     ] = None,
     trust_study: Annotated[
         bool,
         typer.Option("--trust-study", help="Run the Python files that the study's options name."),
     ] = False,
     json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Go on with a study, with the options it was started with."""
+    """Go on with a study, with the options it was started with, or with another budget."""
     from rankNAS.cli.searching import run_resume
 
-    run_resume(study, out, trials, trust_study=trust_study, as_json=json, quiet=quiet)
+    run_resume(
+        study, out, trials, budget or [], trust_study=trust_study, as_json=json, quiet=quiet
+    )
 
 
 @app.command()
@@ -180,12 +277,10 @@ def compile_(
     space: Space = "resnet18",
     num_classes: Annotated[int, typer.Option(help="Classes of the model.")] = 1000,
     image_size: Annotated[int | None, typer.Option(help="Side of the input image.")] = None,
-    operators: Annotated[str | None, typer.Option(help="Comma-separated operators.")] = None,
-    candidates: Annotated[int, typer.Option(help="Most choices of a layer.")] = 256,
-    multiple_of: Annotated[int, typer.Option(help="Ranks are multiples of this.")] = 1,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Regular expression of layers to leave dense.")
-    ] = None,
+    operators: Operators = None,
+    candidates: Candidates = 256,
+    multiple_of: MultipleOf = 1,
+    exclude: Exclude = None,
     json: Json = False,
 ) -> None:
     """Print the search space of a model: layers, choices, costs, and what stays dense and why."""
@@ -205,12 +300,16 @@ def export(
     space: Annotated[
         str | None, typer.Option(help="file.py:factory, for a study of a model of your own.")
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Which answer of a study of several budgets. Default: the first."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Export the network of a study, reload it and compare outputs."""
     from rankNAS.cli.exporting import run_export
 
-    run_export(study, out, format, output, space, as_json=json)
+    run_export(study, out, format, output, space, budget or [], as_json=json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from rankNAS.artifact import load
 from rankNAS.cli.options import study_folder
 from rankNAS.cli.output import print_json
-from rankNAS.cli.searching import load_result
+from rankNAS.cli.results import answer_to, load_result
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.export import FORMATS, export
 from rankNAS.plugins import is_plugin
@@ -19,14 +20,21 @@ __all__ = ["run_export"]
 
 
 def run_export(
-    study: str, out: str, format: str, output: str | None, space: str | None, *, as_json: bool
+    study: str,
+    out: str,
+    format: str,
+    output: str | None,
+    space: str | None,
+    budget: Sequence[str],
+    *,
+    as_json: bool,
 ) -> None:
-    """Write a study's network in a format and print how far its outputs are from ours."""
+    """Write a study's network for a budget in a format, and print how far its outputs are off."""
     if format not in FORMATS:
         raise UnknownNameError("format", format, FORMATS)
     folder = study_folder(study, out)
     result = load_result(folder)
-    artifact = folder / Path(result["artifact"]).name
+    artifact = folder / Path(answer_to(result, list(budget))["artifact"]).name
     factory = None
     if is_plugin(result["space"]):
         if space is None:

@@ -1,4 +1,4 @@
-"""The options of a search, as given on the command line and kept in the study's folder."""
+"""The options of a search or a comparison, as given on the command line and kept beside it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rankNAS.budget import parse_budgets
 from rankNAS.exceptions import StudyError, UsageError
 
-__all__ = ["SearchOptions", "check_name", "read_options", "study_folder"]
+__all__ = [
+    "CompareOptions",
+    "ModelOptions",
+    "SearchOptions",
+    "check_name",
+    "read_options",
+    "study_folder",
+]
 
 CONFIGURATION = "config.json"
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """One field an option of ``ranknas search``; see its help."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The options that ``ranknas search`` and ``ranknas compare`` share; see their help."""
 
     space: str = "resnet18"
-    strategy: str = "bo"
     budget: list[str] = field(default_factory=list)
     cost: str = "macs"
     objective: list[str] = field(default_factory=lambda: ["accuracy"])
@@ -30,10 +37,6 @@ class SearchOptions:
     image_size: int | None = None
     weights: str | None = None
     trials: int = 40
-    seed: int = 0
-    study: str | None = None
-    storage: str | None = None
-    out: str = "ranknas-studies"
     finetune: int = 0
     distill: float = 0.5
     learning_rate: float = 0.01
@@ -47,6 +50,40 @@ class SearchOptions:
     batch_norm: bool = True
     hardware: str = "host"
     device: str = "cpu"
+
+    @property
+    def budgets(self) -> list[dict[str, float]]:
+        """The budgets, each cost name to fraction kept.
+
+        Raises:
+            BudgetError: They are malformed.
+        """
+        return parse_budgets(self.budget, self.cost)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ModelOptions):
+    """One field an option of ``ranknas compare``; see its help."""
+
+    strategies: str = "all"
+    seeds: int = 3
+    finetune_samples: int | None = None
+    out: str = "ranknas-comparison"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ModelOptions):
+    """One field an option of ``ranknas search``; see its help."""
+
+    strategy: str = "bo"
+    seed: int = 0
+    study: str | None = None
+    storage: str | None = None
+    out: str = "ranknas-studies"
 
     @property
     def folder(self) -> Path:
@@ -82,10 +119,6 @@ class SearchOptions:
             *self.objective,
         )
         return [text for text in given if text and ".py:" in text]
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def check_name(name: str) -> None:

@@ -2,70 +2,100 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from rankNAS.cli.options import read_options, study_folder
 from rankNAS.cli.output import number, percent, print_json, print_table
-from rankNAS.cli.searching import load_result
+from rankNAS.cli.results import load_result
 from rankNAS.exceptions import UsageError
 
 __all__ = ["run_dashboard", "run_show"]
 
+Document = dict[str, Any]
+
 
 def run_show(study: str, out: str, top: int, *, as_json: bool) -> None:
-    """Print a study's result, its best trials and the chosen ranks."""
-    folder = study_folder(study, out)
-    result = load_result(folder)
+    """Print a study's answer to each budget, its best trials and the chosen ranks."""
+    result = load_result(study_folder(study, out))
     if as_json:
         print_json(result)
         return
-    dense, best = result["dense"], result["best"]
-    bounds = ", ".join(f"{k} <= {v:g}" for k, v in result["budget"].items()) or "no budget"
-    typer.echo(f"{result['study']}: {result['space']} by {result['strategy']}, {bounds}")
+    trials = result["trials"]
+    failed = sum(t["state"] != "complete" for t in trials)
+    probes = sum(t["probe"] for t in trials)
     typer.echo(
-        f"test accuracy {best['test_accuracy']:.4f} (dense {dense['test_accuracy']:.4f}), "
-        f"MACs {percent(best, dense, 'macs')}, params {percent(best, dense, 'params')}"
+        f"{result['study']}: {result['space']} by {result['strategy']}, "
+        f"{len(trials) - probes} trials"
+        + f" and {probes} probes, measured whatever their cost" * bool(probes)
+        + f", {failed} failed" * bool(failed)
     )
-    _print_trials(result, folder, top)
-    _print_layers(result)
+    for answer in result["answers"]:
+        _print_answer(result, answer)
+        _print_trials(result, answer, top)
+        _print_layers(answer)
 
 
-def _print_trials(result: dict[str, Any], folder: Path, top: int) -> None:
-    names = [name.partition("=")[0] for name in read_options(folder).objective]
-    front = set(result["pareto_front"])
-    complete = [t for t in result["trials"] if t["state"] == "complete"]
-    ordered = sorted(complete, key=lambda t: (t["number"] not in front, -t["values"][0]))
-    if len(names) == 1:
-        best = result["best"]
-        ordered.sort(key=lambda t: abs(t["values"][0] - best.get(names[0], t["values"][0])))
-    rows = [
-        (
-            t["number"],
-            *(f"{v:.5g}" for v in t["values"]),
-            percent(t["metrics"], result["dense"], "macs"),
-            f"{t['seconds']:.1f}",
-            "*" if t["number"] in front else "",
+def _print_answer(result: Document, answer: Document) -> None:
+    dense, best = result["dense"], answer["best"]
+    typer.echo(
+        f"\n{answer['label'] if answer['budget'] else 'no budget'}: trial {answer['trial']}"
+    )
+    tuned = answer.get("finetuned")
+    typer.echo(
+        f"test accuracy {best['test_accuracy']:.4f} (dense {dense['test_accuracy']:.4f}"
+        + (f", fine-tuned {tuned['test_accuracy']:.4f}" if tuned else "")
+        + f"), MACs {percent(best, dense, 'macs')}, params {percent(best, dense, 'params')}"
+    )
+    if "hypervolume" in answer:
+        pairs = zip(result["objectives"], answer["reference"], strict=True)
+        worst = ", ".join(f"{name} {value:.5g}" for name, value in pairs)
+        typer.echo(
+            f"Pareto front of {len(answer['pareto_front'])} trials, hypervolume "
+            f"{answer['hypervolume']:.5g} from the worst values seen ({worst})"
         )
-        for t in ordered[:top]
+
+
+def _print_trials(result: Document, answer: Document, top: int) -> None:
+    """The trials within the budget, without the probes that were not chosen for anything."""
+    names, front, several = result["objectives"], answer["pareto_front"], "hypervolume" in answer
+    sign = 1 if result["directions"][0] == "maximize" else -1
+    trials = {t["number"]: t for t in result["trials"]}
+    listed = [
+        trials[n]
+        for n in answer["feasible"]
+        if not trials[n]["probe"] or n in front or n == answer["trial"]
     ]
-    columns = ["trial", *(n.rpartition(":")[2] for n in names), "MACs", "seconds", "front"]
-    failed = len(result["trials"]) - len(complete)
-    title = f"best {len(rows)} of {len(complete)} trials" + (f", {failed} failed" * bool(failed))
-    print_table(title, columns, rows, left=0)
+    # Of equals, the chosen one first.
+    listed.sort(
+        key=lambda t: (
+            several and t["number"] not in front,
+            -sign * t["values"][0],
+            t["number"] != answer["trial"],
+        )
+    )
+    rows = []
+    for t in listed[:top]:
+        row = [t["number"], *(f"{v:.5g}" for v in t["values"])]
+        row += [percent(t["metrics"], result["dense"], "macs"), f"{t['seconds']:.1f}"]
+        if several:
+            by = answer["dominated_by"].get(str(t["number"]))
+            row.append("*" if by is None else f"dominated by {by}")
+        rows.append(row)
+    columns = ["trial", *names, "MACs", "seconds", *(["front"] if several else [])]
+    print_table(f"best {len(rows)} of {len(listed)} trials", columns, rows, left=0)
 
 
-def _print_layers(result: dict[str, Any]) -> None:
+def _print_layers(answer: Document) -> None:
     rows = [
         (
             name,
-            result["best"]["allocation"][name],
+            answer["best"]["allocation"][name],
             number(costs["macs"]),
             f"{100 * costs['best_macs'] / costs['macs']:.1f} %",
         )
-        for name, costs in result["layers"].items()
+        for name, costs in answer["layers"].items()
     ]
     print_table("chosen ranks", ("layer", "choice", "dense MACs", "kept"), rows, left=2)
 

@@ -8,7 +8,10 @@ Notation, per group of a layer folded to W (o, n):
 
 The error of an approximation What is ||H (W - What) C^1/2||_F^2. ``weight`` takes C = G = 1,
 ``input`` takes C from data (DRONE, Chen et al., NeurIPS 2021), ``fisher`` takes both, which is the
-Kronecker-factored curvature of Martens and Grosse (2015) used as a norm.
+Kronecker-factored curvature of Martens and Grosse (2015) used as a norm. ``pooled`` is ``input``
+with the pooled covariance of Bolaco (Ji et al., EMNLP Findings 2024), less swayed by outliers: the
+average of the covariances inside groups of samples. Centred and with the mean of the error
+corrected in the bias, it is their atomic feature mimicking: a PCA of the layer's outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from rankNAS.exceptions import UsageError
 
 __all__ = ["METRICS", "Metric", "MetricName", "Statistics", "Target", "make_metric", "matrix_root"]
 
-MetricName = Literal["weight", "input", "fisher"]
+MetricName = Literal["weight", "input", "fisher", "pooled"]
 METRICS: tuple[str, ...] = get_args(MetricName)
 RIDGE = 1e-6  # of the mean diagonal: statistics of few samples are rank-deficient
 
@@ -34,8 +37,9 @@ class Statistics:
     """What calibration records of one layer, all in float64.
 
     Args:
-        moment: Mean outer product of the input patches, (g, n, n).
-        mean: Mean input patch, (g, n).
+        moment: Mean outer product of the input patches, (g, n, n); for ``pooled`` the pooled
+            covariance plus the outer product of the mean.
+        mean: Mean input patch, (g, n); for ``pooled`` the average of the groups' means.
         gradient: Mean outer product of the loss gradient at the output, (g, o, o), or None.
     """
 
@@ -117,7 +121,7 @@ def make_metric(
     """The metric of a layer from its statistics.
 
     Args:
-        name: ``weight``, ``input`` or ``fisher``.
+        name: ``weight``, ``input``, ``fisher`` or ``pooled``.
         statistics: What calibration recorded; not needed for ``weight``.
         centred: Measure the variance of the error alone. Right where its mean is removed, by a
             bias or by a following batch norm whose statistics are re-estimated.
@@ -136,7 +140,7 @@ def make_metric(
         mean = statistics.mean.double()
         C = C - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     C = _ridged(C)
-    if name == "input":
+    if name != "fisher":
         return Metric(C, None, mean)
     assert statistics.gradient is not None
     return Metric(C, matrix_root(_ridged(statistics.gradient.double())), mean)

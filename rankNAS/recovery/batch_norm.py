@@ -3,13 +3,19 @@
 Replacing a layer by a low-rank one shifts the distribution of its outputs, so the running means
 and variances stored behind it no longer fit. Measuring them again needs neither labels nor
 gradients and often recovers most of the lost accuracy.
+
+What is measured on some calibration inputs differs from what training left behind for other
+reasons too: few samples, no augmentation. These reasons affect the dense network alike, so the
+difference between the two networks, both measured on the same inputs, is free of them
+(`BatchNormReference`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["cumulative_averaging", "even_chunks", "has_batch_norm", "reestimate_batch_norm"]
+__all__ = [
+    "BatchNormReference",
+    "cumulative_averaging",
+    "even_chunks",
+    "has_batch_norm",
+    "is_tracking",
+    "reestimate_batch_norm",
+]
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -60,12 +73,59 @@ def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 
     return network
 
 
+def is_tracking(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
+    """Whether a module is a batch norm that keeps running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+class BatchNormReference:
+    """Moves the stored statistics of batch norms by what compression alone changed.
+
+    With the stored mean m and variance v, and those measured on the same inputs in the dense
+    network (M, V) and in the compressed one (M', V'), the compressed network gets m + M' - M and
+    v V' / V. The dense network keeps its own.
+
+    Args:
+        network: The dense network, with its stored statistics.
+        inputs: Calibration inputs; ``network`` is left as it was.
+        batch_size: As for `reestimate_batch_norm`.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Tensor, batch_size: int = 256) -> None:
+        layers = _tracking_layers(network)
+        self._stored = {layer: _statistics(layer) for layer in layers}
+        reestimate_batch_norm(network, inputs, batch_size)
+        self._measured = {layer: _statistics(layer) for layer in layers}
+        for layer in layers:
+            _set_statistics(layer, *self._stored[layer])
+
+    def correct(self, layers: Iterable[_BatchNorm]) -> None:
+        """Replace the statistics measured in the compressed network, in place.
+
+        Args:
+            layers: The same module objects as in ``network``, now with other weights before them.
+        """
+        for layer in layers:
+            mean, variance = _statistics(layer)
+            (m, v), (M, V) = self._stored[layer], self._measured[layer]
+            _set_statistics(layer, m + mean - M, v * (variance + layer.eps) / (V + layer.eps))
+
+
+def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.clone(), layer.running_var.clone()
+
+
+def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(variance)
+
+
 def _tracking_layers(network: nn.Module) -> list[_BatchNorm]:
-    return [
-        module
-        for module in network.modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    ]
+    return [module for module in network.modules() if is_tracking(module)]
 
 
 def even_chunks(inputs: Tensor, batch_size: int) -> tuple[Tensor, ...]:

@@ -7,29 +7,69 @@ from importlib.metadata import entry_points
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.plugins import is_plugin, load_callable
-from rankNAS.strategies.base import History, Problem, Strategy, Trial
+from rankNAS.strategies.alds import Alds
+from rankNAS.strategies.auto import Auto
+from rankNAS.strategies.base import History, Problem, Request, Strategy, Trial
+from rankNAS.strategies.beam import Beam
 from rankNAS.strategies.bo import BayesianOptimisation
-from rankNAS.strategies.oneshot import Energy, Uniform
+from rankNAS.strategies.bolaco import Bolaco
+from rankNAS.strategies.drone import Drone
+from rankNAS.strategies.haloc import Haloc
+from rankNAS.strategies.hw_filter import HardwareFilter
+from rankNAS.strategies.lc import LearningCompression
+from rankNAS.strategies.oneshot import Energy, OneShot, Uniform
+from rankNAS.strategies.pca_greedy import PcaGreedy
 from rankNAS.strategies.random import Random
+from rankNAS.strategies.samplers import Nsga2, Tpe
+from rankNAS.strategies.solve import Solve
+from rankNAS.strategies.strs import Strs
 
 __all__ = [
     "STRATEGIES",
+    "Alds",
+    "Auto",
     "BayesianOptimisation",
+    "Beam",
+    "Bolaco",
+    "Drone",
     "Energy",
+    "Haloc",
+    "HardwareFilter",
     "History",
+    "LearningCompression",
+    "Nsga2",
+    "OneShot",
+    "PcaGreedy",
     "Problem",
     "Random",
+    "Request",
+    "Solve",
     "Strategy",
+    "Strs",
+    "Tpe",
     "Trial",
     "Uniform",
     "make_strategy",
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    "uniform": Uniform,
+    "auto": Auto,
+    "solve": Solve,
     "energy": Energy,
-    "random": Random,
+    "uniform": Uniform,
+    "alds": Alds,
+    "lc": LearningCompression,
+    "pca-greedy": PcaGreedy,
+    "drone": Drone,
+    "strs": Strs,
+    "hw-filter": HardwareFilter,
+    "beam": Beam,
     "bo": BayesianOptimisation,
+    "bolaco": Bolaco,
+    "tpe": Tpe,
+    "nsga2": Nsga2,
+    "haloc": Haloc,
+    "random": Random,
 }
 
 

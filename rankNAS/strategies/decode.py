@@ -10,15 +10,16 @@ Notation: P preferences, L layers, C the largest number of choices, K budgets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from rankNAS.solver import SLACK, min_max
+from rankNAS.exceptions import BudgetError
+from rankNAS.solver import SLACK, least_cost, min_max
 from rankNAS.strategies.base import Problem
 
-__all__ = ["decode", "preference"]
+__all__ = ["decode", "decode_best", "lowered", "lowered_by", "preference"]
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -67,6 +68,52 @@ def decode(problem: Problem, multipliers: Array, rng: np.random.Generator) -> In
     ]
     rows = np.concatenate(found)
     return rows if len(rows) else _exact(problem, multipliers[:1])
+
+
+def decode_best(problem: Problem, multipliers: Array) -> Indices | None:  # (L,) -> (L,)
+    """The allocation of one preference: with several budgets, the best over weightings of them.
+
+    A function of its arguments alone. None if the budgets cannot be met.
+    """
+    count = len(problem.limits) + 5 if len(problem.limits) > 1 else 1  # as many as weightings
+    try:
+        rows = decode(problem, np.tile(multipliers, (count, 1)), np.random.default_rng(0))
+    except BudgetError:
+        return None
+    errors = [e[rows[:, i]] for i, e in enumerate(problem.errors)]
+    weighted = np.stack(errors, axis=1) * multipliers
+    for best in np.lexsort((weighted.sum(1), weighted.max(1))):
+        row: Indices = rows[best]
+        if problem.meets(row.tolist()):
+            return row
+    return None
+
+
+def lowered(problem: Problem, share: float) -> Problem:
+    """The problem with a smaller budget on the cost that is an objective, the first if several.
+
+    Args:
+        problem: Tables and budgets; the cost need not be budgeted.
+        share: 1 keeps the budget, 0 leaves the least possible; in between on a logarithmic scale.
+    """
+    name, least, most = _traded(problem)
+    return replace(problem, budget={**problem.budget, name: least ** (1 - share) * most**share})
+
+
+def lowered_by(problem: Problem, indices: Indices) -> float:
+    """The share at which `lowered` leaves just what an allocation costs."""
+    name, least, most = _traded(problem)
+    if most <= least:
+        return 1.0
+    kept = problem.fractions(indices.tolist())[name]
+    return float(np.clip(np.log(kept / least) / np.log(most / least), 0, 1))
+
+
+def _traded(problem: Problem) -> tuple[str, float, float]:
+    """A cost that is an objective, and the least and the largest fraction that may be kept."""
+    name = next(name for name in problem.objectives if name in problem.costs)
+    least = (least_cost(problem.costs[name]) + problem.rest[name]) / problem.dense[name]
+    return name, least, max(least, problem.budget.get(name, 1.0))
 
 
 def preference(problem: Problem, indices: Indices) -> Array:  # (P, L) -> (P, L)

@@ -2,8 +2,10 @@
 
     python studies/resnet20_cifar10/train.py --data parquet:DIR
 
-writes resnet20.safetensors beside this file; 14 epochs take about 40 minutes on two CPU cores.
-An interrupted training goes on from its last epoch when the command is given again.
+writes resnet20.safetensors beside this file; 34 epochs take about 100 minutes on two CPU cores.
+The learning rate is restarted once (Loshchilov & Hutter 2017): after the first 14 epochs the test
+accuracy is 85.96 %. An interrupted training goes on from its last epoch when the command is given
+again.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from rankNAS.search_spaces.zoo import build_model
 HERE = Path(__file__).parent
 NORMALIZE = "imagenet"
 INPUT = "RGB/255 normalised by mean (0.485,0.456,0.406), std (0.229,0.224,0.225)"
-CONFIG = TrainingConfig(epochs=14, batch_size=128, learning_rate=0.25, flip=True, seed=1)
+CYCLES = (
+    TrainingConfig(epochs=14, batch_size=128, learning_rate=0.25, flip=True, seed=1),
+    TrainingConfig(epochs=20, batch_size=128, learning_rate=0.15, flip=True, seed=2),
+)
 
 
-def main(data_source: str, checkpoint: Path) -> None:
+def main(data_source: str, checkpoints: Path) -> None:
     data = rankNAS.load_data(data_source, normalize=NORMALIZE)
-    torch.manual_seed(CONFIG.seed)
+    torch.manual_seed(CYCLES[0].seed)
     model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32))
     started = time.time()
 
@@ -37,7 +42,9 @@ def main(data_source: str, checkpoint: Path) -> None:
         if step % 100 == 0:
             print(f"{step}/{total} loss {loss:.3f} {time.time() - started:.0f} s", flush=True)
 
-    train(model, data.train, CONFIG, on_step=report, checkpoint=checkpoint)
+    for number, config in enumerate(CYCLES, 1):
+        checkpoint = checkpoints / f"resnet20.cycle{number}.pt"
+        train(model, data.train, config, on_step=report, checkpoint=checkpoint)
     accuracy = test_metrics(model, data.test)["accuracy"]
     print(f"test accuracy {accuracy:.4f}")
     metadata = {"model": "ResNet-20", "input": INPUT, "test_accuracy": f"{accuracy:.4f}"}
@@ -50,6 +57,6 @@ def main(data_source: str, checkpoint: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="for example parquet:DIR")
-    parser.add_argument("--checkpoint", type=Path, default=Path("resnet20.training.pt"))
+    parser.add_argument("--checkpoints", type=Path, default=Path(), help="folder")
     arguments = parser.parse_args()
-    main(arguments.data, arguments.checkpoint)
+    main(arguments.data, arguments.checkpoints)

@@ -9,15 +9,19 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from rankNAS.cli import main
+from rankNAS.cli.options import SearchOptions, check_name
 from rankNAS.plugins import load_callable
 from rankNAS.search_spaces.compiler import count_macs
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 QUICK = ["--calibration", "64", "--validation", "64", "--trials", "3", "--quiet"]
 
 
@@ -31,6 +35,25 @@ def ranknas(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Like `ranknas`, but in this process, which has imported everything already."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["ranknas", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capfd.readouterr()
+        code = int(stopped.value.code or 0)
+        return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
+
+    monkeypatch.chdir(tmp_path)
+    return run
 
 
 @pytest.fixture
@@ -98,6 +121,99 @@ def test_search_show_resume_and_export(search: list[str], model_file: str, tmp_p
     assert json.loads(exported.stdout)["max_absolute_difference"] < 1e-4
 
 
+def test_several_budgets_have_an_answer_each(
+    here: Run, search: list[str], model_file: str, tmp_path: Path
+) -> None:
+    """Searched, shown and exported; then other budgets, in the same study."""
+    found = here(*search, "--budget", "params=0.7,0.45")
+    assert found.returncode == 0, found.stderr
+    folder = tmp_path / "ranknas-studies" / "first"
+    result = json.loads((folder / "result.json").read_text())
+    labels = ["macs<=0.6,params<=0.7", "macs<=0.6,params<=0.45"]
+    assert [a["label"] for a in result["answers"]] == labels
+    assert all(label in found.stdout for label in labels)
+    assert len(result["trials"]) == 6
+    assert [t["target"] for t in result["trials"]] == [labels[0]] * 3 + [labels[1]] * 3
+    assert not any(t["probe"] for t in result["trials"])
+    for answer, bound, name in zip(
+        result["answers"],
+        (0.7, 0.45),
+        ("best-macs-0.6-params-0.7", "best-macs-0.6-params-0.45"),
+        strict=True,
+    ):
+        assert answer["best"]["params"] <= bound * result["dense"]["params"]
+        trial = result["trials"][answer["trial"]]
+        assert answer["best"]["accuracy"] == trial["metrics"]["accuracy"]
+        assert answer["best"]["allocation"] == trial["allocation"]
+        assert Path(answer["artifact"]).name == f"{name}.safetensors"
+        assert json.loads((folder / f"{name}.json").read_text()) == trial["allocation"]
+    first = result["answers"][0]
+    assert {k: result[k] for k in first} == first
+
+    shown = here("show", "first").stdout
+    assert [shown.count(f"{label}: trial") for label in labels] == [1, 1]
+    assert shown.count("chosen ranks") == 2
+
+    arguments = ("export", "first", "--space", model_file, "--output", "small.safetensors")
+    second = ["--budget", "0.6", "--budget", "params=0.45"]
+    assert here(*arguments, *second).returncode == 0
+    size = sum(t.numel() for t in load_file(tmp_path / "small.safetensors").values())
+    assert size <= 0.5 * sum(
+        p.numel() for p in load_callable(model_file)(num_classes=10).parameters()
+    )
+    unknown = here(*arguments, "--budget", "0.6")
+    assert unknown.returncode == 2 and "; ".join(labels) in unknown.stderr
+
+
+def test_resumed_with_another_budget(here: Run, search: list[str], tmp_path: Path) -> None:
+    assert here(*search).returncode == 0
+    folder = tmp_path / "ranknas-studies" / "first"
+    resumed = here(
+        *("resume", "first", "--budget", "0.5,0.4", "--trust-study", "--json", "--quiet")
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads(resumed.stdout)
+    targets = [t["target"] for t in result["trials"]]
+    assert targets == ["macs<=0.6"] * 3 + ["macs<=0.5"] * 3 + ["macs<=0.4"] * 3
+    assert [a["budget"] for a in result["answers"]] == [{"macs": 0.5}, {"macs": 0.4}]
+    assert json.loads((folder / "config.json").read_text())["budget"] == ["0.5,0.4"]
+    again = here("resume", "first", "--trust-study", "--json", "--quiet")
+    assert json.loads(again.stdout)["answers"] == result["answers"]
+    other = here("resume", "first", "--budget", "params=0.4", "--trust-study")
+    assert other.returncode == 2 and "costs was ['macs'], is ['params']" in other.stderr
+
+
+def test_show_prints_the_front_and_what_is_dominated(
+    here: Run, search: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from rankNAS.strategies import Random\n"
+        "from rankNAS.strategies.base import Strategy\n"
+        "@dataclass(frozen=True)\n"
+        "class Probing(Strategy):\n"
+        "    name = 'probing'\n"
+        "    def probes(self, problem, history):\n"
+        "        return [problem.allocation([0] * len(problem.errors))]\n"
+        "    def propose(self, problem, history, n, rng):\n"
+        "        return Random().propose(problem, history, n, rng)\n"
+    )
+    changed = ["--strategy", "mine.py:Probing", "--objective", "loss", "--objective", "macs"]
+    found = ranknas(*search, *changed, "--trials", "9", cwd=tmp_path)
+    assert found.returncode == 0 and "9 trials and 1 probes" in found.stdout, found.stderr
+    assert not found.stderr
+    result = json.loads(here("show", "first", "--json").stdout)
+    assert result["trials"][0]["probe"] and 0 not in result["feasible"]
+    worst = [max(t["values"][i] for t in result["trials"]) for i in range(2)]
+    assert result["reference"] == worst and worst[1] == result["dense"]["macs"]
+    shown = here("show", "first").stdout
+    assert f"hypervolume {result['hypervolume']:.5g} from the worst values seen" in shown
+    assert "1 probes, measured whatever their cost" in shown and "best 9 of 9 trials" in shown
+    assert result["dominated_by"]
+    for by in result["dominated_by"].values():
+        assert f"dominated by {by}" in shown
+
+
 def test_killed_and_resumed_equals_uninterrupted(search: list[str], tmp_path: Path) -> None:
     arguments = [*search[: search.index("--trials")], "--trials", "40", "--json"]
     whole = ranknas(*arguments, "--quiet", "--out", "whole", cwd=tmp_path)
@@ -147,6 +263,8 @@ def finished(database: Path) -> int:
         (["--budget", "params=0"], "must be in (0, 1]"),
         (["--budget", "0.5"], "given twice"),
         (["--budget", "half"], "a budget must be a fraction"),
+        (["--budget", "params=0.5,0.5"], "given twice"),
+        (["--budget", "params=0.5,0.0001"], "the smallest possible is"),
         (["--budget", "params=0.0001"], "the smallest possible is"),
         (["--weights", "none.safetensors"], "none.safetensors"),
         (["--data", "parquet:nowhere"], "nowhere"),
@@ -168,8 +286,6 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from rankNAS.cli import main
-
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
@@ -184,21 +300,29 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     assert unchanged == before
 
 
-def test_a_finished_study_is_not_begun_again(search: list[str], tmp_path: Path) -> None:
-    assert ranknas(*search, cwd=tmp_path).returncode == 0
-    again = ranknas(*search, cwd=tmp_path)
+def test_a_finished_study_is_not_begun_again(here: Run, search: list[str], tmp_path: Path) -> None:
+    assert here(*search).returncode == 0
+    again = here(*search)
     assert again.returncode == 2 and "add --resume" in again.stderr
-    other = ranknas(*search, "--resume", "--budget", "params=0.7", cwd=tmp_path)
+    other = here(*search, "--resume", "--budget", "params=0.7")
     assert other.returncode == 2 and "another configuration" in other.stderr
     table = (tmp_path / "ranknas-studies" / "first" / "result.json").read_text()
     assert len(json.loads(table)["trials"]) == 3
 
 
-def test_an_unnamed_study_gets_a_new_name(search: list[str], tmp_path: Path) -> None:
+def test_an_unnamed_study_gets_a_new_name(here: Run, search: list[str], tmp_path: Path) -> None:
     i = search.index("--study")
     arguments = [*search[:i], *search[i + 2 :], "--json"]
-    names = [json.loads(ranknas(*arguments, cwd=tmp_path).stdout)["study"] for _ in range(2)]
+    names = [json.loads(here(*arguments).stdout)["study"] for _ in range(2)]
     assert names == ["my_model.py-factory-random-0.6", "my_model.py-factory-random-0.6-2"]
+
+
+def test_the_name_of_a_study_of_several_budgets_is_a_safe_folder() -> None:
+    budget = ["0.55, 0.5,0.37", "params=0.6"]
+    options = SearchOptions(space="a/b.py:net", strategy="bo", budget=budget, out="nowhere")
+    name = options.named(resume=False).study
+    assert name == "b.py-net-bo-0.55-0.5-0.37-params=0.6"
+    check_name(name)
 
 
 def test_an_objective_that_fails_three_times_stops_with_its_reason(
@@ -220,6 +344,7 @@ def test_an_objective_that_fails_three_times_stops_with_its_reason(
         (["compile", "--space", "resnet20", "--num-classes", "10"], "output layer"),
         (["--version"], "ranknas"),
         (["search", "--help"], "--budget"),
+        (["compare", "--help"], "--strategies"),
     ],
 )
 def test_listings(
@@ -228,8 +353,6 @@ def test_listings(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from rankNAS.cli import main
-
     monkeypatch.setattr(sys, "argv", ["ranknas", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -241,8 +364,6 @@ def test_listings(
 def test_listings_as_json(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rankNAS.cli import main
-
     space = ["--space", "resnet20"] if command == "compile" else []
     monkeypatch.setattr(sys, "argv", ["ranknas", command, "--json", *space])
     with pytest.raises(SystemExit):
@@ -250,7 +371,7 @@ def test_listings_as_json(
     assert json.loads(capsys.readouterr().out)
 
 
-def test_unknown_studies_are_named(tmp_path: Path) -> None:
+def test_unknown_studies_are_named(here: Run, tmp_path: Path) -> None:
     for command in ("show", "resume", "export", "dashboard"):
-        failed = ranknas(command, "none", cwd=tmp_path)
+        failed = here(command, "none")
         assert failed.returncode == 2 and "there is no study 'none'" in failed.stderr

@@ -334,7 +334,7 @@ def test_T_C6_whitening_ranks_the_directions_by_their_inputs() -> None:
     assert factors.error((1,)) == pytest.approx(1 / 5)
 
 
-@pytest.mark.parametrize("metric", ["weight", "fisher"])
+@pytest.mark.parametrize("metric", ["weight", "fisher", "pooled"])
 @pytest.mark.parametrize(("r1", "r2"), [(1, 1), (2, 3), (4, 2)])
 def test_T_C5_two_stages_are_one(metric: str, r1: int, r2: int) -> None:
     W = normal(0, 7, 8)
@@ -359,7 +359,8 @@ def one_layer(
     return factorise(nn.Sequential(module), space, {"0": statistics}, metric=metric)
 
 
-def test_T_C1_features_are_truncated_about_their_mean() -> None:
+@pytest.mark.parametrize("metric", ["input", "pooled"])
+def test_T_C1_features_are_truncated_about_their_mean(metric: str) -> None:
     module = nn.Linear(2, 2).double()
     nn.init.eye_(module.weight)
     nn.init.zeros_(module.bias)
@@ -367,7 +368,7 @@ def test_T_C1_features_are_truncated_about_their_mean() -> None:
     covariance = torch.diag(torch.tensor([9.0, 1]).double())
     statistics = Statistics((covariance + torch.outer(mean, mean))[None], mean[None])
     choice = Choice("svd", (1,))
-    factorisation = one_layer(module, statistics, rank=1)
+    factorisation = one_layer(module, statistics, rank=1, metric=metric)
     weight, bias = factorisation.layers["0"].folded(choice)
     torch.testing.assert_close(weight, torch.diag(torch.tensor([1.0, 0]).double()))
     torch.testing.assert_close(bias, torch.tensor([0.0, 2]).double())

@@ -22,9 +22,10 @@ from rankNAS.objectives import (
     Loss,
     Objective,
     ObjectiveBase,
+    ReverseAgreement,
     make_objective,
 )
-from rankNAS.objectives.quality import accuracy, agreement, loss
+from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
 from rankNAS.testing import ObjectiveContract
 
 
@@ -55,6 +56,10 @@ class TestLoss(ObjectiveContract):
 
 class TestAgreement(ObjectiveContract):
     objective = Agreement()
+
+
+class TestReverseAgreement(ObjectiveContract):
+    objective = ReverseAgreement()
 
 
 class TestCost(ObjectiveContract):
@@ -117,6 +122,17 @@ def test_closed_forms_by_hand() -> None:
     assert agreement(logits + 5, logits) == pytest.approx(0, abs=1e-7)
 
 
+def test_t_c4_the_directions_of_the_divergence() -> None:
+    dense = torch.tensor([[0.5, 0.5]]).log()
+    compressed = torch.tensor([[0.9, 0.1]]).log()
+    forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    reverse = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert (forward, reverse) == pytest.approx((0.510826, 0.368064), abs=1e-6)
+    assert agreement(compressed, dense) == pytest.approx(forward, rel=1e-6)
+    assert reverse_agreement(compressed, dense) == pytest.approx(reverse, rel=1e-6)
+    assert reverse_agreement(dense, dense) == 0
+
+
 def test_agreement_survives_extreme_logits() -> None:
     far = torch.tensor([[1000.0, -1000.0]])
     assert agreement(far, far) == 0
@@ -139,6 +155,7 @@ def test_objectives_measure_these() -> None:
     assert Accuracy()(given) == accuracy(logits, targets)
     assert Loss()(given) == loss(logits, targets)
     assert Agreement()(given) == agreement(logits, dense)
+    assert ReverseAgreement()(given) == reverse_agreement(logits, dense)
     assert CostObjective("params")(given) == 8
     assert 0 < Latency(batch_size=3, repeats=2)(given) < 1
     with pytest.raises(ObjectiveError, match="'energy' raised KeyError"):

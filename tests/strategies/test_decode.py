@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankNAS.exceptions import BudgetError
 from rankNAS.solver import SLACK, min_max
 from rankNAS.strategies import decode as decode_module
 from rankNAS.strategies.base import Problem
-from rankNAS.strategies.decode import decode, preference
+from rankNAS.strategies.decode import decode, decode_best, lowered, lowered_by, preference
 from rankNAS.testing import random_problem
 
 problems = st.builds(
@@ -154,3 +155,57 @@ def test_equal_generators_give_equal_rows() -> None:
     problem = random_problem(5, layers=8, budgets=2)
     multipliers = np.exp(np.random.default_rng(0).normal(0, 0.5, (50, 8)))
     assert (decode(problem, multipliers, rng()) == decode(problem, multipliers, rng())).all()
+
+
+# ------------------------------------------------------------------------- single allocations
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=constrained, seed=st.integers(0, 100))
+def test_the_best_row_is_no_worse_than_any_weighting(problem: Problem, seed: int) -> None:
+    multipliers = np.exp(np.random.default_rng(seed).normal(0, 1, len(problem.errors)))
+    best = decode_best(problem, multipliers)
+    assert best is not None and problem.meets(best.tolist())
+    again = decode_best(problem, multipliers.copy())
+    assert again is not None and again.tolist() == best.tolist()
+    for row in decode(problem, np.tile(multipliers, (7, 1)), rng()):
+        assert worst(problem, multipliers, best) <= worst(problem, multipliers, row) * (1 + 1e-9)
+
+
+def test_with_one_budget_the_best_row_is_the_row() -> None:
+    problem = random_problem(5, layers=8)
+    multipliers = np.exp(np.random.default_rng(0).normal(0, 0.5, 8))
+    best = decode_best(problem, multipliers)
+    assert best is not None
+    assert best.tolist() == decode(problem, multipliers[None], rng())[0].tolist()
+
+
+@pytest.mark.parametrize("budget", [{"macs": 1e-6}, {"macs": 1e-6, "params": 1e-6}])
+def test_there_is_no_best_row_where_nothing_fits(budget: dict[str, float]) -> None:
+    problem = replace(random_problem(5), budget=budget)
+    assert decode_best(problem, np.ones(5)) is None
+    with pytest.raises(BudgetError):
+        problem.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), budgets=st.integers(0, 2), share=st.floats(0, 1))
+def test_a_budget_is_lowered_from_what_it_is_to_the_least(
+    seed: int, budgets: int, share: float
+) -> None:
+    problem = random_problem(seed, budgets=budgets, objectives=2)
+    cheapest = np.array([int(c.argmin()) for c in problem.costs["macs"]])
+    least = problem.fractions(cheapest.tolist())["macs"]
+    bound = problem.budget.get("macs", 1.0)
+    assert lowered(problem, 1).budget == {**problem.budget, "macs": pytest.approx(bound)}
+    assert lowered(problem, 0).budget["macs"] == pytest.approx(least)
+    assert lowered_by(problem, cheapest) == pytest.approx(0 if bound > least else 1)
+    swept = lowered(problem, share)
+    assert least * (1 - 1e-12) <= swept.budget["macs"] <= bound * (1 + 1e-12)
+    assert swept.budget.get("params") == problem.budget.get("params")
+    row = decode_best(swept, np.ones(len(problem.errors)))
+    if row is not None:
+        assert problem.meets(row.tolist())
+        # the share of an allocation leaves its own cost, no more
+        kept = problem.fractions(row.tolist())["macs"]
+        assert lowered(problem, lowered_by(problem, row)).budget["macs"] == pytest.approx(kept)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,12 +53,17 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def test_all_strategies_are_tested() -> None:
-    tested = {cls.strategy.name for cls in StrategyContract.__subclasses__()}
-    assert tested == set(STRATEGIES)
-    for name, strategy in STRATEGIES.items():
-        assert strategy.name == name
-        assert make_strategy(name) == strategy()
+BOUND = {"haloc"}  # work on a model, not on tables alone: tested in their own files
+ON_TABLES = [name for name in STRATEGIES if name not in BOUND]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_has_a_file_with_the_contract(name: str) -> None:
+    strategy = STRATEGIES[name]()
+    assert strategy.name == name
+    assert make_strategy(name) == strategy
+    files = Path(__file__).parent.glob("test_*.py")
+    assert any(f"strategy = {type(strategy).__name__}(" in file.read_text() for file in files)
 
 
 problems = st.builds(
@@ -70,7 +76,7 @@ problems = st.builds(
 )
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ON_TABLES)
 @settings(max_examples=12, deadline=None)
 @given(problem=problems, n=st.integers(1, 4), seed=st.integers(0, 100))
 def test_first_proposals_meet_every_budget(name: str, problem: Problem, n: int, seed: int) -> None:
@@ -97,6 +103,8 @@ def proposals():
     first = STRATEGIES["random"]().propose(problem, History(), 7, np.random.default_rng(1))
     history = History(tuple(random_trial(problem, i, a) for i, a in enumerate(first)))
     for name, strategy in STRATEGIES.items():
+        if name == "haloc":  # works on a model
+            continue
         got = strategy().propose(problem, history, 2, np.random.default_rng(2))
         found[name] = [a.to_json() for a in got]
     return found
@@ -126,9 +134,10 @@ def test_another_process_with_another_hash_seed_proposes_the_same() -> None:
     layers=st.integers(1, 6),
     choices=st.integers(2, 8),
     share=st.floats(0.01, 0.999),
+    name=st.sampled_from(ON_TABLES),
 )
 def test_an_infeasible_budget_names_the_smallest_which_is_feasible(
-    seed: int, layers: int, choices: int, share: float
+    seed: int, layers: int, choices: int, share: float, name: str
 ) -> None:
     problem = random_problem(seed, layers=layers, choices=choices)
     cheapest = [int(c.argmin()) for c in problem.costs["macs"]]
@@ -140,9 +149,8 @@ def test_an_infeasible_budget_names_the_smallest_which_is_feasible(
     assert least <= named <= least + 1.1e-4
     feasible = replace(problem, budget={"macs": named})
     feasible.check()
-    for name in STRATEGIES:
-        (allocation,) = make_strategy(name).propose(feasible, History(), 1, rng())
-        assert feasible.meets(feasible.indices(allocation))
+    (allocation,) = make_strategy(name).propose(feasible, History(), 1, rng())
+    assert feasible.meets(feasible.indices(allocation))
 
 
 def test_budgets_that_cannot_be_met_together() -> None:

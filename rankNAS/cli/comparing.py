@@ -1,0 +1,174 @@
+"""``ranknas compare``."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import typer
+
+from rankNAS.cli.loading import (
+    check_options,
+    check_writable,
+    load_model,
+    load_named_data,
+    load_space,
+)
+from rankNAS.cli.options import CompareOptions
+from rankNAS.cli.output import print_json, print_table, reporting
+from rankNAS.cli.report import draw, markdown, tables
+from rankNAS.comparison import COLUMNS, DENSE_MODEL, OK, Row, compare
+from rankNAS.exceptions import StudyError, UsageError
+from rankNAS.files import save_atomically, write_json
+from rankNAS.recovery.training import TrainingConfig
+from rankNAS.strategies import STRATEGIES, make_strategy
+
+__all__ = ["run_compare"]
+
+#: A comparison may go on with more of these; everything else must stay.
+MAY_CHANGE = ("strategies", "seeds", "out", "device")
+
+
+def run_compare(options: CompareOptions, *, as_json: bool, quiet: bool) -> None:
+    """Compare strategies; rows that are in the folder already are not searched again."""
+    settings = check_options(options)
+    names = _strategies(options.strategies)
+    if options.seeds < 1:
+        raise UsageError(f"`--seeds` must be at least 1, got {options.seeds}.")
+    folder = Path(options.out)
+    check_writable(folder)
+    earlier = _earlier(folder, options)
+    kept: list[Any] = earlier.to_dict("records")
+    with reporting(quiet) as reporter:
+        data = load_named_data(options)
+        training = _training(options, flip=data.flip)
+        space = load_space(options, data, settings)
+
+        def on_row(row: Row) -> None:
+            kept.append(asdict(row))
+            write_json(folder / "config.json", options.to_json())
+            _write_csv(folder / "results.csv", pd.DataFrame(kept))
+            reporter.say(_line(row))
+
+        try:
+            rows = compare(
+                lambda seed: load_model(options, data, settings, space, seed, reporter),
+                data,
+                names,
+                options.budgets,
+                range(options.seeds),
+                objectives=options.objective,
+                n_trials=options.trials,
+                training=training,
+                training_samples=options.finetune_samples,
+                settings=settings,
+                hardware=options.hardware,
+                space=space,
+                device=options.device,
+                earlier=earlier,
+                on_row=on_row,
+                on_progress=reporter.stage,
+            )
+        except KeyboardInterrupt:
+            reporter.say("interrupted; finished rows are kept. The same command goes on.")
+            sys.exit(130)
+    _finish(rows, options, as_json=as_json)
+
+
+def _strategies(given: str) -> list[str]:
+    names = list(STRATEGIES) if given == "all" else [name.strip() for name in given.split(",")]
+    for name in names:
+        make_strategy(name)
+    return names
+
+
+def _training(options: CompareOptions, *, flip: bool) -> TrainingConfig | None:
+    if not options.finetune:
+        return None
+    return TrainingConfig(
+        options.finetune,
+        learning_rate=options.learning_rate,
+        distill=options.distill,
+        flip=flip,
+    )
+
+
+def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
+    """The rows of an interrupted comparison with the same options that are ``ok``.
+
+    Raises:
+        StudyError: The folder holds a comparison with other options, or is damaged.
+    """
+    path = folder / "results.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=list(COLUMNS))
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        rows = pd.read_csv(path)[list(COLUMNS)]
+    except (OSError, ValueError, KeyError) as error:
+        raise StudyError(
+            f"the comparison in {str(folder)!r} is damaged ({error}); give another --out."
+        ) from None
+    given = options.to_json()
+    for name in sorted({*stored, *given} - set(MAY_CHANGE)):
+        if stored.get(name) != given.get(name):
+            raise StudyError(
+                f"{str(folder)!r} holds a comparison with another configuration: {name} was "
+                f"{stored.get(name)!r}, is {given.get(name)!r}. Give the same options, or "
+                "another --out."
+            )
+    return rows[rows.status == OK]
+
+
+def _write_csv(path: Path, rows: pd.DataFrame) -> None:
+    save_atomically(path, lambda temporary: rows.to_csv(temporary, index=False))
+
+
+def _line(row: Row) -> str:
+    name = f"seed {row.seed}  {row.strategy}  {row.budget}"
+    if row.status != OK:
+        return f"{name}  {row.status}"
+    tuned = row.finetuned_test_accuracy
+    return (
+        f"{name}  test {row.test_accuracy:.4f}"
+        + ("" if math.isnan(tuned) else f", fine-tuned {tuned:.4f}")
+        + f", {row.evaluations} evaluations, {row.search_seconds:.3g} s"
+    )
+
+
+def _finish(rows: pd.DataFrame, options: CompareOptions, *, as_json: bool) -> None:
+    """Write what follows from the rows, and print them."""
+    folder = Path(options.out)
+    about = (
+        f"{options.space} on {options.data}, metric {options.metric}, {options.seeds} seeds, "
+        f"{options.trials} trials a budget."
+    )
+    if options.finetune:
+        samples = options.finetune_samples or "all training"
+        about += f" Fine-tuning: {options.finetune} epochs on {samples} samples."
+    summary = markdown(rows, shlex.join(["ranknas", *sys.argv[1:]]), about)
+    save_atomically(folder / "summary.md", lambda path: _write(path, summary))
+    names = ["results.csv", "summary.md"]
+    if ((rows.status == OK) & (rows.strategy != DENSE_MODEL)).any():
+        figure = draw(rows)
+        picture = folder / "comparison.png"
+        save_atomically(picture, lambda path: figure.savefig(path, format="png"))
+        names.append("comparison.png")
+    if as_json:
+        print_json(rows.astype(object).where(rows.notna(), None).to_dict("records"))
+        return
+    for budget, (columns, body) in tables(rows).items():
+        print_table(budget, columns, body)
+    for row in rows[rows.status != OK].drop_duplicates(["strategy", "status"]).itertuples():
+        typer.echo(f"{row.strategy}: {row.status}")
+    typer.echo("  ".join(str(folder / name) for name in names))
+
+
+def _write(path: Path, text: str) -> Any:
+    return path.write_text(text, encoding="utf-8")

@@ -1,0 +1,54 @@
+"""The trials within a budget: which of them are on the Pareto front, and what dominates others."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from rankNAS.pareto import hypervolume
+from rankNAS.strategies.base import History, Problem
+from rankNAS.study import front
+
+__all__ = ["describe_front"]
+
+
+def describe_front(problem: Problem, history: History) -> dict[str, Any]:
+    """The Pareto front of the trials that meet a problem's budgets, probes included.
+
+    Args:
+        problem: Budgets and objectives.
+        history: The trials.
+
+    Returns:
+        ``feasible``, the numbers of the trials within the budgets, and ``pareto_front``, those of
+        the ones that no other dominates, the best in the first objective first. With several
+        objectives also ``dominated_by``, for each other one the first trial of the front that
+        dominates it; and ``hypervolume``, the volume between the front and ``reference``: in each
+        objective the worst value of all successful trials of the study, in the objective's units.
+        A front that touches this point in one objective has no volume there.
+    """
+    feasible, best = history.feasible(problem), front(problem, history)
+    numbers = {"feasible": [t.number for t in feasible], "pareto_front": [t.number for t in best]}
+    if len(problem.objectives) < 2 or not feasible:
+        return numbers
+    sign = np.array([1.0 if d == "maximize" else -1.0 for d in problem.directions])
+    values, fronts = (sign * np.array([t.values for t in some]) for some in (feasible, best))
+    reference = (sign * np.array([t.values for t in history.complete])).min(0)
+    as_good = (fronts[None] >= values[:, None]).all(2)  # (feasible, front)
+    better = (fronts[None] > values[:, None]).any(2)
+    first = (as_good & better).argmax(1)
+    with warnings.catch_warnings():
+        # importing linear_operator, which botorch needs
+        warnings.simplefilter("ignore", FutureWarning)
+        volume = hypervolume(values, reference)
+    return numbers | {
+        "dominated_by": {
+            str(t.number): best[i].number
+            for t, i in zip(feasible, first, strict=True)
+            if t.number not in numbers["pareto_front"]
+        },
+        "hypervolume": volume,
+        "reference": (sign * reference).tolist(),
+    }

@@ -1,0 +1,144 @@
+"""The data, the space and the dense model that options name; all their mistakes, found early."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rankNAS.cli.options import ModelOptions
+from rankNAS.cli.output import Reporter
+from rankNAS.data import Data, load_data, normalization_from_metadata, size_of, split
+from rankNAS.engine import Settings
+from rankNAS.exceptions import UsageError
+from rankNAS.hw_models import make_hardware
+from rankNAS.objectives import make_objective
+from rankNAS.plugins import is_plugin
+from rankNAS.recovery.training import default_config
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.policies import RankPolicy
+from rankNAS.search_spaces.zoo import build_model
+from rankNAS.tables import make_problem
+from rankNAS.weights import load_weights, peek_metadata, pretrained_weights, trained_model
+
+__all__ = ["check_options", "check_writable", "load_named_data", "load_model", "load_space"]
+
+
+def check_options(options: ModelOptions) -> Settings:
+    """Everything that can be wrong with the options themselves, before any work is done.
+
+    Raises:
+        UsageError: What is wrong.
+    """
+    _ = options.budgets
+    make_hardware(options.hardware)
+    for objective in options.objective:
+        make_objective(objective)
+    if options.trials < 1:
+        raise UsageError(f"`--trials` must be at least 1, got {options.trials}.")
+    policy = RankPolicy(options.candidates, options.multiple_of)
+    if options.operators:
+        policy = replace(policy, operators=tuple(options.operators.split(",")))
+    return Settings(
+        metric=options.metric,  # type: ignore[arg-type]
+        calibration=options.calibration,
+        validation=options.validation,
+        batch_norm=options.batch_norm,
+        policy=policy,
+    )
+
+
+def check_writable(folder: Path) -> None:
+    """Raise a UsageError if the folder cannot be made or written, without making it."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder {str(folder)!r} cannot be written; give another --out.")
+
+
+def load_named_data(options: ModelOptions) -> Data:
+    """The data, normalised as the options say or as the weights' metadata do.
+
+    Raises:
+        UsageError: The data has no classes, or cannot be read.
+    """
+    normalize = options.normalize
+    of_file = options.weights not in (None, "pretrained")
+    if normalize is None and of_file and not is_plugin(options.data):
+        texts = peek_metadata(Path(str(options.weights))).values()
+        normalize = next(filter(None, map(normalization_from_metadata, texts)), None)
+    data = load_data(options.data, normalize=normalize, image_size=options.image_size)
+    if data.num_classes is None:
+        raise UsageError(
+            f"the command line searches classifiers, and {options.data} has no class labels; use "
+            "the Python API with objectives of your own."
+        )
+    return data
+
+
+def load_space(options: ModelOptions, data: Data, settings: Settings) -> SearchSpace:
+    """The space, on which all budgets but those on latency are checked.
+
+    Raises:
+        BudgetError: No allocation meets a budget.
+    """
+    example = torch.zeros(1, *data.input_shape)
+    model = _untrained(options, data, seed=0)
+    space = compile_space(model, example, policy=settings.policy, exclude=options.exclude)
+    for budget in options.budgets:
+        exact = {name: bound for name, bound in budget.items() if name != "latency"}
+        make_problem(space, None, exact).check()
+    return space
+
+
+def load_model(
+    options: ModelOptions,
+    data: Data,
+    settings: Settings,
+    space: SearchSpace,
+    seed: int,
+    reporter: Reporter,
+) -> nn.Module:
+    """The dense model with the weights that the options name, or trained now, under a seed.
+
+    The training leaves out what a search with this seed will validate on.
+    """
+    model = _untrained(options, data, seed)
+    if options.weights == "pretrained":
+        model.load_state_dict(pretrained_weights(options.space, _classes(data)))
+        return model
+    if options.weights is not None:
+        load_weights(model, options.weights)
+        return model
+    splits = split(
+        data, calibration=settings.calibration, validation=settings.validation, seed=seed
+    )
+    images = size_of(splits.training)
+    return trained_model(
+        options.space,
+        model,
+        splits.training,
+        fingerprint=f"{data.fingerprint}-{seed}-{len(splits.validation[1])}",
+        seed=seed,
+        config=default_config(space.dense_cost.macs, images, flip=data.flip),
+        device=options.device,
+        on_step=lambda step, total, loss: reporter.stage("train", step, total, f"loss {loss:.3f}"),
+    )
+
+
+def _untrained(options: ModelOptions, data: Data, seed: int) -> nn.Module:
+    """With weights that follow from the seed."""
+    torch.manual_seed(seed)
+    return build_model(
+        options.space, num_classes=_classes(data), input_shape=data.input_shape
+    ).eval()
+
+
+def _classes(data: Data) -> int:
+    assert data.num_classes is not None  # by load_named_data
+    return data.num_classes

@@ -1,0 +1,198 @@
+"""The summary and the picture of a comparison, from its rows."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from rankNAS import __version__
+from rankNAS.comparison import DENSE_MODEL, OK, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "markdown", "tables"]
+
+TUNED, TEST = "finetuned_test_accuracy", "test_accuracy"
+#: tab20's saturated colours first, its pale ones after them.
+COLOURS = [*range(0, 20, 2), *range(1, 20, 2)]
+MARKERS = "os^Dv<>PXp*hd8H"
+
+
+def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """By budget, the header and the lines of a table of strategies, the most accurate first."""
+    table = summarise(rows)
+    tuned = bool(table[TUNED].notna().any())
+    columns = ["strategy", "test accuracy, %", *(["fine-tuned, %"] if tuned else [])]
+    columns += ["validation, %", "MACs, %", "params, %"]
+    columns += ["evaluations", "search, s", "seeds"]
+    found: dict[str, tuple[list[str], list[list[str]]]] = {}
+    for row in table.to_dict("records"):
+        if row["strategy"] == DENSE_MODEL:
+            continue
+        line = [str(row["strategy"]), _percent(row, TEST)]
+        line += [_percent(row, TUNED)] if tuned else []
+        line.append(_percent(row, "validation_accuracy"))
+        line += [f"{100 * row[c]:.2f}" for c in ("macs_fraction", "params_fraction")]
+        line += [
+            f"{row['evaluations']:.5g}",
+            f"{_seconds(row['search_seconds'])}",
+            str(row["seeds"]),
+        ]
+        found.setdefault(str(row["budget"]), (columns, []))[1].append(line)
+    return found
+
+
+def _percent(row: Any, name: str) -> str:
+    mean, spread = 100 * row[name], 100 * row[f"{name}_std"]
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.2f}" if np.isnan(spread) else f"{mean:.2f} ± {spread:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
+    """The summary of a comparison.
+
+    Args:
+        rows: From `rankNAS.comparison.compare`.
+        command: What was run.
+        about: A sentence on the model, the data and the number of trials.
+    """
+    table = summarise(rows)
+    lines = ["# Strategies compared", "", f"    {command}", "", about]
+    for row in table[table.strategy == DENSE_MODEL].to_dict("records"):
+        lines[-1] += f" Dense test accuracy: {_percent(row, TEST)} %."
+        lines[-1] += (
+            f" Setup, shared by all strategies: {_seconds(row['setup_seconds'])} s a seed."
+        )
+    for budget, (columns, body) in tables(rows).items():
+        lines += ["", f"## {budget}", "", *_pipes([columns, ["---"] * len(columns), *body])]
+    failed = rows[rows.status != OK].groupby(["strategy", "status"], sort=False)
+    if len(failed):
+        lines += ["", "## Without an answer", "", "| strategy | budgets | why |", "|---|---|---|"]
+        for (strategy, status), group in failed:
+            budgets = ", ".join(group.budget.unique())
+            lines += _pipes([[str(strategy), budgets, str(status).replace("|", "\\|")]])
+    lines += ["", NOTES, "", _versions()]
+    return "\n".join(lines) + "\n"
+
+
+NOTES = (
+    "Mean ± sample standard deviation over seeds, the most accurate strategy first (after "
+    "fine-tuning, if there is any). MACs and params: what is kept of the dense model's. Each "
+    "strategy answers the budgets in one study, in the order above; evaluations (probes "
+    "included) and search seconds are those of the study so far, so the last budget shows its "
+    "totals. Testing and fine-tuning are not in them."
+)
+
+
+def _pipes(lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _versions() -> str:
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "botorch", "optuna", "numpy"))
+    return (
+        f"RankNAS {__version__}, Python {platform.python_version()}, {packages}; "
+        f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads."
+    )
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Accuracy at each budget, and the search time of each strategy.
+
+    Points are means over seeds, bars one standard deviation. The time is that of the study of
+    all budgets.
+
+    Args:
+        rows: From `rankNAS.comparison.compare`, at least one of a strategy that is ``ok``.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    table = summarise(rows)
+    dense, table = table[table.strategy == DENSE_MODEL], table[table.strategy != DENSE_MODEL]
+    tuned = bool(table[TUNED].notna().any())
+    accuracies = [TEST, *([TUNED] if tuned else [])]
+    order = table.groupby("strategy")[accuracies[-1]].mean().sort_values().index.tolist()
+    budgets = list(table.budget.unique())
+    width = max(4.0, 0.11 * len(order) * len(budgets) + 0.8)
+    height = max(2.8, 0.24 * len(order) + 1.2)
+    widths = [width] * len(accuracies) + [3.4]
+    figure = Figure((sum(widths), height + 0.6), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    palette = matplotlib.colormaps["tab20"]
+    # A look goes with a strategy's place in the rows, so that pictures of the same ones agree.
+    looks = zip(rows.strategy.unique(), cycle(COLOURS), cycle(MARKERS), strict=False)
+    given = {name: {"color": palette(i), "marker": marker} for name, i, marker in looks}
+    styles = {name: given[name] for name in order}
+    for axes, column in zip(panels, accuracies, strict=False):
+        _draw_accuracy(axes, table, column, budgets, styles)
+        if len(dense):
+            axes.axhline(100 * dense[TEST].iloc[0], color="0.4", linestyle="--", label="dense")
+    panels[0].set_title("test accuracy, %", fontsize=10)
+    if tuned:
+        panels[1].set_title("test accuracy after fine-tuning, %", fontsize=10)
+    _draw_seconds(panels[-1], table, styles)
+    handles, labels = panels[0].get_legend_handles_labels()
+    columns = max(1, int(sum(widths) / 1.5))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+    return figure
+
+
+def _draw_accuracy(
+    axes: Any, table: pd.DataFrame, column: str, budgets: list[str], styles: dict[str, Any]
+) -> None:
+    """A cloud of points for each budget, side by side so that none hides another."""
+    for i, (name, style) in enumerate(styles.items()):
+        rows = table[table.strategy == name]
+        shift = 0.8 * ((i + 0.5) / len(styles) - 0.5)
+        axes.errorbar(
+            [budgets.index(b) + shift for b in rows.budget],
+            100 * rows[column],
+            100 * rows[f"{column}_std"].fillna(0.0),
+            linestyle="none",
+            markersize=6,
+            markeredgecolor="0.2",
+            markeredgewidth=0.5,
+            capsize=2,
+            label=name,
+            **style,
+        )
+    for i in range(0, len(budgets), 2):
+        axes.axvspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
+    axes.set_xlim(-0.5, len(budgets) - 0.5)
+    axes.set_xticks(range(len(budgets)), budgets)
+    axes.grid(axis="y", color="0.85", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_seconds(axes: Any, table: pd.DataFrame, styles: dict[str, Any]) -> None:
+    """Bars on a logarithmic scale, with the number of evaluations at their ends."""
+    totals = table.groupby("strategy")[["search_seconds", "evaluations"]].max()
+    seconds = [float(totals.search_seconds[name]) for name in styles]
+    axes.barh(range(len(styles)), seconds, color=[style["color"] for style in styles.values()])
+    axes.set_xscale("log")
+    axes.set_xlim(min(seconds) / 2, max(seconds) * 12)  # room for the numbers
+    axes.set_yticks(range(len(styles)), list(styles), fontsize=8)
+    for i, (name, value) in enumerate(zip(styles, seconds, strict=True)):
+        text = f" {_seconds(value)} s, {totals.evaluations[name]:.4g}"
+        axes.annotate(text, (value, i), va="center", fontsize=7)
+    axes.set_title("search time and evaluations, all budgets", fontsize=10)
+    axes.set_xlabel("seconds")
+    axes.spines[["top", "right"]].set_visible(False)

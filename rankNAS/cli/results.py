@@ -1,0 +1,184 @@
+"""What a search leaves in its folder: the networks, a table of the trials, ``result.json``."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankNAS.budget import parse_budget
+from rankNAS.cli.fronts import describe_front
+from rankNAS.cli.options import SearchOptions
+from rankNAS.cli.output import Reporter
+from rankNAS.evaluation import test_metrics
+from rankNAS.exceptions import UsageError
+from rankNAS.files import write_json
+from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.strategies.base import Problem, Trial
+from rankNAS.study import Study
+
+__all__ = ["answer_to", "keep", "load_result"]
+
+
+def keep(
+    options: SearchOptions, study: Study, model: nn.Module, reporter: Reporter
+) -> dict[str, Any]:
+    """Write the artifacts and return the result document.
+
+    The document holds one of ``answers`` for each budget. Those of the first budget are at its
+    top level too.
+    """
+    study.to_pandas().to_csv(options.folder / "trials.csv", index=False)
+    dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
+    answers = [_answer(options, study, p, model, reporter) for p in study.problems]
+    return {
+        "study": options.study,
+        "strategy": options.strategy,
+        "space": options.space,
+        "num_classes": study.data.num_classes,
+        "input_shape": list(study.data.input_shape),
+        "cost": options.cost,
+        "objectives": list(study.problem.objectives),
+        "directions": list(study.problem.directions),
+        "dense": _summary(study.dense, dense_test),
+        **answers[0],
+        "answers": answers,
+        "trials": [_trial(t) for t in study.trials],
+    }
+
+
+def _answer(
+    options: SearchOptions, study: Study, problem: Problem, model: nn.Module, reporter: Reporter
+) -> dict[str, Any]:
+    """The trial chosen for one budget, its network kept, tested and fine-tuned."""
+    suffix = f"-{_safe(problem.label)}" if len(study.problems) > 1 else ""
+    chosen = study.answer(problem)
+    network = study.materialise(chosen.allocation)
+    labels = chosen.allocation.labels()
+    write_json(options.folder / f"best{suffix}.json", labels)
+    path = options.folder / f"best{suffix}.safetensors"
+    artifact = study.save(path, chosen.allocation, network)
+    layers = study.evaluator.factorisation.space.layers
+    answer: dict[str, Any] = {
+        "budget": dict(problem.budget),
+        "label": problem.label,
+        "trial": chosen.number,
+        "best": _summary(chosen.metrics, study.test(network)) | {"allocation": labels},
+        **describe_front(problem, study.history),
+        "layers": {
+            name: {
+                "macs": layer.costs[0].macs,
+                "best_macs": layer[chosen.allocation[name]].macs,
+            }
+            for name, layer in layers.items()
+        },
+        "artifact": str(artifact),
+    }
+    if options.finetune:
+        tuned = _finetune(options, study, model, network, reporter)
+        path = options.folder / f"finetuned{suffix}.safetensors"
+        artifact = study.save(path, chosen.allocation, network.cpu())
+        answer["finetuned"] = tuned | {"artifact": str(artifact)}
+        answer["artifact"] = str(artifact)
+    return answer
+
+
+def _safe(label: str) -> str:
+    """A budget's label as part of a file name: ``macs<=0.5`` becomes ``macs-0.5``."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", label)
+
+
+def _finetune(
+    options: SearchOptions,
+    study: Study,
+    model: nn.Module,
+    network: nn.Module,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Train a chosen network in place; measured like the others."""
+    config = TrainingConfig(
+        options.finetune,
+        learning_rate=options.learning_rate,
+        distill=options.distill,
+        flip=study.data.flip,
+        seed=options.seed,
+    )
+    started = time.perf_counter()
+    train(
+        network,
+        study.splits.training,
+        config,
+        teacher=copy.deepcopy(model) if options.distill > 0 else None,
+        device=options.device,
+        on_step=lambda step, total, loss: reporter.stage(
+            "finetune", step, total, f"loss {loss:.3f}"
+        ),
+    )
+    seconds = time.perf_counter() - started
+    validation = test_metrics(network, study.splits.validation, device=options.device)
+    return {
+        "epochs": options.finetune,
+        "accuracy": validation["accuracy"],
+        "test_accuracy": study.test(network)["accuracy"],
+        "seconds": round(seconds, 2),
+    }
+
+
+def _summary(metrics: Mapping[str, Any], test: Mapping[str, float]) -> dict[str, Any]:
+    named = {"accuracy": metrics.get("accuracy"), "test_accuracy": test.get("accuracy")}
+    return named | {k: v for k, v in metrics.items() if k not in named}
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "number": trial.number,
+        "state": trial.state,
+        "probe": trial.probe,
+        "target": trial.target,
+        "values": list(trial.values),
+        "metrics": dict(trial.metrics),
+        "allocation": trial.allocation.labels(),
+        "seconds": round(trial.seconds, 3),
+        **({"reason": trial.reason} if trial.reason else {}),
+    }
+
+
+def load_result(folder: Path) -> dict[str, Any]:
+    """The result document of a finished search.
+
+    Raises:
+        UsageError: The search has not finished.
+    """
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(
+            f"study {folder.name!r} has no result yet; go on with: ranknas resume {folder.name} "
+            f"--out {folder.parent}"
+        ) from None
+    return result
+
+
+def answer_to(result: Mapping[str, Any], budget: list[str]) -> dict[str, Any]:
+    """The answer of a study to one of its budgets; to the first if none is given.
+
+    Raises:
+        UsageError: The study has no such budget.
+    """
+    answers: list[dict[str, Any]] = result["answers"]
+    if not budget:
+        return answers[0]
+    wanted = parse_budget(budget, result["cost"])
+    for answer in answers:
+        if answer["budget"] == wanted:
+            return answer
+    known = "; ".join(answer["label"] for answer in answers)
+    raise UsageError(
+        f"`--budget` must be one of the study's budgets, {known}; got {' '.join(budget)}."
+    )

@@ -1,0 +1,443 @@
+"""Strategies side by side: for each seed the same model, splits, factors and tables for all.
+
+Everything that strategies share is prepared once a seed. Each strategy then has a study of its
+own, in which it answers the budgets in the order they are given, and an evaluator that has
+forgotten what it measured for others. What a strategy learns for one budget serves it for the
+next ones, so evaluations and seconds are counted from the beginning of the study: those of the
+last budget are the study's totals.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from rankNAS.allocation import Allocation
+from rankNAS.data import Data, load_data, size_of, split, take
+from rankNAS.engine import Settings, Source, check_budgets, prepare, run
+from rankNAS.evaluation import test_metrics
+from rankNAS.exceptions import UsageError
+from rankNAS.hw_models import HardwareModel
+from rankNAS.objectives import ObjectiveBase, make_objective
+from rankNAS.record import Record
+from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.strategies import make_strategy
+from rankNAS.strategies.base import Problem, Request, Strategy, Trial
+from rankNAS.study import Study
+from rankNAS.workbench import Progress, Workbench
+
+__all__ = ["COLUMNS", "OK", "Row", "compare", "summarise"]
+
+logger = logging.getLogger(__name__)
+OK, DENSE_MODEL = "ok", "dense"
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy's answer to a budget under a seed; NaN is what was not measured.
+
+    Attributes:
+        strategy: Its name; ``dense`` for the dense model, once a seed.
+        budget: Its label, such as ``macs<=0.5``; ``dense`` for the dense model.
+        seed: Of splits and strategies.
+        validation_accuracy: On the data that the search measured on, without training.
+        test_accuracy: On data that the search did not see, without training.
+        macs_fraction: Multiply-adds kept of the dense model's.
+        params_fraction: Parameters kept of the dense model's.
+        search_seconds: Of the strategy's study so far: what it did before the first trial,
+            proposals, evaluations and the choice of the answer. What a strategy keeps on disk, and
+            importing a library for the first time in a process, make it vary.
+        setup_seconds: What all strategies of the seed shared: splits, calibration, factors and
+            tables. Less where a statistic was in the cache.
+        evaluations: Trials of the study so far, failed ones and probes included.
+        finetuned_test_accuracy: On the test data, after the training that is equal for all.
+        status: ``ok``, or why there is no answer.
+    """
+
+    strategy: str
+    budget: str
+    seed: int
+    validation_accuracy: float = math.nan
+    test_accuracy: float = math.nan
+    macs_fraction: float = math.nan
+    params_fraction: float = math.nan
+    search_seconds: float = math.nan
+    setup_seconds: float = math.nan
+    evaluations: int = 0
+    finetuned_test_accuracy: float = math.nan
+    status: str = OK
+
+    @property
+    def key(self) -> Key:
+        """What the row is about."""
+        return self.strategy, self.budget, self.seed
+
+
+COLUMNS = tuple(column.name for column in fields(Row))
+
+
+def compare(
+    model: nn.Module | Callable[[int], nn.Module],
+    data: Source,
+    strategies: Sequence[str | Strategy] | Mapping[str, str | Strategy],
+    budgets: Sequence[Mapping[str, float]],
+    seeds: Iterable[int],
+    *,
+    objectives: Sequence[str | ObjectiveBase] = ("accuracy",),
+    n_trials: int = 40,
+    training: TrainingConfig | None = None,
+    training_samples: int | None = None,
+    settings: Settings | None = None,
+    hardware: str | HardwareModel = "host",
+    space: SearchSpace | None = None,
+    device: str | torch.device = "cpu",
+    earlier: pd.DataFrame | None = None,
+    on_row: Callable[[Row], object] | None = None,
+    on_progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Search with several strategies on equal terms.
+
+    A strategy that refuses what is asked, or fails, has rows that say why; the others go on.
+
+    Args:
+        model: The trained dense model of a classifier; or a function of the seed that returns
+            one, called for the seeds that have rows missing.
+        data: As for `search`.
+        strategies: Names or strategies; a mapping gives them the names that rows show.
+        budgets: Each cost name to fraction kept.
+        seeds: Of everything that is drawn. The splits differ between seeds, so that strategies
+            which draw nothing vary too.
+        objectives: As for `search`.
+        n_trials: Trials proposed for each budget; probes come on top.
+        training: How each answer is fine-tuned; its seed is replaced by the row's. None to leave
+            that out.
+        training_samples: Fine-tune on that many samples, drawn by the seed; None for all but the
+            validation data.
+        settings: How candidates are made and measured.
+        hardware: Where latency is budgeted, or a strategy needs it.
+        space: From `compile_space`; compiled here if not given.
+        device: Where to evaluate and train.
+        earlier: Rows of an interrupted comparison on the same terms. Those that are ``ok`` are
+            not searched again; if a study has only some of its rows, it is searched as a whole,
+            so that the others come out as they would have.
+        on_row: Called with each new row as soon as it is known.
+        on_progress: Called with a stage's name, steps done, and steps in all.
+
+    Returns:
+        One row a strategy, budget and seed, and one of the dense model a seed; see `Row`.
+
+    Raises:
+        BudgetError: Nothing can meet a budget.
+        DataError: Data that is missing or does not fit the model.
+        UsageError: Arguments that are wrong for any strategy.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> x, y = torch.randn(200, 64), torch.randint(0, 4, (200,))
+        >>> data = TensorDataset(x[:150], y[:150]), TensorDataset(x[150:], y[150:])
+        >>> sizes = [(64, 64), (64, 64), (64, 4)]
+        >>> model = nn.Sequential(*(nn.Linear(*size) for size in sizes))
+        >>> rows = compare(model, data, ["uniform", "energy"], [{"macs": 0.5}], seeds=range(2))
+        >>> rows.strategy.tolist()
+        ['dense', 'uniform', 'energy', 'dense', 'uniform', 'energy']
+    """
+    plan = _Plan(
+        model=model,
+        data=load_data(data),
+        strategies=_named(strategies),
+        budgets=check_budgets(budgets),
+        objectives=[make_objective(o) for o in objectives],
+        n_trials=n_trials,
+        training=training,
+        training_samples=training_samples,
+        settings=settings or Settings(),
+        hardware=hardware,
+        space=space,
+        device=device,
+        report=on_progress or (lambda *_: None),
+    )
+    rows: list[Row] = []
+    if earlier is not None:
+        known = earlier.loc[earlier.status == OK, list(COLUMNS)]
+        rows = [Row(*values) for values in known.itertuples(index=False, name=None)]
+    wanted = {seed: plan.keys(seed) for seed in seeds}
+    missing = {key for keys in wanted.values() for key in keys} - {row.key for row in rows}
+    total = sum(map(len, wanted.values()))
+    for seed, keys in wanted.items():
+        for row in plan.rows(seed, missing.intersection(keys)):
+            missing.discard(row.key)
+            rows.append(row)
+            if on_row is not None:
+                on_row(row)
+            plan.report("rows", total - len(missing), total)
+    return pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS))
+
+
+def _named(
+    strategies: Sequence[str | Strategy] | Mapping[str, str | Strategy],
+) -> dict[str, Strategy]:
+    if isinstance(strategies, Mapping):
+        pairs = list(strategies.items())
+    else:
+        pairs = [(s if isinstance(s, str) else s.name, s) for s in strategies]
+    names = [name for name, _ in pairs]
+    if not names or len(set(names)) < len(names) or DENSE_MODEL in names:
+        raise UsageError(
+            f"`strategies` must be one or more with different names, none of them "
+            f"{DENSE_MODEL!r}, got {names}; a mapping gives them names."
+        )
+    return {name: make_strategy(strategy) for name, strategy in pairs}
+
+
+def _label(budget: Mapping[str, float]) -> str:
+    """The label of the problem that a budget will be."""
+    return Problem({}, (), {}, {}, budget).label
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is the same for all seeds; the fields are the arguments of `compare`."""
+
+    model: nn.Module | Callable[[int], nn.Module]
+    data: Data
+    strategies: Mapping[str, Strategy]
+    budgets: Sequence[Mapping[str, float]]
+    objectives: Sequence[ObjectiveBase]
+    n_trials: int
+    training: TrainingConfig | None
+    training_samples: int | None
+    settings: Settings
+    hardware: str | HardwareModel
+    space: SearchSpace | None
+    device: str | torch.device
+    report: Progress
+
+    def __post_init__(self) -> None:
+        if self.data.num_classes is None:
+            raise UsageError(f"{self.data.name} has no class labels; a comparison needs them.")
+        if self.n_trials < 1:
+            raise UsageError(f"`n_trials` must be at least 1, got {self.n_trials}.")
+        if self.training_samples is not None and self.training_samples < 1:
+            raise UsageError(
+                f"`training_samples` must be at least 1, got {self.training_samples}."
+            )
+
+    def keys(self, seed: int) -> list[Key]:
+        """What there is to know under a seed."""
+        pairs = [(name, _label(budget)) for name in self.strategies for budget in self.budgets]
+        return [(*pair, seed) for pair in [(DENSE_MODEL, DENSE_MODEL), *pairs]]
+
+    def rows(self, seed: int, missing: set[Key]) -> Iterator[Row]:
+        """The missing rows of a seed."""
+        if not missing:
+            return
+        refusals = self._refusals(seed)
+        for name, reason in refusals.items():
+            for key in self.keys(seed):
+                if key[0] == name and key in missing:
+                    yield Row(*key, status=reason)
+        accepted = {n: s for n, s in self.strategies.items() if n not in refusals}
+        if not accepted or not any(key[0] in (DENSE_MODEL, *accepted) for key in missing):
+            return
+        model = self.model if isinstance(self.model, nn.Module) else self.model(seed)
+        started = time.perf_counter()
+        bench, problems = prepare(
+            model,
+            self.data,
+            # All of them, so that a continued comparison has the choices of a whole one.
+            strategies=list(accepted.values()),
+            budgets=self.budgets,
+            objectives=self.objectives,
+            settings=self.settings,
+            hardware=self.hardware,
+            space=self.space,
+            device=self.device,
+            seed=seed,
+            on_progress=self.report,
+        )
+        at = _Seed(self, seed, model, bench, problems, time.perf_counter() - started)
+        if (DENSE_MODEL, DENSE_MODEL, seed) in missing:
+            yield at.dense_row()
+        for name, strategy in accepted.items():
+            if any(key[0] == name for key in missing):
+                yield from at.study(name, strategy, missing)
+
+    def _refusals(self, seed: int) -> dict[str, str]:
+        """By name, why a strategy cannot do what is asked."""
+        calibration, validation = self.settings.calibration, self.settings.validation
+        splits = split(self.data, calibration=calibration, validation=validation, seed=seed)
+        refusals: dict[str, str] = {}
+        for name, strategy in self.strategies.items():
+            for budget in self.budgets:
+                request = Request(
+                    budget, [o.name for o in self.objectives], size_of(splits.training), True
+                )
+                try:
+                    strategy.check(request)
+                except UsageError as error:
+                    refusals.setdefault(name, str(error))
+        return refusals
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """What all strategies of a seed share."""
+
+    plan: _Plan
+    seed: int
+    model: nn.Module
+    bench: Workbench
+    problems: Sequence[Problem]
+    setup_seconds: float
+    tested: dict[Allocation, tuple[float, float]] = field(default_factory=dict)
+
+    def dense_row(self) -> Row:
+        """The dense model itself."""
+        test = test_metrics(
+            copy.deepcopy(self.model), self.bench.splits.test, device=self.plan.device
+        )
+        return Row(
+            DENSE_MODEL,
+            DENSE_MODEL,
+            self.seed,
+            validation_accuracy=self.bench.dense()["accuracy"],
+            test_accuracy=test["accuracy"],
+            macs_fraction=1.0,
+            params_fraction=1.0,
+            search_seconds=0.0,
+            setup_seconds=self.setup_seconds,
+        )
+
+    def study(self, name: str, strategy: Strategy, missing: set[Key]) -> Iterator[Row]:
+        """Search the budgets one after the other; a row each, if it is missing."""
+        keys = [(name, problem.label, self.seed) for problem in self.problems]
+        self.bench.evaluator.forget()
+        seconds = 0.0
+        started = time.perf_counter()
+        try:
+            study = self._open(name, strategy)
+        except Exception as error:  # of one strategy; the others can still be compared
+            yield from (_failed(key, error) for key in keys if key in missing)
+            return
+        for key, problem in zip(keys, self.problems, strict=True):
+            try:
+                run(replace(study, problems=(problem,)), self.plan.n_trials, self._on_trial())
+                answer = study.answer(problem)
+                seconds += time.perf_counter() - started
+                row = self._row(key, study, answer, seconds) if key in missing else None
+            except Exception as error:
+                row = _failed(key, error)
+            if row is not None and key in missing:
+                yield row
+            started = time.perf_counter()
+        count = len(study.trials)  # a strategy may have proposed fewer than were asked for
+        self.plan.report("trials", count, count)
+
+    def _open(self, name: str, strategy: Strategy) -> Study:
+        first = self.problems[0]
+        record = Record.open(
+            None,
+            name,
+            configuration={},
+            choices=first.labels(),
+            directions=first.directions,
+            resume=False,
+        )
+        dense = self.bench.dense()
+        bound = strategy.bind(self.bench)
+        return Study(name, record, tuple(self.problems), bound, self.bench, self.plan.data, dense)
+
+    def _on_trial(self) -> Callable[[Trial, Trial | None], None]:
+        total = self.plan.n_trials * len(self.problems)
+
+        def on_trial(trial: Trial, best: Trial | None) -> None:
+            nonlocal total
+            total += trial.probe
+            self.plan.report("trials", trial.number + 1, max(total, trial.number + 1))
+
+        return on_trial
+
+    def _row(self, key: Key, study: Study, answer: Trial, seconds: float) -> Row:
+        if answer.allocation not in self.tested:
+            self.tested[answer.allocation] = self._tested(study, answer.allocation)
+        test, finetuned = self.tested[answer.allocation]
+        return Row(
+            *key,
+            validation_accuracy=answer.metrics["accuracy"],
+            test_accuracy=test,
+            macs_fraction=answer.metrics["macs"] / study.dense["macs"],
+            params_fraction=answer.metrics["params"] / study.dense["params"],
+            search_seconds=seconds,
+            setup_seconds=self.setup_seconds,
+            evaluations=len(study.trials),
+            finetuned_test_accuracy=finetuned,
+        )
+
+    def _tested(self, study: Study, allocation: Allocation) -> tuple[float, float]:
+        """Test accuracy of an allocation, and after training; equal ones are trained once."""
+        network = study.materialise(allocation)
+        before, config = study.test(network)["accuracy"], self.plan.training
+        if config is None:
+            return before, math.nan
+        train(
+            network,
+            self._training_data(),
+            replace(config, seed=self.seed),
+            teacher=copy.deepcopy(self.model) if config.distill > 0 else None,
+            device=self.plan.device,
+            on_step=lambda step, total, _: self.plan.report("finetune", step, total),
+        )
+        return before, study.test(network)["accuracy"]
+
+    def _training_data(self) -> Dataset[tuple[torch.Tensor, torch.Tensor]]:
+        data = self.bench.splits.training
+        if self.plan.training_samples is None or self.plan.training_samples >= size_of(data):
+            return data
+        order = torch.randperm(size_of(data), generator=torch.Generator().manual_seed(self.seed))
+        return take(data, order[: self.plan.training_samples].sort().values)
+
+
+def _failed(key: Key, error: Exception) -> Row:
+    logger.warning("%s failed at %s, seed %d", *key, exc_info=error)
+    return Row(*key, status=" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means and sample standard deviations over seeds, of the rows that are ``ok``.
+
+    Args:
+        rows: From `compare`.
+
+    Returns:
+        One row a budget and strategy: ``seeds``, their number; the mean of each measured column
+        under its name; the standard deviations under ``NAME_std``, NaN for one seed. Budgets are
+        in the order of their first row; within one the most accurate strategy, after training if
+        there was any, comes first.
+
+    >>> rows = [Row("bo", "macs<=0.5", s, test_accuracy=a) for s, a in enumerate((0.7, 0.9))]
+    >>> table = summarise(pd.DataFrame(map(asdict, rows)))
+    >>> table[["strategy", "seeds", "test_accuracy", "test_accuracy_std"]].round(3).values.tolist()
+    [['bo', 2, 0.8, 0.141]]
+    """
+    good = rows[rows.status == OK]
+    measured = [c for c in COLUMNS if c not in ("strategy", "budget", "seed", "status")]
+    grouped = good.groupby(["budget", "strategy"], sort=False)
+    means, spreads = grouped[measured].mean(), grouped[measured].std().add_suffix("_std")
+    table = pd.concat([grouped.size().rename("seeds"), means, spreads], axis=1).reset_index()
+    place = {budget: i for i, budget in enumerate(good.budget.unique())}
+    table["place"] = table.budget.map(place)
+    by = ["place", "finetuned_test_accuracy", "test_accuracy"]
+    table = table.sort_values(by, ascending=[True, False, False], kind="stable")
+    return table.drop(columns="place").reset_index(drop=True)

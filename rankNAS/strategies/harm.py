@@ -1,0 +1,120 @@
+"""What each choice of each layer costs in quality, from measurements of one layer at a time.
+
+The relative errors of the tables say how well a layer is approximated, not how much that matters:
+at the same error, layers differ many times in the harm they do. Each layer is therefore measured
+alone at a few errors, and a power law through these points gives the harm of all its choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from rankNAS.allocation import Allocation
+from rankNAS.strategies.base import Array, History, Problem, Trial
+
+__all__ = ["badness", "harm_tables", "single_layer_probes"]
+
+EXPONENTS = 0.5, 4.0  # of harm as a function of the error, where two points say otherwise
+FLOOR = 1e-3  # the least harm of a measured choice, relative to the largest one
+QUALITY = {"accuracy", "loss", "agreement", "reverse_agreement"}
+
+
+def single_layer_probes(problem: Problem, errors: Sequence[float]) -> list[Allocation]:
+    """The dense model, and each layer alone at the choices nearest to some relative errors.
+
+    Neighbours agree in the first layers.
+    """
+    L = len(problem.errors)
+    rows = {(0,) * L}
+    for layer, table in enumerate(problem.errors):
+        for error in errors:
+            row = [0] * L
+            row[layer] = _nearest(table, error)
+            rows.add(tuple(row))
+    return [problem.allocation(row) for row in sorted(rows)]
+
+
+def badness(problem: Problem, trial: Trial) -> float:
+    """How much worse than the dense model a trial is; smaller is better.
+
+    The divergence from the dense model's predictions, if the first objective is one of quality:
+    it needs no labels, is smooth where accuracy jumps, and cannot be gained by fitting the
+    validation labels. Otherwise the first objective itself.
+    """
+    if problem.objectives[0] in QUALITY and "agreement" in trial.metrics:
+        return trial.metrics["agreement"]
+    return trial.values[0] if problem.directions[0] == "minimize" else -trial.values[0]
+
+
+def harm_tables(
+    problem: Problem, history: History, errors: Sequence[float]
+) -> tuple[Array, ...] | None:
+    """The harm of each choice of each layer.
+
+    Args:
+        problem: Its relative errors e are what harm is a function of.
+        history: Holds the probes of `single_layer_probes`; failed ones are left out.
+        errors: As for `single_layer_probes`.
+
+    Returns:
+        One array a layer, 0 for dense, positive elsewhere: a e^b between and beyond the measured
+        points, through them in between. None if the dense model or all layers failed.
+    """
+    base = history.found.get(problem.allocation([0] * len(problem.errors)))
+    if base is None or base.state != "complete":
+        return None
+    points = [_measured(problem, history, base, i, errors) for i in range(len(problem.errors))]
+    largest = max((harm for found in points for _, harm in found), default=0.0)
+    if largest <= 0:
+        return None
+    floored = [[(e, max(h, FLOOR * largest)) for e, h in found] for found in points]
+    typical = _typical(floored)
+    return tuple(
+        _interpolated(table, found or typical)
+        for table, found in zip(problem.errors, floored, strict=True)
+    )
+
+
+def _nearest(table: Array, error: float) -> int:
+    return int(np.argmin(np.abs(table[1:] - error))) + 1 if len(table) > 1 else 0
+
+
+def _measured(
+    problem: Problem, history: History, base: Trial, layer: int, errors: Sequence[float]
+) -> list[tuple[float, float]]:
+    """The (error, harm) points of a layer, by increasing error; harm never falls with it."""
+    found: dict[float, float] = {}
+    for error in errors:
+        row = [0] * len(problem.errors)
+        row[layer] = _nearest(problem.errors[layer], error)
+        trial = history.found.get(problem.allocation(row))
+        value = float(problem.errors[layer][row[layer]])
+        if row[layer] and value > 0 and trial is not None and trial.state == "complete":
+            found[value] = badness(problem, trial) - badness(problem, base)
+    harms = np.maximum.accumulate([found[e] for e in sorted(found)]) if found else []
+    return list(zip(sorted(found), map(float, harms), strict=True))
+
+
+def _typical(points: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """What stands in for a layer whose probes all failed: the median at the median error."""
+    flat = np.array([point for found in points for point in found])
+    return [(float(np.median(flat[:, 0])), float(np.median(flat[:, 1])))]
+
+
+def _interpolated(table: Array, points: Sequence[tuple[float, float]]) -> Array:
+    """Power laws through the points, linear in the logarithms of both."""
+    x = np.log([e for e, _ in points])
+    y = np.log([h for _, h in points])
+    at = np.log(np.maximum(table, 1e-12))
+    if len(points) == 1:
+        logarithm: npt.NDArray[np.float64] = y[0] + 1.5 * (at - x[0])
+    else:
+        slopes = np.clip(np.diff(y) / np.diff(x), *EXPONENTS)
+        logarithm = np.interp(at, x, y)
+        logarithm = np.where(at < x[0], y[0] + slopes[0] * (at - x[0]), logarithm)
+        logarithm = np.where(at > x[-1], y[-1] + slopes[-1] * (at - x[-1]), logarithm)
+    harm: Array = np.where(table > 0, np.exp(logarithm), 0.0)
+    return harm

@@ -1,0 +1,277 @@
+"""A super-net over ranks: one network that computes with several candidates a layer at once.
+
+Every candidate of a layer is a truncation of the layer's one current weight. The layer's output is
+the sum of the candidates' outputs, weighted by their probabilities; as a convolution is linear in
+its weight, that equals one convolution with the weighted sum of the candidates' multiplied-out
+weights,
+
+    sum_j p_j conv(x, W_j) = conv(x, sum_j p_j W_j),
+
+which is what is computed. In the same way a layer at a single rank computes with the product of
+its factors, and gradients reach the factors through the product.
+
+Batch norms normalise by the statistics of the batch, in both networks, and never update their
+running averages: those of the dense network fit no mixture of ranks, and nothing here reads them.
+Dropout is off.
+
+Notation: J candidates of a layer, K budgets, g groups of a layer, m inner features.
+
+References:
+    Xiao et al., AAAI 2023 (HALOC): rank selection as differentiable architecture search.
+    Gao et al., NAACL 2024 (ARS): the logarithmic penalty, and the alignment of masks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.decompositions import OPERATORS, LayerShape
+from rankNAS.decompositions.base import balanced
+from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.network import Factorisation, LayerFactors, factorise
+from rankNAS.search_spaces.base import SearchSpace
+
+__all__ = [
+    "FactoredWeight",
+    "Maps",
+    "Penalty",
+    "SuperNet",
+    "alignment",
+    "expected_costs",
+    "feature_distance",
+    "gumbel_softmax",
+    "multiply",
+    "penalised",
+]
+
+Maps = dict[str, list[Tensor]]  # by layer, the output of each of its calls
+Penalty = Literal["power", "log"]
+
+
+@final
+class SuperNet:
+    """A copy of a model whose searched layers take their weights from outside.
+
+    Args:
+        model: The dense model; it is not changed.
+        space: The searched layers, each with its candidates alone.
+    """
+
+    def __init__(self, model: nn.Module, space: SearchSpace) -> None:
+        self.space = space
+        self.network = copy.deepcopy(model).requires_grad_(False).eval()
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+                module.momentum = 0.0  # the running averages keep their values
+        self._original = {n: p.clone() for n, p in self.network.named_parameters()}
+        self._maps: Maps = {}
+        for name in space.layers:
+            self.network.get_submodule(name).register_forward_hook(self._recorder(name))
+
+    def decompose(self) -> Factorisation:
+        """The current weights' factors, optimal in the norm of the weights themselves."""
+        return factorise(self.network, self.space)
+
+    def truncations(self, factors: Factorisation) -> dict[str, Tensor]:  # each (J, *weight)
+        """By layer, the multiplied-out weights of its candidates, outputs first."""
+        return {
+            name: torch.stack([found.folded(c)[0] for c in found.layer.choices])
+            for name, found in factors.layers.items()
+        }
+
+    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Maps]:
+        """The network's output, and the feature maps of the searched layers.
+
+        Args:
+            x: A batch of inputs.
+            weights: By layer, outputs first.
+        """
+        return self._call(x, {f"{n}.weight": self._turned(n, w) for n, w in weights.items()})
+
+    @torch.no_grad()
+    def original(self, x: Tensor) -> Maps:
+        """The feature maps of the dense network as it was given."""
+        return self._call(x, self._original)[1]
+
+    def others(self) -> list[Tensor]:
+        """All parameters but the weights of the searched layers."""
+        searched = {id(self._weight(name)) for name in self.space.layers}
+        return [p for p in self.network.parameters() if id(p) not in searched]
+
+    @torch.no_grad()
+    def absorb(self, weights: Mapping[str, Tensor]) -> None:
+        """Make weights, outputs first, the current ones of their layers."""
+        for name, weight in weights.items():
+            self._weight(name).copy_(self._turned(name, weight))
+
+    def _call(self, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Maps]:
+        self._maps = {}
+        output: Tensor = functional_call(self.network, parameters, (x,))
+        maps, self._maps = self._maps, {}
+        return output, maps
+
+    def _recorder(self, name: str) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            self._maps.setdefault(name, []).append(output)
+
+        return record
+
+    def _weight(self, name: str) -> Tensor:
+        weight: Any = self.network.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _turned(self, name: str, weight: Tensor) -> Tensor:
+        return weight.T if is_hf_conv1d(self.network.get_submodule(name)) else weight
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class FactoredWeight:
+    """A layer at one rank: trainable factors, multiplied out on demand.
+
+    Args:
+        shape: The layer's shape.
+        stages: The chain that replaces it.
+        weights: The chain's weights, leaves that require gradients.
+    """
+
+    shape: LayerShape
+    stages: tuple[LayerShape, ...]
+    weights: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, found: LayerFactors, choice: Choice) -> FactoredWeight:
+        """The factors of a choice, balanced as in the compressed network; dense has only one."""
+        shape = found.layer.shape
+        stages: tuple[LayerShape, ...] = (shape,)
+        folded: Sequence[Tensor] = [shape.fold(found.weight)]
+        if choice != DENSE:
+            stages = OPERATORS[choice.operator].stages(shape, choice.rank)
+            folded = balanced(stages, found.factors[choice.operator].stage_weights(choice.rank))
+        dtype = found.weight.dtype
+        leaves = tuple(w.detach().to(dtype, copy=True).requires_grad_() for w in folded)
+        return cls(shape, stages, leaves)
+
+    def product(self) -> Tensor:
+        """The weight of the layer that the chain equals, outputs first."""
+        return self.shape.unfold(multiply(self.stages, self.weights, self.shape.groups))
+
+
+def multiply(
+    stages: Sequence[LayerShape], weights: Sequence[Tensor], groups: int
+) -> Tensor:  # (g, o, c, kh, kw)
+    """The weight of the single layer that a chain of layers equals.
+
+    Args:
+        stages: Shapes of the chain; along each axis at most one of the kernels exceeds 1.
+        weights: One a stage, shaped in any way that `LayerShape.fold` takes.
+        groups: g, a divisor of the groups of every stage.
+    """
+    result: Tensor | None = None
+    for stage, weight in zip(stages, weights, strict=True):
+        B = _by_group(stage.fold(weight), groups)
+        if result is None:
+            result = B
+            continue
+        kernel = [b * a for b, a in zip(B.shape[3:], result.shape[3:], strict=True)]
+        AB = torch.einsum("gomij,gmckl->gocikjl", B, result)
+        result = AB.reshape(*AB.shape[:3], *kernel)
+    assert result is not None
+    return result
+
+
+def _by_group(weight: Tensor, groups: int) -> Tensor:  # (g k, o, c, kh, kw) -> (g, k o, k c, …)
+    """Blocks of k channel groups as one block-diagonal weight each."""
+    k = weight.shape[0] // groups
+    if k == 1:
+        return weight
+    blocks = weight.unflatten(0, (groups, k))
+    eye = torch.eye(k, dtype=weight.dtype, device=weight.device)
+    dense = torch.einsum("gkocij,kl->gkolcij", blocks, eye)
+    return dense.flatten(3, 4).flatten(1, 2)
+
+
+# ----------------------------------------------------------------------------------- objective
+
+
+def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """A relaxed sample of one of J candidates, (J,) (Jang et al., Maddison et al., ICLR 2017).
+
+    Args:
+        logits: (J,).
+        temperature: Towards 0 the sample becomes one-hot.
+        generator: A generator on the CPU.
+    """
+    noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
+    return torch.softmax((logits + noise.to(logits)) / temperature, -1)
+
+
+def expected_costs(
+    probabilities: Sequence[Tensor], tables: Sequence[Tensor], rest: Tensor
+) -> Tensor:  # (K,)
+    """The cost of the whole network under independent probabilities of every layer's candidates.
+
+    Args:
+        probabilities: (J,), one a layer.
+        tables: Costs of the candidates, (K, J), one a layer.
+        rest: Costs of everything else, (K,).
+    """
+    return rest + torch.stack([t @ p for t, p in zip(tables, probabilities, strict=True)]).sum(0)
+
+
+def penalised(
+    cross_entropy: Tensor, ratios: Tensor, penalty: Penalty = "power", strength: float = 1.5
+) -> Tensor:
+    """The objective of the logits; costs within their targets leave the cross-entropy as it is.
+
+    Several budgets multiply: R = prod_k max(1, ratio_k). ``power`` is CE R^strength, as in the
+    code of ComCAT (Xiao et al., ICML 2023); ``log`` is CE + strength log R, as in ARS.
+
+    Args:
+        cross_entropy: CE, a scalar.
+        ratios: Expected cost over target, (K,).
+        penalty: ``power`` or ``log``.
+        strength: beta = 1.5 in ComCAT; lambda = 16 in ARS.
+    """
+    overrun = ratios.clamp_min(1).prod()
+    if penalty == "power":
+        return cross_entropy * overrun**strength
+    return cross_entropy + strength * overrun.log()
+
+
+def feature_distance(maps: Maps, targets: Maps) -> Tensor:
+    """Mean over the layers of ||F - F0||^2 / ||F0||^2.
+
+    Relative, and a mean, so that one coefficient suits networks of any depth and scale.
+    """
+    ratios = [
+        (f - t).square().mean() / t.square().mean().clamp_min(torch.finfo(t.dtype).tiny)
+        for name in maps
+        for f, t in zip(maps[name], targets[name], strict=True)
+    ]
+    return torch.stack(ratios).mean()
+
+
+def alignment(mask: Tensor, singular_values: Tensor) -> Tensor:
+    """How far a mask over singular values is from the truncation that keeps as many.
+
+    ||m s - m' s||^2 with m' the mask of the largest sum(m) values (ARS, Gao et al., NAACL 2024);
+    zero if and only if the mask is a truncation.
+
+    Args:
+        mask: m, ones and zeros, (R,).
+        singular_values: s, decreasing, (R,).
+    """
+    truncated = (torch.arange(len(mask), device=mask.device) < mask.detach().sum()).to(mask)
+    return ((mask - truncated) * singular_values).square().sum()

@@ -1,0 +1,102 @@
+"""The summary and the picture of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from rankNAS.cli.report import draw, markdown, tables
+from rankNAS.comparison import Row
+
+BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
+
+
+def made(strategies: int, budgets: int = 3, seeds: int = 2, tuned: bool = False) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = [Row("dense", "dense", s, 0.9, 0.9, 1.0, 1.0, 0.0, 3.0) for s in range(seeds)]
+    for i in range(strategies):
+        for seed in range(seeds):
+            for j, budget in enumerate(BUDGETS[:budgets]):
+                accuracy = 0.5 + 0.01 * i + 0.001 * seed
+                row = Row(f"strategy_{i}", budget, seed, 0.8, accuracy, 0.5, 0.4)
+                row = replace(row, search_seconds=(j + 1) * 10 ** rng.uniform(-1, 4))
+                row = replace(row, evaluations=(j + 1) * 10, setup_seconds=3.0)
+                rows.append(replace(row, finetuned_test_accuracy=0.8) if tuned else row)
+    return pd.DataFrame(map(asdict, rows))
+
+
+def test_tables_have_a_line_a_strategy_the_most_accurate_first() -> None:
+    found = tables(made(3))
+    assert list(found) == BUDGETS
+    columns, lines = found[BUDGETS[1]]
+    assert [line[0] for line in lines] == ["strategy_2", "strategy_1", "strategy_0"]
+    assert lines[0][columns.index("test accuracy, %")] == "52.05 ± 0.07"
+    assert lines[0][columns.index("MACs, %")] == "50.00"
+    assert lines[0][columns.index("evaluations")] == "20"
+    assert lines[0][columns.index("seeds")] == "2"
+    assert "fine-tuned, %" not in columns
+    columns, lines = tables(made(2, tuned=True))[BUDGETS[0]]
+    assert lines[0][columns.index("fine-tuned, %")] == "80.00 ± 0.00"
+
+
+def test_one_seed_has_no_deviation() -> None:
+    columns, lines = tables(made(1, seeds=1))[BUDGETS[0]]
+    assert lines[0][columns.index("test accuracy, %")] == "50.00"
+
+
+def test_the_summary_has_the_command_the_dense_model_and_the_reasons() -> None:
+    rows = made(2)
+    refused = Row("picky", BUDGETS[0], 0, status="needs a|b")
+    text = markdown(pd.concat([rows, pd.DataFrame([asdict(refused)])]), "ranknas compare", "Nets.")
+    assert "    ranknas compare\n" in text
+    assert "Nets. Dense test accuracy: 90.00 ± 0.00 %. Setup" in text and " 3 s a seed." in text
+    assert "| picky | macs<=0.55 | needs a\\|b |" in text
+    assert [line[3:] for line in text.splitlines() if line.startswith("## macs")] == BUDGETS
+    assert "picky" not in text.split("## Without an answer")[0]
+    assert "torch" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("strategies", "budgets", "tuned"), [(17, 3, True), (17, 1, False), (1, 1, False)]
+)
+def test_the_picture_shows_every_strategy_and_nothing_overlaps(
+    strategies: int, budgets: int, tuned: bool, tmp_path: Path
+) -> None:
+    figure = draw(made(strategies, budgets, tuned=tuned))
+    path = tmp_path / "comparison.png"
+    figure.savefig(path)
+    assert np.asarray(Image.open(path).convert("L")).std() > 5
+    *left, right = figure.axes
+    assert len(left) == 1 + tuned
+    assert right.get_xscale() == "log"
+    names = {f"strategy_{i}" for i in range(strategies)}
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == names | {"dense"}
+    assert {text.get_text() for text in right.get_yticklabels()} == names
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    inside = figure.bbox
+    texts = [*right.texts, *right.get_yticklabels(), *legend.get_texts()]
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(inside.x0 <= b.x0 and b.x1 <= inside.x1 for b in boxes)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_looks_differ_and_stay_with_their_strategy() -> None:
+    def looks(rows: pd.DataFrame) -> dict[str, tuple[object, object]]:
+        axes = draw(rows).axes[0]
+        bars = {c.get_label(): c.lines[0] for c in axes.containers}
+        return {str(k): (line.get_color(), line.get_marker()) for k, line in bars.items()}
+
+    rows = made(17)
+    first = looks(rows)
+    assert len(set(first.values())) == 17
+    assert len({colour for colour, _ in first.values()}) == 17
+    reversed_ranking = rows.assign(test_accuracy=1 - rows.test_accuracy)
+    assert looks(reversed_ranking) == first

@@ -1,0 +1,714 @@
+"""The search on a super-net: its mathematics in closed form, and the training on tiny networks.
+
+T-H1, T-H3 and T-H4, on the Tucker-2 decomposition, are in ``tests/decompositions/test_tucker.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset, TensorDataset
+
+import rankNAS
+from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.data import Splits
+from rankNAS.decompositions import OPERATORS, Metric, Target
+from rankNAS.evaluation import Evaluator
+from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
+from rankNAS.files import cache_folder
+from rankNAS.network import Factorisation, factorise
+from rankNAS.search_spaces import RankPolicy, compile_space
+from rankNAS.strategies.base import History, Problem, Request, Trial
+from rankNAS.strategies.haloc import Haloc, coarse, most_probable
+from rankNAS.strategies.supernet import (
+    FactoredWeight,
+    SuperNet,
+    alignment,
+    expected_costs,
+    feature_distance,
+    gumbel_softmax,
+    multiply,
+    penalised,
+)
+from rankNAS.tables import make_problem
+from rankNAS.testing import LAYERS, StrategyContract, random_problem
+from rankNAS.workbench import Workbench
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def images() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
+    )
+
+
+def features() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)
+    )
+
+
+def samples(*size: int) -> TensorDataset:
+    x = torch.randn(60, *size, generator=generator(1))
+    return TensorDataset(x, torch.randint(0, 4, (60,), generator=generator(2)))
+
+
+def workbench(
+    make: Callable[[], nn.Module] = images,
+    training: Dataset[Any] | None = None,
+    *,
+    policy: RankPolicy | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+) -> Workbench:
+    model = seeded(make)
+    data = samples(12) if make is features else samples(3, 6, 6)
+    x, y = data.tensors
+    space = compile_space(model, x[:1], policy=policy or RankPolicy(), min_weights=1)
+    factorisation = factorise(model, space)
+    splits = Splits(training or data, (x, y), (x, y), data)
+    evaluator = Evaluator(factorisation, x, (x, y))
+    return Workbench(factorisation, splits, evaluator, report=report or (lambda *_: None))
+
+
+def problem_of(bench: Workbench, budget: Mapping[str, float]) -> Problem:
+    space = bench.factorisation.space
+    latency = None
+    if "latency" in budget:
+        latency = {
+            name: [1e-6 + 1e-9 * cost.macs for cost in layer.costs]
+            for name, layer in space.layers.items()
+        }
+    return make_problem(space, bench.factorisation.errors(), budget, latency=latency)
+
+
+def tiny(**kwargs: Any) -> Haloc:
+    return Haloc(**({"epochs": 1, "steps": 1, "batch_size": 8} | kwargs))
+
+
+def proposed(strategy: Haloc, bench: Workbench, problem: Problem) -> list[Allocation]:
+    return strategy.bind(bench).propose(problem, History(), 1, np.random.default_rng(0))
+
+
+def checkpoint() -> dict[str, Any]:
+    (path,) = (cache_folder() / "checkpoints").glob("*.pt")
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    return content
+
+
+BENCH = workbench()
+
+
+class TestHaloc(StrategyContract):
+    strategy = Haloc(epochs=1, steps=1, batch_size=8).bind(BENCH)
+    problems = {
+        "one_budget": problem_of(BENCH, {"macs": 0.5}),
+        "two_budgets": problem_of(BENCH, {"macs": 0.6, "params": 0.5}),
+        "latency": problem_of(BENCH, {"latency": 0.5}),
+    }
+
+
+# ------------------------------------------------------------------------------------ candidates
+
+
+def test_t_h2_counts_and_coarse_equal_ranks() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(64, 2)
+    )
+    policy = RankPolicy(multiple_of=8, operators=("tucker2",))
+    space = compile_space(model, torch.zeros(1, 64, 1, 1), policy=policy, min_weights=1)
+    found = factorise(model, space)
+    problem = make_problem(space, found.errors(), {"params": 0.5})
+    assert problem.costs["params"][0][0] == 36_864
+    shapes = {name: layer.shape for name, layer in space.layers.items()}
+    reduced = coarse(problem, shapes, ("tucker2", "svd"), 8)
+    assert {str(c) for c in reduced.choices["0"]} == {
+        "dense",
+        *(f"tucker2:{r}x{r}" for r in range(8, 57, 8)),
+    }
+    params = dict(zip(reduced.choices["0"], reduced.costs["params"][0], strict=True))
+    assert params[Choice("tucker2", (16, 16))] == 4_352
+    # Break-even, (-(f + c) + sqrt((f + c)^2 + 4 k^2 f c k^2)) / (2 k^2), is at 57.28.
+    root = (-128 + math.sqrt(128**2 + 4 * 9 * 64 * 64 * 9)) / 18
+    assert root == pytest.approx(57.28, abs=0.005)
+    assert coarse(problem, shapes, ("tucker2",)).choices == reduced.choices  # an eighth of 64
+
+
+def test_candidates_are_choices_near_equal_ranks_with_dense_and_the_cheapest() -> None:
+    problem = problem_of(BENCH, {"macs": 0.5, "params": 0.5})
+    shapes = {n: layer.shape for n, layer in BENCH.factorisation.space.layers.items()}
+    reduced = coarse(problem, shapes, ("tucker2", "svd"))
+    assert list(reduced.choices) == list(problem.choices)
+    assert reduced.limits == problem.limits
+    for i, (name, choices) in enumerate(reduced.choices.items()):
+        assert choices[0] == DENSE
+        assert set(choices) <= set(problem.choices[name])
+        assert 3 <= len(choices) <= 10
+        rows = [j for j, c in enumerate(problem.choices[name]) if c.operator in ("tucker2", "svd")]
+        for cost in ("macs", "params"):
+            assert reduced.costs[cost][i].min() == problem.costs[cost][i][rows].min()
+        for j, choice in enumerate(choices):
+            row = problem.choices[name].index(choice)
+            assert reduced.errors[i][j] == problem.errors[i][row]
+            assert reduced.costs["macs"][i][j] == problem.costs["macs"][i][row]
+    assert all(c.operator in ("dense", "svd") for c in reduced.choices["5"])  # 1 x 1
+    ranks = [c.rank for c in reduced.choices["3"] if c.operator == "tucker2"]
+    assert all(max(rank) - min(rank) <= 2 for rank in ranks)  # 16 x 12, offered in twelfths
+
+
+def test_a_smaller_rank_that_is_no_faster_leaves() -> None:
+    problem = problem_of(BENCH, {"latency": 0.5})
+    staircase = tuple(np.ceil(t * 1e6 / 20) for t in problem.costs["latency"])
+    problem = replace(problem, costs=problem.costs | {"latency": staircase})
+    shapes = {n: layer.shape for n, layer in BENCH.factorisation.space.layers.items()}
+    reduced = coarse(problem, shapes, ("tucker2", "svd"))
+    for errors, latency in zip(reduced.errors, reduced.costs["latency"], strict=True):
+        order = np.argsort(latency)
+        assert (np.diff(latency[order]) > 0).all()
+        assert (np.diff(errors[order]) < 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    layers=st.integers(1, 4),
+    choices=st.integers(1, 5),
+    budgets=st.integers(1, 2),
+)
+def test_the_answer_is_the_most_probable_allocation_within_the_budgets(
+    seed: int, layers: int, choices: int, budgets: int
+) -> None:
+    problem = random_problem(seed, layers=layers, choices=max(2, choices), budgets=budgets)
+    logits = [
+        torch.randn(len(e), generator=generator(seed + i)) for i, e in enumerate(problem.errors)
+    ]
+    every = itertools.product(*(range(len(e)) for e in problem.errors))
+
+    def surprise(indices: tuple[int, ...]) -> float:
+        return -sum(
+            float(x.double().log_softmax(0)[i]) for x, i in zip(logits, indices, strict=True)
+        )
+
+    best = min(surprise(i) for i in every if problem.meets(i))
+    found = problem.indices(most_probable(problem, logits))
+    assert problem.meets(found)
+    assert surprise(tuple(found)) == pytest.approx(best, abs=1e-5)
+    generous = replace(problem, budget=dict.fromkeys(problem.budget, 1.0))
+    argmax = tuple(int(x.argmax()) for x in logits)
+    if generous.meets(argmax):
+        assert tuple(generous.indices(most_probable(generous, logits))) == argmax
+
+
+# ------------------------------------------------------------------------------------- objective
+
+
+def test_t_h5_expected_latency_and_its_gradient() -> None:
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    table = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    cost = expected_costs([logits.softmax(0)], [table], torch.zeros(1, dtype=torch.float64))
+    assert cost.item() == 2.0
+    (gradient,) = torch.autograd.grad(cost.sum(), logits)
+    torch.testing.assert_close(gradient, torch.tensor([-0.5, 0.5], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("penalty", ["power", "log"])
+def test_t_h5_costs_within_the_target_change_nothing(penalty: Any) -> None:
+    ratios = torch.tensor([1.0, 0.3])
+    assert penalised(torch.tensor(0.7), ratios, penalty).item() == pytest.approx(0.7)
+
+
+def test_t_h5_twice_the_target() -> None:
+    one, two = torch.tensor(1.0), torch.tensor([2.0])
+    assert penalised(one, two).item() == pytest.approx(2.8284, abs=5e-5)
+    both = penalised(one, torch.tensor([2.0, 3.0]))
+    assert both.item() == pytest.approx(6**1.5)
+
+
+def test_ars_penalty() -> None:
+    def penalty(cost: float, target: float) -> float:
+        return penalised(torch.tensor(0.0), torch.tensor([cost / target]), "log", 1.0).item()
+
+    assert penalty(120, 100) == pytest.approx(math.log(1.2))
+    assert penalty(80, 100) == 0
+
+
+def test_ars_alignment() -> None:
+    assert alignment(torch.tensor([1.0, 0, 1]), torch.tensor([3.0, 2, 1])).item() == 5
+
+
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=8))
+def test_only_truncations_are_aligned(mask: list[bool]) -> None:
+    s = torch.arange(len(mask), 0, -1).double()
+    truncation = mask == sorted(mask, reverse=True)
+    assert (alignment(torch.tensor(mask).double(), s).item() == 0) == truncation
+
+
+def test_gumbel_softmax_samples_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    g = generator()
+    draws = torch.stack([gumbel_softmax(logits, 0.1, g) for _ in range(4000)])
+    torch.testing.assert_close(draws.sum(1), torch.ones(4000))
+    counts = functional.one_hot(draws.argmax(1), 3).float().mean(0)
+    torch.testing.assert_close(counts, logits.softmax(0), rtol=0, atol=0.03)
+    warm = gumbel_softmax(logits, 1e4, g)
+    torch.testing.assert_close(warm, torch.full((3,), 1 / 3), rtol=0, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------- super-net
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_product_of_a_chain_is_the_approximated_weight(operator: str, layer: str) -> None:
+    shape, module = LAYERS[layer].shape(), LAYERS[layer].module()
+    if OPERATORS[operator].refuses(shape) is not None:
+        return
+    ranks = [family[len(family) // 2] for family in OPERATORS[operator].families(shape)]
+    factors = OPERATORS[operator].factorise(
+        shape, Target(shape.fold(module.weight), Metric()), ranks
+    )
+    for rank in ranks:
+        stages = OPERATORS[operator].stages(shape, rank)
+        product = multiply(stages, factors.stage_weights(rank), shape.groups)
+        torch.testing.assert_close(product.flatten(2), factors.weight(rank))
+        chain = factors.truncate(rank, module.bias, torch.float64)
+        weights = [child.weight for child in chain.children()]
+        product = multiply(stages, weights, shape.groups)
+        torch.testing.assert_close(product.flatten(2), factors.weight(rank))
+
+
+def restricted(factorisation: Factorisation, most: int) -> SuperNet:
+    keep = {
+        n: layer.choices[:: max(1, len(layer) // most)]
+        for n, layer in factorisation.space.layers.items()
+    }
+    return SuperNet(factorisation.model, factorisation.space.restrict(keep))
+
+
+def float64(make: Callable[[], nn.Module], *size: int) -> tuple[Factorisation, Tensor]:
+    model = seeded(make).double()
+    x = torch.randn(6, *size, generator=generator(3), dtype=torch.float64)
+    return factorise(model, compile_space(model, x[:1], min_weights=1)), x
+
+
+def test_one_layer_outputs_the_weighted_sum_of_its_candidates_outputs() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 16, 2))
+
+    factorisation, x = float64(make, 8, 4, 4)
+    net = restricted(factorisation, 5)
+    factors = net.decompose()
+    choices = net.space.layers["0"].choices
+    assert len(choices) > 3
+    p = torch.randn(len(choices), generator=generator()).double().softmax(0)
+    weights = {
+        name: torch.tensordot(torch.ones(len(t), dtype=t.dtype) / len(t), t, 1)
+        for name, t in net.truncations(factors).items()
+    }
+    weights["0"] = torch.tensordot(p, net.truncations(factors)["0"], 1)
+    _, maps = net.forward(x, weights)
+    outputs = [
+        (factors.layers["0"].module(c).double() if c != DENSE else factorisation.model[0])(x)
+        for c in choices
+    ]
+    expected = sum(q * y for q, y in zip(p, outputs, strict=True))
+    torch.testing.assert_close(maps["0"][0], expected)
+
+
+def test_the_dense_candidates_are_the_original_network() -> None:
+    factorisation, x = float64(images, 3, 6, 6)
+    net = restricted(factorisation, 4)
+    weights = {name: stack[0] for name, stack in net.truncations(net.decompose()).items()}
+    _, maps = net.forward(x, weights)
+    assert feature_distance(maps, net.original(x)).item() == 0
+    zero = {name: torch.zeros_like(w) for name, w in weights.items()}
+    _, maps = net.forward(x, {**weights, "0": zero["0"]})
+    first = {"0": maps["0"]}
+    assert feature_distance(first, {"0": net.original(x)["0"]}).item() == pytest.approx(1)
+
+
+class Conv1D(nn.Module):
+    """Like the linear layer of Hugging Face's GPT-2: the weight has its outputs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf = 24
+        self.weight = nn.Parameter(torch.randn(16, 24))
+        self.bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight, a transposed one, and an output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.b.weight = self.a.weight
+        self.c, self.head = Conv1D(), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.c(torch.relu(self.b(torch.relu(self.a(x))))).relu())
+
+
+def test_shared_and_transposed_weights() -> None:
+    factorisation, x = float64(Tied, 16)
+    assert "c" in factorisation.layers
+    net = restricted(factorisation, 4)
+    factors = net.decompose()
+    allocation = Allocation.of({n: layer.choices[1] for n, layer in net.space.layers.items()})
+    expected = factors.materialise(allocation).double()(x)
+    weights = {
+        name: FactoredWeight.of(found, allocation[name]).product()
+        for name, found in factors.layers.items()
+    }
+    torch.testing.assert_close(net.forward(x, weights)[0], expected)
+    net.absorb(weights)
+    torch.testing.assert_close(net.network(x), expected)
+
+
+def test_the_model_and_the_running_averages_are_left_alone() -> None:
+    bench = workbench()
+    model = bench.factorisation.model
+    before = copy.deepcopy(model.state_dict())
+    assert proposed(tiny(epochs=2, steps=2), bench, problem_of(bench, {"macs": 0.5}))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(m.training or m._forward_hooks for m in model.modules())
+    network = checkpoint()["network"]
+    assert torch.equal(network["1.running_mean"], before["1.running_mean"])
+    assert not torch.equal(network["1.weight"], before["1.weight"])
+
+
+# ------------------------------------------------------------------------------- limits of T-H6
+
+
+def test_t_h6_a_single_candidate_is_plain_fine_tuning() -> None:
+    factorisation, x = float64(images, 3, 6, 6)
+    y = torch.randint(0, 4, (len(x),), generator=generator(5))
+    allocation = Allocation.of(
+        {n: layer.choices[len(layer) // 2] for n, layer in factorisation.space.layers.items()}
+    )
+    assert "tucker2" in {c.operator for c in allocation.values()}
+
+    def train(parameters: list[Tensor], output: Callable[[], Tensor]) -> list[float]:
+        optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+        losses = []
+        for _ in range(5):
+            loss = functional.cross_entropy(output(), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    plain = factorisation.materialise(allocation).double().eval().requires_grad_()
+    plain[1].train()  # the batch norm
+    expected = train(list(plain.parameters()), lambda: plain(x))
+
+    space = factorisation.space.restrict({n: [c] for n, c in allocation.items()})
+    net = SuperNet(factorisation.model, space)
+    chosen = {
+        name: FactoredWeight.of(found, allocation[name])
+        for name, found in net.decompose().layers.items()
+    }
+    others = [p.requires_grad_() for p in net.others()]
+    leaves = [w for factored in chosen.values() for w in factored.weights]
+    losses = train(
+        [*leaves, *others],
+        lambda: net.forward(x, {n: w.product() for n, w in chosen.items()})[0],
+    )
+    assert losses == pytest.approx(expected, rel=1e-9)
+    assert losses[-1] < losses[0]
+    net.absorb({n: w.product().detach() for n, w in chosen.items()})
+    plain[1].eval().track_running_stats = False
+    plain[1].running_mean = plain[1].running_var = None
+    torch.testing.assert_close(net.network(x), plain(x))
+
+
+@pytest.mark.parametrize("penalty", ["power", "log"])
+def test_t_h6_equal_latencies_move_the_logits_only_through_the_cross_entropy(penalty: Any) -> None:
+    factorisation, x = float64(images, 3, 6, 6)
+    y = torch.randint(0, 4, (len(x),), generator=generator(5))
+    net = restricted(factorisation, 4)
+    truncations = net.truncations(net.decompose())
+    logits = [torch.zeros(len(t)).double().requires_grad_() for t in truncations.values()]
+    p = [z.softmax(0) for z in logits]
+    weights = {
+        name: torch.tensordot(q, t, 1) for q, (name, t) in zip(p, truncations.items(), strict=True)
+    }
+    cross_entropy = functional.cross_entropy(net.forward(x, weights)[0], y)
+    tables = [torch.full((1, len(z)), 0.7).double() for z in logits]
+    ratios = expected_costs(p, tables, torch.zeros(1).double())
+    factor = (0.7 * len(logits)) ** 1.5 if penalty == "power" else 1.0
+    assert ratios.item() > 1
+    alone = torch.autograd.grad(cross_entropy, logits, retain_graph=True)
+    together = torch.autograd.grad(penalised(cross_entropy, ratios, penalty), logits)
+    assert max(float(g.abs().max()) for g in alone) > 0
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(b, factor * a)
+
+
+def test_t_h6_with_a_flat_cross_entropy_the_lowest_latency_wins() -> None:
+    def flat() -> nn.Module:
+        model = images()
+        nn.init.zeros_(model[-1].weight)
+        return model
+
+    bench = workbench(flat)
+    problem = problem_of(bench, {"latency": 0.5})
+    least = [int(t.argmin()) for t in problem.costs["latency"]]
+    problem = replace(problem, budget={"latency": problem.fractions(least)["latency"] * 1.2})
+    strategy = tiny(steps=60, learning_rate=0.1)
+    assert proposed(strategy, bench, problem)
+    layers = bench.factorisation.space.layers
+    shapes = {n: layer.shape for n, layer in layers.items()}
+    reduced = coarse(problem, shapes, strategy.operators)
+    logits = checkpoint()["logits"]
+    assert [int(z.argmax()) for z in logits] == [int(t.argmin()) for t in reduced.costs["latency"]]
+
+
+def test_without_pressure_on_the_cost_the_logits_learn_what_the_network_needs() -> None:
+    """A layer that has to be nearly dense: its input is what the classes are read from."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16)))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16))
+        model[1].weight.copy_(8 * torch.eye(16))
+        model[1].bias.zero_()
+    y = torch.arange(16).repeat(8)
+    x = functional.one_hot(y, 16).float()
+    space = compile_space(model, x[:1], min_weights=1)
+    factorisation = factorise(model, space)
+    bench = Workbench(
+        factorisation,
+        Splits(TensorDataset(x, y), (x, y), (x, y), TensorDataset(x, y)),
+        Evaluator(factorisation, x, (x, y)),
+    )
+    problem = problem_of(bench, {"macs": 1.0})
+    (allocation,) = proposed(tiny(steps=60, batch_size=32, learning_rate=0.1), bench, problem)
+    assert allocation["0"] == DENSE
+
+
+# ----------------------------------------------------------------------- interruption, failures
+
+
+class Stopped(Exception):  # noqa: N818
+    """As if the process had been killed."""
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_search_equals_an_uninterrupted_one(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = tiny(epochs=3, steps=2)
+    problem = problem_of(BENCH, {"macs": 0.4})
+    whole = proposed(strategy, BENCH, problem)
+    expected = checkpoint()
+    monkeypatch.setenv("RANKNAS_CACHE", str(tmp_path))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        assert (stage, total) == ("haloc", 12)
+        if done == 4 * after + 3:  # in the middle of the next epoch
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        proposed(strategy, replace(BENCH, report=stop), problem)
+    assert checkpoint()["epoch"] == after
+    seen: list[int] = []
+    resumed = replace(BENCH, report=lambda stage, done, total: seen.append(done))
+    assert proposed(strategy, resumed, problem) == whole
+    assert seen == list(range(4 * after + 1, 13))
+    found = checkpoint()
+    assert found["epoch"] == expected["epoch"] == 3
+    for a, b in zip(found["logits"], expected["logits"], strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(found["network"][k], v) for k, v in expected["network"].items())
+
+
+def test_another_problem_or_configuration_starts_anew() -> None:
+    for strategy, share in ((tiny(), 0.4), (tiny(), 0.5), (tiny(steps=2), 0.5)):
+        proposed(strategy, BENCH, problem_of(BENCH, {"macs": share}))
+    assert len(list((cache_folder() / "checkpoints").glob("*.pt"))) == 3
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", b""])
+def test_a_damaged_checkpoint_is_named(content: bytes) -> None:
+    problem = problem_of(BENCH, {"macs": 0.5})
+    proposed(tiny(), BENCH, problem)
+    (path,) = (cache_folder() / "checkpoints").glob("*.pt")
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{path.name}.*delete it"):
+        proposed(tiny(), BENCH, problem)
+
+
+class Spoilt(Dataset[Any]):
+    """Good samples until told otherwise, then NaN."""
+
+    def __init__(self) -> None:
+        self.good, self.spoilt = samples(3, 6, 6), False
+
+    def __len__(self) -> int:
+        return len(self.good)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.good[index]
+        return (x * math.nan if self.spoilt else x), y
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint() -> None:
+    data = Spoilt()
+
+    def spoil(stage: str, done: int, total: int) -> None:
+        data.spoilt = done >= 4
+
+    bench = workbench(training=data, report=spoil)
+    problem = problem_of(bench, {"macs": 0.5})
+    strategy = tiny(epochs=3, steps=2)
+    with pytest.raises(ObjectiveError, match="loss is not finite in epoch 2 of 3") as caught:
+        proposed(strategy, bench, problem)
+    (path,) = (cache_folder() / "checkpoints").glob("*.pt")
+    assert "in layer '0'" in str(caught.value)
+    assert f"after epoch 1 is kept in {path}" in str(caught.value)
+    good = checkpoint()
+    assert good["epoch"] == 1
+    assert all(v.isfinite().all() for v in good["network"].values())
+    assert all(v.isfinite().all() for v in good["logits"])
+    data.spoilt = False
+    assert proposed(strategy, replace(bench, report=lambda *_: None), problem)
+    assert checkpoint()["epoch"] == 3
+
+
+def test_the_layer_where_values_stop_being_finite_is_named() -> None:
+    bench = workbench()
+    with torch.no_grad():
+        bench.factorisation.model[3].bias[0] = math.inf
+    with pytest.raises(ObjectiveError, match="loss.*epoch 1 of 1, in layer '3'; there is no"):
+        proposed(tiny(), bench, problem_of(bench, {"macs": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("rates", "what"),
+    [({"learning_rate": 1e37, "steps": 3}, "a logit"), ({"weight_rate": 1e38}, "a weight")],
+)
+def test_what_diverges_is_named(rates: dict[str, Any], what: str) -> None:
+    problem = problem_of(BENCH, {"macs": 0.5})
+    with pytest.raises(ObjectiveError, match=f"{what} is not finite in epoch 1 of 1, in layer '"):
+        proposed(tiny(**rates), BENCH, problem)
+    assert not (cache_folder() / "checkpoints").exists()
+
+
+# ---------------------------------------------------------------------------------- the strategy
+
+
+def test_not_tied_to_images() -> None:
+    bench = workbench(features)
+    (allocation,) = proposed(tiny(), bench, problem_of(bench, {"params": 0.5}))
+    assert {c.operator for c in allocation.values()} == {"svd", "dense"} or all(
+        c.operator == "svd" for c in allocation.values()
+    )
+
+
+def test_one_proposal_a_problem() -> None:
+    problem = problem_of(BENCH, {"macs": 0.5})
+    bound = tiny().bind(BENCH)
+    rng = np.random.default_rng(0)
+    (allocation,) = bound.propose(problem, History(), 4, rng)
+    failed = Trial(0, allocation, "failed", target=problem.label)
+    assert bound.propose(problem, History((failed,)), 4, rng) == []
+    other = replace(failed, target="macs<=0.9")  # the same allocation, asked for by another budget
+    assert bound.propose(problem, History((other,)), 4, rng) == []
+
+
+def test_a_bound_strategy_pickles_and_equals_by_configuration() -> None:
+    bound = tiny().bind(replace(BENCH, report=lambda *_: None))
+    again = pickle.loads(pickle.dumps(bound))
+    assert again == bound == tiny().bind(workbench()) != tiny(steps=2).bind(BENCH)
+    assert (again.name, again.operators) == ("haloc", ("tucker2", "svd"))
+    problem = problem_of(BENCH, {"macs": 0.5})
+    rng = np.random.default_rng(0)
+    assert again.propose(problem, History(), 1, rng) == bound.propose(problem, History(), 1, rng)
+
+
+def test_a_whole_search(small_net: nn.Module, small_data: tuple[Any, Any]) -> None:
+    study = rankNAS.search(
+        small_net,
+        small_data,
+        budget=[{"macs": 0.5}, {"macs": 0.3}],
+        strategy=Haloc(epochs=2, steps=2, batch_size=16),
+        n_trials=3,
+        settings=rankNAS.Settings(calibration=64, validation=50),
+    )
+    for problem in study.problems:
+        assert len(study.history.candidates(problem)) <= 1
+        assert study.history.feasible(problem)
+
+
+def test_what_a_search_needs() -> None:
+    good = Request({"macs": 0.5}, ["accuracy"], 128, classes=True)
+    Haloc().check(good)
+    for request, message in (
+        (replace(good, budget={}), "needs a budget.*macs=0.5"),
+        (replace(good, classes=False), "no classes.*another strategy"),
+        (replace(good, training=127), "128 samples, but there are 127; lower `batch_size`"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Haloc().check(request)
+    with pytest.raises(UsageError, match="there are 60; lower"):
+        Haloc().bind(BENCH)
+    problem = problem_of(BENCH, {"macs": 0.5})
+    with pytest.raises(UsageError, match="needs a budget"):
+        proposed(tiny(), BENCH, replace(problem, budget={}))
+    with pytest.raises(UsageError, match=r"no model and no training data.*bind"):
+        Haloc().propose(problem, History(), 1, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("steps", 0),
+        ("granularity", 0),
+        ("batch_size", 1),
+        ("strength", 0.0),
+        ("learning_rate", math.nan),
+        ("weight_rate", math.inf),
+        ("features", -1.0),
+        ("penalty", "square"),
+    ],
+)
+def test_numbers_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"`{name}`"):
+        Haloc(**{name: value})

@@ -1,0 +1,342 @@
+"""Strategies side by side, on equal terms."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import rankNAS
+from rankNAS import evaluation
+from rankNAS.allocation import Allocation
+from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
+from rankNAS.data import take
+from rankNAS.exceptions import UnknownNameError, UsageError
+from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.strategies import Energy, Random, Uniform
+from rankNAS.strategies.base import History, Problem, Request, Strategy
+
+Pair = tuple[TensorDataset, TensorDataset]
+SETTINGS = rankNAS.Settings(calibration=64, validation=50)
+BUDGETS = [{"macs": 0.6}, {"macs": 0.4}]
+TIMES = ["search_seconds", "setup_seconds"]
+
+
+def run(model: Any, data: Pair, strategies: Any, **kwargs: Any) -> pd.DataFrame:
+    given = {"budgets": BUDGETS, "seeds": range(2), "n_trials": 3, "settings": SETTINGS}
+    return compare(model, data, strategies, **(given | kwargs))
+
+
+def accuracy(model: nn.Module, data: Pair) -> float:
+    return evaluation.test_metrics(copy.deepcopy(model), data[1])["accuracy"]
+
+
+def untimed(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.drop(columns=TIMES).sort_values(["seed", "strategy", "budget"], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Probing(Strategy):
+    """Measures the dense network and the cheapest one, then proposes what `Uniform` would."""
+
+    name = "probing"
+
+    def probes(self, problem: Problem, history: History) -> list[Allocation]:
+        cheapest = [len(e) - 1 for e in problem.errors]
+        return [problem.allocation([0] * len(cheapest)), problem.allocation(cheapest)]
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        return Uniform().propose(problem, history, n, rng)
+
+
+@dataclass(frozen=True)
+class Refusing(Strategy):
+    """Wants parameters to be bounded."""
+
+    name = "refusing"
+
+    def check(self, request: Request) -> None:
+        if "params" not in request.budget:
+            raise UsageError(f"`budget` must bound params, got {sorted(request.budget)}.")
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Breaking(Strategy):
+    """Answers budgets of at least a half, and fails at others."""
+
+    name = "breaking"
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        if problem.budget["macs"] < 0.5:
+            raise ZeroDivisionError("no such\nbudget")
+        return Uniform().propose(problem, history, n, rng)
+
+
+@dataclass(frozen=True)
+class Unbound(Strategy):
+    """Cannot look at the model."""
+
+    name = "unbound"
+
+    def bind(self, bench: object) -> Strategy:
+        raise RuntimeError("nothing to see")
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        raise AssertionError
+
+
+def test_rows_are_what_a_search_of_all_budgets_finds(
+    small_net: nn.Module, small_data: Pair
+) -> None:
+    rows = run(small_net, small_data, ["random"])
+    assert tuple(rows.columns) == COLUMNS and (rows.status == OK).all()
+    assert rows.strategy.tolist() == ["dense", "random", "random"] * 2
+    for seed in range(2):
+        study = rankNAS.search(
+            small_net,
+            small_data,
+            budget=BUDGETS,
+            strategy="random",
+            n_trials=3,
+            settings=SETTINGS,
+            seed=seed,
+        )
+        dense, *answers = rows[rows.seed == seed].to_dict("records")
+        assert dense["validation_accuracy"] == study.dense["accuracy"]
+        assert dense["test_accuracy"] == accuracy(small_net, small_data)
+        for i, (row, problem) in enumerate(zip(answers, study.problems, strict=True)):
+            # When the first budget is answered, the trials for the second do not exist yet.
+            then = History(study.trials[: 3 * (i + 1)])
+            answer = study.strategy.select(problem, then)
+            assert row["budget"] == problem.label
+            assert row["evaluations"] == 3 * (i + 1)
+            assert row["validation_accuracy"] == answer.metrics["accuracy"]
+            network = study.materialise(answer.allocation)
+            assert row["test_accuracy"] == study.test(network)["accuracy"]
+            for name in ("macs", "params"):
+                fraction = answer.metrics[name] / study.dense[name]
+                assert row[f"{name}_fraction"] == pytest.approx(fraction, rel=1e-12)
+            assert row["macs_fraction"] <= problem.budget["macs"]
+
+
+def test_every_strategy_measures_for_itself(small_net: nn.Module, small_data: Pair) -> None:
+    """Equal strategies propose equal networks; each pays for them."""
+    calls = []
+
+    def counted(network: nn.Module, data: object) -> float:
+        calls.append(1)
+        return 0.5
+
+    def count(strategies: dict[str, Strategy]) -> int:
+        calls.clear()
+        run(
+            small_net,
+            small_data,
+            strategies,
+            seeds=[0],
+            objectives=["accuracy", rankNAS.Objective(counted)],
+        )
+        return len(calls)
+
+    once = count({"first": Random()})
+    assert once == 3 * len(BUDGETS)
+    assert count({"first": Random(), "second": Random()}) == 2 * once
+
+
+def test_probes_are_counted_and_budgets_share_them(small_net: nn.Module, small_data: Pair) -> None:
+    rows = run(small_net, small_data, [Probing(), "uniform"], seeds=[0])
+    counts = rows.set_index(["strategy", "budget"]).evaluations
+    assert counts["probing"].tolist() == [3, 4]
+    assert counts["uniform"].tolist() == [1, 2]
+    seconds = rows.set_index(["strategy", "budget"]).search_seconds
+    assert 0 < seconds["probing", "macs<=0.6"] < seconds["probing", "macs<=0.4"]
+    assert (rows.setup_seconds > 0).all() and rows.setup_seconds.nunique() == 1
+
+
+def test_one_that_refuses_or_fails_does_not_stop_the_others(
+    small_net: nn.Module, small_data: Pair
+) -> None:
+    rows = run(
+        small_net, small_data, [Refusing(), Breaking(), Unbound(), "uniform"], seeds=[0]
+    ).set_index(["strategy", "budget"])
+    assert set(rows.loc["refusing"].status) == {"`budget` must bound params, got ['macs']."}
+    assert set(rows.loc["unbound"].status) == {"RuntimeError: nothing to see"}
+    assert rows.loc["breaking"].status.tolist() == [OK, "ZeroDivisionError: no such budget"]
+    assert (rows.loc["uniform"].status == OK).all()
+    failed = rows[rows.status != OK]
+    assert (
+        failed[["validation_accuracy", "test_accuracy", "search_seconds"]].isna().to_numpy().all()
+    )
+    both = ["validation_accuracy", "test_accuracy", "macs_fraction"]
+    assert rows.loc[("breaking", "macs<=0.6"), both].tolist() == (
+        rows.loc[("uniform", "macs<=0.6"), both].tolist()
+    )
+
+
+def test_only_refusals_need_no_model(small_data: Pair) -> None:
+    def model(seed: int) -> nn.Module:
+        raise AssertionError
+
+    rows = run(model, small_data, [Refusing()], seeds=[0])
+    assert len(rows) == len(BUDGETS)
+
+
+@pytest.mark.parametrize("lost", [[1, 2], [4], [3], [0, 5], range(6, 12)])
+def test_an_interrupted_comparison_goes_on_as_if_it_never_was(
+    small_net: nn.Module, small_data: Pair, lost: Iterable[int]
+) -> None:
+    """Rows 0 to 5 are dense, random, random, bo, bo and a row of the other seed."""
+    whole = run(small_net, small_data, ["random", "energy"])
+    seeds: list[int] = []
+    new: list[Row] = []
+
+    def model(seed: int) -> nn.Module:
+        seeds.append(seed)
+        return small_net
+
+    earlier = whole.drop(index=list(set(lost) & set(whole.index)))
+    missing = whole.drop(index=earlier.index)
+    rows = run(model, small_data, ["random", "energy"], earlier=earlier, on_row=new.append)
+    pd.testing.assert_frame_equal(untimed(rows), untimed(whole))
+    assert [row.key for row in new] == [
+        tuple(key) for key in missing[["strategy", "budget", "seed"]].itertuples(index=False)
+    ]
+    assert seeds == missing.seed.unique().tolist()
+
+
+def test_failures_are_tried_again(small_net: nn.Module, small_data: Pair) -> None:
+    failed = run(small_net, small_data, {"mine": Breaking()}, seeds=[0])
+    rows = run(small_net, small_data, {"mine": Uniform()}, seeds=[0], earlier=failed)
+    assert (rows.status == OK).all()
+    assert not rows.duplicated(["strategy", "budget", "seed"]).any()
+
+
+def test_each_seed_has_its_own_model(small_net: nn.Module, small_data: Pair) -> None:
+    """The other one says the rarest class whatever it sees."""
+    other = copy.deepcopy(small_net)
+    rarest = small_data[1].tensors[1].bincount().argmin()
+    with torch.no_grad():
+        other.head.bias[rarest] += 100
+    models = [small_net, other]
+    rows = run(lambda seed: models[seed], small_data, ["energy"])
+    dense = rows[rows.strategy == "dense"].test_accuracy.tolist()
+    assert dense == [accuracy(m, small_data) for m in models]
+    assert dense[0] != dense[1]
+
+
+@pytest.mark.parametrize("samples", [None, 40, 10_000])
+def test_fine_tuning_is_the_training_of_the_answer_on_samples_of_the_seed(
+    small_net: nn.Module, small_data: Pair, samples: int | None
+) -> None:
+    config = TrainingConfig(8, learning_rate=0.05, distill=0.3, seed=99)
+    rows = run(
+        small_net,
+        small_data,
+        ["energy"],
+        budgets=BUDGETS[:1],
+        seeds=[1],
+        training=config,
+        training_samples=samples,
+    )
+    study = rankNAS.search(
+        small_net, small_data, budget=BUDGETS[0], strategy="energy", settings=SETTINGS, seed=1
+    )
+    network, data = study.materialise(), study.splits.training
+    if samples == 40:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        data = take(data, order[:40].sort().values)
+    train(network, data, replace(config, seed=1), teacher=small_net)
+    answer = rows[rows.strategy == "energy"].iloc[0]
+    assert answer.finetuned_test_accuracy == study.test(network)["accuracy"]
+    assert answer.finetuned_test_accuracy != answer.test_accuracy
+    assert rows[rows.strategy == "dense"].finetuned_test_accuracy.isna().all()
+
+
+def test_progress_reaches_its_ends(small_net: nn.Module, small_data: Pair) -> None:
+    last: dict[str, tuple[int, int]] = {}
+    run(
+        small_net,
+        small_data,
+        [Probing(), "random"],
+        on_progress=lambda stage, done, total: last.update({stage: (done, total)}),
+    )
+    assert last["rows"] == (10, 10)
+    assert {"calibrate", "factorise"} <= set(last)
+    assert all(done == total for done, total in last.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"strategies": []}, UsageError, "one or more with different names"),
+        ({"strategies": ["bo", "bo"]}, UsageError, "a mapping gives them names"),
+        ({"strategies": [Energy(), "energy"]}, UsageError, "a mapping gives them names"),
+        ({"strategies": {"dense": "bo"}}, UsageError, "none of them 'dense'"),
+        ({"strategies": ["bow"]}, UnknownNameError, "Did you mean 'bo'"),
+        ({"n_trials": 0}, UsageError, "`n_trials` must be at least 1, got 0"),
+        ({"training_samples": 0}, UsageError, "`training_samples` must be at least 1, got 0"),
+        ({"budgets": [{"macs": 0.5}] * 2}, UsageError, "given twice"),
+        ({"budgets": [{"macs": 1e-4}]}, UsageError, "the smallest possible is"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    small_net: nn.Module,
+    small_data: Pair,
+    change: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        run(small_net, small_data, **({"strategies": ["uniform"]} | change))
+
+
+def test_data_without_classes_is_refused(small_net: nn.Module) -> None:
+    pair = TensorDataset(torch.randn(40, 3, 8, 8), torch.randn(40, 4))
+    with pytest.raises(UsageError, match="has no class labels"):
+        run(small_net, (pair, pair), ["uniform"])
+
+
+def test_the_summary_is_means_and_deviations_of_what_is_ok() -> None:
+    accuracies = {"a": [0.5, 0.7, 0.9], "b": [0.8], "c": [0.6, 0.6]}
+    rows = [
+        Row(name, budget, seed, test_accuracy=value - shift, evaluations=seed)
+        for budget, shift in (("macs<=0.5", 0.0), ("macs<=0.9", 0.1))
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    rows.append(Row("a", "macs<=0.5", 3, test_accuracy=0.0, status="failed"))
+    table = summarise(pd.DataFrame(map(asdict, rows)))
+    assert table.strategy.tolist() == ["b", "a", "c"] * 2
+    assert table.budget.tolist() == ["macs<=0.5"] * 3 + ["macs<=0.9"] * 3
+    assert table.seeds.tolist() == [1, 3, 2] * 2
+    np.testing.assert_allclose(table.test_accuracy[:3], [0.8, 0.7, 0.6])
+    np.testing.assert_allclose(table.test_accuracy[3:], [0.7, 0.6, 0.5])
+    np.testing.assert_allclose(table.test_accuracy_std[:3], [np.nan, 0.2, 0.0], atol=1e-12)
+    assert table.evaluations.tolist() == [0, 1, 0.5] * 2
+
+
+def test_the_summary_puts_the_most_accurate_after_training_first() -> None:
+    rows = [
+        Row("a", "dense", 0, test_accuracy=0.9, finetuned_test_accuracy=0.91),
+        Row("b", "dense", 0, test_accuracy=0.8, finetuned_test_accuracy=0.92),
+    ]
+    assert summarise(pd.DataFrame(map(asdict, rows))).strategy.tolist() == ["b", "a"]
