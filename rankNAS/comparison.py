@@ -25,7 +25,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.data import Data, load_data, size_of, split, take
 from rankNAS.engine import Settings, Source, check_budgets, prepare, run
 from rankNAS.evaluation import test_metrics
-from rankNAS.exceptions import UsageError
+from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.record import Record
@@ -333,9 +333,11 @@ class _Seed:
             return
         for key, problem in zip(keys, self.problems, strict=True):
             try:
-                run(replace(study, problems=(problem,)), self.plan.n_trials, self._on_trial())
-                answer = study.answer(problem)
-                seconds += time.perf_counter() - started
+                try:
+                    run(replace(study, problems=(problem,)), self.plan.n_trials, self._on_trial())
+                    answer = study.answer(problem)
+                finally:
+                    seconds += time.perf_counter() - started
                 row = self._row(key, study, answer, seconds) if key in missing else None
             except Exception as error:
                 row = _failed(key, error)
@@ -410,8 +412,11 @@ class _Seed:
 
 
 def _failed(key: Key, error: Exception) -> Row:
-    logger.warning("%s failed at %s, seed %d", *key, exc_info=error)
-    return Row(*key, status=" ".join(f"{type(error).__name__}: {error}".split()))
+    reason = str(error)
+    if not isinstance(error, RankNASError):  # a mistake in the strategy, so say where
+        logger.warning("%s failed at %s, seed %d", *key, exc_info=error)
+        reason = f"{type(error).__name__}: {error}"
+    return Row(*key, status=" ".join(reason.split()))
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:

@@ -52,10 +52,10 @@ class Settings:
     """How candidates are made and measured; part of a study's configuration.
 
     Args:
-        metric: The norm of the decompositions: ``fisher``, ``input`` or ``weight``.
+        metric: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``.
         calibration: Training samples for statistics and batch norms, at most.
         validation: Further training samples that metrics are measured on, at most.
-        batch_norm: Re-estimate batch-norm statistics after truncation.
+        batch_norm: Correct batch-norm statistics after truncation.
         policy: Which ranks are offered.
         choices: Most choices a layer keeps once their errors are known.
         batch_size: Samples a forward pass.
@@ -90,7 +90,7 @@ def search(
     *,
     objectives: Sequence[str | ObjectiveBase] = ("accuracy",),
     budget: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
-    strategy: str | Strategy = "bo",
+    strategy: str | Strategy = "auto",
     n_trials: int = 40,
     storage: str | optuna.storages.BaseStorage | None = None,
     name: str = "study",

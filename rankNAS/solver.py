@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, eye
 
 from rankNAS.exceptions import BudgetError, RankNASError
 from rankNAS.pareto import worthwhile
@@ -162,38 +162,28 @@ def _programme(
 ) -> tuple[tuple[int, ...], float] | None:
     """The best allocation among kept choices, and a lower bound of all; None if out of time.
 
-    The variables are the steps from a layer's choice to the next more expensive one, each after
-    the one before it. Branching on a step halves a layer's choices; branching on a choice, of
-    which exactly one is taken, would hardly decide anything where it is not taken.
+    The variables are the steps from a layer's choice to the next more expensive one, each taken
+    only after the one before it, the first always. Branching on a step halves a layer's choices;
+    branching on a choice decides hardly anything where it is not taken.
 
     Raises:
         BudgetError: None of them meets the budgets.
     """
     objective, rows, bounds, _ = _matrices(value, costs, limits, kept)
-    L, starts = len(kept), np.cumsum([0, *(len(k) for k in kept)])[:-1]
-    first = starts - np.arange(L)  # the first step of each layer
-    steps = np.delete(np.diff(objective), starts[1:] - 1)
-    if len(steps) == 0:
-        indices = tuple(int(k[0]) for k in kept)
-        if not _meets(costs, limits, indices):
-            raise _infeasible(costs, limits)
-        return indices, _total(value, indices)
+    N, starts = len(objective), np.cumsum([0, *(len(k) for k in kept)])[:-1]
     scale = float(np.abs(objective).max()) / PRECISION or 1.0
-    successive = np.delete(np.arange(len(steps) - 1), [i - 1 for i in first if 0 < i < len(steps)])
-    one = np.ones(len(successive))
-    order = csr_matrix((one, (np.arange(len(one)), successive)), (len(one), len(steps)))
-    order -= csr_matrix((one, (np.arange(len(one)), successive + 1)), (len(one), len(steps)))
-    constraints = [LinearConstraint(order, 0, np.inf)]
+    inner = np.delete(np.arange(N), starts)
+    previous = eye(N, format="csr")[inner - 1]
+    constraints = [LinearConstraint(previous - eye(N, format="csr")[inner], 0, np.inf)]
     if limits:
-        room = bounds - rows[:, starts].sum(1)
-        rows = np.delete(np.diff(rows, axis=1), starts[1:] - 1, axis=1)
-        constraints.append(LinearConstraint(SHARPNESS * rows, -np.inf, SHARPNESS * room))
+        relative = SHARPNESS * _steps(rows, starts)
+        constraints.append(LinearConstraint(relative, -np.inf, SHARPNESS * bounds))
     while True:
         result = milp(
-            steps / scale,
+            _steps(objective, starts) / scale,
             constraints=constraints,
-            integrality=np.ones(len(steps), dtype=np.int64),
-            bounds=Bounds(0, 1),
+            integrality=np.ones(N, dtype=np.int64),
+            bounds=Bounds(np.isin(np.arange(N), starts).astype(float), 1),
             options={
                 "mip_rel_gap": gap,
                 "time_limit": max(0.0, deadline - time.monotonic()),
@@ -203,16 +193,24 @@ def _programme(
             raise _infeasible(costs, limits)
         if result.x is None:
             return None
-        taken = [int((part > 0.5).sum()) for part in np.split(result.x, first[1:])]
-        indices = tuple(int(k[j]) for k, j in zip(kept, taken, strict=True))
+        last = [int((y > 0.5).sum()) - 1 for y in np.split(result.x, starts[1:])]
+        indices = tuple(int(k[j]) for k, j in zip(kept, last, strict=True))
         if _meets(costs, limits, indices):
-            return indices, float(result.mip_dual_bound) * scale + float(objective[starts].sum())
+            return indices, float(result.mip_dual_bound) * scale
         # Rounding inside the solver let it pass a limit by a hair: never that allocation again.
-        again = np.zeros((1, len(steps)))
-        for i, j, k in zip(first, taken, kept, strict=True):
-            again[0, i + j - 1 : i + j] += j > 0
-            again[0, i + j : i + j + 1] -= j < len(k) - 1
-        constraints.append(LinearConstraint(again, -np.inf, L - 1 - taken.count(0)))
+        again = np.zeros(N)
+        for i, j, k in zip(starts, last, kept, strict=True):
+            again[i + j] = 1
+            if j + 1 < len(k):
+                again[i + j + 1] = -1
+        constraints.append(LinearConstraint(again[np.newaxis], -np.inf, len(kept) - 1))
+
+
+def _steps(table: Array, starts: Indices) -> Array:  # (..., N) -> (..., N)
+    """What each choice adds to the one before it in its layer, the first choice to nothing."""
+    steps: Array = np.diff(table, axis=-1, prepend=0)
+    steps[..., starts] = table[..., starts]
+    return steps
 
 
 def _matrices(

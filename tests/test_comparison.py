@@ -19,7 +19,7 @@ from rankNAS import evaluation
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
 from rankNAS.data import take
-from rankNAS.exceptions import UnknownNameError, UsageError
+from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import History, Problem, Request, Strategy
@@ -80,12 +80,13 @@ class Breaking(Strategy):
     """Answers budgets of at least a half, and fails at others."""
 
     name = "breaking"
+    error: type[Exception] = ZeroDivisionError
 
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         if problem.budget["macs"] < 0.5:
-            raise ZeroDivisionError("no such\nbudget")
+            raise self.error("no such\nbudget")
         return Uniform().propose(problem, history, n, rng)
 
 
@@ -181,6 +182,8 @@ def test_one_that_refuses_or_fails_does_not_stop_the_others(
     assert set(rows.loc["refusing"].status) == {"`budget` must bound params, got ['macs']."}
     assert set(rows.loc["unbound"].status) == {"RuntimeError: nothing to see"}
     assert rows.loc["breaking"].status.tolist() == [OK, "ZeroDivisionError: no such budget"]
+    strict = run(small_net, small_data, [Breaking(BudgetError)], seeds=[0])
+    assert strict.status.tolist() == [OK, OK, "no such budget"]
     assert (rows.loc["uniform"].status == OK).all()
     failed = rows[rows.status != OK]
     assert (
