@@ -56,6 +56,8 @@ class Settings:
         calibration: Training samples for statistics and batch norms, at most.
         validation: Further training samples that metrics are measured on, at most.
         batch_norm: Correct batch-norm statistics after truncation.
+        sequential: Give the networks that are handed out factors that suit the inputs which the
+            layers before leave them; trials are measured without.
         policy: Which ranks are offered.
         choices: Most choices a layer keeps once their errors are known.
         batch_size: Samples a forward pass.
@@ -72,6 +74,7 @@ class Settings:
     calibration: int = 1024
     validation: int = 1024
     batch_norm: bool = True
+    sequential: bool = True
     policy: RankPolicy = RankPolicy()
     choices: int = 64
     batch_size: int = 256
@@ -252,14 +255,14 @@ def prepare(
         cache=cache_folder() / "calibration",
         on_batch=lambda done, total: report("calibrate", done, total),
     )
-    operators = list(dict.fromkeys(s.operators for s in strategies))
+    needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     factorisation = factorise(
         model,
         space,
         statistics,
         metric=settings.metric,
         centred=None if settings.batch_norm else False,
-        select=_selection({*costs, *(n for n, _ in named)}, latency, settings.choices, operators),
+        select=_selection({*costs, *(n for n, _ in named)}, latency, settings.choices, needs),
         on_layer=lambda done, total: report("factorise", done, total),
     )
     if latency is not None:
@@ -284,6 +287,7 @@ def prepare(
         batch_norm=settings.batch_norm,
         batch_size=settings.batch_size,
         device=device,
+        sequential=settings.sequential,
     )
     return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
 
@@ -304,25 +308,26 @@ def _selection(
     names: set[str],
     latency: Mapping[str, Sequence[float]] | None,
     most: int,
-    operators: Sequence[tuple[str, ...] | None],
+    needs: Sequence[tuple[tuple[str, ...] | None, bool]],
 ) -> Select:
     """Which choices of a layer may be part of a good allocation, given the costs that matter.
 
-    They are looked for among each set of operators by itself.
+    They are looked for by each strategy's needs apart: its operators, and whether latency matters
+    to it although nobody bounds it.
     """
     exact = [name for name in COSTS if name in names]
 
     def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
-        costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
-        if latency is not None and "latency" in names:
-            costs.append(latency[layer.name])
-        costs = costs or [[c["macs"] for c in layer.costs]]
         kept: set[Choice] = set()
-        for allowed in operators:
+        for operators, needs_latency in needs:
+            costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
+            costs = costs or [[c["macs"] for c in layer.costs]]
+            if latency is not None and (needs_latency or "latency" in names):
+                costs.append(latency[layer.name])
             rows = [
                 i
                 for i, c in enumerate(layer.choices)
-                if allowed is None or c == DENSE or c.operator in allowed
+                if operators is None or c == DENSE or c.operator in operators
             ]
             columns = [[cost[i] for i in rows] for cost in costs]
             found = worthwhile([errors[i] for i in rows], columns, most)

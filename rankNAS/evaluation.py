@@ -34,6 +34,7 @@ from rankNAS.recovery.batch_norm import (
     is_tracking,
     reestimate_batch_norm,
 )
+from rankNAS.sequential import sequential
 from rankNAS.stages import Pass, Stages
 
 __all__ = ["Evaluator", "Timing", "quality", "test_metrics"]
@@ -61,6 +62,8 @@ class Evaluator:
             calibration inputs; ignored without batch norms.
         batch_size: Samples a forward pass.
         device: Where to run.
+        sequential: Give the networks that are built factors that suit their own inputs, layer
+            after layer (`sequential`); evaluations are without, for speed.
         prefix_reuse: Keep activations, so that what did not change is not computed again.
     """
 
@@ -72,12 +75,13 @@ class Evaluator:
     batch_norm: bool = True
     batch_size: int = 256
     device: torch.device | str = "cpu"
+    sequential: bool = False
     prefix_reuse: bool = True
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
         self._scratch = copy.deepcopy(self.factorisation.model).to(self.device).eval()
-        self._applied: dict[str, Choice] = dict(self.factorisation.space.dense)
+        self._applied: dict[str, Choice | None] = dict(self.factorisation.space.dense)
         self._known: dict[Allocation, dict[str, float]] = {}
         self.batch_norm = self.batch_norm and has_batch_norm(self._scratch)
         self._calibration = self._place(self.calibration)
@@ -122,8 +126,17 @@ class Evaluator:
 
     def network(self, allocation: Allocation) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms."""
-        self._apply(allocation)
-        return self._build(allocation)
+        if not self.sequential:
+            self._apply(allocation, self.factorisation)
+            return self._build(allocation, self.factorisation)
+        refitted = sequential(
+            self.factorisation, allocation, self._calibration, batch_size=self.batch_size
+        )
+        self._applied = dict.fromkeys(self._applied)  # nothing that is applied can stay
+        self._apply(allocation, refitted)
+        network = self._build(allocation, refitted)
+        self._applied = dict.fromkeys(self._applied)
+        return network
 
     def costs(self, allocation: Allocation) -> dict[str, float]:
         """Exact costs of the whole network, and the extra ones."""
@@ -133,7 +146,7 @@ class Evaluator:
 
     def _evaluate(self, allocation: Allocation) -> dict[str, float]:
         costs = self.costs(allocation)
-        self._apply(allocation)
+        self._apply(allocation, self.factorisation)
         logits = self._forward()
         candidate = Candidate(
             allocation,
@@ -142,7 +155,7 @@ class Evaluator:
             self._targets,
             self._inputs,
             costs,
-            lambda: self._build(allocation),
+            lambda: self._build(allocation, self.factorisation),
         )
         # A predicted cost stands in for a measured one; any other objective is measured.
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
@@ -153,12 +166,12 @@ class Evaluator:
         return {**metrics, **costs, **measured}
 
     @torch.no_grad()
-    def _apply(self, allocation: Allocation) -> None:
+    def _apply(self, allocation: Allocation, factorisation: Factorisation) -> None:
         """Give the scratch network the weights and batch-norm statistics of an allocation."""
         self.factorisation.space.check(allocation)
         changed = [n for n, c in allocation.items() if c != self._applied[n]]
         for name in changed:
-            weight, bias = self.factorisation.layers[name].folded(allocation[name])
+            weight, bias = factorisation.layers[name].folded(allocation[name])
             for path in self.factorisation.space.layers[name].paths:
                 module: Any = self._scratch.get_submodule(path)
                 module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
@@ -226,9 +239,9 @@ class Evaluator:
         for repeated in self._passes:
             repeated.invalidate(first)
 
-    def _build(self, allocation: Allocation) -> nn.Module:
+    def _build(self, allocation: Allocation, factorisation: Factorisation) -> nn.Module:
         """The network of the allocation that is applied now."""
-        network = self.factorisation.materialise(allocation).to(self.device).eval()
+        network = factorisation.materialise(allocation).to(self.device).eval()
         for name, module in self._scratch.named_modules():
             if isinstance(module, _BatchNorm):
                 network.get_submodule(name).load_state_dict(module.state_dict())

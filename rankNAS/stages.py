@@ -102,10 +102,43 @@ class Stages:
         Returns:
             The network's output (None if stopped) and what was kept.
         """
-        alive, kept, wanted = dict(values), {}, set(keep)
+        alive = dict(values)
+        kept: dict[int, dict[fx.Node, Any]] = {}
         end = len(self.nodes) if stop is None else stop
-        for i in range(start, end):
-            if i in wanted:
+        self._compute(alive, start, end, x, kept, set(keep))
+        output = fx.node.map_arg(self.result, alive.__getitem__) if stop is None else None
+        return output, kept
+
+    def advance(
+        self, values: dict[fx.Node, Any], start: int, stop: int, x: Tensor
+    ) -> dict[fx.Node, Any]:
+        """What is alive before operation `stop`, given what is alive before `start`."""
+        if start == stop:
+            return values
+        alive = dict(values)
+        self._compute(alive, start, stop, x, {}, set())
+        return alive
+
+    def input_of(self, number: int, values: dict[fx.Node, Any]) -> Tensor:
+        """The first argument of an operation, given what is alive before it."""
+        node = self.nodes[number]
+        first = [*node.args, *node.kwargs.values()][0]
+        found = fx.node.map_arg(first, values.__getitem__)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _compute(
+        self,
+        alive: dict[fx.Node, Any],
+        start: int,
+        stop: int,
+        x: Tensor,
+        kept: dict[int, dict[fx.Node, Any]],
+        keep: set[int],
+    ) -> None:
+        """Run operations, in place of `alive`, noting in `kept` what is alive before some."""
+        for i in range(start, stop):
+            if i in keep:
                 kept[i] = dict(alive)
             node = self.nodes[i]
             if node.op == "placeholder":
@@ -115,8 +148,6 @@ class Stages:
                 alive[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
             for dead in self.dying[i]:
                 del alive[dead]
-        output = fx.node.map_arg(self.result, alive.__getitem__) if stop is None else None
-        return output, kept
 
 
 class Pass:

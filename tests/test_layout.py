@@ -24,6 +24,7 @@ LEVELS = [
     {
         "calibration",
         "network",
+        "sequential",
         "stages",
         "weights",
         "objectives",

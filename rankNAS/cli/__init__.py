@@ -61,7 +61,9 @@ Distill = Annotated[
     float, typer.Option(help="Weight of distillation from the dense model in --finetune.")
 ]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of --finetune.")]
-Metric = Annotated[str, typer.Option(help="Norm of the decompositions: fisher, input or weight.")]
+Metric = Annotated[
+    str, typer.Option(help="Norm of the decompositions: fisher, input, pooled or weight.")
+]
 Operators = Annotated[
     str | None, typer.Option(help="Comma-separated: svd,spatial_svd,tucker2,group_svd.")
 ]
@@ -72,7 +74,10 @@ Exclude = Annotated[
 ]
 Calibration = Annotated[int, typer.Option(help="Training samples for statistics.")]
 Validation = Annotated[int, typer.Option(help="Training samples for the objectives.")]
-BatchNorm = Annotated[bool, typer.Option(help="Re-estimate batch norms after truncation.")]
+BatchNorm = Annotated[bool, typer.Option(help="Correct batch norms after truncation.")]
+Sequential = Annotated[
+    bool, typer.Option(help="Fit each layer of the answers to the inputs that it really has.")
+]
 Hardware = Annotated[
     str, typer.Option(help="For latency: host or file.py:function(layer, choice) -> seconds.")
 ]
@@ -85,7 +90,7 @@ def search(
     space: Space = "resnet18",
     strategy: Annotated[
         str, typer.Option(help="A name (see `ranknas strategies`) or path/to/file.py:factory.")
-    ] = "bo",
+    ] = "auto",
     budget: Budget = None,
     cost: Cost = "macs",
     objective: Objective = None,
@@ -117,6 +122,7 @@ def search(
     calibration: Calibration = 1024,
     validation: Validation = 1024,
     batch_norm: BatchNorm = True,
+    sequential: Sequential = True,
     hardware: Hardware = "host",
     device: Device = "cpu",
     json: Json = False,
@@ -152,6 +158,7 @@ def search(
         calibration=calibration,
         validation=validation,
         batch_norm=batch_norm,
+        sequential=sequential,
         hardware=hardware,
         device=device,
     )
@@ -190,6 +197,7 @@ def compare(
     calibration: Calibration = 1024,
     validation: Validation = 1024,
     batch_norm: BatchNorm = True,
+    sequential: Sequential = True,
     hardware: Hardware = "host",
     device: Device = "cpu",
     json: Json = False,
@@ -227,6 +235,7 @@ def compare(
         calibration=calibration,
         validation=validation,
         batch_norm=batch_norm,
+        sequential=sequential,
         hardware=hardware,
         device=device,
     )
@@ -371,6 +380,7 @@ def main() -> None:
     """Run the command line; mistakes of the user exit with 2 and one line, no traceback."""
     from rankNAS.exceptions import RankNASError, UsageError
 
+    _own_stdout()
     try:
         app()
     except UsageError as error:
@@ -380,6 +390,18 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, `head` say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _own_stdout() -> None:
+    """Keep stdout to ourselves: what C libraries print, as HiGHS does at times, goes to stderr."""
+    try:
+        own = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # closed, or no file
+        return
+    buffering = 1 if os.isatty(own) else -1
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    sys.stdout = open(own, "w", buffering, encoding=encoding, errors=errors)  # noqa: SIM115
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -48,6 +48,7 @@ def check_options(options: ModelOptions) -> Settings:
         calibration=options.calibration,
         validation=options.validation,
         batch_norm=options.batch_norm,
+        sequential=options.sequential,
         policy=policy,
     )
 

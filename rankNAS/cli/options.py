@@ -48,6 +48,7 @@ class ModelOptions:
     calibration: int = 1024
     validation: int = 1024
     batch_norm: bool = True
+    sequential: bool = True
     hardware: str = "host"
     device: str = "cpu"
 
@@ -79,7 +80,7 @@ class CompareOptions(ModelOptions):
 class SearchOptions(ModelOptions):
     """One field an option of ``ranknas search``; see its help."""
 
-    strategy: str = "bo"
+    strategy: str = "auto"
     seed: int = 0
     study: str | None = None
     storage: str | None = None

@@ -139,14 +139,15 @@ def make_metric(
     if centred:
         mean = statistics.mean.double()
         C = C - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    C = _ridged(C)
+    C = ridged(C)
     if name != "fisher":
         return Metric(C, None, mean)
     assert statistics.gradient is not None
-    return Metric(C, matrix_root(_ridged(statistics.gradient.double())), mean)
+    return Metric(C, matrix_root(ridged(statistics.gradient.double())), mean)
 
 
-def _ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+def ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """A second moment with a small multiple of its mean diagonal added to the diagonal."""
     scale = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     scale = torch.where(scale > 0, scale * RIDGE, torch.ones_like(scale))
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

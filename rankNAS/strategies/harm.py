@@ -8,6 +8,7 @@ alone at a few errors, and a power law through these points gives the harm of al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +95,9 @@ def _measured(
         value = float(problem.errors[layer][row[layer]])
         if row[layer] and value > 0 and trial is not None and trial.state == "complete":
             found[value] = badness(problem, trial) - badness(problem, base)
-    harms = np.maximum.accumulate([found[e] for e in sorted(found)]) if found else []
-    return list(zip(sorted(found), map(float, harms), strict=True))
+    ordered = sorted(found)
+    harms = accumulate((found[e] for e in ordered), max)
+    return list(zip(ordered, harms, strict=True))
 
 
 def _typical(points: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -96,11 +96,9 @@ def test_learns_multipliers_that_the_probes_did_not_show() -> None:
     strategy = Auto()
     history = probed(strategy, problem, alone)
     for step in range(25):
-        (proposal,) = strategy.propose(problem, history, 1, rng(step)) or [None]
-        if proposal is None:
-            break
-        trial = measured(problem, proposal, together, len(history.trials))
-        history = History((*history.trials, trial))
+        for proposal in strategy.propose(problem, history, 1, rng(step)):
+            trial = measured(problem, proposal, together, len(history.trials))
+            history = History((*history.trials, trial))
     optimum = min_sum(together, problem.budgeted(), list(problem.limits.values())).value
     candidates = [t for t in history.trials if not t.probe]
     assert badness(problem, candidates[0]) > 1.2 * optimum
