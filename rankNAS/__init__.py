@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankNAS.allocation import DENSE, Allocation, Choice
     from rankNAS.artifact import load
+    from rankNAS.comparison import compare
     from rankNAS.data import Data, load_data
     from rankNAS.decompositions import Operator
     from rankNAS.engine import Settings, search
@@ -39,6 +40,7 @@ _HOMES = {
     "Study": "study",
     "Trial": "strategies",
     "UsageError": "exceptions",
+    "compare": "comparison",
     "compile_space": "search_spaces",
     "load": "artifact",
     "load_data": "data",
@@ -62,6 +64,7 @@ __all__ = [
     "Study",
     "Trial",
     "UsageError",
+    "compare",
     "compile_space",
     "load",
     "load_data",

@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
-from rankNAS.data import Data, load_data, size_of, split, take
-from rankNAS.engine import Settings, Source, check_budgets, prepare, run
+from rankNAS.data import Data, load_data, size_of, take
+from rankNAS.engine import Settings, Source, check_budgets, prepare, requests, run
 from rankNAS.evaluation import test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
@@ -32,7 +32,7 @@ from rankNAS.record import Record
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies import make_strategy
-from rankNAS.strategies.base import Problem, Request, Strategy, Trial
+from rankNAS.strategies.base import Problem, Strategy, Trial
 from rankNAS.study import Study
 from rankNAS.workbench import Progress, Workbench
 
@@ -243,7 +243,7 @@ class _Plan:
         """The missing rows of a seed."""
         if not missing:
             return
-        refusals = self._refusals(seed)
+        refusals = self._refusals()
         for name, reason in refusals.items():
             for key in self.keys(seed):
                 if key[0] == name and key in missing:
@@ -274,16 +274,12 @@ class _Plan:
             if any(key[0] == name for key in missing):
                 yield from at.study(name, strategy, missing)
 
-    def _refusals(self, seed: int) -> dict[str, str]:
+    def _refusals(self) -> dict[str, str]:
         """By name, why a strategy cannot do what is asked."""
-        calibration, validation = self.settings.calibration, self.settings.validation
-        splits = split(self.data, calibration=calibration, validation=validation, seed=seed)
+        asked = requests(self.data, self.budgets, self.objectives, self.settings)
         refusals: dict[str, str] = {}
         for name, strategy in self.strategies.items():
-            for budget in self.budgets:
-                request = Request(
-                    budget, [o.name for o in self.objectives], size_of(splits.training), True
-                )
+            for request in asked:
                 try:
                     strategy.check(request)
                 except UsageError as error:

@@ -34,6 +34,7 @@ __all__ = [
     "augment",
     "batches",
     "check_labels",
+    "held_out",
     "load_data",
     "normalization_from_metadata",
     "size_of",
@@ -376,15 +377,20 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
         )
     if size < 5:
         raise DataError(f"{data.name} has {size} training items; at least 5 are needed to split.")
-    held_out = min(validation, size * VALIDATION_PERCENT // 100)
-    end = held_out + min(calibration, size * CALIBRATION_PERCENT // 100)
+    validated = held_out(size, validation)
+    end = validated + min(calibration, size * CALIBRATION_PERCENT // 100)
     order = _permutation(size, seed)
     return Splits(
-        training=take(data.train, order[held_out:].sort().values),
-        calibration=_gather(data.train, order[held_out:end]),
-        validation=_gather(data.train, order[:held_out]),
+        training=take(data.train, order[validated:].sort().values),
+        calibration=_gather(data.train, order[validated:end]),
+        validation=_gather(data.train, order[:validated]),
         test=data.test,
     )
+
+
+def held_out(size: int, validation: int) -> int:
+    """How many of ``size`` training items `split` sets apart for validation."""
+    return min(validation, size * VALIDATION_PERCENT // 100)
 
 
 def _permutation(size: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.budget import check_budget
 from rankNAS.calibration import calibrate
-from rankNAS.data import Data, Splits, check_labels, load_data, size_of, split
+from rankNAS.data import Data, check_labels, held_out, load_data, size_of, split
 from rankNAS.decompositions.metrics import METRICS, MetricName
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation import Evaluator
@@ -40,7 +40,7 @@ from rankNAS.study import Study
 from rankNAS.tables import make_problem
 from rankNAS.workbench import Progress, Workbench
 
-__all__ = ["Settings", "check_budgets", "prepare", "run", "search"]
+__all__ = ["Settings", "check_budgets", "prepare", "requests", "run", "search"]
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # in a row, and the search stops
@@ -227,12 +227,12 @@ def prepare(
         DataError: The data does not fit the model.
     """
     report = on_progress or (lambda *_: None)
+    for strategy in strategies:
+        for request in requests(data, budgets, objectives, settings):
+            strategy.check(request)
     splits = split(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
-    for strategy in strategies:
-        for budget in budgets:
-            strategy.check(_request(budget, objectives, splits))
     model = copy.deepcopy(separate_attention(model)).to(device).eval()
     inputs = splits.calibration[0].to(device)
     check_labels(data, _outputs(model, inputs))
@@ -292,16 +292,16 @@ def prepare(
     return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
 
 
-def _request(
-    budget: Mapping[str, float], objectives: Sequence[ObjectiveBase], splits: Splits
-) -> Request:
-    targets = splits.calibration[1]
-    return Request(
-        budget=budget,
-        objectives=[o.name for o in objectives],
-        training=size_of(splits.training),
-        classes=not targets.is_floating_point(),
-    )
+def requests(
+    data: Data,
+    budgets: Sequence[Mapping[str, float]],
+    objectives: Sequence[ObjectiveBase],
+    settings: Settings,
+) -> list[Request]:
+    """What a strategy is asked for, one request a budget; known before any work is done."""
+    names = [o.name for o in objectives]
+    training = size_of(data.train) - held_out(size_of(data.train), settings.validation)
+    return [Request(b, names, training, data.num_classes is not None) for b in budgets]
 
 
 def _selection(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from rankNAS.exceptions import (
     UsageError,
 )
 from rankNAS.search_spaces.compiler import count_macs
-from rankNAS.strategies import Energy, Random
+from rankNAS.strategies import Energy, OneShot, Random, Request
 from rankNAS.strategies.base import History, Problem, Strategy
 
 Pair = tuple[TensorDataset, TensorDataset]
@@ -145,6 +146,49 @@ def test_several_answers_share_trials(small_net: nn.Module, small_data: Pair) ->
         assert best.values[0] == max(t.values[0] for t in met)
     with pytest.raises(UsageError, match="twice"):
         search(small_net, small_data, budget=[{"macs": 0.5}, {"macs": 0.5}])
+
+
+class Diverging(Strategy):
+    """Its own training fails."""
+
+    name = "diverging"
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[rankNAS.Allocation]:
+        raise ObjectiveError("the loss is nan in epoch 3, in layer 'conv2'")
+
+
+def test_a_strategy_that_fails_is_on_record(
+    small_net: nn.Module, small_data: Pair, tmp_path: Path
+) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    with pytest.raises(ObjectiveError, match="epoch 3, in layer 'conv2'"):
+        search(small_net, small_data, strategy=Diverging(), storage=storage)
+    (trial,) = optuna.load_study(study_name="study", storage=storage).trials
+    assert trial.state == optuna.trial.TrialState.FAIL
+    assert "epoch 3" in trial.user_attrs["reason"]
+
+
+class Refusing(OneShot):
+    """Cannot do anything."""
+
+    name = "refusing"
+
+    def check(self, request: Request) -> None:
+        raise UsageError(f"no: {dict(request.budget)}, {request.training}, {request.classes}")
+
+    def solve(self, problem: Problem) -> rankNAS.Allocation:
+        raise AssertionError
+
+
+def test_what_a_strategy_cannot_do_is_said_before_any_work(
+    small_net: nn.Module, small_data: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankNAS.engine.compile_space", lambda *_, **__: pytest.fail("worked"))
+    size = len(small_data[0]) - 50
+    with pytest.raises(UsageError, match=rf"no: {{'macs': 0.5}}, {size}, True"):
+        search(small_net, small_data, strategy=Refusing())
 
 
 class Probing(Strategy):

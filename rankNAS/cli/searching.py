@@ -23,9 +23,10 @@ from rankNAS.cli.options import SearchOptions, read_options, study_folder
 from rankNAS.cli.output import Reporter, percent, print_json, print_table, reporting
 from rankNAS.cli.results import keep
 from rankNAS.data import Data
-from rankNAS.engine import Settings, search
+from rankNAS.engine import Settings, requests, search
 from rankNAS.exceptions import UsageError
 from rankNAS.files import write_json
+from rankNAS.objectives import make_objective
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Trial
@@ -63,10 +64,13 @@ def run_search(options: SearchOptions, *, resume: bool, as_json: bool, quiet: bo
     started = time.perf_counter()
     options = options.named(resume)
     settings = check_options(options)
-    make_strategy(options.strategy)
+    strategy = make_strategy(options.strategy)
     check_writable(options.folder)
     with reporting(quiet) as reporter:
         data = load_named_data(options)
+        measured = [make_objective(o) for o in options.objective]
+        for request in requests(data, options.budgets, measured, settings):
+            strategy.check(request)
         space = load_space(options, data, settings)
         model = load_model(options, data, settings, space, options.seed, reporter)
         study = _search(options, settings, data, model, space, reporter, resume)
