@@ -394,6 +394,8 @@ def main() -> None:
 
 def _own_stdout() -> None:
     """Keep stdout to ourselves: what C libraries print, as HiGHS does at times, goes to stderr."""
+    if sys.stdout is not sys.__stdout__:  # somebody else's already
+        return
     try:
         own = os.dup(1)
         os.dup2(2, 1)

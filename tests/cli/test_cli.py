@@ -271,7 +271,7 @@ def finished(database: Path) -> int:
         (["--data", "imagnet"], "unknown data source"),
         (["--normalize", "half"], "half"),
         (["--operators", "svd,tucker"], "Did you mean 'tucker2'"),
-        (["--metric", "fischer"], "must be one of weight, input, fisher"),
+        (["--metric", "fischer"], "must be one of weight, input, "),
         (["--study", "../escape"], "`--study` must be"),
         (["--trials", "0"], "at least 1, got 0"),
         (["--hardware", "hots"], "Did you mean 'host'"),
