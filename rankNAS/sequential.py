@@ -32,6 +32,7 @@ from rankNAS.stages import Stages
 
 __all__ = ["sequential"]
 
+SAMPLES = 2  # patches for each input of a layer, below which its moments say too little
 SHRINKAGE = 1e-2  # towards the dense weight, in units of the mean square of an input
 Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, compressed network's
 
@@ -59,7 +60,7 @@ def sequential(
 
     Returns:
         A factorisation that offers this allocation alone. Layers that are called several times in
-        a forward pass keep their factors.
+        a forward pass keep their factors, and so do those with fewer than two patches an input.
     """
     space = factorisation.space
     dense, compressed = (_training_statistics(factorisation.model) for _ in range(2))
@@ -68,7 +69,9 @@ def sequential(
     for done, (name, pairs) in enumerate(walk, 1):
         choice, layer = allocation[name], factorisation.layers[name].restrict([allocation[name]])
         if len(layer.layer.shape.calls) == 1:
-            layer = _Moments.of(layer, pairs, seed).refit(layer, choice)
+            moments = _Moments.of(layer, pairs, seed)
+            if moments.count >= SAMPLES * layer.layer.shape.width:
+                layer = moments.refit(layer, choice)
         layers[name] = layer
         _write(compressed, layer, choice)
         if on_layer is not None:
@@ -110,12 +113,14 @@ class _Moments:
         mean: E[q], (g, n).
         cross: E[p q^T], (g, n, n).
         moment: E[q q^T], (g, n, n).
+        count: Number of patches.
     """
 
     mean_dense: Tensor
     mean: Tensor
     cross: Tensor
     moment: Tensor
+    count: int
 
     @classmethod
     def of(cls, layer: LayerFactors, pairs: Pairs, seed: int) -> _Moments:
@@ -130,7 +135,8 @@ class _Moments:
             parts.append((Q.mT @ Q).double())
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
             count += P.shape[1]
-        return cls(*(s / count for s in sums))
+        mean_dense, mean, cross, moment = (s / count for s in sums)
+        return cls(mean_dense, mean, cross, moment, count)
 
     def refit(self, layer: LayerFactors, choice: Choice) -> LayerFactors:
         """The layer's factors for the choice, from the best weight for the compressed inputs."""

@@ -136,6 +136,16 @@ def test_a_layer_that_is_called_twice_keeps_its_factors() -> None:
     assert not all(v for n, v in same.items() if n.startswith("last"))
 
 
+def test_too_few_samples_change_nothing() -> None:
+    x = torch.randn(400, 10, generator=torch.Generator().manual_seed(2))
+    found = factorised(linear(), x)
+    allocation = cheap(found)
+    plain = found.materialise(allocation).state_dict()
+    for samples, same in ((19, True), (20, False)):
+        refitted = sequential(found, allocation, x[:samples]).materialise(allocation).state_dict()
+        assert all(torch.equal(plain[k], refitted[k]) for k in plain) == same
+
+
 def test_the_factorisation_is_left_alone_and_so_are_later_evaluations() -> None:
     x = images()
     y = torch.randint(6, (len(x),), generator=torch.Generator().manual_seed(1))

@@ -394,7 +394,8 @@ def main() -> None:
 
 def _own_stdout() -> None:
     """Keep stdout to ourselves: what C libraries print, as HiGHS does at times, goes to stderr."""
-    if sys.stdout is not sys.__stdout__:  # somebody else's already
+    before = sys.stdout
+    if before is None or before is not sys.__stdout__:  # somebody else's already
         return
     try:
         own = os.dup(1)
@@ -402,7 +403,7 @@ def _own_stdout() -> None:
     except OSError:  # closed, or no file
         return
     buffering = 1 if os.isatty(own) else -1
-    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    encoding, errors = before.encoding, before.errors
     sys.stdout = open(own, "w", buffering, encoding=encoding, errors=errors)  # noqa: SIM115
 
 
