@@ -394,8 +394,8 @@ def main() -> None:
 
 def _own_stdout() -> None:
     """Keep stdout to ourselves: what C libraries print, as HiGHS does at times, goes to stderr."""
-    before = sys.stdout
-    if before is None or before is not sys.__stdout__:  # somebody else's already
+    before = sys.__stdout__
+    if before is None or sys.stdout is not before:  # somebody else's already
         return
     try:
         own = os.dup(1)
