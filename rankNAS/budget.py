@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rankNAS.exceptions import BudgetError, UnknownNameError
 
-__all__ = ["BUDGET_COSTS", "check_budget", "parse_budget", "parse_budgets"]
+__all__ = [
+    "BUDGET_COSTS",
+    "check_budget",
+    "check_budgets",
+    "label",
+    "parse_budget",
+    "parse_budgets",
+]
 
 BUDGET_COSTS = ("macs", "params", "weight_bytes", "latency")
 
@@ -68,13 +75,9 @@ def parse_budgets(items: Iterable[str], cost: str = "macs") -> list[dict[str, fl
             f"the budgets list {' and '.join(str(len(parts)) for parts in lists)} fractions; give "
             "one, or equally many, for each cost."
         )
-    budgets = []
-    for i in range(count):
-        budget = parse_budget((parts[i % len(parts)] for parts in lists), cost)
-        if budget in budgets:
-            raise BudgetError(f"the budget {budget} is given twice.")
-        budgets.append(budget)
-    return budgets
+    return check_budgets(
+        [parse_budget((parts[i % len(parts)] for parts in lists), cost) for i in range(count)]
+    )
 
 
 def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
@@ -93,3 +96,26 @@ def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
                 f"model's {name}; got {fraction}."
             )
     return {name: float(fraction) for name, fraction in budget.items()}
+
+
+def check_budgets(
+    budgets: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+) -> list[dict[str, float]]:
+    """One budget or several as a list; none at all is one empty budget.
+
+    Raises:
+        BudgetError: As for `check_budget`, or a budget that is given twice.
+        UnknownNameError: No such cost.
+    """
+    given = [budgets or {}] if budgets is None or isinstance(budgets, Mapping) else budgets
+    checked: list[dict[str, float]] = []
+    for budget in map(check_budget, given):
+        if budget in checked:
+            raise BudgetError(f"the budget {budget} is given twice.")
+        checked.append(budget)
+    return checked or [{}]
+
+
+def label(budget: Mapping[str, float]) -> str:
+    """A budget in words: ``macs<=0.5``, or ``dense`` without any bound."""
+    return ",".join(f"{name}<={bound:g}" for name, bound in budget.items()) or "dense"

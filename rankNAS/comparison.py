@@ -22,21 +22,22 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
+from rankNAS.budget import check_budgets, label
 from rankNAS.data import Data, load_data, size_of, take
-from rankNAS.engine import Settings, Source, check_budgets, prepare, requests, run
+from rankNAS.engine import Settings, Source, prepare, requests, run
 from rankNAS.evaluation import test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.record import Record
-from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Strategy, Trial
 from rankNAS.study import Study
-from rankNAS.workbench import Progress, Workbench
+from rankNAS.workbench import Progress, Workbench, silent
 
-__all__ = ["COLUMNS", "OK", "Row", "compare", "summarise"]
+__all__ = ["COLUMNS", "DENSE_MODEL", "OK", "Row", "compare", "summarise"]
 
 logger = logging.getLogger(__name__)
 OK, DENSE_MODEL = "ok", "dense"
@@ -166,7 +167,7 @@ def compare(
         hardware=hardware,
         space=space,
         device=device,
-        report=on_progress or (lambda *_: None),
+        report=on_progress or silent,
     )
     rows: list[Row] = []
     if earlier is not None:
@@ -201,11 +202,6 @@ def _named(
     return {name: make_strategy(strategy) for name, strategy in pairs}
 
 
-def _label(budget: Mapping[str, float]) -> str:
-    """The label of the problem that a budget will be."""
-    return Problem({}, (), {}, {}, budget).label
-
-
 @dataclass(frozen=True)
 class _Plan:
     """What is the same for all seeds; the fields are the arguments of `compare`."""
@@ -236,7 +232,7 @@ class _Plan:
 
     def keys(self, seed: int) -> list[Key]:
         """What there is to know under a seed."""
-        pairs = [(name, _label(budget)) for name in self.strategies for budget in self.budgets]
+        pairs = [(name, label(budget)) for name in self.strategies for budget in self.budgets]
         return [(*pair, seed) for pair in [(DENSE_MODEL, DENSE_MODEL), *pairs]]
 
     def rows(self, seed: int, missing: set[Key]) -> Iterator[Row]:
@@ -389,12 +385,11 @@ class _Seed:
         before, config = study.test(network)["accuracy"], self.plan.training
         if config is None:
             return before, math.nan
-        train(
+        study.finetune(
             network,
-            self._training_data(),
+            self.model,
             replace(config, seed=self.seed),
-            teacher=copy.deepcopy(self.model) if config.distill > 0 else None,
-            device=self.plan.device,
+            data=self._training_data(),
             on_step=lambda step, total, _: self.plan.report("finetune", step, total),
         )
         return before, study.test(network)["accuracy"]

@@ -33,6 +33,7 @@ __all__ = [
     "Splits",
     "augment",
     "batches",
+    "channels_last",
     "check_labels",
     "held_out",
     "load_data",
@@ -461,6 +462,14 @@ def _gather(source: Pair | Dataset[Any], rows: Tensor, device: str | torch.devic
         torch.stack([item[0] for item in items]).to(device),
         torch.stack([torch.as_tensor(item[1]) for item in items]).to(device),
     )
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images in the memory format in which CPUs and tensor cores convolve fastest.
+
+    Anything but (N, C, H, W) is returned as it is.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def augment(x: Tensor, generator: torch.Generator, *, flip: bool = True) -> Tensor:

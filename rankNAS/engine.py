@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.budget import check_budget
+from rankNAS.budget import check_budgets
 from rankNAS.calibration import calibrate
 from rankNAS.data import Data, check_labels, held_out, load_data, size_of, split
 from rankNAS.decompositions.metrics import METRICS, MetricName
@@ -38,9 +38,9 @@ from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import History, Problem, Request, Strategy, Trial
 from rankNAS.study import Study
 from rankNAS.tables import make_problem
-from rankNAS.workbench import Progress, Workbench
+from rankNAS.workbench import Progress, Workbench, silent
 
-__all__ = ["Settings", "check_budgets", "prepare", "requests", "run", "search"]
+__all__ = ["Settings", "prepare", "requests", "run", "search"]
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # in a row, and the search stops
@@ -141,7 +141,7 @@ def search(
 
     Example:
         >>> import torch
-        >>> from torch import Tensor, nn
+        >>> from torch import nn
         >>> from torch.utils.data import TensorDataset
         >>> x, y = torch.randn(200, 64), torch.randint(0, 4, (200,))
         >>> data = TensorDataset(x[:150], y[:150]), TensorDataset(x[150:], y[150:])
@@ -226,7 +226,7 @@ def prepare(
         BudgetError: Nothing can meet a budget.
         DataError: The data does not fit the model.
     """
-    report = on_progress or (lambda *_: None)
+    report = on_progress or silent
     for strategy in strategies:
         for request in requests(data, budgets, objectives, settings):
             strategy.check(request)
@@ -369,16 +369,13 @@ def run(
     for problem in study.problems:
         while len(history.candidates(problem)) < n_trials:
             probes = study.strategy.probes(problem, history)
-            probes = [a for a in dict.fromkeys(probes) if a not in history.found]
-            proposals = probes
-            if not probes:
-                rng = np.random.default_rng([study.bench.seed, len(history.trials)])
-                proposals = _proposals(study, problem, history, rng)
-            if not proposals:
+            wanted = [a for a in dict.fromkeys(probes) if a not in history.found]
+            allocations = wanted or _proposals(study, problem, history)
+            if not allocations:
                 break
-            for allocation in proposals:
+            for allocation in allocations:
                 number = len(history.trials)
-                trial = _evaluate(study, problem, allocation, number, probe=bool(probes))
+                trial = _evaluate(study, problem, allocation, number, probe=bool(wanted))
                 study.record.add(trial, problem.objectives)
                 history = History((*history.trials, trial))
                 if on_trial is not None:
@@ -388,10 +385,9 @@ def run(
                 _stop_if_failing(history)
 
 
-def _proposals(
-    study: Study, problem: Problem, history: History, rng: np.random.Generator
-) -> list[Allocation]:
+def _proposals(study: Study, problem: Problem, history: History) -> list[Allocation]:
     """What the strategy proposes; if that itself fails, as a training may, it is on record."""
+    rng = np.random.default_rng([study.bench.seed, len(history.trials)])
     try:
         return study.strategy.propose(problem, history, 1, rng)
     except ObjectiveError as error:
@@ -448,17 +444,6 @@ def _predicted(problem: Problem) -> Callable[[Mapping[str, Any]], dict[str, floa
 def _outputs(model: nn.Module, inputs: Tensor) -> int:
     """Size of the last axis of the model's output."""
     return int(model(inputs[:1]).shape[-1])
-
-
-def check_budgets(
-    budget: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
-) -> list[dict[str, float]]:
-    """One budget or several, checked; none at all is one empty budget."""
-    given = [budget or {}] if budget is None or isinstance(budget, Mapping) else list(budget)
-    checked = [check_budget(b) for b in given] or [{}]
-    if len({tuple(sorted(b.items())) for b in checked}) < len(checked):
-        raise UsageError(f"a budget is given twice: {checked}.")
-    return checked
 
 
 def _check(n_trials: int, objectives: Sequence[ObjectiveBase]) -> None:

@@ -21,8 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.data import batches
-from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.data import batches, channels_last
 from rankNAS.network import Factorisation
 from rankNAS.objectives.base import Candidate, ObjectiveBase
 from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
@@ -97,9 +96,7 @@ class Evaluator:
         self._invalidate(0)
 
     def _place(self, x: Tensor) -> Tensor:
-        x = x.to(self.device)
-        # On CPUs and tensor cores convolutions run faster with the channels last.
-        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        return channels_last(x.to(self.device))
 
     def evaluate(self, allocation: Allocation) -> dict[str, float]:
         """Metrics of an allocation: accuracy and loss, agreement, costs, and the objectives.
@@ -171,12 +168,7 @@ class Evaluator:
         self.factorisation.space.check(allocation)
         changed = [n for n, c in allocation.items() if c != self._applied[n]]
         for name in changed:
-            weight, bias = factorisation.layers[name].folded(allocation[name])
-            for path in self.factorisation.space.layers[name].paths:
-                module: Any = self._scratch.get_submodule(path)
-                module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
-                if bias is not None:
-                    module.bias.copy_(bias)
+            factorisation.layers[name].write(self._scratch, allocation[name])
             self._applied[name] = allocation[name]
         if self._stages is not None and changed:
             self._invalidate(min(self._stages.cuts[name] for name in changed))
@@ -226,11 +218,7 @@ class Evaluator:
         if self.batch_norm:
             modules = dict(self._stages.network.named_modules())
             calls = [(i, modules.get(str(n.target))) for i, n in enumerate(self._stages.nodes)]
-            self._norms = [
-                (i, m)
-                for i, m in calls
-                if isinstance(m, _BatchNorm) and m.running_mean is not None
-            ]
+            self._norms = [(i, m) for i, m in calls if is_tracking(m)]
             chunks = even_chunks(self._calibration, self.batch_size)
             passes.insert(0, Pass(self._stages, chunks, stop=self._norms[-1][0] + 1))
         return passes
@@ -268,8 +256,6 @@ def test_metrics(
     network = network.to(device).eval()
     logits, targets = [], []
     for x, y in batches(dataset, batch_size, device=device):
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        logits.append(network(x))
+        logits.append(network(channels_last(x)))
         targets.append(y)
     return quality(torch.cat(logits), torch.cat(targets))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
@@ -71,6 +72,16 @@ class LayerFactors:
             self.layer.shape.unfold(approximation).to(self.weight.dtype),
             self._corrected_bias(approximation),
         )
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, choice: Choice) -> None:
+        """Give the layer of a model, in place, the weight that a choice multiplies out to."""
+        weight, bias = self.folded(choice)
+        for path in self.layer.paths:
+            module: Any = model.get_submodule(path)
+            module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
+            if bias is not None:
+                module.bias.copy_(bias)
 
     def module(self, choice: Choice) -> nn.Module:
         """The decomposed layer, an ordinary chain of modules."""

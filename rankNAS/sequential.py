@@ -25,7 +25,6 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.calibration import patches
 from rankNAS.decompositions import OPERATORS, Metric, Target
 from rankNAS.decompositions.metrics import ridged
-from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.network import Factorisation, LayerFactors
 from rankNAS.recovery.batch_norm import even_chunks, is_tracking
 from rankNAS.stages import Stages
@@ -73,14 +72,14 @@ def sequential(
             if moments.count >= SAMPLES * layer.layer.shape.width:
                 layer = moments.refit(layer, choice)
         layers[name] = layer
-        _write(compressed, layer, choice)
+        layer.write(compressed, choice)
         if on_layer is not None:
             on_layer(done, len(space.layers))
     layers = {name: layers[name] for name in space.layers}
     model = copy.deepcopy(factorisation.model)
     for name, choice in allocation.items():
         if choice == DENSE:
-            _write(model, layers[name], choice)
+            layers[name].write(model, choice)
     restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
     return Factorisation(model, restricted, layers)
 
@@ -92,16 +91,6 @@ def _training_statistics(model: nn.Module) -> nn.Module:
         if is_tracking(module):
             module.train()
     return model
-
-
-def _write(model: nn.Module, layer: LayerFactors, choice: Choice) -> None:
-    """Give a layer of a model, in place, the weight that a choice multiplies out to."""
-    weight, bias = layer.folded(choice)
-    for path in layer.layer.paths:
-        module: Any = model.get_submodule(path)
-        module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
-        if bias is not None:
-            module.bias.copy_(bias)
 
 
 @dataclass(frozen=True)

@@ -45,14 +45,14 @@ class Stages:
         self.nodes, self.result, self.network, self.cuts = nodes, result, network, cuts
         self._interpreter = fx.Interpreter(network)
         place = {node: i for i, node in enumerate(nodes)}
-        self.last_use = [i for i, _ in enumerate(nodes)]
+        last_use = [i for i, _ in enumerate(nodes)]
         for i, node in enumerate(nodes):
             for other in node.all_input_nodes:
-                self.last_use[place[other]] = i
+                last_use[place[other]] = i
         for other in _nodes_in(result):
-            self.last_use[place[other]] = len(nodes)
+            last_use[place[other]] = len(nodes)
         self.dying: list[list[fx.Node]] = [[] for _ in range(len(nodes) + 1)]
-        for node, last in zip(nodes, self.last_use, strict=True):
+        for node, last in zip(nodes, last_use, strict=True):
             self.dying[last].append(node)
 
     @classmethod

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import nn
+from torch.utils.data import Dataset
 
 from rankNAS import artifact
 from rankNAS.allocation import Allocation
@@ -16,6 +18,7 @@ from rankNAS.data import Data, Splits
 from rankNAS.evaluation import Evaluator, test_metrics
 from rankNAS.pareto import non_dominated
 from rankNAS.record import Record
+from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.strategies.base import History, Problem, Strategy, Trial
 from rankNAS.workbench import Workbench
 
@@ -133,6 +136,33 @@ class Study:
         network = self.materialise() if network is None else network
         return test_metrics(network, self.splits.test, device=self.evaluator.device)
 
+    def finetune(
+        self,
+        network: nn.Module,
+        dense: nn.Module,
+        config: TrainingConfig,
+        *,
+        data: Dataset[Any] | None = None,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> nn.Module:
+        """Train a compressed network in place, on the training data or a part of it.
+
+        Args:
+            network: From `materialise`.
+            dense: The model that it is to imitate, if the configuration distills; left as it is.
+            config: How to train.
+            data: Other training data.
+            on_step: As for `train`.
+        """
+        return train(
+            network,
+            self.splits.training if data is None else data,
+            config,
+            teacher=copy.deepcopy(dense) if config.distill > 0 else None,
+            device=self.evaluator.device,
+            on_step=on_step,
+        )
+
     def save(
         self,
         path: Path | str,
@@ -151,8 +181,7 @@ def front(problem: Problem, history: History) -> list[Trial]:
     trials = history.feasible(problem)
     if not trials:
         return []
-    sign = [1.0 if d == "maximize" else -1.0 for d in problem.directions]
-    values = [[s * v for s, v in zip(sign, t.values, strict=True)] for t in trials]
+    values = [(problem.signs * t.values).tolist() for t in trials]
     keep = non_dominated(values)
     kept = [(v, t) for v, t, k in zip(values, trials, keep, strict=True) if k]
     return [t for _, t in sorted(kept, key=lambda pair: (-pair[0][0], pair[1].number))]

@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import models
 
+from rankNAS.data_sources import normalization_from_metadata
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.files import cache_folder, save_atomically
 from rankNAS.recovery.training import RECIPE_VERSION, TrainingConfig, train
 from rankNAS.search_spaces.zoo import SPACES
 
-__all__ = ["load_state", "load_weights", "peek_metadata", "pretrained_weights", "trained_model"]
+__all__ = [
+    "load_state",
+    "load_weights",
+    "peek_metadata",
+    "pretrained_weights",
+    "recorded_normalization",
+    "trained_model",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +70,12 @@ def peek_metadata(path: Path | str) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError):
         return {}
+
+
+def recorded_normalization(path: Path | str) -> str | None:
+    """The normalisation of inputs that a weights file describes, as `load_data` takes it."""
+    texts = peek_metadata(path).values()
+    return next(filter(None, map(normalization_from_metadata, texts)), None)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:

@@ -14,9 +14,13 @@ from rankNAS.files import cache_folder
 from rankNAS.fingerprints import fingerprint
 from rankNAS.network import Factorisation
 
-__all__ = ["Progress", "Workbench"]
+__all__ = ["Progress", "Workbench", "silent"]
 
 Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Workbench:
     device: torch.device | str = "cpu"
     seed: int = 0
     flip: bool = False
-    report: Progress = lambda *_: None
+    report: Progress = silent
 
     def dense(self) -> dict[str, float]:
         """Quality of the dense model on the validation data, and its costs."""

@@ -19,6 +19,7 @@ from rankNAS.cli.loading import (
     load_model,
     load_named_data,
     load_space,
+    training_config,
 )
 from rankNAS.cli.options import CompareOptions
 from rankNAS.cli.output import print_json, print_table, reporting
@@ -26,7 +27,6 @@ from rankNAS.cli.report import draw, markdown, tables
 from rankNAS.comparison import COLUMNS, DENSE_MODEL, OK, Row, compare
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.files import save_atomically, write_json
-from rankNAS.recovery.training import TrainingConfig
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
@@ -47,7 +47,7 @@ def run_compare(options: CompareOptions, *, as_json: bool, quiet: bool) -> None:
     kept: list[Any] = earlier.to_dict("records")
     with reporting(quiet) as reporter:
         data = load_named_data(options)
-        training = _training(options, flip=data.flip)
+        training = training_config(options, flip=data.flip) if options.finetune else None
         space = load_space(options, data, settings)
 
         def on_row(row: Row) -> None:
@@ -86,17 +86,6 @@ def _strategies(given: str) -> list[str]:
     for name in names:
         make_strategy(name)
     return names
-
-
-def _training(options: CompareOptions, *, flip: bool) -> TrainingConfig | None:
-    if not options.finetune:
-        return None
-    return TrainingConfig(
-        options.finetune,
-        learning_rate=options.learning_rate,
-        distill=options.distill,
-        flip=flip,
-    )
 
 
 def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:

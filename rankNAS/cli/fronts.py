@@ -33,7 +33,7 @@ def describe_front(problem: Problem, history: History) -> dict[str, Any]:
     numbers = {"feasible": [t.number for t in feasible], "pareto_front": [t.number for t in best]}
     if len(problem.objectives) < 2 or not feasible:
         return numbers
-    sign = np.array([1.0 if d == "maximize" else -1.0 for d in problem.directions])
+    sign = problem.signs
     values, fronts = (sign * np.array([t.values for t in some]) for some in (feasible, best))
     reference = (sign * np.array([t.values for t in history.complete])).min(0)
     as_good = (fronts[None] >= values[:, None]).all(2)  # (feasible, front)

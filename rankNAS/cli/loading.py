@@ -11,21 +11,33 @@ from torch import nn
 
 from rankNAS.cli.options import ModelOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.data import Data, load_data, normalization_from_metadata, size_of, split
+from rankNAS.data import Data, load_data, size_of, split
 from rankNAS.engine import Settings
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import make_hardware
 from rankNAS.objectives import make_objective
 from rankNAS.plugins import is_plugin
-from rankNAS.recovery.training import default_config
+from rankNAS.recovery.training import TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.tables import make_problem
-from rankNAS.weights import load_weights, peek_metadata, pretrained_weights, trained_model
+from rankNAS.weights import (
+    load_weights,
+    pretrained_weights,
+    recorded_normalization,
+    trained_model,
+)
 
-__all__ = ["check_options", "check_writable", "load_named_data", "load_model", "load_space"]
+__all__ = [
+    "check_options",
+    "check_writable",
+    "load_model",
+    "load_named_data",
+    "load_space",
+    "training_config",
+]
 
 
 def check_options(options: ModelOptions) -> Settings:
@@ -71,8 +83,7 @@ def load_named_data(options: ModelOptions) -> Data:
     normalize = options.normalize
     of_file = options.weights not in (None, "pretrained")
     if normalize is None and of_file and not is_plugin(options.data):
-        texts = peek_metadata(Path(str(options.weights))).values()
-        normalize = next(filter(None, map(normalization_from_metadata, texts)), None)
+        normalize = recorded_normalization(str(options.weights))
     data = load_data(options.data, normalize=normalize, image_size=options.image_size)
     if data.num_classes is None:
         raise UsageError(
@@ -129,6 +140,17 @@ def load_model(
         config=default_config(space.dense_cost.macs, images, flip=data.flip),
         device=options.device,
         on_step=lambda step, total, loss: reporter.stage("train", step, total, f"loss {loss:.3f}"),
+    )
+
+
+def training_config(options: ModelOptions, *, flip: bool, seed: int = 0) -> TrainingConfig:
+    """How ``--finetune`` trains."""
+    return TrainingConfig(
+        options.finetune,
+        learning_rate=options.learning_rate,
+        distill=options.distill,
+        flip=flip,
+        seed=seed,
     )
 
 

@@ -14,12 +14,12 @@ from torch import nn
 
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
+from rankNAS.cli.loading import training_config
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.output import Reporter
 from rankNAS.evaluation import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.files import write_json
-from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study
 
@@ -102,20 +102,12 @@ def _finetune(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Train a chosen network in place; measured like the others."""
-    config = TrainingConfig(
-        options.finetune,
-        learning_rate=options.learning_rate,
-        distill=options.distill,
-        flip=study.data.flip,
-        seed=options.seed,
-    )
+    config = training_config(options, flip=study.data.flip, seed=options.seed)
     started = time.perf_counter()
-    train(
+    study.finetune(
         network,
-        study.splits.training,
+        model,
         config,
-        teacher=copy.deepcopy(model) if options.distill > 0 else None,
-        device=options.device,
         on_step=lambda step, total, loss: reporter.stage(
             "finetune", step, total, f"loss {loss:.3f}"
         ),

@@ -24,7 +24,14 @@ from rankNAS.data import augment, batches, size_of
 from rankNAS.exceptions import RankNASError, UsageError, WeightsError
 from rankNAS.files import save_atomically
 
-__all__ = ["RECIPE_VERSION", "TrainingConfig", "default_config", "default_steps", "train"]
+__all__ = [
+    "RECIPE_VERSION",
+    "TrainingConfig",
+    "default_config",
+    "default_steps",
+    "read_checkpoint",
+    "train",
+]
 
 RECIPE_VERSION = 1  # part of the key of cached results: raise it when `train` changes
 
@@ -235,12 +242,7 @@ class _Run:
 
     def load(self, path: Path) -> None:
         """Continue where ``save`` was called."""
-        content = _read_checkpoint(path)
-        if content.get("identity") != self._identity():
-            raise WeightsError(
-                f"{path} was written by a training with another configuration or data size; "
-                "delete it to start anew, or give another path."
-            )
+        content = read_checkpoint(path, self._identity())
         self.network.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.step = content["step"]
@@ -358,11 +360,28 @@ def _reorder(network: nn.Module, memory_format: torch.memory_format) -> None:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(
+    path: Path, identity: object, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The tensors and plain values of a training's checkpoint; no code in it runs.
+
+    Args:
+        path: The file.
+        identity: What its entry of that name must equal.
+        device: Where tensors are put.
+
+    Raises:
+        WeightsError: The file is damaged or of another training.
+    """
     try:
-        content: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        content: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise WeightsError(
             f"{path} is no readable training checkpoint; delete it to start anew."
         ) from error
+    if content.get("identity") != identity:
+        raise WeightsError(
+            f"{path} was written by a training with another configuration or other data; delete "
+            "it to start anew, or give another path."
+        )
     return content

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import UsageError
-from rankNAS.solver import SLACK, Solution, min_max
+from rankNAS.solver import SLACK, min_max
 from rankNAS.strategies.base import Array, Problem, Strategy
-from rankNAS.strategies.oneshot import OneShot
+from rankNAS.strategies.oneshot import Energy, OneShot
 
 if TYPE_CHECKING:
     from rankNAS.workbench import Workbench
@@ -120,8 +120,7 @@ class Alds(OneShot):
                 found.iterated,
                 found.gap,
             )
-        table = self._table(problem).within(self.operators)
-        return table.allocation(_exact(table).indices)
+        return Energy().solve(self._table(problem).within(self.operators))
 
     def certificate(self, problem: Problem) -> Certificate:
         """The exact optimum beside what the published alternation finds.
@@ -130,7 +129,8 @@ class Alds(OneShot):
             BudgetError: No allocation meets the budgets.
         """
         table = self._table(problem)
-        exact = _exact(table.within(self.operators)).value
+        within = table.within(self.operators)
+        exact = min_max(within.errors, within.budgeted(), list(within.limits.values())).value
         return Certificate(exact, iterate(table, operators=self.operators).epsilon)
 
     def _table(self, problem: Problem) -> Problem:
@@ -142,10 +142,6 @@ class Alds(OneShot):
             for name, choices in problem.choices.items()
         )
         return replace(problem, errors=errors)
-
-
-def _exact(table: Problem) -> Solution:
-    return min_max(table.errors, table.budgeted(), list(table.limits.values()))
 
 
 # ---------------------------------------------------------------------------------- the errors

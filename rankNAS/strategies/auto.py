@@ -21,19 +21,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import final
 
 import numpy as np
 
 from rankNAS.allocation import Allocation
-from rankNAS.exceptions import BudgetError, StudyError, UsageError
+from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.solver import min_sum
 from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
 from rankNAS.strategies.bo import BayesianOptimisation
 from rankNAS.strategies.harm import badness, harm_tables, single_layer_probes
-from rankNAS.strategies.oneshot import Energy, sweep
+from rankNAS.strategies.oneshot import Energy
+from rankNAS.strategies.solve import Solve
 
 __all__ = ["Auto"]
 
@@ -114,7 +114,7 @@ class Auto(Strategy):
         return trials[int(np.argmin(score))]
 
     def _regression(self, problem: Problem, history: History) -> _Regression:
-        dense = history.found.get(problem.allocation([0] * len(problem.errors)))
+        dense = history.found.get(problem.allocation(problem.alone(0, 0)))
         measured = dense is not None and dense.state == "complete"
         return _Regression.fit(
             problem,
@@ -133,15 +133,8 @@ class Auto(Strategy):
         largest = max(float(table.max()) for table in harm) or 1.0
         # `bo` takes errors to be at most 1.
         scaled = replace(problem, errors=tuple(table / largest for table in harm))
-        found: list[Allocation] = []
-        for swept in sweep(scaled):
-            with suppress(BudgetError):
-                allocation = _solved(swept, swept.errors)
-                if allocation not in history.proposed and allocation not in found:
-                    found.append(allocation)
-        if found:
-            return found[:n]
-        return BayesianOptimisation().propose(scaled, history, n, rng)
+        solved = Solve().propose(scaled, history, n, rng)
+        return solved or BayesianOptimisation().propose(scaled, history, n, rng)
 
 
 @dataclass(frozen=True)
@@ -207,9 +200,6 @@ class _Regression:
 
     def solve(self, problem: Problem, multipliers: Array) -> Allocation:
         """The allocation of the least weighted harm, exact."""
-        return _solved(problem, [m * h for m, h in zip(multipliers, self.harm, strict=True)])
-
-
-def _solved(problem: Problem, tables: Sequence[Array]) -> Allocation:
-    limits = list(problem.limits.values())
-    return problem.allocation(min_sum(tables, problem.budgeted(), limits, gap=GAP).indices)
+        tables = [m * h for m, h in zip(multipliers, self.harm, strict=True)]
+        limits = list(problem.limits.values())
+        return problem.allocation(min_sum(tables, problem.budgeted(), limits, gap=GAP).indices)

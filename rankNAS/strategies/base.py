@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import Allocation, Choice
+from rankNAS.budget import label
 from rankNAS.exceptions import BudgetError, StudyError
 from rankNAS.objectives.base import Direction
 from rankNAS.pareto import worthwhile
@@ -80,7 +81,8 @@ class History:
 
     def candidates(self, problem: Problem) -> tuple[Trial, ...]:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
-        return tuple(t for t in self.trials if not t.probe and t.target == problem.label)
+        target = problem.label
+        return tuple(t for t in self.trials if not t.probe and t.target == target)
 
     @cached_property
     def proposed(self) -> frozenset[Allocation]:
@@ -113,7 +115,12 @@ class Problem:
     @property
     def label(self) -> str:
         """The budgets in words: ``macs<=0.5``, or ``dense`` without any."""
-        return ",".join(f"{name}<={bound:g}" for name, bound in self.budget.items()) or "dense"
+        return label(self.budget)
+
+    @cached_property
+    def signs(self) -> Array:
+        """By objective, what to multiply a value by so that larger is better."""
+        return np.array([1.0 if d == "maximize" else -1.0 for d in self.directions])
 
     @cached_property
     def dense(self) -> dict[str, float]:
@@ -150,13 +157,21 @@ class Problem:
             columns = [self.costs[n][i][allowed] for n in names]
             found = worthwhile(self.errors[i][allowed], columns, len(allowed))
             kept.append(sorted({0, *(allowed[j] for j in found)}))
+        return self.restricted(kept)
+
+    def restricted(self, kept: Sequence[Sequence[int]]) -> Problem:
+        """The problem with only some choices of each layer.
+
+        Args:
+            kept: One sequence of indices a layer, dense first.
+        """
         pairs = zip(self.choices.items(), kept, strict=True)
         return replace(
             self,
             choices={name: tuple(choices[j] for j in keep) for (name, choices), keep in pairs},
-            errors=tuple(e[keep] for e, keep in zip(self.errors, kept, strict=True)),
+            errors=tuple(e[list(keep)] for e, keep in zip(self.errors, kept, strict=True)),
             costs={
-                name: tuple(c[keep] for c, keep in zip(table, kept, strict=True))
+                name: tuple(c[list(keep)] for c, keep in zip(table, kept, strict=True))
                 for name, table in self.costs.items()
             },
         )
@@ -164,6 +179,14 @@ class Problem:
     def labels(self) -> dict[str, list[str]]:
         """The choices of each layer in words."""
         return {name: [str(c) for c in choices] for name, choices in self.choices.items()}
+
+    def alone(self, layer: int, choice: int) -> tuple[int, ...]:
+        """Indices at which one layer has a choice and all others are dense."""
+        return tuple(choice if i == layer else 0 for i in range(len(self.errors)))
+
+    def least(self, name: str) -> float:
+        """The smallest fraction of a cost that any allocation keeps."""
+        return (least_cost(self.costs[name]) + self.rest[name]) / self.dense[name]
 
     def budgeted(self) -> list[tuple[Array, ...]]:
         """The cost tables that are bounded, in the order of `limits`."""
@@ -194,12 +217,10 @@ class Problem:
     def check(self) -> None:
         """Raise a BudgetError, naming the smallest possible fraction, if a budget is too small."""
         for name, limit in self.limits.items():
-            least = least_cost(self.costs[name])
-            if least > limit * (1 + SLACK):
-                smallest = (least + self.rest[name]) / self.dense[name]
+            if least_cost(self.costs[name]) > limit * (1 + SLACK):
                 raise BudgetError(
                     f"no allocation keeps {name} <= {self.budget[name]:g} of the dense model's; "
-                    f"the smallest possible is {_round_up(smallest):g}."
+                    f"the smallest possible is {_round_up(self.least(name)):g}."
                 )
         if len(self.limits) > 1:
             self._check_together()
@@ -289,7 +310,7 @@ class Strategy(ABC):
         trials = history.feasible(problem)
         if not trials:
             raise StudyError(f"no trial of the study has succeeded yet for {problem.label}.")
-        sign = 1.0 if problem.directions[0] == "maximize" else -1.0
+        sign = problem.signs[0]
         return max(
             trials, key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number)
         )

@@ -25,8 +25,9 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
-from rankNAS.solver import SLACK, min_max
+from rankNAS.solver import SLACK
 from rankNAS.strategies.base import Array, History, Problem, Request, Strategy
+from rankNAS.strategies.oneshot import Energy
 
 __all__ = ["Beam", "Outcome", "beam_search"]
 
@@ -115,8 +116,7 @@ class Beam(Strategy):
         layers = len(problem.errors)
         finished = self._search(problem, known).finished[: self.width * layers]
         if not finished:  # several costs, and no single layer lowers what is still too much
-            limits = list(problem.limits.values())
-            finished = (min_max(problem.errors, problem.budgeted(), limits).indices,)
+            return Energy().propose(problem, history, n, rng)
         allocations = [problem.allocation(s) for s in finished]
         return [a for a in allocations if a not in history.proposed][:n]
 
@@ -132,7 +132,6 @@ class Beam(Strategy):
 
     def _scores(self, problem: Problem, history: History) -> Callable[[State], float | None]:
         """A state's score, larger is better: None if not measured, minus infinity if it failed."""
-        sign = 1.0 if problem.directions[0] == "maximize" else -1.0
         by_loss = self.score == "loss" and problem.objectives[0] == "accuracy"
 
         def score(state: State) -> float | None:
@@ -143,7 +142,7 @@ class Beam(Strategy):
                 return -math.inf
             if by_loss and "loss" in trial.metrics:
                 return -trial.metrics["loss"]
-            return sign * trial.values[0]
+            return float(problem.signs[0]) * trial.values[0]
 
         return score
 

@@ -28,12 +28,11 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.pareto import non_dominated
-from rankNAS.solver import least_cost
 from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
 from rankNAS.strategies.decode import Indices, decode, preference
 from rankNAS.strategies.oneshot import Energy, Uniform
 
-__all__ = ["BayesianOptimisation"]
+__all__ = ["BayesianOptimisation", "deterministic"]
 
 STARTS = (Energy(), Uniform())
 FIT_ITERATIONS = 50  # of L-BFGS; later ones change the hyper-parameters, not the choice
@@ -140,7 +139,7 @@ def _tightened(problem: Problem, rng: np.random.Generator) -> list[Problem]:
         return [problem]
     budget = dict(problem.budget) or {traded[0]: 1.0}
     name = traded[0] if traded[0] in budget else next(iter(budget))
-    least = (least_cost(problem.costs[name]) + problem.rest[name]) / problem.dense[name]
+    least = problem.least(name)
     shares = np.exp(rng.uniform(np.log(least), np.log(budget[name]), 8))
     bounds = [budget[name], *np.maximum(shares, least)]
     return [replace(problem, budget=budget | {name: float(b)}) for b in bounds]
@@ -159,8 +158,7 @@ def _best(problem: Problem, history: History, count: int) -> list[Any]:
 
 def _signed(problem: Problem, trials: Sequence[Trial]) -> Array:
     """Values (trials, objectives), larger is better."""
-    sign = np.array([1.0 if d == "maximize" else -1.0 for d in problem.directions])
-    signed: Array = np.array([t.values for t in trials]) * sign
+    signed: Array = np.array([t.values for t in trials]) * problem.signs
     return signed
 
 
@@ -172,7 +170,7 @@ def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), i
 
 def _maximise(problem: Problem, history: History, pool: Indices, n: int, seed: int) -> list[int]:
     """Positions in the pool that greedily maximise the acquisition function."""
-    with _deterministic(seed):
+    with deterministic(seed):
         trials = history.complete
         X = _features(problem, np.array([problem.indices(t.allocation) for t in trials]))
         Y = torch.from_numpy(_signed(problem, trials))
@@ -232,7 +230,7 @@ def _acquisition(X: Tensor, Y: Tensor, met: Tensor, waiting: Tensor | None, seed
 
 
 @contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
+def deterministic(seed: int) -> Iterator[None]:
     """Own random numbers, and one thread: small matrices, and workers that do not fight."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

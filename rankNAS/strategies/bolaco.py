@@ -26,7 +26,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.budget import BUDGET_COSTS
 from rankNAS.exceptions import UsageError
 from rankNAS.strategies.base import Array, History, Problem, Request, Strategy, Trial
-from rankNAS.strategies.bo import FIT_ITERATIONS, _deterministic
+from rankNAS.strategies.bo import FIT_ITERATIONS, deterministic
 from rankNAS.strategies.keep_ratios import KeepRatios
 
 __all__ = ["Bolaco", "expected_improvement", "matern", "surrogate"]
@@ -133,8 +133,8 @@ class Bolaco(Strategy):
         if all("loss" in t.metrics and "reverse_agreement" in t.metrics for t in trials):
             pairs = [(t.metrics["loss"], t.metrics["reverse_agreement"]) for t in trials]
             return np.array(pairs) @ [1.0, self.divergence_weight]
-        sign = -1.0 if problem.directions[0] == "maximize" else 1.0
-        return sign * np.array([t.values[0] for t in trials])
+        first: Array = np.array([t.values[0] for t in trials])
+        return -float(problem.signs[0]) * first
 
     def _most_promising(
         self,
@@ -145,7 +145,7 @@ class Bolaco(Strategy):
         rng: np.random.Generator,
     ) -> int:
         """Position of the point of the largest expected improvement."""
-        with _deterministic(int(rng.integers(2**31))):
+        with deterministic(int(rng.integers(2**31))):
             # Where all results are equal the process is certain of the next one, too.
             warnings.filterwarnings("ignore", message="Negative variance values detected")
             trials, lengths = history.complete, np.choose(ratios.attention, LENGTHS)

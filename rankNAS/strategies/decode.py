@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver import SLACK, least_cost, min_max
+from rankNAS.solver import SLACK, min_max
 from rankNAS.strategies.base import Problem
 
 __all__ = ["decode", "decode_best", "lowered", "lowered_by", "preference"]
@@ -112,7 +112,7 @@ def lowered_by(problem: Problem, indices: Indices) -> float:
 def _traded(problem: Problem) -> tuple[str, float, float]:
     """A cost that is an objective, and the least and the largest fraction that may be kept."""
     name = next(name for name in problem.objectives if name in problem.costs)
-    least = (least_cost(problem.costs[name]) + problem.rest[name]) / problem.dense[name]
+    least = problem.least(name)
     return name, least, max(least, problem.budget.get(name, 1.0))
 
 

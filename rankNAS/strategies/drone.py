@@ -58,10 +58,9 @@ class Drone(Strategy):
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
         """The dense model, and each layer alone at a few choices over its range of errors."""
         table = problem.within(self.operators)
-        L = len(table.errors)
-        rows = [[0] * L]
+        rows = [table.alone(0, 0)]
         for i, errors in enumerate(table.errors):
-            rows += [[j * (i == k) for k in range(L)] for j in self._spread(errors)]
+            rows += [table.alone(i, j) for j in self._spread(errors)]
         return [table.allocation(row) for row in sorted(rows)]
 
     def propose(
@@ -115,5 +114,4 @@ def _harm(problem: Problem, trial: Trial, dense: Trial) -> float:
     """By how much a trial is worse than the dense model."""
     if "loss" in trial.metrics and "loss" in dense.metrics:
         return trial.metrics["loss"] - dense.metrics["loss"]
-    sign = 1.0 if problem.directions[0] == "maximize" else -1.0
-    return sign * (dense.values[0] - trial.values[0])
+    return float(problem.signs[0]) * (dense.values[0] - trial.values[0])

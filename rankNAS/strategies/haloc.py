@@ -27,7 +27,6 @@ decomposed in the metric of the study.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -41,12 +40,13 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.data import augment, batches, size_of, take
+from rankNAS.data import augment, batches, channels_last, size_of, take
 from rankNAS.decompositions import LayerShape
-from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
+from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.files import save_atomically
 from rankNAS.network import Factorisation
 from rankNAS.pareto import worthwhile
+from rankNAS.recovery.training import read_checkpoint
 from rankNAS.solver import min_sum
 from rankNAS.strategies.base import History, Problem, Request, Strategy
 from rankNAS.strategies.supernet import (
@@ -59,7 +59,7 @@ from rankNAS.strategies.supernet import (
     gumbel_softmax,
     penalised,
 )
-from rankNAS.workbench import Workbench
+from rankNAS.workbench import Workbench, silent
 
 __all__ = ["Haloc", "coarse", "most_probable"]
 
@@ -163,10 +163,6 @@ def _check_budget(budget: Mapping[str, float]) -> None:
         )
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
-
-
 @final
 @dataclass(frozen=True)
 class _Bound(Strategy):
@@ -179,7 +175,7 @@ class _Bound(Strategy):
 
     def __getstate__(self) -> dict[str, Any]:
         # A progress bar and an evaluator, with its traced network, do not pickle; neither matters.
-        bench = replace(self.bench, report=_silent, evaluator=None)  # type: ignore[arg-type]
+        bench = replace(self.bench, report=silent, evaluator=None)  # type: ignore[arg-type]
         return self.__dict__ | {"bench": bench}
 
     def propose(
@@ -234,16 +230,7 @@ def coarse(
         rows = sorted({0} | cheapest | nearest)
         found = worthwhile(problem.errors[i][rows], [cost[rows] for cost in costs], len(rows))
         kept.append(sorted({0, *(rows[j] for j in found)}))
-    names = zip(problem.choices.items(), kept, strict=True)
-    return replace(
-        problem,
-        choices={name: tuple(choices[j] for j in keep) for (name, choices), keep in names},
-        errors=tuple(e[keep] for e, keep in zip(problem.errors, kept, strict=True)),
-        costs={
-            cost: tuple(c[keep] for c, keep in zip(table, kept, strict=True))
-            for cost, table in problem.costs.items()
-        },
-    )
+    return problem.restricted(kept)
 
 
 def _equal_ranks(
@@ -424,9 +411,7 @@ class _Search:
             size, device = self.configuration.batch_size, self.bench.device
             for x, y in batches(part, size, device=device, shuffle_seed=seed):
                 if len(x) > 1:  # a batch norm cannot train on one sample
-                    # On CPUs and tensor cores convolutions run faster with the channels last.
-                    last = x.dim() == 4
-                    yield x.contiguous(memory_format=torch.channels_last) if last else x, y
+                    yield channels_last(x), y
 
     def _save(self, path: Path) -> None:
         """Write all that `_load` needs, as tensors and plain values."""
@@ -440,17 +425,7 @@ class _Search:
         torch.save(content, path)
 
     def _load(self) -> None:
-        try:
-            content = torch.load(self.path, weights_only=True, map_location=self.bench.device)
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-            raise WeightsError(
-                f"{self.path} is no readable checkpoint of a search; delete it to start anew."
-            ) from error
-        if content.get("identity") != self.key:
-            raise WeightsError(
-                f"{self.path} was written by a search of another configuration or problem; delete "
-                "it to start anew."
-            )
+        content = read_checkpoint(self.path, self.key, self.bench.device)
         with torch.no_grad():
             for logits, saved in zip(self.logits, content["logits"], strict=True):
                 logits.copy_(saved)

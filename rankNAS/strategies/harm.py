@@ -28,13 +28,9 @@ def single_layer_probes(problem: Problem, errors: Sequence[float]) -> list[Alloc
 
     Neighbours agree in the first layers.
     """
-    L = len(problem.errors)
-    rows = {(0,) * L}
+    rows = {problem.alone(0, 0)}
     for layer, table in enumerate(problem.errors):
-        for error in errors:
-            row = [0] * L
-            row[layer] = _nearest(table, error)
-            rows.add(tuple(row))
+        rows |= {problem.alone(layer, _nearest(table, error)) for error in errors}
     return [problem.allocation(row) for row in sorted(rows)]
 
 
@@ -47,7 +43,7 @@ def badness(problem: Problem, trial: Trial) -> float:
     """
     if problem.objectives[0] in QUALITY and "agreement" in trial.metrics:
         return trial.metrics["agreement"]
-    return trial.values[0] if problem.directions[0] == "minimize" else -trial.values[0]
+    return -float(problem.signs[0]) * trial.values[0]
 
 
 def harm_tables(
@@ -64,7 +60,7 @@ def harm_tables(
         One array a layer, 0 for dense, positive elsewhere: a e^b between and beyond the measured
         points, through them in between. None if the dense model or all layers failed.
     """
-    base = history.found.get(problem.allocation([0] * len(problem.errors)))
+    base = history.found.get(problem.allocation(problem.alone(0, 0)))
     if base is None or base.state != "complete":
         return None
     points = [_measured(problem, history, base, i, errors) for i in range(len(problem.errors))]
@@ -89,11 +85,10 @@ def _measured(
     """The (error, harm) points of a layer, by increasing error; harm never falls with it."""
     found: dict[float, float] = {}
     for error in errors:
-        row = [0] * len(problem.errors)
-        row[layer] = _nearest(problem.errors[layer], error)
-        trial = history.found.get(problem.allocation(row))
-        value = float(problem.errors[layer][row[layer]])
-        if row[layer] and value > 0 and trial is not None and trial.state == "complete":
+        choice = _nearest(problem.errors[layer], error)
+        trial = history.found.get(problem.allocation(problem.alone(layer, choice)))
+        value = float(problem.errors[layer][choice])
+        if choice and value > 0 and trial is not None and trial.state == "complete":
             found[value] = badness(problem, trial) - badness(problem, base)
     ordered = sorted(found)
     harms = accumulate((found[e] for e in ordered), max)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import numpy as np
@@ -28,19 +28,10 @@ def faster_than_dense(problem: Problem, margin: float = 0.0) -> Problem:
     if "latency" not in problem.costs:
         return problem
     kept = [
-        np.flatnonzero((latency < (1 - margin) * latency[0]) | (np.arange(len(latency)) == 0))
+        [0, *np.flatnonzero(latency < (1 - margin) * latency[0]).tolist()]
         for latency in problem.costs["latency"]
     ]
-    pairs = zip(problem.choices.items(), kept, strict=True)
-    return replace(
-        problem,
-        choices={name: tuple(choices[i] for i in keep) for (name, choices), keep in pairs},
-        errors=tuple(e[keep] for e, keep in zip(problem.errors, kept, strict=True)),
-        costs={
-            name: tuple(c[keep] for c, keep in zip(table, kept, strict=True))
-            for name, table in problem.costs.items()
-        },
-    )
+    return problem.restricted(kept)
 
 
 @final

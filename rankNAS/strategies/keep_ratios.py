@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -77,7 +76,9 @@ class KeepRatios:
         """
         names = list(problem.choices)
         fixed = {i for i, name in enumerate(names) if name.split(".")[-1] in VALUES}
-        problem = _dense(problem, fixed)
+        problem = problem.restricted(
+            [[0] if i in fixed else range(len(e)) for i, e in enumerate(problem.errors)]
+        )
         problem.check()
         # Queries and keys are counted apart, so that those of one block are in one stage.
         places = [_place(name) for name in names]
@@ -211,17 +212,3 @@ class KeepRatios:
     def _accepted(self, ratios: Array, band: float) -> Indices:
         indices = self.decode(ratios)
         return indices[self.feasible(indices, band)]
-
-
-def _dense(problem: Problem, layers: set[int]) -> Problem:
-    """The problem with only the dense choice of some layers."""
-
-    def cut(table: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(row[:1] if i in layers else row for i, row in enumerate(table))
-
-    choices = {
-        name: options[:1] if i in layers else options
-        for i, (name, options) in enumerate(problem.choices.items())
-    }
-    costs = {name: cut(table) for name, table in problem.costs.items()}
-    return replace(problem, choices=choices, errors=cut(problem.errors), costs=costs)

@@ -10,7 +10,7 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver import least_cost, min_max
+from rankNAS.solver import min_max
 from rankNAS.strategies.base import Array, History, Problem, Strategy
 from rankNAS.strategies.shares import within_shares
 
@@ -68,9 +68,8 @@ def sweep(problem: Problem, points: int = SWEEP) -> list[Problem]:
     for step in steps:
         lowered = dict(problem.budget)
         for name in swept:
-            least = (least_cost(problem.costs[name]) + problem.rest[name]) / problem.dense[name]
             high = problem.budget.get(name, 1.0)
-            lowered[name] = float(high - step * (high - least))
+            lowered[name] = float(high - step * (high - problem.least(name)))
         problems.append(replace(problem, budget=lowered))
     return problems
 

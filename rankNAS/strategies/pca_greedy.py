@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.solver import min_max
 from rankNAS.strategies.base import Array, Problem, Strategy
-from rankNAS.strategies.oneshot import OneShot
+from rankNAS.strategies.oneshot import Energy, OneShot
 
 if TYPE_CHECKING:
     from rankNAS.workbench import Workbench
@@ -67,8 +66,7 @@ class PcaGreedy(OneShot):
         indices = [0] * len(paths)
         while not table.meets(indices):
             if not queue:
-                limits = list(table.limits.values())
-                return table.allocation(min_max(table.errors, table.budgeted(), limits).indices)
+                return Energy().solve(table)
             (_, choice), i = heapq.heappop(queue)
             indices[i] = choice
             if paths[i]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver import SLACK, min_max
+from rankNAS.solver import SLACK
 from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
-from rankNAS.strategies.oneshot import OneShot, sweep
+from rankNAS.strategies.oneshot import Energy, OneShot, sweep
 
 __all__ = ["Measured", "Strs", "truncate"]
 
@@ -98,11 +98,8 @@ class Strs(Strategy):
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
         """Each layer alone at every ratio that the budgets, or a sweep down of them, call for."""
         problem = problem.within(self.operators)
-        rows = set()
-        for layer, _, choice in _grid(sweep(problem)[-1]):
-            row = [0] * len(problem.errors)
-            row[layer] = choice
-            rows.add(tuple(row))
+        points = _grid(sweep(problem)[-1])
+        rows = {problem.alone(layer, choice) for layer, _, choice in points}
         return [problem.allocation(row) for row in sorted(rows)]
 
     def propose(
@@ -137,15 +134,11 @@ class _Truncated(OneShot):
                 f"of the choices of {', '.join(self.operators)}: {error} `operators=None` allows "
                 "those of every operator."
             ) from None
-        return narrowed.allocation(min_max(narrowed.errors, narrowed.budgeted(), limits).indices)
+        return Energy().solve(narrowed)
 
     def _measured(self, problem: Problem) -> list[Measured]:
-        sign = 1.0 if problem.directions[0] == "maximize" else -1.0
-        grid, trials = list(_grid(problem)), []
-        for layer, _, choice in grid:
-            row = [0] * len(problem.errors)
-            row[layer] = choice
-            trials.append(self.found.get(problem.allocation(row)))
+        sign, grid = float(problem.signs[0]), list(_grid(problem))
+        trials = [self.found.get(problem.allocation(problem.alone(i, j))) for i, _, j in grid]
         if not any(t is not None and t.state == "complete" for t in trials):
             return [Measured(i, r, c, float(problem.errors[i][c])) for i, r, c in grid]
         return [
