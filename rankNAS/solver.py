@@ -141,7 +141,7 @@ def _relaxation(
     scale = float(np.abs(objective).max()) or 1.0
     multipliers = np.zeros(len(limits))
     if limits and np.ptp(objective) > 0:
-        result = linprog(  # type: ignore[call-overload]  # the stubs do not know sparse matrices
+        result = linprog(
             objective / scale, A_ub=rows, b_ub=bounds, A_eq=one, b_eq=np.ones(len(kept))
         )
         if result.status == 0:
