@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from rankNAS.fingerprints import fingerprint
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
-__all__ = ["calibrate", "patches", "unbiased_covariance"]
+__all__ = ["calibrate", "folded", "patches", "unbiased_covariance"]
 
 logger = logging.getLogger(__name__)
 MAX_POSITIONS = 256  # patches of one input that enter C; neighbours are nearly copies
@@ -170,7 +171,7 @@ class _Sums:
 
     def add_input(self, name: str, x: Tensor) -> None:
         P = patches(self.layers[name].shape, x, self.generator)  # (g, N, n)
-        moment, mean = (P.mT @ P).double(), P.double().sum(1)
+        moment, mean = (P.mT @ P).double(), P.sum(1).double()
         self.moment[name] = self.moment.get(name, 0) + moment
         self.mean[name] = self.mean.get(name, 0) + mean
         self.patches[name] = self.patches.get(name, 0) + P.shape[1]
@@ -193,11 +194,15 @@ class _Sums:
             self.group_mean[name] = self.group_mean.get(name, 0) + total / count
 
     def _moments(self, name: str) -> tuple[Tensor, Tensor]:
+        order = folded(self.layers[name].shape)
         if not self.groups:
-            return self.moment[name] / self.patches[name], self.mean[name] / self.patches[name]
-        mean = self.group_mean[name] / self.groups
-        covariance = self.covariance[name] / self.groups
-        return covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2), mean
+            moment, mean = self.moment[name], self.mean[name]
+            moment, mean = moment / self.patches[name], mean / self.patches[name]
+        else:
+            mean = self.group_mean[name] / self.groups
+            covariance = self.covariance[name] / self.groups
+            moment = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return moment[:, order][:, :, order], mean[:, order]
 
     def finish(self) -> dict[str, Statistics]:
         statistics = {}
@@ -231,28 +236,44 @@ def unbiased_covariance(
 
 
 def patches(
-    shape: LayerShape, x: Tensor, generator: torch.Generator | None = None
+    shape: LayerShape,
+    x: Tensor,
+    generator: torch.Generator | None = None,
+    most: int = MAX_POSITIONS,
 ) -> Tensor:  # -> (g, N, n)
-    """The input patches a layer multiplies with its folded weight.
+    """The input patches a layer multiplies with its folded weight, their elements reordered.
 
     Args:
         shape: The layer.
         x: Its input: (*, features), (batch, channels, length) or (batch, channels, height, width).
-        generator: Draws at most 256 positions of each input; None takes all.
+        generator: Draws positions of each input; None takes all.
+        most: Positions that are drawn.
+
+    Returns:
+        One patch a row. Its elements are ordered by kernel element, then by channel, as they can
+        be read many times faster; `folded` gives their places in the order of the folded weight.
     """
-    g = shape.groups
+    g, channels = shape.groups, shape.inputs // shape.groups
     if not shape.kernel:
-        return x.reshape(-1, g, shape.inputs // g).transpose(0, 1)
+        return x.reshape(-1, g, channels).transpose(0, 1)
     x = x.reshape(-1, *x.shape[-len(shape.kernel) - 1 :])
     x = _pad(shape, x)
-    reading = _positions(shape, x.shape[2:], generator).to(x.device)  # (kernel, positions)
-    columns = x.flatten(2)[:, :, reading]  # (batch, g c, kernel, positions)
-    columns = columns.reshape(len(x), g, shape.width, -1)
-    return columns.permute(1, 0, 3, 2).flatten(1, 2)
+    reading = _positions(shape, x.shape[2:], generator, most).to(x.device)  # (kernel, positions)
+    rows = x.movedim(1, -1).flatten(1, -2)  # (batch, pixels, g c)
+    rows = rows.index_select(1, reading.T.flatten()).reshape(
+        -1, len(reading), g, shape.inputs // g
+    )
+    return rows.permute(2, 0, 1, 3).flatten(2)
+
+
+def folded(shape: LayerShape) -> Tensor:  # -> (n,)
+    """Of each column of the folded weight, its place in a row of `patches`."""
+    kernel = math.prod(shape.kernel)
+    return torch.arange(shape.width).reshape(kernel, -1).T.flatten()
 
 
 def _positions(
-    shape: LayerShape, size: tuple[int, ...], generator: torch.Generator | None
+    shape: LayerShape, size: tuple[int, ...], generator: torch.Generator | None, most: int
 ) -> Tensor:  # -> (kernel, positions)
     """Where in the flattened padded input each kernel element reads, for the drawn positions."""
     starts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
@@ -260,8 +281,8 @@ def _positions(
         along = torch.arange(0, length - d * (k - 1), s)
         starts = (starts[:, None] * length + along).flatten()
         offsets = (offsets[:, None] * length + d * torch.arange(k)).flatten()
-    if generator is not None and len(starts) > MAX_POSITIONS:
-        starts = starts[torch.randperm(len(starts), generator=generator)[:MAX_POSITIONS]]
+    if generator is not None and len(starts) > most:
+        starts = starts[torch.randperm(len(starts), generator=generator)[:most]]
     return offsets[:, None] + starts
 
 
@@ -276,7 +297,7 @@ def _pad(shape: LayerShape, x: Tensor) -> Tensor:
 def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, metric: str, seed: int) -> str:
     """Content key: layers, weights, inputs and settings."""
     layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
-    salt = "\n".join([f"1 {metric} {seed} {MAX_POSITIONS} {model}", *layers])
+    salt = "\n".join([f"2 {metric} {seed} {MAX_POSITIONS} {model}", *layers])
     return fingerprint({**model.state_dict(), "inputs": inputs}, salt)
 
 

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 
 import pandas as pd
 import torch
@@ -25,10 +26,11 @@ from rankNAS.allocation import Allocation
 from rankNAS.budget import check_budgets, label
 from rankNAS.data import Data, load_data, size_of, take
 from rankNAS.engine import Settings, Source, prepare, requests, run
-from rankNAS.evaluation import test_metrics
+from rankNAS.evaluation import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
+from rankNAS.objectives.quality import accuracy, agreement
 from rankNAS.record import Record
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.base import SearchSpace
@@ -54,6 +56,8 @@ class Row:
         seed: Of splits and strategies.
         validation_accuracy: On the data that the search measured on, without training.
         test_accuracy: On data that the search did not see, without training.
+        test_divergence: Of the dense model's predictions on that data from the answer's: the mean
+            Kullback-Leibler divergence, in nats. It differs less by chance than accuracy does.
         macs_fraction: Multiply-adds kept of the dense model's.
         params_fraction: Parameters kept of the dense model's.
         search_seconds: Of the strategy's study so far: what it did before the first trial,
@@ -71,6 +75,7 @@ class Row:
     seed: int
     validation_accuracy: float = math.nan
     test_accuracy: float = math.nan
+    test_divergence: float = math.nan
     macs_fraction: float = math.nan
     params_fraction: float = math.nan
     search_seconds: float = math.nan
@@ -284,6 +289,16 @@ class _Plan:
 
 
 @dataclass(frozen=True)
+class _Tested:
+    """What a network does on validation and test data, and on the latter once trained."""
+
+    validation: float
+    test: float
+    divergence: float
+    finetuned: float = math.nan
+
+
+@dataclass(frozen=True)
 class _Seed:
     """What all strategies of a seed share."""
 
@@ -293,19 +308,23 @@ class _Seed:
     bench: Workbench
     problems: Sequence[Problem]
     setup_seconds: float
-    tested: dict[Allocation, tuple[float, float]] = field(default_factory=dict)
+    tested: dict[Allocation, _Tested] = field(default_factory=dict)
+
+    @cached_property
+    def dense_predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the dense model on the test data, and the targets."""
+        model, test = copy.deepcopy(self.model), self.bench.splits.test
+        return predictions(model, test, device=self.plan.device)
 
     def dense_row(self) -> Row:
         """The dense model itself."""
-        test = test_metrics(
-            copy.deepcopy(self.model), self.bench.splits.test, device=self.plan.device
-        )
         return Row(
             DENSE_MODEL,
             DENSE_MODEL,
             self.seed,
             validation_accuracy=self.bench.dense()["accuracy"],
-            test_accuracy=test["accuracy"],
+            test_accuracy=accuracy(*self.dense_predictions),
+            test_divergence=0.0,
             macs_fraction=1.0,
             params_fraction=1.0,
             search_seconds=0.0,
@@ -366,25 +385,32 @@ class _Seed:
     def _row(self, key: Key, study: Study, answer: Trial, seconds: float) -> Row:
         if answer.allocation not in self.tested:
             self.tested[answer.allocation] = self._tested(study, answer.allocation)
-        test, finetuned = self.tested[answer.allocation]
+        tested = self.tested[answer.allocation]
         return Row(
             *key,
-            validation_accuracy=answer.metrics["accuracy"],
-            test_accuracy=test,
+            validation_accuracy=tested.validation,
+            test_accuracy=tested.test,
+            test_divergence=tested.divergence,
             macs_fraction=answer.metrics["macs"] / study.dense["macs"],
             params_fraction=answer.metrics["params"] / study.dense["params"],
             search_seconds=seconds,
             setup_seconds=self.setup_seconds,
             evaluations=len(study.trials),
-            finetuned_test_accuracy=finetuned,
+            finetuned_test_accuracy=tested.finetuned,
         )
 
-    def _tested(self, study: Study, allocation: Allocation) -> tuple[float, float]:
-        """Test accuracy of an allocation, and after training; equal ones are trained once."""
-        network = study.materialise(allocation)
-        before, config = study.test(network)["accuracy"], self.plan.training
+    def _tested(self, study: Study, allocation: Allocation) -> _Tested:
+        """What the network of an allocation does; equal ones are trained once."""
+        network, config = study.materialise(allocation), self.plan.training
+        test, targets = predictions(network, self.bench.splits.test, device=self.plan.device)
+        validation = test_metrics(network, self.bench.splits.validation, device=self.plan.device)
+        before = _Tested(
+            validation["accuracy"],
+            accuracy(test, targets),
+            agreement(test, self.dense_predictions[0]),
+        )
         if config is None:
-            return before, math.nan
+            return before
         study.finetune(
             network,
             self.model,
@@ -392,7 +418,7 @@ class _Seed:
             data=self._training_data(),
             on_step=lambda step, total, _: self.plan.report("finetune", step, total),
         )
-        return before, study.test(network)["accuracy"]
+        return replace(before, finetuned=study.test(network)["accuracy"])
 
     def _training_data(self) -> Dataset[tuple[torch.Tensor, torch.Tensor]]:
         data = self.bench.splits.training

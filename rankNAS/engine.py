@@ -365,7 +365,8 @@ def run(
     """
     history = study.history
     for trial in history.complete:
-        study.evaluator.remember(trial.allocation, trial.metrics)
+        refitted = study.strategy.refits and not trial.probe
+        study.evaluator.remember(trial.allocation, trial.metrics, refitted=refitted)
     for problem in study.problems:
         while len(history.candidates(problem)) < n_trials:
             probes = study.strategy.probes(problem, history)
@@ -410,7 +411,8 @@ def _evaluate(
     started = time.perf_counter()
     trial = Trial(number, allocation, "failed", probe=probe, target=problem.label)
     try:
-        metrics = study.evaluator.evaluate(allocation)
+        refitted = study.strategy.refits and not probe
+        metrics = study.evaluator.evaluate(allocation, refitted=refitted)
     except (ObjectiveError, torch.OutOfMemoryError) as error:
         logger.warning("trial %d failed: %s", number, error)
         return replace(trial, seconds=time.perf_counter() - started, reason=str(error))

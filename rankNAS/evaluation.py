@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ from rankNAS.recovery.batch_norm import (
 from rankNAS.sequential import sequential
 from rankNAS.stages import Pass, Stages
 
-__all__ = ["Evaluator", "Timing", "quality", "test_metrics"]
+__all__ = ["Evaluator", "Timing", "predictions", "quality", "test_metrics"]
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Evaluator:
         batch_size: Samples a forward pass.
         device: Where to run.
         sequential: Give the networks that are built factors that suit their own inputs, layer
-            after layer (`sequential`); evaluations are without, for speed.
+            after layer (`sequential`). Evaluations are without, for speed, unless asked for.
         prefix_reuse: Keep activations, so that what did not change is not computed again.
     """
 
@@ -81,7 +82,7 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._scratch = copy.deepcopy(self.factorisation.model).to(self.device).eval()
         self._applied: dict[str, Choice | None] = dict(self.factorisation.space.dense)
-        self._known: dict[Allocation, dict[str, float]] = {}
+        self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}
         self.batch_norm = self.batch_norm and has_batch_norm(self._scratch)
         self._calibration = self._place(self.calibration)
         self._inputs = self._place(self.validation[0])
@@ -98,23 +99,30 @@ class Evaluator:
     def _place(self, x: Tensor) -> Tensor:
         return channels_last(x.to(self.device))
 
-    def evaluate(self, allocation: Allocation) -> dict[str, float]:
+    def evaluate(self, allocation: Allocation, *, refitted: bool = False) -> dict[str, float]:
         """Metrics of an allocation: accuracy and loss, agreement, costs, and the objectives.
+
+        Args:
+            allocation: One choice a layer.
+            refitted: With the factors that `network` gives it, which takes several times longer.
 
         Raises:
             ObjectiveError: An objective raised or returned something that is not finite.
             UsageError: The allocation does not belong to the space.
         """
-        if allocation not in self._known:
+        key = allocation, refitted and self.sequential
+        if key not in self._known:
             started, forward = time.perf_counter(), self.timing.forward
-            self._known[allocation] = self._evaluate(allocation)
+            self._known[key] = self._evaluate(*key)
             elapsed = time.perf_counter() - started
             self.timing.other += elapsed - (self.timing.forward - forward)
-        return dict(self._known[allocation])
+        return dict(self._known[key])
 
-    def remember(self, allocation: Allocation, metrics: Mapping[str, float]) -> None:
+    def remember(
+        self, allocation: Allocation, metrics: Mapping[str, float], *, refitted: bool = False
+    ) -> None:
         """Record metrics measured earlier, so that they are not measured again."""
-        self._known[allocation] = dict(metrics)
+        self._known[allocation, refitted and self.sequential] = dict(metrics)
 
     def forget(self) -> None:
         """Evaluate everything anew, from the first layer on, as if nothing had been yet."""
@@ -123,17 +131,8 @@ class Evaluator:
 
     def network(self, allocation: Allocation) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms."""
-        if not self.sequential:
-            self._apply(allocation, self.factorisation)
-            return self._build(allocation, self.factorisation)
-        refitted = sequential(
-            self.factorisation, allocation, self._calibration, batch_size=self.batch_size
-        )
-        self._applied = dict.fromkeys(self._applied)  # nothing that is applied can stay
-        self._apply(allocation, refitted)
-        network = self._build(allocation, refitted)
-        self._applied = dict.fromkeys(self._applied)
-        return network
+        with self._applying(allocation, self.sequential) as factorisation:
+            return self._build(allocation, factorisation)
 
     def costs(self, allocation: Allocation) -> dict[str, float]:
         """Exact costs of the whole network, and the extra ones."""
@@ -141,9 +140,12 @@ class Evaluator:
         exact = {"macs": cost.macs, "params": cost.params, "weight_bytes": cost.weight_bytes}
         return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
 
-    def _evaluate(self, allocation: Allocation) -> dict[str, float]:
+    def _evaluate(self, allocation: Allocation, refitted: bool) -> dict[str, float]:
+        with self._applying(allocation, refitted) as factorisation:
+            return self._measure(allocation, factorisation)
+
+    def _measure(self, allocation: Allocation, factorisation: Factorisation) -> dict[str, float]:
         costs = self.costs(allocation)
-        self._apply(allocation, self.factorisation)
         logits = self._forward()
         candidate = Candidate(
             allocation,
@@ -152,7 +154,7 @@ class Evaluator:
             self._targets,
             self._inputs,
             costs,
-            lambda: self._build(allocation, self.factorisation),
+            lambda: self._build(allocation, factorisation),
         )
         # A predicted cost stands in for a measured one; any other objective is measured.
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
@@ -161,6 +163,24 @@ class Evaluator:
             metrics["agreement"] = agreement(logits, self.dense_logits)
             metrics["reverse_agreement"] = reverse_agreement(logits, self.dense_logits)
         return {**metrics, **costs, **measured}
+
+    @contextmanager
+    def _applying(self, allocation: Allocation, refitted: bool) -> Iterator[Factorisation]:
+        """The scratch network as an allocation makes it, and the factors that it then has."""
+        if not refitted:
+            self._apply(allocation, self.factorisation)
+            yield self.factorisation
+            return
+        self.factorisation.space.check(allocation)
+        factors = sequential(
+            self.factorisation, allocation, self._calibration, batch_size=self.batch_size
+        )
+        self._applied = dict.fromkeys(self._applied)  # nothing that is applied can stay
+        try:
+            self._apply(allocation, factors)
+            yield factors
+        finally:
+            self._applied = dict.fromkeys(self._applied)
 
     @torch.no_grad()
     def _apply(self, allocation: Allocation, factorisation: Factorisation) -> None:
@@ -244,7 +264,6 @@ def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
     return metrics
 
 
-@torch.no_grad()
 def test_metrics(
     network: nn.Module,
     dataset: Dataset[Any] | tuple[Tensor, Tensor],
@@ -253,9 +272,21 @@ def test_metrics(
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Loss and accuracy of a network on a data set, streamed."""
+    return quality(*predictions(network, dataset, batch_size=batch_size, device=device))
+
+
+@torch.no_grad()
+def predictions(
+    network: nn.Module,
+    dataset: Dataset[Any] | tuple[Tensor, Tensor],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Outputs of a network and the targets of a data set, streamed."""
     network = network.to(device).eval()
     logits, targets = [], []
     for x, y in batches(dataset, batch_size, device=device):
         logits.append(network(channels_last(x)))
         targets.append(y)
-    return quality(torch.cat(logits), torch.cat(targets))
+    return torch.cat(logits), torch.cat(targets)

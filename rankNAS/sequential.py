@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.calibration import patches
+from rankNAS.calibration import folded, patches
 from rankNAS.decompositions import OPERATORS, Metric, Target
 from rankNAS.decompositions.metrics import ridged
 from rankNAS.network import Factorisation, LayerFactors
@@ -32,6 +32,7 @@ from rankNAS.stages import Stages
 __all__ = ["sequential"]
 
 SAMPLES = 2  # patches for each input of a layer, below which its moments say too little
+POSITIONS = 32  # of one input, see `patches`; that many more inputs say more than more positions
 SHRINKAGE = 1e-2  # towards the dense weight, in units of the mean square of an input
 Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, compressed network's
 
@@ -119,12 +120,17 @@ class _Moments:
         count = 0
         for number, pair in enumerate(pairs):
             # The same positions in both.
-            P, Q = (patches(shape, x, torch.Generator().manual_seed(seed + number)) for x in pair)
-            parts = [P.double().sum(1), Q.double().sum(1), (P.mT @ Q).double()]
-            parts.append((Q.mT @ Q).double())
+            P, Q = (
+                patches(shape, x, torch.Generator().manual_seed(seed + number), POSITIONS)
+                for x in pair
+            )
+            parts = [P.sum(1), Q.sum(1), P.mT @ Q, Q.mT @ Q]
+            parts = [part.double() for part in parts]
             sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
             count += P.shape[1]
-        mean_dense, mean, cross, moment = (s / count for s in sums)
+        order = folded(shape)
+        mean_dense, mean = (s[:, order] / count for s in sums[:2])
+        cross, moment = (s[:, order][:, :, order] / count for s in sums[2:])
         return cls(mean_dense, mean, cross, moment, count)
 
     def refit(self, layer: LayerFactors, choice: Choice) -> LayerFactors:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankNAS import calibration
-from rankNAS.calibration import MAX_POSITIONS, calibrate, patches, unbiased_covariance
+from rankNAS.calibration import MAX_POSITIONS, calibrate, folded, patches, unbiased_covariance
 from rankNAS.decompositions.metrics import Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
@@ -97,7 +97,8 @@ def test_patches_times_the_folded_weight_is_the_layer(
     layer, x = make(), torch.randn(3, *shape)
     layer_shape = LayerShape.of(layer)
     W = layer_shape.fold(layer.weight).flatten(2)
-    y = torch.einsum("gNn,gon->Ngo", patches(layer_shape, x), W).flatten(1)
+    found = patches(layer_shape, x)[:, :, folded(layer_shape)]
+    y = torch.einsum("gNn,gon->Ngo", found, W).flatten(1)
     expected = layer(x) if layer.bias is None else layer(x) - _broadcast(layer, layer.bias)
     if layer_shape.kernel:
         expected = expected.movedim(1, -1)
@@ -112,7 +113,8 @@ def test_patches_are_those_of_unfold() -> None:
     x = torch.randn(2, 3, 9, 8)
     layer = nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, dilation=(1, 2))
     columns = functional.unfold(x, (3, 2), (1, 2), 1, 2)  # (batch, n, positions)
-    found = patches(LayerShape.of(layer), x)
+    shape = LayerShape.of(layer)
+    found = patches(shape, x)[:, :, folded(shape)]
     assert torch.equal(found[0], columns.transpose(1, 2).flatten(0, 1))
 
 
@@ -304,7 +306,7 @@ def test_pooled_statistics_are_averages_over_even_groups(samples: int) -> None:
     x = torch.randn(samples, 3, 6, 5) + torch.arange(samples).reshape(-1, 1, 1, 1) / 10
     found = calibrate(model, space_of(model, x[:1]), x, metric="pooled", batch_size=7)["0"]
     shape, count = LayerShape.of(model[0]), max(1, samples // 32)
-    groups = [patches(shape, part) for part in x.tensor_split(count)]
+    groups = [patches(shape, part)[:, :, folded(shape)] for part in x.tensor_split(count)]
     mean = torch.stack([g.double().mean(1) for g in groups]).mean(0)
     covariance = torch.stack([torch.cov(g[0].double().T) for g in groups]).mean(0)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-5)

@@ -19,7 +19,9 @@ from rankNAS import evaluation
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
 from rankNAS.data import take
+from rankNAS.evaluation import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
+from rankNAS.objectives.quality import agreement
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import History, Problem, Request, Strategy
@@ -124,15 +126,20 @@ def test_rows_are_what_a_search_of_all_budgets_finds(
         dense, *answers = rows[rows.seed == seed].to_dict("records")
         assert dense["validation_accuracy"] == study.dense["accuracy"]
         assert dense["test_accuracy"] == accuracy(small_net, small_data)
+        assert dense["test_divergence"] == 0
         for i, (row, problem) in enumerate(zip(answers, study.problems, strict=True)):
             # When the first budget is answered, the trials for the second do not exist yet.
             then = History(study.trials[: 3 * (i + 1)])
             answer = study.strategy.select(problem, then)
             assert row["budget"] == problem.label
             assert row["evaluations"] == 3 * (i + 1)
-            assert row["validation_accuracy"] == answer.metrics["accuracy"]
             network = study.materialise(answer.allocation)
+            validation = evaluation.test_metrics(network, study.splits.validation)
+            assert row["validation_accuracy"] == validation["accuracy"]
             assert row["test_accuracy"] == study.test(network)["accuracy"]
+            outputs = [predictions(m, study.splits.test)[0] for m in (network, small_net)]
+            assert row["test_divergence"] == pytest.approx(agreement(*outputs), rel=1e-6)
+            assert row["test_divergence"] > 0
             for name in ("macs", "params"):
                 fraction = answer.metrics[name] / study.dense[name]
                 assert row[f"{name}_fraction"] == pytest.approx(fraction, rel=1e-12)

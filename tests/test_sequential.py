@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Allocation
 from rankNAS.calibration import calibrate
-from rankNAS.evaluation import Evaluator
+from rankNAS.evaluation import Evaluator, quality
 from rankNAS.network import Factorisation, factorise
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.sequential import sequential
@@ -163,3 +163,26 @@ def test_the_factorisation_is_left_alone_and_so_are_later_evaluations() -> None:
             evaluator.forget()
             assert evaluator.evaluate(other) == untouched.evaluate(other)
     assert all(torch.equal(v, before[k]) for k, v in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_a_refitted_evaluation_is_that_of_the_network(prefix_reuse: bool) -> None:
+    x = images()
+    y = torch.randint(6, (len(x),), generator=torch.Generator().manual_seed(1))
+    found = factorised(convolutional(), x)
+    evaluator = Evaluator(found, x, (x, y), sequential=True, prefix_reuse=prefix_reuse)
+    for allocation in (cheap(found, -2), cheap(found, -1)):
+        metrics = evaluator.evaluate(allocation, refitted=True)
+        network = evaluator.network(allocation)
+        with torch.no_grad():
+            expected = quality(network(x), y)
+        assert {k: metrics[k] for k in expected} == pytest.approx(expected, rel=1e-5)
+        plain = evaluator.evaluate(allocation)
+        assert abs(plain["loss"] - metrics["loss"]) > 1e-4
+        again = evaluator.evaluate(allocation, refitted=True)
+        assert again == metrics
+    evaluator.remember(allocation, {"loss": 7.0}, refitted=True)
+    assert evaluator.evaluate(allocation, refitted=True) == {"loss": 7.0}
+    assert evaluator.evaluate(allocation) == plain
+    without = Evaluator(found, x, (x, y))
+    assert without.evaluate(allocation, refitted=True) == without.evaluate(allocation)

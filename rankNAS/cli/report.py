@@ -32,7 +32,7 @@ def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
     table = summarise(rows)
     tuned = bool(table[TUNED].notna().any())
     columns = ["strategy", "test accuracy, %", *(["fine-tuned, %"] if tuned else [])]
-    columns += ["validation, %", "MACs, %", "params, %"]
+    columns += ["divergence", "validation, %", "MACs, %", "params, %"]
     columns += ["evaluations", "search, s", "seeds"]
     found: dict[str, tuple[list[str], list[list[str]]]] = {}
     for row in table.to_dict("records"):
@@ -40,6 +40,7 @@ def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
             continue
         line = [str(row["strategy"]), _percent(row, TEST)]
         line += [_percent(row, TUNED)] if tuned else []
+        line.append(_divergence(row))
         line.append(_percent(row, "validation_accuracy"))
         line += [f"{100 * row[c]:.2f}" for c in ("macs_fraction", "params_fraction")]
         line += [
@@ -56,6 +57,13 @@ def _percent(row: Any, name: str) -> str:
     if np.isnan(mean):
         return ""
     return f"{mean:.2f}" if np.isnan(spread) else f"{mean:.2f} ± {spread:.2f}"
+
+
+def _divergence(row: Any) -> str:
+    mean, spread = row["test_divergence"], row["test_divergence_std"]
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.4f}" if np.isnan(spread) else f"{mean:.4f} ± {spread:.4f}"
 
 
 def _seconds(value: float) -> str:
@@ -91,7 +99,9 @@ def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
 
 NOTES = (
     "Mean ± sample standard deviation over seeds, the most accurate strategy first (after "
-    "fine-tuning, if there is any). MACs and params: what is kept of the dense model's. Each "
+    "fine-tuning, if there is any). Divergence: of the dense model's predictions on the test data "
+    "from the answer's, Kullback-Leibler, in nats. MACs and params: what is kept of the dense "
+    "model's. Each "
     "strategy answers the budgets in one study, in the order above; evaluations (probes "
     "included) and search seconds are those of the study so far, so the last budget shows its "
     "totals. Testing and fine-tuning are not in them."

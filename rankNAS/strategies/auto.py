@@ -2,7 +2,9 @@
 
 1. Each layer is measured alone at a few errors (`harm`), which gives a table of harm.
 2. The exact solver minimises the sum of harm within the budget: the first proposal.
-3. Every evaluated proposal tells how much the sum was wrong. Bayesian linear regression on one
+3. Every proposal is evaluated with its factors refitted to each other, as its network would be
+   handed out; that makes up for more of some layers' harm than of others', and tells how much the
+   sum was wrong. Bayesian linear regression on one
    multiplier a layer, with the measured harm as the prior mean, is updated in closed form; the
    next proposal solves its mean, or, where that is known already, a sample of it (Thompson
    sampling), so that layers about which little is known are tried both ways, always on the budget.
@@ -37,6 +39,7 @@ from rankNAS.strategies.solve import Solve
 
 __all__ = ["Auto"]
 
+STARTS = (Solve(), Energy())  # tried beside the measured harm, in case that misleads
 ATTEMPTS = 12  # samples drawn for a proposal that is new
 WIDENING = 1.3  # of the samples, each time one gives a known allocation
 LEAST = 0.05  # multiplier of a layer, relative to that all layers share
@@ -65,6 +68,7 @@ class Auto(Strategy):
     misfit: float = 0.05
     shrinkage: float = 0.5
     name = "auto"
+    refits = True
 
     def __post_init__(self) -> None:
         if not self.errors or not all(0 < e < 1 for e in self.errors):
@@ -86,7 +90,8 @@ class Auto(Strategy):
         if len(problem.objectives) > 1:
             return self._on_the_front(problem, history, n, rng)
         regression = self._regression(problem, history)
-        solved = [regression.solve(problem, regression.mean), Energy().solve(problem)]
+        solved = [regression.solve(problem, regression.mean)]
+        solved += [start.solve(problem) for start in STARTS]
         found = [a for a in dict.fromkeys(solved) if a not in history.proposed][:n]
         spread = 1.0
         for _ in range(ATTEMPTS * n):

@@ -268,6 +268,9 @@ class Strategy(ABC):
         name: As given to ``--strategy``.
         operators: Whose choices it uses; None for all.
         needs_latency: Whether it needs the problem's latency table, budgeted or not.
+        refits: Whether its proposals are measured as the networks that would be handed out, with
+            factors refitted to each other (`rankNAS.sequential`), where the settings have that.
+            A trial then takes several times longer. Probes never are.
 
     Example:
         >>> class Dense(Strategy):
@@ -282,6 +285,7 @@ class Strategy(ABC):
     name: str
     operators: tuple[str, ...] | None = None
     needs_latency: bool = False
+    refits: bool = False
 
     def check(self, request: Request) -> None:  # noqa: B027
         """Raise a UsageError if the strategy cannot do what is asked; called before any work."""

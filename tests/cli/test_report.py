@@ -19,12 +19,13 @@ BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
 
 def made(strategies: int, budgets: int = 3, seeds: int = 2, tuned: bool = False) -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    rows = [Row("dense", "dense", s, 0.9, 0.9, 1.0, 1.0, 0.0, 3.0) for s in range(seeds)]
+    dense = Row("dense", "dense", 0, 0.9, 0.9, 0.0, 1.0, 1.0, 0.0, 3.0)
+    rows = [replace(dense, seed=s) for s in range(seeds)]
     for i in range(strategies):
         for seed in range(seeds):
             for j, budget in enumerate(BUDGETS[:budgets]):
                 accuracy = 0.5 + 0.01 * i + 0.001 * seed
-                row = Row(f"strategy_{i}", budget, seed, 0.8, accuracy, 0.5, 0.4)
+                row = Row(f"strategy_{i}", budget, seed, 0.8, accuracy, 0.25, 0.5, 0.4)
                 row = replace(row, search_seconds=(j + 1) * 10 ** rng.uniform(-1, 4))
                 row = replace(row, evaluations=(j + 1) * 10, setup_seconds=3.0)
                 rows.append(replace(row, finetuned_test_accuracy=0.8) if tuned else row)
@@ -38,6 +39,7 @@ def test_tables_have_a_line_a_strategy_the_most_accurate_first() -> None:
     assert [line[0] for line in lines] == ["strategy_2", "strategy_1", "strategy_0"]
     assert lines[0][columns.index("test accuracy, %")] == "52.05 ± 0.07"
     assert lines[0][columns.index("MACs, %")] == "50.00"
+    assert lines[0][columns.index("divergence")] == "0.2500 ± 0.0000"
     assert lines[0][columns.index("evaluations")] == "20"
     assert lines[0][columns.index("seeds")] == "2"
     assert "fine-tuned, %" not in columns

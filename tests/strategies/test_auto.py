@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import TensorDataset
 
+import rankNAS
 from rankNAS.allocation import Allocation
+from rankNAS.evaluation import test_metrics as metrics_of
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.solver import min_sum
 from rankNAS.strategies.auto import Auto
@@ -157,3 +161,24 @@ def test_failed_probes_leave_a_strategy_that_works() -> None:
 def test_configuration_is_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="must be"):
         Auto(**wrong)  # type: ignore[arg-type]
+
+
+def test_proposals_are_measured_as_the_networks_that_are_handed_out(
+    small_net: nn.Module, small_data: tuple[TensorDataset, TensorDataset]
+) -> None:
+    study = rankNAS.search(
+        small_net,
+        small_data,
+        budget={"macs": 0.5},
+        strategy=Auto(),
+        n_trials=2,
+        settings=rankNAS.Settings(calibration=200, validation=60),
+    )
+    for trial in study.trials:
+        network = study.materialise(trial.allocation)
+        refitted = metrics_of(network, study.splits.validation)["loss"]
+        plain = study.evaluator.evaluate(trial.allocation)["loss"]
+        expected = plain if trial.probe else refitted
+        assert trial.metrics["loss"] == pytest.approx(expected, rel=1e-4)
+        if not trial.probe:
+            assert plain != pytest.approx(refitted, rel=2e-4)
