@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.hw_models.base import CallableModel, HardwareModel, latency_tables
+from rankNAS.hw_models.base import (
+    CallableModel,
+    HardwareModel,
+    LatencyTables,
+    StageModel,
+    compile_latency,
+)
+from rankNAS.hw_models.devices import Device, device_names, read_device
 from rankNAS.hw_models.host import Host
+from rankNAS.hw_models.imc import ImcArray
+from rankNAS.hw_models.roofline import Roofline
+from rankNAS.hw_models.systolic import Systolic
+from rankNAS.hw_models.table import MeasuredTable
 from rankNAS.plugins import is_plugin, load_callable
 
 __all__ = [
     "HW_MODELS",
     "CallableModel",
+    "Device",
     "HardwareModel",
     "Host",
-    "latency_tables",
+    "ImcArray",
+    "LatencyTables",
+    "MeasuredTable",
+    "Roofline",
+    "StageModel",
+    "Systolic",
+    "compile_latency",
+    "device_names",
     "make_hardware",
 ]
 
-HW_MODELS: dict[str, type[HardwareModel]] = {"host": Host}
+HW_MODELS: dict[str, Callable[[], HardwareModel]] = {
+    "host": Host,
+    "systolic": Systolic,
+    "imc": ImcArray,
+}
 
 
-def make_hardware(given: str | HardwareModel) -> HardwareModel:
-    """A hardware model from its name, ``file.py:function`` (layer, choice -> seconds), or itself.
+def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> HardwareModel:
+    """A hardware model from what a user gives.
+
+    Args:
+        given: A model itself; a name of `HW_MODELS` or `device_names`; a device file
+            (``FILE.toml``); a table of measured layers (``FILE.csv``); or
+            ``file.py:function`` (layer, choice -> seconds).
+        strict: Whether tables raise an error for what they have not seen, instead of predicting.
 
     Raises:
         UnknownNameError: No such model.
-        UsageError: Neither a name nor a hardware model.
+        UsageError: Neither a name nor a hardware model, or a file that is wrong.
     """
     if isinstance(given, HardwareModel):
         return given
@@ -35,6 +69,36 @@ def make_hardware(given: str | HardwareModel) -> HardwareModel:
         )
     if is_plugin(given):
         return CallableModel(load_callable(given, "hardware model"))
-    if given not in HW_MODELS:
-        raise UnknownNameError("hardware model", given, HW_MODELS, "Or file.py:function.")
-    return HW_MODELS[given]()
+    if given in HW_MODELS:
+        return HW_MODELS[given]()
+    if given in device_names() or given.endswith(".toml"):
+        return _from_device(given)
+    if given.endswith(".csv"):
+        return MeasuredTable.read(given, strict=strict)
+    names = [*HW_MODELS, *device_names()]
+    hint = "Or a device file (.toml), a table of measured layers (.csv), or file.py:function."
+    raise UnknownNameError("hardware model", given, names, hint)
+
+
+def _from_device(given: str) -> HardwareModel:
+    kind, content = read_device(given)
+    name = Path(given).stem
+    if kind == "roofline":
+        return Roofline(Device.of(content, repr(given)), name=name)
+    analytical: dict[str, Any] = {"systolic": Systolic, "imc": ImcArray}
+    if kind not in analytical:
+        raise UsageError(
+            f"device file {given!r} is of the kind {kind!r}; expected roofline, systolic or imc."
+        )
+    content.pop("sources", None)
+    allowed = {field.name: field.type for field in fields(analytical[kind])}
+    if unknown := [key for key in content if key not in allowed]:
+        raise UsageError(
+            f"device file {given!r} has {unknown[0]!r}; {kind} has {', '.join(allowed)}."
+        )
+    numbers = [k for k, t in allowed.items() if k in content and t.startswith(("int", "float"))]
+    for key in numbers:
+        if isinstance(content[key], bool) or not isinstance(content[key], int | float):
+            raise UsageError(f"device file {given!r}: {key!r} must be a number.")
+    model: HardwareModel = replace(analytical[kind](**content), name=content.get("name", name))
+    return model

@@ -1,25 +1,46 @@
-"""The contract of a hardware model: what one layer costs on a device."""
+"""The contract of a hardware model: what one layer costs on a device; and tables made from it."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, final
 
-from rankNAS.allocation import Choice
+import numpy as np
+import numpy.typing as npt
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
-__all__ = ["CallableModel", "HardwareModel", "latency_tables"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "CallableModel",
+    "HardwareModel",
+    "LatencyTables",
+    "StageModel",
+    "compile_latency",
+    "dtype_of",
+    "stages",
+]
+
+Array = npt.NDArray[np.float64]
+Progress = Callable[[int, int], None]
+DTYPES = {1: "int8", 2: "float16", 4: "float32", 8: "float64"}
 
 
 class HardwareModel(ABC):
     """Predicts the latency of a layer under a choice.
 
-    Predictions are additive over layers and cover the decomposable layers only. They must be
-    positive, and equal for equal arguments within one process.
+    Predictions are additive over layers. They must be positive, and equal for equal arguments
+    within one process. Three more methods may be overridden: `bind` makes the model ready for a
+    network, `rest` is the time outside its decomposable layers, `energy` what a layer takes.
 
     Example:
         >>> class Board(HardwareModel):
@@ -35,6 +56,69 @@ class HardwareModel(ABC):
     @abstractmethod
     def latency(self, layer: Layer, choice: Choice) -> tuple[float, float]:
         """Seconds of all calls of the layer in one forward pass, and their standard deviation."""
+
+    def energy(self, layer: Layer, choice: Choice) -> float | None:
+        """Joules of all calls of the layer in one forward pass; None if it is not known."""
+        return None
+
+    def rest(self, space: SearchSpace) -> tuple[float, float]:
+        """Seconds of everything outside the layers of a space, and their standard deviation."""
+        return 0.0, 0.0
+
+    def bind(
+        self,
+        network: nn.Module | None,
+        space: SearchSpace,
+        on_progress: Progress | None = None,
+    ) -> HardwareModel:
+        """The model ready for a space; called once before it is asked.
+
+        Args:
+            network: What the space was compiled from; None if it is not at hand.
+            space: For the batch that is to be predicted.
+            on_progress: Called with steps done and steps in all.
+
+        Raises:
+            UsageError: The model was made for another batch size, number of threads or dtype.
+        """
+        return self
+
+
+class StageModel(HardwareModel):
+    """A hardware model that adds up the stages of a decomposed layer, each a layer by itself."""
+
+    @abstractmethod
+    def stage(self, shape: LayerShape) -> tuple[float, float]:
+        """Seconds of one stage with a single call, and their standard deviation."""
+
+    def stage_energy(self, shape: LayerShape) -> float | None:
+        """Joules of one stage with a single call; None if they are not known."""
+        return None
+
+    def latency(self, layer: Layer, choice: Choice) -> tuple[float, float]:
+        """The sum over stages and calls; their deviations are taken for independent."""
+        found = [self.stage(shape) for shape in stages(layer, choice)]
+        return sum(s for s, _ in found), math.hypot(*(sigma for _, sigma in found))
+
+    def energy(self, layer: Layer, choice: Choice) -> float | None:
+        found = [self.stage_energy(shape) for shape in stages(layer, choice)]
+        known = [joules for joules in found if joules is not None]
+        return sum(known) if len(known) == len(found) else None
+
+
+def stages(layer: Layer, choice: Choice) -> Iterator[LayerShape]:
+    """The shapes that run in one forward pass when a layer has a choice, one for each call."""
+    for call in layer.shape.calls:
+        shape = replace(layer.shape, calls=(call,))
+        if choice == DENSE:
+            yield shape
+        else:
+            yield from OPERATORS[choice.operator].stages(shape, choice.rank)
+
+
+def dtype_of(shape: LayerShape) -> str:
+    """The name of the weights' dtype; two bytes are taken for float16."""
+    return DTYPES.get(shape.itemsize, f"{8 * shape.itemsize} bits")
 
 
 @final
@@ -63,29 +147,98 @@ class CallableModel(HardwareModel):
         return float(self.fn(layer, choice)), 0.0
 
 
-def latency_tables(
-    model: HardwareModel,
-    space: SearchSpace,
-    on_layer: Callable[[int, int], None] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of every choice of every layer, in the order of the space.
+@dataclass(frozen=True)
+class LatencyTables:
+    """The predictions for every choice of a space, as arrays.
+
+    Args:
+        choices: Of each layer by name.
+        seconds: The same order.
+        sigma: Their standard deviations.
+        rest: Seconds outside the layers, and their standard deviation.
+        energy: Joules; None where they are not known.
+    """
+
+    choices: Mapping[str, tuple[Choice, ...]]
+    seconds: Mapping[str, Array]
+    sigma: Mapping[str, Array]
+    rest: tuple[float, float] = (0.0, 0.0)
+    energy: Mapping[str, Array] | None = None
+
+    @cached_property
+    def _places(self) -> dict[str, dict[Choice, int]]:
+        return {n: {c: i for i, c in enumerate(choices)} for n, choices in self.choices.items()}
+
+    def predict(self, allocation: Mapping[str, Choice]) -> tuple[float, float]:
+        """Seconds of the whole network under an allocation, and their standard deviation."""
+        total, variance = self.rest[0], self.rest[1] ** 2
+        for name, choice in allocation.items():
+            i = self._places[name][choice]
+            total += self.seconds[name][i]
+            variance += self.sigma[name][i] ** 2
+        return float(total), math.sqrt(variance)
+
+    def predict_energy(self, allocation: Mapping[str, Choice]) -> float | None:
+        """Joules of the layers under an allocation."""
+        if self.energy is None:
+            return None
+        return float(sum(self.energy[n][self._places[n][c]] for n, c in allocation.items()))
+
+    def restrict(self, choices: Mapping[str, tuple[Choice, ...]]) -> LatencyTables:
+        """The tables of some of the choices."""
+        kept = {n: [self._places[n][c] for c in wanted] for n, wanted in choices.items()}
+
+        def cut(table: Mapping[str, Array]) -> dict[str, Array]:
+            return {name: table[name][rows] for name, rows in kept.items()}
+
+        energy = None if self.energy is None else cut(self.energy)
+        return LatencyTables(choices, cut(self.seconds), cut(self.sigma), self.rest, energy)
+
+
+def compile_latency(
+    model: HardwareModel, space: SearchSpace, on_layer: Progress | None = None
+) -> LatencyTables:
+    """Ask a hardware model, bound to a space, for everything in it.
 
     Raises:
         UsageError: A prediction is not a positive number; it is named.
     """
-    tables: dict[str, list[float]] = {}
+    seconds: dict[str, Array] = {}
+    sigma: dict[str, Array] = {}
+    energy: dict[str, Array] | None = {}
     for done, (name, layer) in enumerate(space.layers.items(), 1):
-        tables[name] = [_checked(model, layer, choice) for choice in layer.choices]
+        rows = np.array([_checked(model, layer, choice) for choice in layer.choices])
+        seconds[name], sigma[name] = rows[:, 0], rows[:, 1]
+        joules = [model.energy(layer, choice) for choice in layer.choices]
+        known = [j for j in joules if j is not None]
+        if energy is not None:
+            energy = {**energy, name: np.array(known)} if len(known) == len(joules) else None
         if on_layer is not None:
             on_layer(done, len(space.layers))
-    return tables
+    choices = {name: layer.choices for name, layer in space.layers.items()}
+    return LatencyTables(choices, seconds, sigma, _checked_rest(model, space), energy or None)
 
 
-def _checked(model: HardwareModel, layer: Layer, choice: Choice) -> float:
-    seconds, _ = model.latency(layer, choice)
+def _checked(model: HardwareModel, layer: Layer, choice: Choice) -> tuple[float, float]:
+    seconds, sigma = model.latency(layer, choice)
     if not (math.isfinite(seconds) and seconds > 0):
         raise UsageError(
             f"hardware model {model.name!r} gave {seconds} seconds for layer {layer.name!r} as "
             f"{choice}; expected a positive number."
         )
-    return seconds
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise UsageError(
+            f"hardware model {model.name!r} gave a standard deviation of {sigma} seconds for "
+            f"layer {layer.name!r} as {choice}; expected a number from 0."
+        )
+    return seconds, sigma
+
+
+def _checked_rest(model: HardwareModel, space: SearchSpace) -> tuple[float, float]:
+    seconds, sigma = model.rest(space)
+    if not (math.isfinite(seconds) and seconds >= 0 and math.isfinite(sigma) and sigma >= 0):
+        raise UsageError(
+            f"hardware model {model.name!r} gave {seconds} ± {sigma} seconds for what is outside "
+            "the layers; expected numbers from 0."
+        )
+    return seconds, sigma

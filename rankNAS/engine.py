@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import ObjectiveError, RankNASError, UsageError
 from rankNAS.files import cache_folder
 from rankNAS.fingerprints import fingerprint
-from rankNAS.hw_models import HardwareModel, latency_tables, make_hardware
+from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.network import Factorisation, Select, factorise
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.pareto import worthwhile
@@ -33,7 +34,7 @@ from rankNAS.record import Record
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.search_spaces.policies import RankPolicy
+from rankNAS.search_spaces.policies import RankPolicy, hardware_choices
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import History, Problem, Request, Strategy, Trial
 from rankNAS.study import Study
@@ -57,10 +58,12 @@ class Settings:
         validation: Further training samples that metrics are measured on, at most.
         batch_norm: Correct batch-norm statistics after truncation.
         sequential: Give the networks that are handed out factors that suit the inputs which the
-            layers before leave them; trials are measured without.
+            layers before leave them; trials are measured without, unless the strategy refits.
         policy: Which ranks are offered.
         choices: Most choices a layer keeps once their errors are known.
-        batch_size: Samples a forward pass.
+        batch_size: Samples a forward pass of an evaluation.
+        latency_batch: Samples of the forward pass whose latency counts.
+        strict_hardware: Whether tables of latencies raise an error for what they have not seen.
 
     Raises:
         UsageError: An unknown metric, or a number below one.
@@ -78,11 +81,13 @@ class Settings:
     policy: RankPolicy = RankPolicy()
     choices: int = 64
     batch_size: int = 256
+    latency_batch: int = 1
+    strict_hardware: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, got {self.metric!r}.")
-        for name in ("calibration", "validation", "choices", "batch_size"):
+        for name in ("calibration", "validation", "choices", "batch_size", "latency_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
@@ -243,9 +248,17 @@ def prepare(
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
-        latency = latency_tables(
-            make_hardware(hardware), space, lambda done, total: report("time", done, total)
+        asked = space.at_batch(settings.latency_batch * space.input_shape[0])
+        on_step = partial(report, "time")
+        bound = make_hardware(hardware, strict=settings.strict_hardware).bind(
+            model, asked, on_step
         )
+        latency = compile_latency(bound, asked)
+        kept = {
+            name: hardware_choices(layer, latency.seconds[name].tolist(), settings.policy)
+            for name, layer in space.layers.items()
+        }
+        space, latency = space.restrict(kept), latency.restrict(kept)
     statistics = calibrate(
         model,
         space,
@@ -266,10 +279,9 @@ def prepare(
         on_layer=lambda done, total: report("factorise", done, total),
     )
     if latency is not None:
-        latency = {
-            name: [latency[name][space.layers[name].choices.index(c)] for c in layer.choices]
-            for name, layer in factorisation.space.layers.items()
-        }
+        latency = latency.restrict(
+            {name: layer.choices for name, layer in factorisation.space.layers.items()}
+        )
     problems = tuple(
         make_problem(
             factorisation.space, factorisation.errors(), budget, latency=latency, objectives=named
@@ -283,7 +295,7 @@ def prepare(
         splits.calibration[0],
         splits.validation,
         objectives,
-        extra_costs=_predicted(problems[0]),
+        extra_costs=None if latency is None else partial(_predicted, latency),
         batch_norm=settings.batch_norm,
         batch_size=settings.batch_size,
         device=device,
@@ -306,7 +318,7 @@ def requests(
 
 def _selection(
     names: set[str],
-    latency: Mapping[str, Sequence[float]] | None,
+    latency: LatencyTables | None,
     most: int,
     needs: Sequence[tuple[tuple[str, ...] | None, bool]],
 ) -> Select:
@@ -323,7 +335,7 @@ def _selection(
             costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
             costs = costs or [[c["macs"] for c in layer.costs]]
             if latency is not None and (needs_latency or "latency" in names):
-                costs.append(latency[layer.name])
+                costs.append(latency.seconds[layer.name].tolist())
             rows = [
                 i
                 for i, c in enumerate(layer.choices)
@@ -429,17 +441,12 @@ def _stop_if_failing(history: History) -> None:
         )
 
 
-def _predicted(problem: Problem) -> Callable[[Mapping[str, Any]], dict[str, float]] | None:
-    """Predicted latency of an allocation, where there is a table of it."""
-    if "latency" not in problem.costs:
-        return None
-
-    def costs(allocation: Mapping[str, Any]) -> dict[str, float]:
-        table = problem.costs["latency"]
-        indices = problem.indices(allocation)
-        return {"predicted_latency": float(sum(t[i] for t, i in zip(table, indices, strict=True)))}
-
-    return costs
+def _predicted(latency: LatencyTables, allocation: Mapping[str, Choice]) -> dict[str, float]:
+    """Seconds of the whole network with their standard deviation, and joules if known."""
+    seconds, sigma = latency.predict(allocation)
+    costs = {"predicted_latency": seconds, "predicted_latency_std": sigma}
+    energy = latency.predict_energy(allocation)
+    return costs if energy is None else {**costs, "predicted_energy": energy}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rankNAS.decompositions.shapes import COSTS
+from rankNAS.hw_models.base import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.base import Array, Problem
 
@@ -18,7 +19,7 @@ def make_problem(
     errors: Mapping[str, Sequence[float]] | None,
     budget: Mapping[str, float],
     *,
-    latency: Mapping[str, Sequence[float]] | None = None,
+    latency: LatencyTables | None = None,
     objectives: Sequence[tuple[str, str]] = (("accuracy", "maximize"),),
 ) -> Problem:
     """The tables of a space.
@@ -27,7 +28,7 @@ def make_problem(
         space: The space.
         errors: Relative error of each choice by layer; None (zeros) to check budgets alone.
         budget: Cost name to fraction kept.
-        latency: Seconds of each choice by layer; a cost of that name exists if given.
+        latency: Of the same choices; a cost of that name exists if given.
         objectives: Names and directions.
     """
     costs: dict[str, tuple[Array, ...]] = {
@@ -38,8 +39,8 @@ def make_problem(
     }
     rest = {name: float(space.rest[name]) for name in COSTS}
     if latency is not None:
-        costs["latency"] = tuple(np.array(latency[name]) for name in space.layers)
-        rest["latency"] = 0.0
+        costs["latency"] = tuple(latency.seconds[name] for name in space.layers)
+        rest["latency"] = latency.rest[0]
     zeros = {name: [0.0] * len(layer) for name, layer in space.layers.items()}
     return Problem(
         choices={name: layer.choices for name, layer in space.layers.items()},

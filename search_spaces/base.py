@@ -49,6 +49,12 @@ class Layer(Mapping[Choice, Cost]):
         """Every path of the layer in the model."""
         return (self.name, *self.aliases)
 
+    def repeated(self, factor: int) -> Layer:
+        """The layer on so many times the inputs in each call."""
+        calls = tuple((factor * call[0], *call[1:]) for call in self.shape.calls)
+        costs = tuple(cost.repeated(factor) for cost in self.costs)
+        return replace(self, shape=replace(self.shape, calls=calls), costs=costs)
+
     def restrict(self, keep: Sequence[Choice]) -> Layer:
         """The layer with only some of its choices, in their order here; dense always stays."""
         wanted = {DENSE, *keep}
@@ -122,6 +128,22 @@ class SearchSpace:
                     f"layer {name!r} has no choice {str(allocation[name])!r}; it has "
                     f"{len(layer)}, from {layer.choices[0]} to {layer.choices[-1]}."
                 )
+
+    def at_batch(self, size: int) -> SearchSpace:
+        """The space for another batch size: calls and multiply-adds grow in proportion.
+
+        Args:
+            size: A multiple of the batch size that the space was compiled for.
+        """
+        factor, remainder = divmod(size, self.input_shape[0])
+        if size < 1 or remainder:
+            raise UsageError(
+                f"a batch size must be a multiple of {self.input_shape[0]}, got {size}."
+            )
+        layers = {name: layer.repeated(factor) for name, layer in self.layers.items()}
+        skipped = tuple(replace(s, cost=s.cost.repeated(factor)) for s in self.skipped)
+        shape = (size, *self.input_shape[1:])
+        return SearchSpace(layers, skipped, self.rest.repeated(factor), shape)
 
     def restrict(self, keep: Mapping[str, Sequence[Choice]]) -> SearchSpace:
         """The space with only some choices of each layer; dense always stays."""

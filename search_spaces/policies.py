@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+from sklearn.isotonic import isotonic_regression
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, Operator, Rank
 from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
 from rankNAS.exceptions import UnknownNameError, UsageError
 
-__all__ = ["RankPolicy", "candidate_choices"]
+__all__ = ["RankPolicy", "candidate_choices", "hardware_choices", "step_ranks"]
+
+if TYPE_CHECKING:
+    from rankNAS.search_spaces.base import Layer
 
 T = TypeVar("T")
+ROUNDING = 1e-9  # of means over a step
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,12 @@ class RankPolicy:
         cost: The cost on which a choice must not be dominated: ``macs``, ``params`` or
             ``weight_bytes``.
         operators: The operators to use, in this order.
+        latency_steps: Where latency is known, drop a rank if a larger one of its family takes no
+            longer than this fraction more; None keeps all. See `step_ranks`.
+        only_faster: Where latency is known, drop choices that take as long as the dense layer.
 
     Raises:
-        UsageError: A number below one, an unknown cost or an unknown operator.
+        UsageError: A number below one, a negative tolerance, or an unknown cost or operator.
 
     Example:
         >>> shape = LayerShape(inputs=64, outputs=64, calls=((1,),))
@@ -48,11 +58,17 @@ class RankPolicy:
     multiple_of: int = 1
     cost: str = "macs"
     operators: tuple[str, ...] = tuple(OPERATORS)
+    latency_steps: float | None = None
+    only_faster: bool = False
 
     def __post_init__(self) -> None:
         for name in ("candidates", "multiple_of"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.latency_steps is not None and not 0 <= self.latency_steps < math.inf:
+            raise UsageError(
+                f"`latency_steps` must be a fraction from 0, or None, got {self.latency_steps}."
+            )
         if self.cost not in COSTS:
             raise UnknownNameError("cost", self.cost, COSTS)
         for operator in self.operators:
@@ -112,3 +128,64 @@ def _non_dominated(family: list[tuple[Rank, Cost]], cost: str) -> list[tuple[Ran
         if not kept or c[cost] < kept[-1][1][cost]:
             kept.append((rank, c))
     return kept[::-1]
+
+
+def step_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> list[int]:
+    """The ranks that are worth their time: none larger is as fast.
+
+    Latency against rank is a staircase where a device works on tiles; only the upper end of each
+    step is of use. Measurements are first made non-decreasing by isotonic regression. The rule
+    restates, for all ranks, what Hajimolahoseini et al. (arXiv:2309.03824) do at one step.
+
+    Args:
+        seconds: Of one family's ranks, in increasing order of the ranks.
+        tolerance: How much longer a larger rank may take to count as being as fast.
+
+    Returns:
+        Positions, increasing; the last is always among them.
+
+    >>> ranks = range(1, 310)
+    >>> [ranks[i] for i in step_ranks([-(-r // 64) for r in ranks])]
+    [64, 128, 192, 256, 309]
+    """
+    smooth = isotonic_regression([float(s) for s in seconds]).tolist() if len(seconds) else []
+    kept: list[int] = []
+    fastest = math.inf
+    for i in reversed(range(len(smooth))):
+        if fastest > smooth[i] * (1 + tolerance) * (1 + ROUNDING):
+            kept.append(i)
+            fastest = smooth[i]
+    return kept[::-1]
+
+
+def hardware_choices(
+    layer: Layer, seconds: Sequence[float], policy: RankPolicy
+) -> tuple[Choice, ...]:
+    """The choices of a layer that a policy keeps once latencies are known.
+
+    Args:
+        layer: Its shape and choices.
+        seconds: Of each choice.
+        policy: What to drop.
+    """
+    time = dict(zip(layer.choices, seconds, strict=True))
+    kept = set(layer.choices)
+    if policy.latency_steps is not None:
+        for family in _families(layer, policy, time):
+            steps = {
+                family[i] for i in step_ranks([time[c] for c in family], policy.latency_steps)
+            }
+            kept -= set(family) - steps
+    if policy.only_faster:
+        kept = {c for c in kept if time[c] < time[DENSE]}
+    return tuple(c for c in layer.choices if c == DENSE or c in kept)
+
+
+def _families(
+    layer: Layer, policy: RankPolicy, offered: Mapping[Choice, float]
+) -> Iterator[list[Choice]]:
+    """The offered choices of each operator's families, by increasing rank."""
+    for name in dict.fromkeys(c.operator for c in layer.choices if c != DENSE):
+        for ranks in OPERATORS[name].families(layer.shape, policy.multiple_of):
+            choices = [Choice(name, rank) for rank in ranks]
+            yield [c for c in choices if c in offered]

@@ -9,6 +9,7 @@ from torch import nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError
+from rankNAS.hw_models import LatencyTables
 from rankNAS.network import factorise
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -35,19 +36,26 @@ def test_costs_of_the_tables_are_those_of_the_space(
         assert problem.meets(indices) == (cost.params <= 0.5 * dense.params)
 
 
-def test_latency_is_a_cost_of_the_layers_alone(space: SearchSpace) -> None:
-    latency = {name: [1.0 + i for i in range(len(x))] for name, x in space.layers.items()}
-    problem = make_problem(space, None, {"latency": 1.0}, latency=latency)
-    assert problem.dense["latency"] == len(space.layers)
-    assert problem.rest["latency"] == 0
+def tables(space: SearchSpace, seconds: dict[str, list[float]], rest: float) -> LatencyTables:
+    choices = {name: layer.choices for name, layer in space.layers.items()}
+    arrays = {name: np.array(s) for name, s in seconds.items()}
+    return LatencyTables(choices, arrays, {n: 0 * a for n, a in arrays.items()}, (rest, 0.0))
+
+
+def test_latency_counts_what_is_outside_the_layers(space: SearchSpace) -> None:
+    seconds = {name: [1.0 + i for i in range(len(x))] for name, x in space.layers.items()}
+    problem = make_problem(space, None, {"latency": 0.5}, latency=tables(space, seconds, 3.0))
+    assert problem.dense["latency"] == len(space.layers) + 3
+    assert problem.rest["latency"] == 3
+    assert problem.limits["latency"] == 0.5 * (len(space.layers) + 3) - 3
 
 
 def test_budgets_that_exclude_each_other() -> None:
     """Each budget can be met, but by different choices of the only layer."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 8, bias=False))
     space = compile_space(model, torch.zeros(1, 64))
-    latency = {"0": [1.0 if c.rank == (31,) else 10.0 for c in space.layers["0"].choices]}
-    latency["0"][0] = 10.0
+    seconds = [1.0 if c.rank == (31,) else 10.0 for c in space.layers["0"].choices]
+    latency = tables(space, {"0": [10.0, *seconds[1:]]}, 0.0)
     problem = make_problem(space, None, {"latency": 0.1, "macs": 0.5}, latency=latency)
     with pytest.raises(BudgetError, match="together, although each can be met alone"):
         problem.check()

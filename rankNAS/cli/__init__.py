@@ -79,7 +79,24 @@ Sequential = Annotated[
     bool, typer.Option(help="Fit each layer of the answers to the inputs that it really has.")
 ]
 Hardware = Annotated[
-    str, typer.Option(help="For latency: host or file.py:function(layer, choice) -> seconds.")
+    str,
+    typer.Option(
+        help="For latency: a name (see `ranknas hardware`), a device file (.toml, .json), a table "
+        "of measured layers (.csv) or file.py:function(layer, choice) -> seconds."
+    ),
+]
+LatencyBatch = Annotated[int, typer.Option(help="Inputs of the forward pass that is timed.")]
+StrictHw = Annotated[
+    bool, typer.Option("--strict-hw", help="Fail where a table has not seen a layer or choice.")
+]
+LatencySteps = Annotated[
+    float | None,
+    typer.Option(
+        help="Drop ranks than which a larger one is as fast, within this fraction of the time."
+    ),
+]
+OnlyFaster = Annotated[
+    bool, typer.Option("--only-faster", help="Drop choices that are not faster than dense.")
 ]
 Device = Annotated[str, typer.Option(help="Where to run, for example cuda.")]
 DEFAULT_OUT = "ranknas-studies"
@@ -124,6 +141,10 @@ def search(
     batch_norm: BatchNorm = True,
     sequential: Sequential = True,
     hardware: Hardware = "host",
+    latency_batch: LatencyBatch = 1,
+    strict_hw: StrictHw = False,
+    latency_steps: LatencySteps = None,
+    only_faster: OnlyFaster = False,
     device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
@@ -160,6 +181,10 @@ def search(
         batch_norm=batch_norm,
         sequential=sequential,
         hardware=hardware,
+        latency_batch=latency_batch,
+        strict_hw=strict_hw,
+        latency_steps=latency_steps,
+        only_faster=only_faster,
         device=device,
     )
     run_search(options, resume=resume, as_json=json, quiet=quiet)
@@ -199,6 +224,10 @@ def compare(
     batch_norm: BatchNorm = True,
     sequential: Sequential = True,
     hardware: Hardware = "host",
+    latency_batch: LatencyBatch = 1,
+    strict_hw: StrictHw = False,
+    latency_steps: LatencySteps = None,
+    only_faster: OnlyFaster = False,
     device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
@@ -237,6 +266,10 @@ def compare(
         batch_norm=batch_norm,
         sequential=sequential,
         hardware=hardware,
+        latency_batch=latency_batch,
+        strict_hw=strict_hw,
+        latency_steps=latency_steps,
+        only_faster=only_faster,
         device=device,
     )
     run_compare(options, as_json=json, quiet=quiet)
@@ -356,6 +389,14 @@ def objectives(json: Json = False) -> None:
     from rankNAS.cli.listing import run_objectives
 
     run_objectives(json)
+
+
+@app.command()
+def hardware(json: Json = False) -> None:
+    """List the hardware models and devices that latency can be predicted for."""
+    from rankNAS.cli.listing import run_hardware
+
+    run_hardware(json)
 
 
 def _version(wanted: bool) -> None:

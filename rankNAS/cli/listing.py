@@ -1,4 +1,4 @@
-"""``ranknas compile | spaces | strategies | objectives``."""
+"""``ranknas compile | spaces | strategies | objectives | hardware``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from rankNAS.cli.output import number, print_json, print_table
 from rankNAS.exceptions import UsageError
+from rankNAS.hw_models.devices import device_names, read_device
 from rankNAS.objectives import OBJECTIVES
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -18,7 +19,7 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import SPACES, build_model
 from rankNAS.strategies import STRATEGIES
 
-__all__ = ["run_compile", "run_objectives", "run_spaces", "run_strategies"]
+__all__ = ["run_compile", "run_hardware", "run_objectives", "run_spaces", "run_strategies"]
 
 
 def run_spaces(as_json: bool) -> None:
@@ -47,6 +48,24 @@ def run_objectives(as_json: bool) -> None:
     ]
     rows.append(("path/to/file.py:function", "=maximize", "a function of network and data"))
     _print("Objectives", ("name", "direction", "description"), rows, as_json)
+
+
+def run_hardware(as_json: bool) -> None:
+    """List the hardware models and the devices."""
+    rows: list[tuple[str, str, str]] = [
+        ("host", "measured", "this machine"),
+        ("systolic", "analytical", "a systolic array; its figures in a .toml of that kind"),
+        ("imc", "analytical", "in-memory-computing arrays; likewise"),
+    ]
+    for name in device_names():
+        _, content = read_device(name)
+        rows.append((name, "roofline", f"{content['name']}: {', '.join(content['peak'])}"))
+    rows += [
+        ("path/to/device.toml", "yours", "figures of a device, with its kind of model"),
+        ("path/to/table.csv", "yours", "layer, choice, seconds"),
+        ("path/to/file.py:function", "yours", "a function of layer and choice that gives seconds"),
+    ]
+    _print("Hardware models", ("name", "kind", "description"), rows, as_json)
 
 
 def run_compile(

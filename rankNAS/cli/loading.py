@@ -47,12 +47,17 @@ def check_options(options: ModelOptions) -> Settings:
         UsageError: What is wrong.
     """
     _ = options.budgets
-    make_hardware(options.hardware)
+    make_hardware(options.hardware, strict=options.strict_hw)
     for objective in options.objective:
         make_objective(objective)
     if options.trials < 1:
         raise UsageError(f"`--trials` must be at least 1, got {options.trials}.")
-    policy = RankPolicy(options.candidates, options.multiple_of)
+    policy = RankPolicy(
+        options.candidates,
+        options.multiple_of,
+        latency_steps=options.latency_steps,
+        only_faster=options.only_faster,
+    )
     if options.operators:
         policy = replace(policy, operators=tuple(options.operators.split(",")))
     return Settings(
@@ -62,6 +67,8 @@ def check_options(options: ModelOptions) -> Settings:
         batch_norm=options.batch_norm,
         sequential=options.sequential,
         policy=policy,
+        latency_batch=options.latency_batch,
+        strict_hardware=options.strict_hw,
     )
 
 

@@ -50,6 +50,10 @@ class ModelOptions:
     batch_norm: bool = True
     sequential: bool = True
     hardware: str = "host"
+    latency_batch: int = 1
+    strict_hw: bool = False
+    latency_steps: float | None = None
+    only_faster: bool = False
     device: str = "cpu"
 
     @property

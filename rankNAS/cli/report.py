@@ -186,10 +186,20 @@ def _draw_accuracy(
     for i in range(0, len(budgets), 2):
         axes.axvspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
     axes.set_xlim(-0.5, len(budgets) - 0.5)
-    axes.set_xticks(range(len(budgets)), budgets)
+    ticks, title = _ticks(budgets)
+    axes.set_xticks(range(len(budgets)), ticks)
+    axes.set_xlabel(title)
     axes.grid(axis="y", color="0.85", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _ticks(budgets: Sequence[str]) -> tuple[list[str], str]:
+    """What tells the budgets apart, and what they have in common."""
+    pairs = [budget.partition("<=") for budget in budgets]
+    if len({name for name, _, _ in pairs}) > 1 or not all(p.count("<=") == 1 for p in budgets):
+        return [budget.replace(",", ",\n") for budget in budgets], "budget"
+    return [fraction for *_, fraction in pairs], f"{pairs[0][0]} kept, at most"
 
 
 def _draw_seconds(axes: Any, table: pd.DataFrame, styles: dict[str, Any]) -> None:

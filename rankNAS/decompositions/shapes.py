@@ -38,6 +38,10 @@ class Cost:
     def __getitem__(self, name: str) -> int:
         return int(getattr(self, name))
 
+    def repeated(self, factor: int) -> Cost:
+        """On so many times the inputs: more multiply-accumulates, the same parameters."""
+        return Cost(factor * self.macs, self.params, self.weight_bytes)
+
 
 @dataclass(frozen=True)
 class LayerShape:

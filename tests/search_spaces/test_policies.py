@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.isotonic import isotonic_regression
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS
 from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
+from rankNAS.search_spaces.base import Layer
+from rankNAS.search_spaces.policies import (
+    RankPolicy,
+    candidate_choices,
+    hardware_choices,
+    step_ranks,
+)
 
 
 @st.composite
@@ -170,3 +179,64 @@ def test_bad_policies() -> None:
         RankPolicy(cost="mac")
     with pytest.raises(UnknownNameError, match="Did you mean 'tucker2'"):
         RankPolicy(operators=("tucker",))
+
+
+def test_steps_of_a_staircase_of_64() -> None:
+    ranks = range(1, 310)
+    kept = [ranks[i] for i in step_ranks([math.ceil(r / 64) for r in ranks])]
+    assert set(kept) == {309, 256, 192, 128, 64}
+
+
+@given(
+    widths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    heights=st.lists(st.floats(0.2, 3.0), min_size=8, max_size=8),
+)
+def test_the_upper_ends_of_random_steps_are_kept(widths: list[int], heights: list[float]) -> None:
+    levels = list(accumulate(heights))
+    seconds = [levels[i] for i, width in enumerate(widths) for _ in range(width)]
+    ends = [total - 1 for total in accumulate(widths)]
+    assert step_ranks(seconds) == ends
+    assert step_ranks(seconds, 1e6) == [len(seconds) - 1]
+
+
+@given(
+    seconds=st.lists(st.floats(1.0, 9.0), min_size=1, max_size=20),
+    tolerance=st.sampled_from([0.0, 0.03, 0.3]),
+)
+def test_no_kept_rank_is_as_slow_as_the_next(seconds: list[float], tolerance: float) -> None:
+    kept = step_ranks(seconds, tolerance)
+    smooth = isotonic_regression(seconds)
+    assert kept[-1] == len(seconds) - 1 and kept == sorted(set(kept))
+    for below, above in pairwise(kept):
+        assert smooth[above] > smooth[below] * (1 + tolerance)
+    for i in set(range(len(seconds))) - set(kept):  # something larger is as fast
+        larger = min(j for j in kept if j > i)
+        assert smooth[larger] <= smooth[i] * (1 + tolerance) + 1e-12
+
+
+def test_noise_alone_makes_no_step() -> None:
+    assert step_ranks([1.00, 1.02, 0.99, 1.01, 1.00], 0.03) == [4]
+    assert step_ranks([]) == []
+
+
+def test_choices_once_latencies_are_known() -> None:
+    shape = LayerShape(64, 64, (3, 3), (1, 1), (1, 1), (1, 1), calls=((1, 8, 8),))
+    plain = RankPolicy(operators=("svd", "group_svd"))
+    choices, costs = candidate_choices(shape, plain)
+    layer = Layer("conv", (), shape, choices, costs)
+    seconds = [1.0] + [0.1 * math.ceil(c.rank[-1] / 8) * len(c.rank) for c in choices[1:]]
+    assert hardware_choices(layer, seconds, plain) == choices
+    stepped = hardware_choices(layer, seconds, replace(plain, latency_steps=0.0))
+    for family in {(c.operator, c.rank[:-1]) for c in choices[1:]}:
+        ranks = [c.rank[-1] for c in choices if (c.operator, c.rank[:-1]) == family]
+        kept = [c.rank[-1] for c in stepped if (c.operator, c.rank[:-1]) == family]
+        steps = {math.ceil(r / 8): r for r in sorted(ranks)}  # the largest of each
+        assert sorted(kept) == sorted(steps.values())
+    faster = hardware_choices(layer, seconds, replace(plain, only_faster=True))
+    assert set(faster) == {DENSE} | {c for c, s in zip(choices, seconds, strict=True) if s < 1.0}
+    assert len(faster) < len(choices)
+
+
+def test_a_negative_tolerance_is_refused() -> None:
+    with pytest.raises(UsageError, match="latency_steps"):
+        RankPolicy(latency_steps=-0.1)

@@ -30,6 +30,7 @@ from rankNAS.decompositions import OPERATORS, Metric, Target
 from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
 from rankNAS.files import cache_folder
+from rankNAS.hw_models import CallableModel, compile_latency
 from rankNAS.network import Factorisation, factorise
 from rankNAS.search_spaces import RankPolicy, compile_space
 from rankNAS.strategies.base import History, Problem, Request, Trial
@@ -106,10 +107,8 @@ def problem_of(bench: Workbench, budget: Mapping[str, float]) -> Problem:
     space = bench.factorisation.space
     latency = None
     if "latency" in budget:
-        latency = {
-            name: [1e-6 + 1e-9 * cost.macs for cost in layer.costs]
-            for name, layer in space.layers.items()
-        }
+        hardware = CallableModel(lambda layer, choice: 1e-6 + 1e-9 * layer[choice].macs)
+        latency = compile_latency(hardware, space)
     return make_problem(space, bench.factorisation.errors(), budget, latency=latency)
 
 

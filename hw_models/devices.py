@@ -1,0 +1,120 @@
+"""Device files: what is known of a device, as TOML, with the source of every figure.
+
+A file says what ``kind`` of model it is for: ``roofline`` (the default), ``systolic`` or ``imc``.
+The files of this package are listed by `device_names`.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rankNAS.exceptions import UsageError
+
+__all__ = ["Device", "device_names", "read_device"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Figures of a device, for a roofline.
+
+    Args:
+        name: In words.
+        bandwidth: Of main memory, bytes a second.
+        launch: Overhead of starting one kernel, seconds.
+        peak: FLOP a second by dtype; a multiply-add is two.
+        tile: Multiples to which [outputs, reduction] of a matrix product are rounded up, by dtype.
+        energy: Joules a multiply-add by dtype, and under ``byte`` a byte of main memory; may be
+            empty.
+        sources: Where each figure is from, by its path.
+    """
+
+    name: str
+    bandwidth: float
+    launch: float
+    peak: Mapping[str, float]
+    tile: Mapping[str, tuple[int, int]]
+    energy: Mapping[str, float]
+    sources: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], where: str) -> Device:
+        """From a parsed file.
+
+        Raises:
+            UsageError: A figure is missing, not a number, or not positive.
+        """
+        peak = {k: positive(v, f"peak.{k}", where) for k, v in _table(content, "peak", where)}
+        if not peak:
+            raise UsageError(f"{where} has no [peak]; give FLOP a second by dtype.")
+        tile = dict.fromkeys(peak, (1, 1))
+        for dtype, sizes in _table(content, "tile", where):
+            if not isinstance(sizes, list) or len(sizes) != 2:
+                raise UsageError(f"{where}: tile.{dtype} must be two numbers, got {sizes!r}.")
+            first, second = (int(positive(s, f"tile.{dtype}", where)) for s in sizes)
+            tile[dtype] = first, second
+        return cls(
+            str(content.get("name", where)),
+            positive(content.get("bandwidth"), "bandwidth", where),
+            positive(content.get("launch"), "launch", where, zero=True),
+            peak,
+            tile,
+            {k: positive(v, f"energy.{k}", where) for k, v in _table(content, "energy", where)},
+            dict(_table(content, "sources", where)),
+        )
+
+
+def device_names() -> tuple[str, ...]:
+    """The device files of this package."""
+    folder = files("rankNAS.hw_models") / "devices"
+    names = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def read_device(given: str | Path) -> tuple[str, dict[str, Any]]:
+    """The kind and the content of a device file, given by its path or its name here.
+
+    Raises:
+        UsageError: The file is missing or is not TOML, or its kind is not text.
+    """
+    path = Path(given)
+    try:
+        if str(given) in device_names():
+            resource = files("rankNAS.hw_models") / "devices" / f"{given}.toml"
+            content = tomllib.loads(resource.read_text("utf-8"))
+        else:
+            content = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"device file {str(path)!r} is not TOML: {error}.") from None
+    kind = content.pop("kind", "roofline")
+    if not isinstance(kind, str):
+        raise UsageError(f"device file {str(path)!r}: `kind` must be text, got {kind!r}.")
+    return kind, content
+
+
+def positive(value: Any, key: str, where: str, *, zero: bool = False) -> float:
+    """A figure of a device file.
+
+    Raises:
+        UsageError: It is missing, not a number, not finite, or not positive (or zero).
+    """
+    if value is None:
+        raise UsageError(f"{where} has no {key!r}.")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise UsageError(f"{where}: {key!r} must be a positive number, got {value!r}.")
+    return float(value)
+
+
+def _table(content: Mapping[str, Any], key: str, where: str) -> list[tuple[str, Any]]:
+    table = content.get(key, {})
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{where}: {key!r} must be a table, got {table!r}.")
+    return list(table.items())

@@ -1,0 +1,77 @@
+"""The roofline: a kernel takes its arithmetic at peak or its memory traffic, whichever is longer.
+
+Reference: Williams, Waterman and Patterson, Communications of the ACM 2009. Added to it: an
+overhead for each kernel, and sizes rounded up to the tiles that the units work on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from rankNAS.decompositions import LayerShape
+from rankNAS.exceptions import UsageError
+from rankNAS.hw_models.base import StageModel, dtype_of
+from rankNAS.hw_models.devices import Device
+from rankNAS.search_spaces.base import SearchSpace
+
+__all__ = ["Roofline"]
+
+
+@final
+@dataclass(frozen=True)
+class Roofline(StageModel):
+    """A device that is known by its figures; a lower bound of the time rather than a measurement.
+
+    Args:
+        device: From `Device.of`.
+        uncertainty: Relative standard deviation of a kernel's time: an assumption.
+        name: As given by the user.
+    """
+
+    device: Device
+    uncertainty: float = 0.3
+    name: str = "roofline"
+
+    def stage(self, shape: LayerShape) -> tuple[float, float]:
+        dtype = self._dtype(shape)
+        rows, columns = self.device.tile[dtype]
+        g, positions = shape.groups, sum(math.prod(call) for call in shape.output_calls())
+        padded = g * _round_up(shape.outputs // g, rows) * _round_up(shape.width, columns)
+        arithmetic = 2 * positions * padded / self.device.peak[dtype]
+        seconds = self.device.launch + max(arithmetic, _bytes(shape) / self.device.bandwidth)
+        return seconds, self.uncertainty * seconds
+
+    def stage_energy(self, shape: LayerShape) -> float | None:
+        energy, dtype = self.device.energy, self._dtype(shape)
+        if dtype not in energy or "byte" not in energy:
+            return None
+        return shape.cost().macs * energy[dtype] + _bytes(shape) * energy["byte"]
+
+    def rest(self, space: SearchSpace) -> tuple[float, float]:
+        """The skipped layers' arithmetic and overhead; what is no layer is taken to be fused."""
+        shapes = [layer.shape for layer in space.layers.values()]
+        peak = self.device.peak[self._dtype(shapes[0])] if shapes else math.inf
+        seconds = 2 * space.rest.macs / peak + self.device.launch * len(space.skipped)
+        return seconds, self.uncertainty * seconds
+
+    def _dtype(self, shape: LayerShape) -> str:
+        dtype = dtype_of(shape)
+        if dtype not in self.device.peak:
+            raise UsageError(
+                f"{self.device.name} has no figures for {dtype} weights, only for "
+                f"{', '.join(self.device.peak)}; convert the model, or add them to a device file."
+            )
+        return dtype
+
+
+def _bytes(shape: LayerShape) -> int:
+    """Read and written once: inputs, outputs and weights."""
+    inputs = shape.inputs * sum(math.prod(call) for call in shape.calls)
+    outputs = shape.outputs * sum(math.prod(call) for call in shape.output_calls())
+    return shape.itemsize * (inputs + outputs) + shape.cost().weight_bytes
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
