@@ -21,10 +21,12 @@ from rankNAS.hw_models.imc import ImcArray
 from rankNAS.hw_models.roofline import Roofline
 from rankNAS.hw_models.systolic import Systolic
 from rankNAS.hw_models.table import MeasuredTable
+from rankNAS.hw_models.validation import Agreement, agreement, validate
 from rankNAS.plugins import is_plugin, load_callable
 
 __all__ = [
     "HW_MODELS",
+    "Agreement",
     "CallableModel",
     "Device",
     "HardwareModel",
@@ -35,9 +37,11 @@ __all__ = [
     "Roofline",
     "StageModel",
     "Systolic",
+    "agreement",
     "compile_latency",
     "device_names",
     "make_hardware",
+    "validate",
 ]
 
 HW_MODELS: dict[str, Callable[[], HardwareModel]] = {
@@ -52,8 +56,8 @@ def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> Hardwa
 
     Args:
         given: A model itself; a name of `HW_MODELS` or `device_names`; a device file
-            (``FILE.toml``); a table of measured layers (``FILE.csv``); or
-            ``file.py:function`` (layer, choice -> seconds).
+            (``FILE.toml``, or ``FILE.json`` from a profile); a table of measured layers
+            (``FILE.csv``); or ``file.py:function`` (layer, choice -> seconds).
         strict: Whether tables raise an error for what they have not seen, instead of predicting.
 
     Raises:
@@ -73,10 +77,14 @@ def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> Hardwa
         return HW_MODELS[given]()
     if given in device_names() or given.endswith(".toml"):
         return _from_device(given)
+    if given.endswith(".json"):
+        return Host(file=Path(given), measures=False, strict=strict, name=Path(given).stem)
     if given.endswith(".csv"):
         return MeasuredTable.read(given, strict=strict)
     names = [*HW_MODELS, *device_names()]
-    hint = "Or a device file (.toml), a table of measured layers (.csv), or file.py:function."
+    hint = (
+        "Or a device file (.toml, .json), a table of measured layers (.csv), or file.py:function."
+    )
     raise UnknownNameError("hardware model", given, names, hint)
 
 

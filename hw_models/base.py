@@ -18,7 +18,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = [
     "CallableModel",
@@ -69,6 +69,7 @@ class HardwareModel(ABC):
         self,
         network: nn.Module | None,
         space: SearchSpace,
+        inputs: Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> HardwareModel:
         """The model ready for a space; called once before it is asked.
@@ -76,6 +77,7 @@ class HardwareModel(ABC):
         Args:
             network: What the space was compiled from; None if it is not at hand.
             space: For the batch that is to be predicted.
+            inputs: Of the network, one at least; None if none is at hand.
             on_progress: Called with steps done and steps in all.
 
         Raises:

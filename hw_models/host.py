@@ -1,84 +1,377 @@
-"""This machine, measured: every distinct shape is built and timed once.
+"""This machine, measured: stages of layers, and whole networks to put their sum right.
 
-Timings of one process are kept, so that equal layers and later searches cost nothing. The layers
-are timed alone; what a fused neighbour would save is not seen.
+1. Of all the stages that a space's choices consist of, a spread-out part is timed.
+2. A Gaussian process (`StageRegression`) predicts the others, with its uncertainty.
+3. The network itself is timed, dense and under a few random allocations. What the stages do not
+   explain, such as normalisations, activations and what a layer's neighbours do to its caches, is
+   put into a constant and two factors (`NetworkFit`).
+
+Everything measured is kept in a file, and a network that is profiled again costs nothing.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import copy
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
-from torch import nn
+from scipy.optimize import lsq_linear
+from torch import Tensor, nn
 
-from rankNAS.allocation import DENSE, Choice
-from rankNAS.decompositions import OPERATORS, LayerShape
-from rankNAS.hw_models.base import HardwareModel
-from rankNAS.search_spaces.base import Layer
+from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.decompositions import LayerShape
+from rankNAS.exceptions import UsageError
+from rankNAS.files import cache_folder
+from rankNAS.hw_models.base import Progress, StageModel, stages
+from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
+from rankNAS.hw_models.regression import StageRegression, kind_of
+from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+from rankNAS.network import skeleton
+from rankNAS.search_spaces.base import Layer, SearchSpace
 
-__all__ = ["Host"]
+__all__ = ["Host", "batched", "built", "general_shapes", "random_allocations"]
+
+logger = logging.getLogger(__name__)
+BLOCK = 16  # stages that are timed in turns
+DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+PULL = 0.1  # of the factors of a network towards 1, against one timing each
 
 
 @final
 @dataclass(frozen=True)
-class Host(HardwareModel):
-    """Median time of a layer on a device of this machine, random weights and inputs.
+class Host(StageModel):
+    """Latency on a device of this machine, random weights and inputs.
+
+    Without `bind`, each stage is timed when it is asked for.
 
     Args:
         device: Where to measure.
-        repeats: Timed passes of each shape.
-        seconds: Most time spent on one shape; at least three passes are timed.
+        repeats: Rounds in which stages are timed in turns.
+        seconds: Most time for one stage; at least three rounds are timed.
+        shapes: Most stages of a space that are timed.
+        general: Time common shapes too, so that the file serves other networks better.
+        networks: Allocations under which the whole network is timed, besides the dense one.
+        file: Where measurements are kept; None for the folder of caches.
+        measures: Whether to measure what the file does not have; otherwise it is predicted.
+        strict: Raise an error for kinds of layers that the file has not seen, if not measuring.
+        seed: Of the allocations.
+        profile: What was measured; made by `bind`.
+        fitted: The regression through it.
+        fit: Of the network that was bound.
+        known: Predictions made so far.
     """
 
     device: str = "cpu"
-    repeats: int = 15
-    seconds: float = 0.2
+    repeats: int = 11
+    seconds: float = 0.25
+    shapes: int = 320
+    general: bool = False
+    networks: int = 10
+    file: Path | None = None
+    measures: bool = True
+    strict: bool = False
+    seed: int = 0
     name: str = "host"
-    measured: dict[tuple[LayerShape, ...], tuple[float, float]] = field(
+    profile: Profile | None = field(default=None, compare=False, repr=False)
+    fitted: StageRegression | None = field(default=None, compare=False, repr=False)
+    fit: NetworkFit = field(default_factory=NetworkFit, compare=False, repr=False)
+    known: dict[LayerShape, tuple[float, float]] = field(
         default_factory=dict, compare=False, repr=False
     )
 
+    def bind(
+        self,
+        network: nn.Module | None,
+        space: SearchSpace,
+        inputs: Tensor | None = None,
+        on_progress: Progress | None = None,
+    ) -> Host:
+        wanted = list(dict.fromkeys(_key(s) for s in _stages(space)))
+        key, profile = _network_key(space), self._profile()
+        chosen = _spread_out(wanted, self.shapes) if self.measures else []
+        if self.measures and self.general:
+            chosen += general_shapes(space.input_shape[0])
+        missing = [shape for shape in chosen if shape not in profile.stages]
+        trial = self.measures and network is not None and inputs is not None
+        trial = trial and key not in profile.networks
+        steps = len(missing) + (self.networks + 1 if trial else 0)
+        report = on_progress or (lambda done, total: None)
+        report(0, steps)
+        for start in range(0, len(missing), BLOCK):
+            block = missing[start : start + BLOCK]
+            profile = profile.with_stages(self._measure(block))
+            self._keep(profile)
+            report(start + len(block), steps)
+        model = self._regressed(profile, wanted)
+        if trial and network is not None and inputs is not None:
+            fit = model._fit_network(network, space, inputs)
+            profile = profile.with_network(key, fit)
+            self._keep(profile)
+            report(steps, steps)
+        fit = profile.networks.get(key, NetworkFit())
+        return replace(model, profile=profile, fit=fit)
+
+    def stage(self, shape: LayerShape) -> tuple[float, float]:
+        key = _key(shape)
+        if key not in self.known:
+            if self.fitted is None:
+                found = self._measure([key])[key]
+                self.known[key] = found.seconds, found.sigma
+            else:
+                seconds, sigma = self.fitted.predict([key])
+                self.known[key] = float(seconds[0]), float(sigma[0])
+        return self.known[key]
+
     def latency(self, layer: Layer, choice: Choice) -> tuple[float, float]:
-        total, variance = 0.0, 0.0
-        for call in layer.shape.calls:
-            shape = replace(layer.shape, calls=(call,))
-            stages = (
-                (shape,)
-                if choice == DENSE
-                else OPERATORS[choice.operator].stages(shape, choice.rank)
+        seconds, sigma = super().latency(layer, choice)
+        factor = self.fit.dense if choice == DENSE else self.fit.decomposed
+        return factor * seconds, factor * sigma
+
+    def rest(self, space: SearchSpace) -> tuple[float, float]:
+        """What is outside the layers; its deviation is what the stages leave unexplained."""
+        dense = sum(self.latency(layer, DENSE)[0] for layer in space.layers.values())
+        return self.fit.rest, self.fit.residual * (dense + self.fit.rest)
+
+    @property
+    def path(self) -> Path:
+        """The file of its measurements."""
+        return self._path(Terms.here(torch.device(self.device)))
+
+    def _profile(self) -> Profile:
+        terms = Terms.here(torch.device(self.device))
+        path = self._path(terms)
+        if not path.exists():
+            if not self.measures:
+                raise UsageError(f"device file {str(path)!r} does not exist.")
+            return Profile(terms)
+        try:
+            profile = Profile.read(path)
+        except UsageError as error:
+            if self.file is not None:
+                raise
+            logger.warning("%s It is made again.", error)
+            return Profile(terms)
+        profile.check(terms, f"device file {str(path)!r}")
+        return profile
+
+    def _path(self, terms: Terms) -> Path:
+        if self.file is not None:
+            return self.file
+        name = hashlib.sha256(repr(terms).encode()).hexdigest()[:16]
+        return cache_folder() / "hardware" / f"host-{name}.json"
+
+    def _keep(self, profile: Profile) -> None:
+        try:
+            profile.write(self._path(profile.terms))
+        except OSError as error:
+            if self.file is not None:
+                raise
+            logger.warning("the measurements could not be kept: %s", error)
+
+    def _regressed(self, profile: Profile, wanted: Sequence[LayerShape]) -> Host:
+        """With predictions for all that is wanted; what was measured is itself."""
+        if not profile.stages:
+            raise UsageError(f"device file {str(self.file)!r} has no measurements.")
+        self._check_kinds(profile, wanted)
+        rows = list(profile.stages.items())
+        fitted = StageRegression.fit(
+            [s for s, _ in rows], [m.seconds for _, m in rows], [m.sigma for _, m in rows]
+        )
+        known = {s: (m.seconds, m.sigma) for s, m in rows}
+        others = [shape for shape in wanted if shape not in known]
+        if others:
+            seconds, sigma = fitted.predict(others)
+            known |= dict(
+                zip(others, zip(seconds.tolist(), sigma.tolist(), strict=True), strict=True)
             )
-            if stages not in self.measured:
-                self.measured[stages] = self._measure(stages)
-            seconds, sigma = self.measured[stages]
-            total, variance = total + seconds, variance + sigma**2
-        return total, variance**0.5
+        return replace(self, profile=profile, fitted=fitted, known=known)
+
+    def _check_kinds(self, profile: Profile, wanted: Sequence[LayerShape]) -> None:
+        """Name what the file has never seen: kinds of layers, and sizes of batches."""
+        seen = {kind_of(shape) for shape in profile.stages}
+        unseen = sorted({kind_of(shape) for shape in wanted} - seen)
+        sizes = {shape.calls[0][0] for shape in profile.stages}
+        batches = sorted({shape.calls[0][0] for shape in wanted if shape.kernel} - sizes)
+        problems = [f"layers of the kind {kind!r}" for kind in unseen]
+        problems += [f"inputs at batch size {size}" for size in batches]
+        if not problems:
+            return
+        text = f"the measurements have no {' and no '.join(problems)}"
+        if self.strict or batches:
+            raise UsageError(f"{text}; profile them, for example with `ranknas profile`.")
+        logger.warning("%s; their times are extrapolated", text)
 
     @torch.no_grad()
-    def _measure(self, stages: tuple[LayerShape, ...]) -> tuple[float, float]:
-        network = nn.Sequential(*(s.build(self.device) for s in stages)).eval()
-        x = _example(stages[0]).to(self.device)
-        if x.dim() == 4:
-            network = network.to(memory_format=torch.channels_last)
-            x = x.contiguous(memory_format=torch.channels_last)
-        times: list[float] = []
-        network(x)
-        begun = time.perf_counter()
-        while len(times) < 3 or (
-            len(times) < self.repeats and time.perf_counter() - begun < self.seconds
-        ):
-            started = time.perf_counter()
-            network(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times), statistics.stdev(times)
+    def _measure(self, shapes: Sequence[LayerShape]) -> dict[LayerShape, Measurement]:
+        device = torch.device(self.device)
+        runs = [waiting(_run(shape, device), device) for shape in shapes]
+        times = interleaved(
+            runs, rounds=self.repeats, seconds=self.seconds * len(shapes), seed=self.seed
+        )
+        spread = spread_of_median(times)
+        return {
+            shape: Measurement(float(np.median(times[:, i])), float(spread[i]), len(times))
+            for i, shape in enumerate(shapes)
+        }
+
+    def _fit_network(self, network: nn.Module, space: SearchSpace, inputs: Tensor) -> NetworkFit:
+        """Time the network under a few allocations and explain the times by the stages'."""
+        allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
+        device = torch.device(self.device)
+        x = batched(inputs, space.input_shape[0]).to(device)
+        with torch.no_grad():
+            runs = [waiting(built(network, a, x), device) for a in allocations]
+            times = np.median(
+                interleaved(
+                    runs, rounds=self.repeats, seconds=4 * self.seconds * len(runs), seed=self.seed
+                ),
+                axis=0,
+            )
+        dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
+        for k, allocation in enumerate(allocations):
+            for name, choice in allocation.items():
+                seconds, _ = StageModel.latency(self, space.layers[name], choice)
+                part = dense if choice == DENSE else decomposed
+                part[k] += seconds
+        A = np.column_stack([np.ones(len(times)), dense, decomposed]) / times[:, None]
+        pull = PULL * np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        target = np.concatenate([np.ones(len(times)), [PULL, PULL]])
+        found = lsq_linear(np.vstack([A, pull]), target, bounds=(0, np.inf)).x
+        residual = float(np.std(A @ found - 1))
+        rest, factor, decomposed_factor = (float(v) for v in found)
+        return NetworkFit(rest, factor, decomposed_factor, residual)
 
 
-def _example(shape: LayerShape) -> torch.Tensor:
+def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Callable[[], object]:
+    """A forward pass of the network under an allocation, with arbitrary weights."""
+    model = skeleton(copy.deepcopy(network), allocation).eval()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                # Small normal values: denormal and infinite ones would take longer.
+                drawn = 0.05 * torch.randn(parameter.shape).to(parameter.dtype)
+                setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+    model, x = model.to(inputs.device), inputs
+    if x.dim() == 4:
+        model = model.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    return lambda: model(x)
+
+
+def batched(inputs: Tensor, size: int) -> Tensor:
+    """As many inputs, some of them repeated."""
+    return inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))[:size]
+
+
+def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
+    """Square and thin convolutions and linear layers as they are common in networks."""
+    shapes = []
+    for size in (7, 14, 28, 56):
+        for inputs, outputs in ((32, 32), (64, 64), (128, 32), (32, 128), (256, 256), (512, 64)):
+            for k in (1, 3):
+                pads = (k // 2, k // 2)
+                calls = ((batch, size, size),)
+                shapes.append(
+                    LayerShape(
+                        inputs,
+                        outputs,
+                        (k, k),
+                        (1, 1),
+                        pads,
+                        (1, 1),
+                        calls=calls,
+                        itemsize=itemsize,
+                    )
+                )
+    for inputs, outputs in ((64, 64), (256, 64), (64, 256), (768, 768), (768, 96), (96, 768)):
+        shapes += [LayerShape(inputs, outputs, calls=((n * batch,),)) for n in (1, 64)]
+    return shapes
+
+
+def random_allocations(space: SearchSpace, count: int, seed: int) -> list[Allocation]:
+    """Allocations of every size: each leaves a share of the layers dense, drawn anew."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        dense, low = i / max(1, count), rng.uniform(0, 0.8)
+        choices = {}
+        for name, layer in space.layers.items():
+            rest = len(layer.choices) - 1
+            at = 1 + int(rest * rng.uniform(low, 1.0)) if rest else 0
+            stays = rng.random() < dense or rest == 0
+            choices[name] = DENSE if stays else layer.choices[min(at, rest)]
+        found.append(Allocation.of(choices))
+    return found
+
+
+def _run(shape: LayerShape, device: torch.device) -> Callable[[], object]:
+    layer = shape.build("cpu").to(device, DTYPES.get(shape.itemsize, torch.float32)).eval()
     call = shape.calls[0]
-    if not shape.kernel:
-        return torch.randn(*call, shape.inputs)
-    return torch.randn(call[0], shape.inputs, *call[1:])
+    size = (call[0], shape.inputs, *call[1:]) if shape.kernel else (*call, shape.inputs)
+    x = torch.randn(size).to(device, DTYPES.get(shape.itemsize, torch.float32))
+    if x.dim() == 4:
+        layer = layer.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    return lambda: layer(x)
+
+
+def _stages(space: SearchSpace) -> Iterable[LayerShape]:
+    return (s for layer in space.layers.values() for c in layer for s in stages(layer, c))
+
+
+def _key(shape: LayerShape) -> LayerShape:
+    """What its time depends on: a bias is added for nothing, whatever pads costs the same."""
+    return replace(shape, bias=False, padding_mode="zeros")
+
+
+def _network_key(space: SearchSpace) -> str:
+    shapes = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
+    text = "\n".join([*shapes, str(space.rest), str(space.input_shape)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _spread_out(shapes: Sequence[LayerShape], most: int) -> list[LayerShape]:
+    """Some of the shapes that stand for all: alike ones share the number, each far from others.
+
+    Within a group of equal geometry, the one farthest from those already taken comes next.
+    """
+    groups: dict[object, list[LayerShape]] = {}
+    for shape in shapes:
+        groups.setdefault((shape.kernel, shape.stride, shape.calls, shape.groups > 1), []).append(
+            shape
+        )
+    shares = _shares([len(group) for group in groups.values()], most)
+    return [
+        shape
+        for group, share in zip(groups.values(), shares, strict=True)
+        for shape in _farthest(group, share)
+    ]
+
+
+def _shares(sizes: Sequence[int], most: int) -> list[int]:
+    """How many of each group: as for its square root, at least two (or all) of each."""
+    roots = np.sqrt(sizes)
+    scale = most / roots.sum()
+    for _ in range(20):  # what small groups cannot take goes to the others
+        shares = np.clip(np.floor(scale * roots), np.minimum(2, sizes), sizes)
+        if shares.sum() >= min(most, sum(sizes)):
+            break
+        scale *= 1.1
+    return [int(share) for share in shares]
+
+
+def _farthest(shapes: Sequence[LayerShape], count: int) -> list[LayerShape]:
+    points = np.log([[s.inputs / s.groups, s.outputs / s.groups, s.groups] for s in shapes])
+    taken = [int(np.argmax(points.sum(1)))]
+    distance = np.full(len(shapes), np.inf)
+    while len(taken) < count:
+        distance = np.minimum(distance, ((points - points[taken[-1]]) ** 2).sum(1))
+        taken.append(int(np.argmax(distance)))
+    return [shapes[i] for i in taken]

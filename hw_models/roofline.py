@@ -14,6 +14,7 @@ from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.base import StageModel, dtype_of
 from rankNAS.hw_models.devices import Device
+from rankNAS.hw_models.regression import traffic
 from rankNAS.search_spaces.base import SearchSpace
 
 __all__ = ["Roofline"]
@@ -40,14 +41,14 @@ class Roofline(StageModel):
         g, positions = shape.groups, sum(math.prod(call) for call in shape.output_calls())
         padded = g * _round_up(shape.outputs // g, rows) * _round_up(shape.width, columns)
         arithmetic = 2 * positions * padded / self.device.peak[dtype]
-        seconds = self.device.launch + max(arithmetic, _bytes(shape) / self.device.bandwidth)
+        seconds = self.device.launch + max(arithmetic, traffic(shape) / self.device.bandwidth)
         return seconds, self.uncertainty * seconds
 
     def stage_energy(self, shape: LayerShape) -> float | None:
         energy, dtype = self.device.energy, self._dtype(shape)
         if dtype not in energy or "byte" not in energy:
             return None
-        return shape.cost().macs * energy[dtype] + _bytes(shape) * energy["byte"]
+        return shape.cost().macs * energy[dtype] + traffic(shape) * energy["byte"]
 
     def rest(self, space: SearchSpace) -> tuple[float, float]:
         """The skipped layers' arithmetic and overhead; what is no layer is taken to be fused."""
@@ -64,13 +65,6 @@ class Roofline(StageModel):
                 f"{', '.join(self.device.peak)}; convert the model, or add them to a device file."
             )
         return dtype
-
-
-def _bytes(shape: LayerShape) -> int:
-    """Read and written once: inputs, outputs and weights."""
-    inputs = shape.inputs * sum(math.prod(call) for call in shape.calls)
-    outputs = shape.outputs * sum(math.prod(call) for call in shape.output_calls())
-    return shape.itemsize * (inputs + outputs) + shape.cost().weight_bytes
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -22,7 +22,7 @@ from rankNAS.hw_models.base import HardwareModel, Progress, dtype_of
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["MeasuredTable"]
 
@@ -102,6 +102,7 @@ class MeasuredTable(HardwareModel):
         self,
         network: nn.Module | None,
         space: SearchSpace,
+        inputs: Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> MeasuredTable:
         batch = space.input_shape[0]

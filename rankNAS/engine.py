@@ -249,10 +249,8 @@ def prepare(
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
         asked = space.at_batch(settings.latency_batch * space.input_shape[0])
-        on_step = partial(report, "time")
-        bound = make_hardware(hardware, strict=settings.strict_hardware).bind(
-            model, asked, on_step
-        )
+        predictor = make_hardware(hardware, strict=settings.strict_hardware)
+        bound = predictor.bind(model, asked, inputs[:1], partial(report, "time"))
         latency = compile_latency(bound, asked)
         kept = {
             name: hardware_choices(layer, latency.seconds[name].tolist(), settings.policy)

@@ -392,6 +392,68 @@ def objectives(json: Json = False) -> None:
 
 
 @app.command()
+def profile(
+    space: Space = "resnet18",
+    hw: Annotated[
+        str, typer.Option(help="host to measure; or any hardware model, to --validate it.")
+    ] = "host",
+    batch: Annotated[int, typer.Option(help="Inputs of a forward pass.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="PyTorch's CPU threads. Default: as many as it takes.")
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Device file (.json) for --hardware. Default: in the cache."),
+    ] = None,
+    shapes: Annotated[int, typer.Option(help="Most shapes of the space to time.")] = 320,
+    general: Annotated[
+        bool, typer.Option("--general", help="Time common shapes too, for other spaces.")
+    ] = False,
+    validate: Annotated[
+        int, typer.Option(help="Measure so many random allocations end to end.", min=0)
+    ] = 0,
+    study: Annotated[
+        str | None, typer.Option(help="Validate on the best allocations of this study, too.")
+    ] = None,
+    studies: Annotated[str, typer.Option(help="Folder of the studies.")] = DEFAULT_OUT,
+    seed: Annotated[int, typer.Option(help="Of the random allocations.")] = 0,
+    num_classes: Annotated[int, typer.Option(help="Of the model.")] = 10,
+    image_size: ImageSize = None,
+    operators: Operators = None,
+    candidates: Candidates = 256,
+    multiple_of: MultipleOf = 1,
+    exclude: Exclude = None,
+    device: Device = "cpu",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the layers of a space on this machine; compare predictions with whole networks."""
+    from rankNAS.cli.profiling import ProfileOptions, run_profile
+
+    options = ProfileOptions(
+        space=space,
+        hw=hw,
+        batch=batch,
+        threads=threads,
+        out=out,
+        shapes=shapes,
+        general=general,
+        validate=validate,
+        study=study,
+        studies=studies,
+        seed=seed,
+        num_classes=num_classes,
+        image_size=image_size,
+        operators=operators,
+        candidates=candidates,
+        multiple_of=multiple_of,
+        exclude=exclude or [],
+        device=device,
+    )
+    run_profile(options, as_json=json, quiet=quiet)
+
+
+@app.command()
 def hardware(json: Json = False) -> None:
     """List the hardware models and devices that latency can be predicted for."""
     from rankNAS.cli.listing import run_hardware

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import SPACES, build_model
 from rankNAS.strategies import STRATEGIES
 
-__all__ = ["run_compile", "run_hardware", "run_objectives", "run_spaces", "run_strategies"]
+__all__ = [
+    "rank_policy",
+    "run_compile",
+    "run_hardware",
+    "run_objectives",
+    "run_spaces",
+    "run_strategies",
+    "side_of",
+]
 
 
 def run_spaces(as_json: bool) -> None:
@@ -79,13 +88,8 @@ def run_compile(
     as_json: bool,
 ) -> None:
     """Compile a space on the meta device and print it."""
-    policy = RankPolicy(candidates, multiple_of)
-    if operators:
-        policy = RankPolicy(candidates, multiple_of, operators=tuple(operators.split(",")))
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"`--image-size` must be at least 1, got {image_size}.")
-    small = space in SPACES and SPACES[space].family == "cifar"
-    size = image_size or (32 if small else 224)
+    policy = rank_policy(operators, candidates, multiple_of)
+    size = side_of(space, image_size)
     with torch.device("meta"):
         model = build_model(space, num_classes=num_classes, input_shape=(3, size, size))
         example = torch.zeros(1, 3, size, size)
@@ -94,6 +98,24 @@ def run_compile(
         print_json(_document(space, compiled))
     else:
         _print_space(space, compiled)
+
+
+def rank_policy(operators: str | None, candidates: int, multiple_of: int) -> RankPolicy:
+    """The policy that the options name."""
+    policy = RankPolicy(candidates, multiple_of)
+    return replace(policy, operators=tuple(operators.split(","))) if operators else policy
+
+
+def side_of(space: str, image_size: int | None) -> int:
+    """Pixels along a side of the images of a space.
+
+    Raises:
+        UsageError: The given size is below 1.
+    """
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"`--image-size` must be at least 1, got {image_size}.")
+    small = space in SPACES and SPACES[space].family == "cifar"
+    return image_size or (32 if small else 224)
 
 
 def _print_space(name: str, space: SearchSpace) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,13 +9,11 @@ import torch
 from torch import nn
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.decompositions import OPERATORS
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.hw_models import (
     HW_MODELS,
     CallableModel,
     HardwareModel,
-    Host,
     compile_latency,
     make_hardware,
 )
@@ -43,14 +40,6 @@ def space() -> SearchSpace:
 
 def by_macs(layer: Layer, choice: Choice) -> float:
     return layer[choice].macs / 1e9
-
-
-def fast() -> Host:
-    return Host(repeats=3, seconds=0.0)
-
-
-class TestHost(HardwareContract):
-    hardware = fast()
 
 
 class TestCallableModel(HardwareContract):
@@ -149,70 +138,10 @@ def test_tables_name_the_layer_and_the_choice_of_a_bad_prediction(bad: float) ->
         compile_latency(CallableModel(broken), space())
 
 
-def test_host_measures_every_operator() -> None:
-    host = fast()
-    used = set()
-    for layer in space().layers.values():
-        for operator in {choice.operator for choice in layer}:
-            choice = next(c for c in layer if c.operator == operator)
-            seconds, sigma = host.latency(layer, choice)
-            assert 0 < seconds < 1 and sigma >= 0 and math.isfinite(sigma)
-            used.add(operator)
-    assert used == {"dense", *OPERATORS}
-
-
-def test_host_measures_equal_shapes_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = fast()
-    measured = []
-    original = Host._measure
-    monkeypatch.setattr(
-        Host, "_measure", lambda self, stages: measured.append(stages) or original(self, stages)
-    )
-    first, second = space().layers["1"], space().layers["2"]
-    assert first.shape == second.shape
-    choice = first.choices[1]
-    results = {host.latency(layer, choice) for layer in (first, second, first)}
-    assert len(results) == 1 and len(measured) == 1
-    host.latency(first, DENSE)
-    host.latency(space().layers["0"], DENSE)
-    assert len(measured) == 3
-    assert fast().measured == {}  # another model measures for itself
-
-
-def test_host_adds_up_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = fast()
-    monkeypatch.setattr(
-        Host, "_measure", lambda self, stages: (stages[0].calls[0][-1], stages[0].calls[0][0])
-    )
-    layer = space().layers["1"]
-    calls = ((3, 8, 10), (4, 8, 5), (3, 8, 10))
-    repeated = replace(layer, shape=replace(layer.shape, calls=calls))
-    for choice in layer.choices[:2]:
-        # independent measurements: the times add up, and so do the variances
-        assert host.latency(repeated, choice) == (10 + 5 + 10, math.sqrt(9 + 16 + 9))
-
-
-def test_host_runs_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    original = nn.Conv2d.forward
-
-    def forward(self: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-        assert not torch.is_grad_enabled()
-        runs.append(tuple(x.shape))
-        return original(self, x)
-
-    monkeypatch.setattr(nn.Conv2d, "forward", forward)
-    Host(repeats=7, seconds=60.0).latency(space().layers["1"], DENSE)
-    assert runs == [(2, 16, 6, 6)] * (1 + 7)
-    runs.clear()
-    Host(repeats=7, seconds=0.0).latency(space().layers["1"], DENSE)
-    assert runs == [(2, 16, 6, 6)] * (1 + 3)
-
-
 def test_names(tmp_path: Path) -> None:
     for name, kind in HW_MODELS.items():
         assert make_hardware(name) == kind() and make_hardware(name).name == name
-    assert make_hardware(own := fast()) is own
+    assert make_hardware(own := Board()) is own
     with pytest.raises(UnknownNameError, match=r"unknown hardware model 'hots'.*mean 'host'"):
         make_hardware("hots")
     with pytest.raises(UsageError, match=r"got function; wrap a function as CallableModel\("):

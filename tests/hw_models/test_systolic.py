@@ -63,8 +63,9 @@ def test_convolutions_and_groups() -> None:
 
 
 def test_energy_grows_with_the_numbers_size() -> None:
-    energies = [Systolic().stage_energy(linear(8, 8, 8, size)) for size in (1, 2, 4)]
-    assert None not in energies and energies == sorted(energies)
+    found = [Systolic().stage_energy(linear(8, 8, 8, size)) for size in (1, 2, 4)]
+    energies = [joules for joules in found if joules is not None]
+    assert len(energies) == 3 and energies == sorted(energies)
     assert Systolic().stage_energy(linear(8, 8, 8, 8)) is None
 
 

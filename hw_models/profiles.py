@@ -1,0 +1,184 @@
+"""What was measured on a machine, as a file: stages, whole networks, and on what terms.
+
+The file is written again after every few measurements, so that an interrupted profile goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankNAS.decompositions import LayerShape
+from rankNAS.exceptions import UsageError
+from rankNAS.files import write_json
+
+__all__ = ["Measurement", "NetworkFit", "Profile", "Terms"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What timings depend on besides shapes; their dtype and batch size are in the shapes.
+
+    Args:
+        device: Its type and name.
+        threads: Of PyTorch on a CPU.
+        memory_format: Of images.
+        version: Of PyTorch; timings are not refused for another.
+    """
+
+    device: str
+    threads: int
+    memory_format: str
+    version: str
+
+    @classmethod
+    def here(cls, device: torch.device) -> Terms:
+        """Of this process."""
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        else:
+            name = f"{device.type} {platform.machine()} {_processor()}".strip()
+        return cls(name, torch.get_num_threads(), "channels_last", torch.__version__)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds of one stage, the standard deviation of that, and how often it was run."""
+
+    seconds: float
+    sigma: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class NetworkFit:
+    """How a whole network's time follows from its stages': rest + dense D + decomposed S.
+
+    Args:
+        rest: Seconds of everything else.
+        dense: Factor of the times D of layers that stay dense, in place against alone.
+        decomposed: The same of all stages S of decomposed layers.
+        residual: Standard deviation of what that leaves, relative to the time.
+    """
+
+    rest: float = 0.0
+    dense: float = 1.0
+    decomposed: float = 1.0
+    residual: float = 0.0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measurements on one set of terms.
+
+    Args:
+        terms: What they hold for.
+        stages: By shape, each with a single call.
+        networks: By a key of the space.
+    """
+
+    terms: Terms
+    stages: Mapping[LayerShape, Measurement] = field(default_factory=dict)
+    networks: Mapping[str, NetworkFit] = field(default_factory=dict)
+
+    def with_stages(self, found: Mapping[LayerShape, Measurement]) -> Profile:
+        """And some more."""
+        return replace(self, stages={**self.stages, **found})
+
+    def with_network(self, key: str, fit: NetworkFit) -> Profile:
+        """And one more."""
+        return replace(self, networks={**self.networks, key: fit})
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        stages = [{**asdict(shape), **asdict(m)} for shape, m in self.stages.items()]
+        networks = {key: asdict(fit) for key, fit in self.networks.items()}
+        content = {
+            "format": FORMAT,
+            "terms": asdict(self.terms),
+            "stages": stages,
+            "networks": networks,
+        }
+        write_json(path, content)
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """From a file.
+
+        Raises:
+            UsageError: It cannot be read, or a figure in it is missing or wrong; it is named.
+        """
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
+        try:
+            if content["format"] != FORMAT:
+                raise UsageError(
+                    f"device file {str(path)!r} has format {content['format']!r}, not {FORMAT}; "
+                    "profile again."
+                )
+            terms = Terms(**content["terms"])
+            stages = dict(_stage(row) for row in content["stages"])
+            networks = {key: NetworkFit(**fit) for key, fit in content["networks"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"device file {str(path)!r} is damaged or incomplete: {error!r}; profile again."
+            ) from None
+        for key, fit in networks.items():
+            if not all(_is_number(v) and v >= 0 for v in asdict(fit).values()):
+                raise UsageError(
+                    f"device file {str(path)!r}: network {key} has the figures {fit}; they must "
+                    "be numbers from 0."
+                )
+        for shape, found in stages.items():
+            if not (_is_number(found.seconds) and found.seconds > 0 and _is_number(found.sigma)):
+                raise UsageError(
+                    f"device file {str(path)!r}: {shape} takes {found.seconds} ± {found.sigma} "
+                    "seconds; expected positive numbers."
+                )
+        return cls(terms, stages, networks)
+
+    def check(self, here: Terms, where: str) -> None:
+        """Raise a UsageError, naming the difference, unless these terms are others'."""
+        for name in (f.name for f in fields(Terms)):
+            there, now = getattr(self.terms, name), getattr(here, name)
+            if there != now and name != "version":
+                raise UsageError(
+                    f"{where} was measured with {name} {there!r}, but now it is {now!r}; measure "
+                    "again, or set it as it was."
+                )
+
+
+def _stage(row: Mapping[str, Any]) -> tuple[LayerShape, Measurement]:
+    names = {f.name for f in fields(LayerShape)}
+    given = {k: _tuples(v) for k, v in row.items() if k in names}
+    return LayerShape(**given), Measurement(row["seconds"], row["sigma"], int(row["rounds"]))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,164 @@
+"""Predicted against measured: whole networks, end to end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from rankNAS.allocation import Allocation
+from rankNAS.exceptions import UsageError
+from rankNAS.hw_models.base import LatencyTables, Progress
+from rankNAS.hw_models.host import batched, built
+from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+
+__all__ = ["Agreement", "agreement", "validate"]
+
+WITHIN = 0.1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well predictions agree with measurements.
+
+    Args:
+        within: Share of the allocations predicted within 10 %.
+        mape: Mean absolute relative error.
+        bias: Mean relative error; above 0 where predictions are too long.
+        spearman: Rank correlation; NaN for fewer than three allocations.
+        floor: Noise: how far apart two copies of the dense network were measured, relative.
+        uncertainty: Median relative half-width of the measurements' 95 % intervals.
+    """
+
+    within: float
+    mape: float
+    bias: float
+    spearman: float
+    floor: float
+    uncertainty: float
+
+
+def validate(
+    tables: LatencyTables,
+    network: nn.Module,
+    inputs: Tensor,
+    allocations: Mapping[str, Allocation],
+    *,
+    batch: int = 1,
+    device: str | torch.device = "cpu",
+    precision: float = 0.02,
+    seconds: float = 600.0,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Measure networks end to end, with arbitrary weights, beside what is predicted.
+
+    The networks are timed in turns, a few at a time, each time with the dense network twice; all
+    times are scaled by how long the dense network takes then, against its median over all turns.
+
+    Args:
+        tables: Predictions for a space of the network.
+        network: What the space was compiled from.
+        inputs: At least one input.
+        allocations: By name.
+        batch: Inputs of a forward pass.
+        device: Where to measure.
+        precision: Relative half-width of the 95 % interval at which timing ends.
+        seconds: Most time for all together.
+        seed: Of the order.
+        on_progress: Called with allocations done and all.
+
+    Returns:
+        A row an allocation, after two of the dense network: ``name``, ``predicted``, ``sigma``,
+        ``measured``, ``deviation`` (of the median) and ``rounds``.
+
+    Raises:
+        UsageError: There is nothing to measure.
+    """
+    if not allocations:
+        raise UsageError("there is no allocation to validate; give at least one.")
+    device = torch.device(device)
+    x = batched(inputs, batch).to(device)
+    dense = Allocation.of({name: choices[0] for name, choices in tables.choices.items()})
+    dense_runs = [waiting(built(network, dense, x), device) for _ in range(2)]
+    names = list(allocations)
+    blocks = [names[i : i + 8] for i in range(0, len(names), 8)]
+    found: list[tuple[list[str], np.ndarray]] = []
+    begun = time.perf_counter()
+    for number, block in enumerate(blocks):
+        left = (seconds - (time.perf_counter() - begun)) / (len(blocks) - number)
+        runs = [waiting(built(network, allocations[n], x), device) for n in block]
+        found.append((block, _until(dense_runs + runs, precision, left, seed + number)))
+        if on_progress is not None:
+            on_progress(number * 8 + len(block), len(names))
+    reference = float(np.median(np.concatenate([t[:, :2].ravel() for _, t in found])))
+    both = np.concatenate([t[:, :2] / np.median(t[:, :2]) for _, t in found]) * reference
+    rows = [_row("dense", dense, tables, both[:, i]) for i in range(2)]
+    for block, times in found:
+        scaled = times * (reference / np.median(times[:, :2]))
+        rows += [_row(n, allocations[n], tables, scaled[:, 2 + i]) for i, n in enumerate(block)]
+    return pd.DataFrame(rows)
+
+
+def _until(
+    runs: Sequence[Callable[[], object]], precision: float, seconds: float, seed: int
+) -> np.ndarray:
+    """Rounds until every median is known to the precision, or the time is over."""
+    begun = time.perf_counter()
+    times = np.zeros((0, len(runs)))
+    with torch.no_grad():
+        while True:
+            left = seconds - (time.perf_counter() - begun)
+            more = interleaved(
+                runs, rounds=10, seconds=max(left, 0.0), warm_up=0 if len(times) else 2, seed=seed
+            )
+            times = np.concatenate([times, more])
+            widths = 1.96 * spread_of_median(times) / np.median(times, axis=0)
+            if (len(times) >= 10 and widths.max() <= precision) or left <= 0:
+                return times
+            seed += 1
+
+
+def _row(
+    name: str, allocation: Allocation, tables: LatencyTables, times: np.ndarray
+) -> dict[str, object]:
+    predicted, sigma = tables.predict(allocation)
+    return {
+        "name": name,
+        "predicted": predicted,
+        "sigma": sigma,
+        "measured": float(np.median(times)),
+        "deviation": float(spread_of_median(times[:, None])[0]),
+        "rounds": len(times),
+    }
+
+
+def agreement(rows: pd.DataFrame) -> Agreement:
+    """Figures of a validation, over all rows but the two of the dense network.
+
+    >>> rows = pd.DataFrame(
+    ...     {"predicted": [1, 1, 1.0, 2.2, 3], "measured": [1, 1.01, 1, 2, 3], "deviation": 0.0}
+    ... )
+    >>> found = agreement(rows)
+    >>> found.within, round(found.mape, 3), found.spearman, round(found.floor, 4)
+    (0.6666666666666666, 0.033, 1.0, 0.01)
+    """
+    dense, others = rows.iloc[:2], rows.iloc[2:]
+    errors = (others.predicted / others.measured - 1).to_numpy()
+    enough = len(others) > 2 and others.measured.nunique() > 1 and others.predicted.nunique() > 1
+    rank = float(spearmanr(others.predicted, others.measured).statistic) if enough else math.nan
+    return Agreement(
+        within=float((np.abs(errors) <= WITHIN + 1e-12).mean()),
+        mape=float(np.abs(errors).mean()),
+        bias=float(errors.mean()),
+        spearman=rank,
+        floor=float(abs(dense.measured.iloc[1] / dense.measured.iloc[0] - 1)),
+        uncertainty=float((1.96 * others.deviation / others.measured).median()),
+    )

@@ -1,0 +1,210 @@
+"""``ranknas profile``: measure this machine, and hold predictions against whole networks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+import typer
+
+from rankNAS.allocation import Allocation, Choice
+from rankNAS.cli.listing import rank_policy, side_of
+from rankNAS.cli.options import study_folder
+from rankNAS.cli.output import print_json, print_table, reporting
+from rankNAS.cli.results import load_result
+from rankNAS.exceptions import StudyError, UsageError
+from rankNAS.files import save_atomically
+from rankNAS.hw_models import Host, agreement, compile_latency, make_hardware, validate
+from rankNAS.hw_models.host import random_allocations
+from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.zoo import build_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ProfileOptions", "run_profile"]
+
+BEST = 10  # allocations of a study
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """One field an option of ``ranknas profile``; see its help."""
+
+    space: str = "resnet18"
+    hw: str = "host"
+    batch: int = 1
+    threads: int | None = None
+    out: str | None = None
+    shapes: int = 320
+    general: bool = False
+    validate: int = 0
+    study: str | None = None
+    studies: str = "ranknas-studies"
+    seed: int = 0
+    num_classes: int = 10
+    image_size: int | None = None
+    operators: str | None = None
+    candidates: int = 256
+    multiple_of: int = 1
+    exclude: list[str] = field(default_factory=list)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "threads", "shapes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`--{name}` must be at least 1, got {value}.")
+        if self.out is not None and not self.out.endswith(".json"):
+            raise UsageError(f"`--out` must end in .json, got {self.out!r}.")
+        if self.out is not None and self.hw != "host":
+            raise UsageError(f"`--out` is for --hw host; {self.hw!r} measures nothing.")
+
+
+def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
+    """Measure, predict, and, if asked for, validate."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    size = side_of(options.space, options.image_size)
+    shape = (3, size, size)
+    model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
+    model = separate_attention(model).to(options.device).eval()
+    inputs = torch.randn(1, *shape, device=options.device)
+    policy = rank_policy(options.operators, options.candidates, options.multiple_of)
+    space = compile_space(model, inputs, policy=policy, exclude=options.exclude)
+    space = space.at_batch(options.batch)
+    allocations = _allocations(options, space)
+    hardware = make_hardware(options.hw)
+    if isinstance(hardware, Host) and hardware.measures:
+        hardware = replace(
+            hardware,
+            device=options.device,
+            shapes=options.shapes,
+            general=options.general,
+            file=None if options.out is None else Path(options.out),
+            seed=options.seed + 1,  # not the allocations that are validated on
+        )
+    rows = None
+    with reporting(quiet) as reporter:
+        try:
+            hardware = hardware.bind(model, space, inputs, partial(reporter.stage, "measure"))
+            tables = compile_latency(hardware, space)
+            if allocations:
+                rows = validate(
+                    tables,
+                    model,
+                    inputs,
+                    allocations,
+                    batch=options.batch,
+                    device=options.device,
+                    seed=options.seed,
+                    on_progress=partial(reporter.stage, "validate"),
+                )
+        except KeyboardInterrupt:
+            reporter.say("interrupted; what was measured is kept. The same command goes on.")
+            sys.exit(130)
+    dense = tables.predict(space.dense)
+    document: dict[str, Any] = {"predicted_dense": dense[0], "predicted_dense_std": dense[1]}
+    if isinstance(hardware, Host) and hardware.profile is not None:
+        document["file"] = str(hardware.path)
+        document["shapes_measured"] = len(hardware.profile.stages)
+    if rows is not None:
+        document |= _write(rows, options)
+    _print(document, rows, options, as_json)
+
+
+def _allocations(options: ProfileOptions, space: SearchSpace) -> dict[str, Allocation]:
+    found = random_allocations(space, options.validate, options.seed)
+    named = {f"random {i}": allocation for i, allocation in enumerate(found)}
+    if options.study is not None:
+        result = load_result(study_folder(options.study, options.studies))
+        complete = [t for t in result["trials"] if t["state"] == "complete" and not t["probe"]]
+        complete.sort(key=lambda t: -t["metrics"].get("accuracy", 0.0))
+        for trial in complete[:BEST]:
+            labels = trial["allocation"].items()
+            allocation = Allocation.of({name: Choice.parse(label) for name, label in labels})
+            try:
+                space.check(allocation)
+            except UsageError as error:
+                raise StudyError(
+                    f"study {options.study!r} has another space than {options.space!r}: {error}"
+                ) from None
+            named[f"trial {trial['number']}"] = allocation
+    return named
+
+
+def _write(rows: pd.DataFrame, options: ProfileOptions) -> dict[str, Any]:
+    """The rows and the picture beside the device file, or here; and the figures."""
+    found = agreement(rows)
+    stem = Path(options.out).with_suffix("") if options.out else Path("ranknas-profile")
+    table, picture = (stem.with_name(f"{stem.name}-validation.{x}") for x in ("csv", "png"))
+    save_atomically(table, lambda path: rows.to_csv(path, index=False))
+    figure = draw(rows)
+    save_atomically(picture, lambda path: figure.savefig(path, format="png"))
+    return {"validation": asdict(found), "rows": str(table), "picture": str(picture)}
+
+
+def draw(rows: pd.DataFrame) -> Figure:
+    """Measured against predicted, with the band of 10 %; the dense network apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.6, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    dense, others = rows.iloc[:2], rows.iloc[2:]
+    high = 1.08e3 * float(rows[["predicted", "measured"]].to_numpy().max())
+    axes.fill_between([0, high], [0, 0.9 * high], [0, 1.1 * high], color="0.92", label="± 10 %")
+    axes.plot([0, high], [0, high], color="0.6", linewidth=0.8)
+    for part, label, colour in ((others, "allocations", "C0"), (dense, "dense", "C3")):
+        axes.errorbar(
+            1e3 * part.predicted,
+            1e3 * part.measured,
+            xerr=1e3 * part.sigma,
+            yerr=1.96e3 * part.deviation,
+            fmt="o",
+            markersize=4,
+            elinewidth=0.6,
+            color=colour,
+            label=label,
+        )
+    low = 0.9e3 * float(rows[["predicted", "measured"]].to_numpy().min())
+    axes.set(xlim=(low, high), ylim=(low, high), xlabel="predicted, ms", ylabel="measured, ms")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _print(
+    document: dict[str, Any], rows: pd.DataFrame | None, options: ProfileOptions, as_json: bool
+) -> None:
+    if as_json:
+        print_json(json.loads(pd.Series(document).to_json()))
+        return
+    lines: list[tuple[str, str]] = []
+    if "file" in document:
+        lines.append(("shapes measured", str(document["shapes_measured"])))
+    seconds, sigma = document["predicted_dense"], document["predicted_dense_std"]
+    lines.append(("dense network, predicted", f"{1e3 * seconds:.3g} ± {1e3 * sigma:.2g} ms"))
+    if rows is not None:
+        found = document["validation"]
+        lines += [
+            ("dense network, measured", f"{1e3 * rows.measured.iloc[:2].mean():.3g} ms"),
+            ("allocations within 10 %", f"{100 * found['within']:.1f} % of {len(rows) - 2}"),
+            ("mean absolute error", f"{100 * found['mape']:.2g} %"),
+            ("bias", f"{100 * found['bias']:+.2g} %"),
+            ("rank correlation", f"{found['spearman']:.3f}"),
+            ("noise: dense against itself", f"{100 * found['floor']:.2g} %"),
+            ("noise: 95 % interval", f"± {100 * found['uncertainty']:.2g} %"),
+        ]
+    title = f"{options.space} on {options.hw}, batch size {options.batch}"
+    print_table(title, ("", "value"), lines)
+    for name in ("file", "rows", "picture"):
+        if name in document:
+            typer.echo(document[name])

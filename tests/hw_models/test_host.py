@@ -1,0 +1,313 @@
+"""Measurements of this machine. What is measured is made up here: timings are no tests."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rankNAS.allocation import DENSE, Allocation
+from rankNAS.decompositions.shapes import LayerShape
+from rankNAS.exceptions import UsageError
+from rankNAS.hw_models import Host, compile_latency, host, make_hardware
+from rankNAS.hw_models.base import stages
+from rankNAS.hw_models.host import batched, built, general_shapes, random_allocations
+from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
+from rankNAS.hw_models.regression import StageRegression, kind_of, traffic
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.policies import RankPolicy
+from rankNAS.testing import HardwareContract
+
+REST, DENSE_FACTOR, FACTOR = 3e-3, 1.2, 0.9
+
+
+class TestHost(HardwareContract):
+    hardware = Host(repeats=3, seconds=0.0)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(32 * 36, 24),
+        nn.Linear(24, 5),
+    ).eval()
+
+
+def space(policy: RankPolicy | None = None) -> SearchSpace:
+    policy = policy or RankPolicy(candidates=60)
+    return compile_space(network(), torch.randn(1, 8, 6, 6), policy=policy, min_weights=1)
+
+
+def truth(shape: LayerShape) -> float:
+    """A smooth made-up device: an overhead, work and traffic, slower with groups."""
+    macs = shape.cost().macs
+    return 2e-5 + macs / 2e9 * shape.groups**0.3 + traffic(shape) / 5e9
+
+
+class MadeUp:
+    """Stands in for the clock: stages take `truth`, networks what the stages explain."""
+
+    def __init__(self, of: SearchSpace) -> None:
+        self.space = of
+        self.stages: list[LayerShape] = []
+        self.networks = 0
+        self.fails_after = math.inf
+
+    def measure(self, model: Host, shapes: Sequence[LayerShape]) -> dict[LayerShape, Measurement]:
+        if len(self.stages) + len(shapes) > self.fails_after:
+            raise KeyboardInterrupt
+        self.stages += shapes
+        return {s: Measurement(truth(s), 0.01 * truth(s), 9) for s in shapes}
+
+    def built(self, network: nn.Module, allocation: Allocation, x: torch.Tensor) -> float:
+        self.networks += 1
+        total = REST
+        for name, choice in allocation.items():
+            factor = DENSE_FACTOR if choice == DENSE else FACTOR
+            total += factor * sum(map(truth, stages(self.space.layers[name], choice)))
+        return total
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    made = MadeUp(space())
+    monkeypatch.setattr(Host, "_measure", lambda self, shapes: made.measure(self, shapes))
+    monkeypatch.setattr(host, "built", made.built)
+    monkeypatch.setattr(host, "waiting", lambda run, device: run)
+    monkeypatch.setattr(
+        host, "interleaved", lambda runs, **_: np.array([runs, runs, runs], dtype=float)
+    )
+    return made
+
+
+def bound(path: Path, **options: object) -> Host:
+    inputs = torch.randn(1, 8, 6, 6)
+    return Host(file=path, **options).bind(network(), space(), inputs)
+
+
+def test_a_part_is_measured_and_the_rest_is_predicted(clock: MadeUp, tmp_path: Path) -> None:
+    model = bound(tmp_path / "host.json", shapes=60)
+    every = {s for x in space().layers.values() for c in x for s in stages(x, c)}
+    assert len(clock.stages) < 0.7 * len({replace(s, bias=False) for s in every})
+    assert {kind_of(s) for s in clock.stages} == {kind_of(s) for s in every}
+    errors = []
+    for shape in every:
+        seconds, sigma = model.stage(shape)
+        errors.append(abs(seconds / truth(replace(shape, bias=False)) - 1))
+        assert 0 <= sigma < seconds
+    assert np.median(errors) < 0.02 and max(errors) < 0.25
+
+
+def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
+    model = bound(tmp_path / "host.json", shapes=400)
+    tables = compile_latency(model, space())
+    for allocation in random_allocations(space(), 5, seed=99):
+        expected = clock.built(network(), allocation, torch.zeros(1))
+        assert tables.predict(allocation)[0] == pytest.approx(expected, rel=0.02)
+    assert model.fit.rest == pytest.approx(REST, rel=0.2)
+
+
+def test_what_is_in_the_file_is_not_measured_again(clock: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "host.json"
+    first = bound(path)
+    stages_then, networks_then = len(clock.stages), clock.networks
+    second = bound(path)
+    assert (len(clock.stages), clock.networks) == (stages_then, networks_then)
+    tables = [compile_latency(model, space()) for model in (first, second)]
+    for name in space().layers:
+        assert tables[0].seconds[name].tolist() == tables[1].seconds[name].tolist()
+    assert tables[0].rest == tables[1].rest
+
+
+def test_an_interrupted_profile_goes_on(clock: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "host.json"
+    clock.fails_after = 40
+    with pytest.raises(KeyboardInterrupt):
+        bound(path)
+    kept = len(Profile.read(path).stages)
+    assert 0 < kept == len(clock.stages) <= 40
+    clock.fails_after = math.inf
+    bound(path)
+    assert len(clock.stages) == len(set(clock.stages)) == len(Profile.read(path).stages)
+
+
+def test_progress_counts_to_the_end(clock: MadeUp, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    inputs = torch.randn(1, 8, 6, 6)
+    Host(file=tmp_path / "host.json").bind(
+        network(), space(), inputs, lambda *done: seen.append(done)
+    )
+    assert seen[0][0] == 0 and seen[-1][0] == seen[-1][1] > 0
+    assert seen == sorted(seen) and len({total for _, total in seen}) == 1
+
+
+def test_a_file_alone_predicts_without_measuring(clock: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "board.json"
+    expected = compile_latency(bound(path), space())
+    count = len(clock.stages)
+    model = make_hardware(str(path))
+    assert model.name == "board"
+    found = compile_latency(model.bind(None, space()), space())
+    assert len(clock.stages) == count
+    for name in space().layers:
+        np.testing.assert_allclose(found.seconds[name], expected.seconds[name], rtol=1e-9)
+
+
+def test_kinds_and_batch_sizes_that_a_file_has_not_seen(
+    clock: MadeUp, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "board.json"
+    plain = RankPolicy(candidates=20, operators=("svd",))
+    model = network()
+    small = compile_space(model, torch.randn(1, 8, 6, 6), policy=plain, min_weights=1)
+    Host(file=path).bind(None, small)
+    with caplog.at_level(logging.WARNING):
+        make_hardware(str(path)).bind(None, space())
+    assert "no layers of the kind 'grouped conv2d'" in caplog.text
+    with pytest.raises(UsageError, match="no layers of the kind 'grouped conv2d'.*profile"):
+        make_hardware(str(path), strict=True).bind(None, space())
+    with pytest.raises(UsageError, match="no inputs at batch size 4"):
+        make_hardware(str(path)).bind(None, small.at_batch(4))
+
+
+def test_other_terms_are_refused(clock: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "board.json"
+    bound(path)
+    content = json.loads(path.read_text())
+    content["terms"]["threads"] += 3
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="measured with threads"):
+        make_hardware(str(path)).bind(None, space())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["stages"][0].update(seconds=-1.0), "takes -1.0 ±"),
+        (lambda c: c["stages"][0].update(sigma="x"), "takes .* x seconds"),
+        (lambda c: c["stages"][0].pop("seconds"), "KeyError.'seconds'"),
+        (lambda c: c["stages"][0].pop("inputs"), "TypeError"),
+        (lambda c: c.pop("terms"), "KeyError.'terms'"),
+        (lambda c: c.update(format=99), "has format 99, not 1"),
+        (lambda c: next(iter(c["networks"].values())).update(rest=-1.0), "numbers from 0"),
+    ],
+)
+def test_damaged_files_are_named(
+    clock: MadeUp, tmp_path: Path, change: Callable[[dict[str, object]], None], message: str
+) -> None:
+    path = tmp_path / "board.json"
+    bound(path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message) as caught:
+        make_hardware(str(path)).bind(None, space())
+    assert "board.json" in str(caught.value)
+    with pytest.raises(UsageError, match=message):  # nor is it overwritten by a new profile
+        bound(path)
+
+
+def test_truncated_and_missing_files(clock: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "board.json"
+    bound(path)
+    path.write_text(path.read_text()[:-200])
+    with pytest.raises(UsageError, match=r"board.json' cannot be read"):
+        make_hardware(str(path)).bind(None, space())
+    with pytest.raises(UsageError, match=r"none.json' does not exist"):
+        make_hardware(str(tmp_path / "none.json")).bind(None, space())
+
+
+def test_a_damaged_cache_is_made_again(
+    clock: MadeUp,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("RANKNAS_CACHE", str(tmp_path))
+    inputs = torch.randn(1, 8, 6, 6)
+    path = Host().path
+    assert path.parent == tmp_path / "hardware"
+    path.parent.mkdir()
+    path.write_text("{")
+    with caplog.at_level(logging.WARNING):
+        Host().bind(network(), space(), inputs)
+    assert "It is made again" in caplog.text
+    assert Profile.read(path).stages
+
+
+def test_files_come_back_as_they_were(tmp_path: Path) -> None:
+    shapes = [LayerShape(8, 4, calls=((3,),)), *general_shapes(2)[:3]]
+    profile = Profile(Terms.here(torch.device("cpu")))
+    profile = profile.with_stages({s: Measurement(1e-3, 1e-5, 7) for s in shapes})
+    profile = profile.with_network("net", NetworkFit(1e-3, 1.1, 0.9, 0.02))
+    profile.write(tmp_path / "p.json")
+    assert Profile.read(tmp_path / "p.json") == profile
+
+
+def test_common_shapes_are_measured_on_request(clock: MadeUp, tmp_path: Path) -> None:
+    bound(tmp_path / "host.json", general=True)
+    assert set(general_shapes(1)) <= set(clock.stages)
+
+
+def test_without_a_file_each_stage_is_timed_when_asked_for() -> None:
+    model = Host(repeats=3, seconds=0.0)
+    layer = next(iter(space().layers.values()))
+    first = model.latency(layer, layer.choices[1])
+    assert model.latency(layer, layer.choices[1]) == first and first[0] > 0
+    assert len(model.known) == len(list(stages(layer, layer.choices[1])))
+
+
+def test_built_networks_are_the_allocations() -> None:
+    dense, x = network(), torch.randn(2, 8, 6, 6)
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    found = space()
+    for allocation in (found.dense, *random_allocations(found, 3, seed=1)):
+        with torch.no_grad():
+            y = built(dense, allocation, x)()
+        assert isinstance(y, torch.Tensor) and y.shape == (2, 5)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
+
+
+def test_random_allocations_are_of_every_size_and_of_the_space() -> None:
+    found = space()
+    allocations = random_allocations(found, 30, seed=0)
+    kept = []
+    for allocation in allocations:
+        found.check(allocation)
+        kept.append(found.cost(allocation).macs / found.dense_cost.macs)
+    assert min(kept) < 0.3 and max(kept) > 0.7
+    assert random_allocations(found, 30, seed=0) == allocations
+    assert random_allocations(found, 30, seed=1) != allocations
+
+
+def test_batches() -> None:
+    x = torch.arange(6).reshape(3, 2)
+    assert torch.equal(batched(x, 2), x[:2])
+    assert torch.equal(batched(x, 7), torch.cat([x, x, x[:1]]))
+
+
+def test_uncertainty_grows_away_from_what_was_measured() -> None:
+    widths = [16, 24, 32, 48, 64, 96, 128]
+    shapes = [LayerShape(a, b, calls=((1,),)) for a in widths for b in widths]
+    seconds = [truth(s) for s in shapes]
+    fitted = StageRegression.fit(shapes, seconds, [0.01 * s for s in seconds])
+    inside = [LayerShape(40, 80, calls=((1,),)), LayerShape(56, 20, calls=((1,),))]
+    outside = [LayerShape(8192, 8192, calls=((64,),))]
+    found, sigma = fitted.predict(inside)
+    np.testing.assert_allclose(found, [truth(s) for s in inside], rtol=0.05)
+    far, far_sigma = fitted.predict(outside)
+    assert far_sigma[0] / far[0] > 3 * (sigma / found).max()

@@ -1,0 +1,93 @@
+"""Predicted against measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from rankNAS.allocation import Allocation
+from rankNAS.exceptions import UsageError
+from rankNAS.hw_models import CallableModel, agreement, compile_latency, validate, validation
+from rankNAS.hw_models.host import random_allocations
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)).eval()
+
+
+def space() -> SearchSpace:
+    return compile_space(network(), torch.randn(1, 32), min_weights=1)
+
+
+TABLES = compile_latency(CallableModel(lambda layer, choice: 1e-6 * layer[choice].macs), space())
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.5])
+def test_times_are_relative_to_the_dense_network(
+    drift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that gets slower from one block to the next does not change what is found."""
+    blocks = []
+
+    def until(runs: list[float], *_: object) -> np.ndarray:
+        blocks.append(len(runs))
+        return np.array([runs] * 5) * (1 + drift * (len(blocks) - 2))
+
+    monkeypatch.setattr(validation, "waiting", lambda run, device: run)
+    monkeypatch.setattr(validation, "built", lambda _, a, x: 1.1 * TABLES.predict(a)[0])
+    monkeypatch.setattr(validation, "_until", until)
+    found = random_allocations(space(), 20, seed=0)
+    named = {str(i): a for i, a in enumerate(found)}
+    rows = validate(TABLES, network(), torch.randn(1, 32), named)
+    assert blocks == [10, 10, 6] and rows.name.tolist() == ["dense", "dense", *named]
+    np.testing.assert_allclose(rows.measured, 1.1 * rows.predicted, rtol=1e-9)
+    figures = agreement(rows)
+    assert figures.within == 1.0 and figures.bias == pytest.approx(1 / 1.1 - 1)
+    assert figures.mape == pytest.approx(1 - 1 / 1.1) and figures.spearman > 0.999
+    assert figures.floor == 0 and figures.uncertainty == 0
+
+
+def test_real_networks_are_measured_in_the_time_that_is_given() -> None:
+    named = {"a": space().dense, "b": random_allocations(space(), 1, seed=3)[0]}
+    seen: list[tuple[int, int]] = []
+    rows = validate(
+        TABLES,
+        network(),
+        torch.randn(1, 32),
+        named,
+        batch=3,
+        seconds=0.2,
+        on_progress=lambda *done: seen.append(done),
+    )
+    assert rows.name.tolist() == ["dense", "dense", "a", "b"]
+    assert (rows.measured > 0).all() and (rows.rounds >= 3).all() and seen == [(2, 2)]
+
+
+def test_the_figures_by_hand() -> None:
+    rows = pd.DataFrame(
+        {
+            "predicted": [1.0, 1.0, 1.1, 0.5, 3.0, 4.0],
+            "measured": [1.0, 0.98, 1.0, 1.0, 2.0, 4.0],
+            "deviation": [0.0, 0.0, 0.01, 0.02, 0.02, 0.2],
+        }
+    )
+    found = agreement(rows)
+    assert found.within == 0.5
+    assert found.mape == pytest.approx((0.1 + 0.5 + 0.5 + 0) / 4)
+    assert found.bias == pytest.approx((0.1 - 0.5 + 0.5 + 0) / 4)
+    assert found.floor == pytest.approx(0.02)
+    assert found.uncertainty == pytest.approx(1.96 * 0.015)
+    assert math.isnan(agreement(rows.head(4)).spearman)
+
+
+def test_nothing_to_validate() -> None:
+    with pytest.raises(UsageError, match="no allocation"):
+        validate(TABLES, network(), torch.randn(1, 32), dict[str, Allocation]())
