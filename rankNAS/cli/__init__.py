@@ -412,6 +412,7 @@ def profile(
     validate: Annotated[
         int, typer.Option(help="Measure so many random allocations end to end.", min=0)
     ] = 0,
+    seconds: Annotated[float, typer.Option(help="Most time for --validate.", min=0)] = 600.0,
     study: Annotated[
         str | None, typer.Option(help="Validate on the best allocations of this study, too.")
     ] = None,
@@ -439,6 +440,7 @@ def profile(
         shapes=shapes,
         general=general,
         validate=validate,
+        seconds=seconds,
         study=study,
         studies=studies,
         seed=seed,

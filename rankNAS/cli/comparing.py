@@ -98,7 +98,8 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS))
     try:
-        stored = json.loads((folder / "config.json").read_text())
+        # Options that did not exist yet had the effect of their defaults.
+        stored = CompareOptions().to_json() | json.loads((folder / "config.json").read_text())
         rows = pd.read_csv(path)[list(COLUMNS)]
     except (OSError, ValueError, KeyError) as error:
         raise StudyError(

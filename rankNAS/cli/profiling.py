@@ -47,6 +47,7 @@ class ProfileOptions:
     shapes: int = 320
     general: bool = False
     validate: int = 0
+    seconds: float = 600.0
     study: str | None = None
     studies: str = "ranknas-studies"
     seed: int = 0
@@ -105,6 +106,7 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
                     allocations,
                     batch=options.batch,
                     device=options.device,
+                    seconds=options.seconds,
                     seed=options.seed,
                     on_progress=partial(reporter.stage, "validate"),
                 )
