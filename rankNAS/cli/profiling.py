@@ -199,6 +199,7 @@ def _print(
         lines += [
             ("dense network, measured", f"{1e3 * rows.measured.iloc[:2].mean():.3g} ms"),
             ("allocations within 10 %", f"{100 * found['within']:.1f} % of {len(rows) - 2}"),
+            ("the same, relative to dense", f"{100 * found['relative']:.1f} %"),
             ("mean absolute error", f"{100 * found['mape']:.2g} %"),
             ("bias", f"{100 * found['bias']:+.2g} %"),
             ("rank correlation", f"{found['spearman']:.3f}"),

@@ -52,7 +52,7 @@ def test_times_are_relative_to_the_dense_network(
     figures = agreement(rows)
     assert figures.within == 1.0 and figures.bias == pytest.approx(1 / 1.1 - 1)
     assert figures.mape == pytest.approx(1 - 1 / 1.1) and figures.spearman > 0.999
-    assert figures.floor == 0 and figures.uncertainty == 0
+    assert figures.floor == 0 and figures.uncertainty == 0 and figures.relative == 1.0
 
 
 def test_real_networks_are_measured_in_the_time_that_is_given() -> None:
@@ -75,12 +75,13 @@ def test_the_figures_by_hand() -> None:
     rows = pd.DataFrame(
         {
             "predicted": [1.0, 1.0, 1.1, 0.5, 3.0, 4.0],
-            "measured": [1.0, 0.98, 1.0, 1.0, 2.0, 4.0],
+            "measured": [1.0, 1.02, 1.0, 1.0, 2.0, 4.0],
             "deviation": [0.0, 0.0, 0.01, 0.02, 0.02, 0.2],
         }
     )
     found = agreement(rows)
     assert found.within == 0.5
+    assert found.relative == 0.25  # 1.01 * 1.1 / 1.0 is just outside
     assert found.mape == pytest.approx((0.1 + 0.5 + 0.5 + 0) / 4)
     assert found.bias == pytest.approx((0.1 - 0.5 + 0.5 + 0) / 4)
     assert found.floor == pytest.approx(0.02)
