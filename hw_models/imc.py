@@ -78,9 +78,9 @@ class _Convolution:
         """Windows of a x b output positions."""
         return _up(self.outputs_at[0], a) * _up(self.outputs_at[1], b)
 
-    def windows(self, most: int | None = None) -> Iterator[tuple[int, int]]:
+    def windows(self, most: int) -> Iterator[tuple[int, int]]:
         """All sizes of windows, at most so many positions a side."""
-        height, width = (min(n, most or n) for n in self.outputs_at)
+        height, width = (min(n, most) for n in self.outputs_at)
         return ((a, b) for a in range(1, height + 1) for b in range(1, width + 1))
 
 
@@ -135,11 +135,13 @@ def _sdk(layer: _Convolution, array: Crossbar) -> int:
 
 def _vw_sdk(layer: _Convolution, array: Crossbar) -> int:
     best = _im2col(layer, array)
-    for a, b in layer.windows():
-        channels = min(layer.inputs, array.rows // layer.window(a, b))
-        outputs = array.columns // (a * b)
-        if channels and outputs:
-            tiles = _up(layer.inputs, channels) * _up(layer.outputs, outputs)
+    height, width = layer.outputs_at
+    for a in range(1, min(height, array.columns) + 1):
+        for b in range(1, min(width, array.columns // a) + 1):
+            channels = min(layer.inputs, array.rows // layer.window(a, b))
+            if not channels:  # nor for a wider window
+                break
+            tiles = _up(layer.inputs, channels) * _up(layer.outputs, array.columns // (a * b))
             best = min(best, layer.steps(a, b) * tiles)
     return best
 
