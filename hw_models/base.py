@@ -27,7 +27,9 @@ __all__ = [
     "StageModel",
     "compile_latency",
     "dtype_of",
+    "round_up",
     "stages",
+    "tiles",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -116,6 +118,16 @@ def stages(layer: Layer, choice: Choice) -> Iterator[LayerShape]:
             yield shape
         else:
             yield from OPERATORS[choice.operator].stages(shape, choice.rank)
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not smaller."""
+    return tiles(size, multiple) * multiple
+
+
+def tiles(size: int, of: int) -> int:
+    """How many tiles of a size it takes to cover another one."""
+    return -(-size // of)
 
 
 def dtype_of(shape: LayerShape) -> str:

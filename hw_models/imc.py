@@ -32,7 +32,7 @@ from typing import Literal, final, get_args
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.hw_models.base import HardwareModel
+from rankNAS.hw_models.base import HardwareModel, tiles
 from rankNAS.search_spaces.base import Layer
 
 __all__ = ["Crossbar", "ImcArray", "Mapping", "cycles", "low_rank_cycles"]
@@ -76,7 +76,7 @@ class _Convolution:
 
     def steps(self, a: int, b: int) -> int:
         """Windows of a x b output positions."""
-        return _up(self.outputs_at[0], a) * _up(self.outputs_at[1], b)
+        return tiles(self.outputs_at[0], a) * tiles(self.outputs_at[1], b)
 
     def windows(self, most: int) -> Iterator[tuple[int, int]]:
         """All sizes of windows, at most so many positions a side."""
@@ -117,12 +117,12 @@ def cycles(
 
 
 def _im2col(layer: _Convolution, array: Crossbar) -> int:
-    tiles = _up(layer.rows, array.rows) * _up(layer.outputs, array.columns)
-    return math.prod(layer.outputs_at) * tiles
+    held = tiles(layer.rows, array.rows) * tiles(layer.outputs, array.columns)
+    return math.prod(layer.outputs_at) * held
 
 
 def _sdk(layer: _Convolution, array: Crossbar) -> int:
-    row_tiles, column_tiles = _up(layer.rows, array.rows), _up(layer.outputs, array.columns)
+    row_tiles, column_tiles = tiles(layer.rows, array.rows), tiles(layer.outputs, array.columns)
     side = 1
     while (
         side < max(layer.outputs_at)
@@ -141,8 +141,8 @@ def _vw_sdk(layer: _Convolution, array: Crossbar) -> int:
             channels = min(layer.inputs, array.rows // layer.window(a, b))
             if not channels:  # nor for a wider window
                 break
-            tiles = _up(layer.inputs, channels) * _up(layer.outputs, array.columns // (a * b))
-            best = min(best, layer.steps(a, b) * tiles)
+            held = tiles(layer.inputs, channels) * tiles(layer.outputs, array.columns // (a * b))
+            best = min(best, layer.steps(a, b) * held)
     return best
 
 
@@ -192,8 +192,8 @@ def low_rank_cycles(
             continue
         n = a * b
         rows = layer.window(a, b) * inputs
-        first = groups * _up(rows, groups * array.rows) * _up(n * rank, array.columns)
-        second = _up(n * groups * rank, array.rows) * _up(n * outputs, array.columns)
+        first = groups * tiles(rows, groups * array.rows) * tiles(n * rank, array.columns)
+        second = tiles(n * groups * rank, array.rows) * tiles(n * outputs, array.columns)
         if block_skip:
             second = _touched(n, groups * rank, outputs, array)
         best = min(best, layer.steps(a, b) * (first + second))
@@ -204,14 +204,10 @@ def _touched(blocks: int, rows: int, columns: int, array: Crossbar) -> int:
     """Tiles of a block-diagonal matrix that hold a part of a block."""
     found = set()
     for i in range(blocks):
-        across = range(i * rows // array.rows, _up((i + 1) * rows, array.rows))
-        down = range(i * columns // array.columns, _up((i + 1) * columns, array.columns))
+        across = range(i * rows // array.rows, tiles((i + 1) * rows, array.rows))
+        down = range(i * columns // array.columns, tiles((i + 1) * columns, array.columns))
         found |= {(r, c) for r in across for c in down}
     return len(found)
-
-
-def _up(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 @final

@@ -10,14 +10,15 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
 from rankNAS.decompositions import LayerShape
+
+if TYPE_CHECKING:
+    from sklearn.gaussian_process import GaussianProcessRegressor
 
 __all__ = ["StageRegression", "kind_of", "traffic"]
 
@@ -55,6 +56,11 @@ class StageRegression:
             seconds: Their times.
             sigma: Standard deviations of these.
         """
+        # Not at the top: few of those who use hardware models need it.
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
         X = np.array([_features(shape) for shape in shapes])
         centre, scale = X.mean(0), X.std(0)
         scale[scale < 1e-9] = 1.0

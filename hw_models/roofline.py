@@ -12,7 +12,7 @@ from typing import final
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.hw_models.base import StageModel, dtype_of
+from rankNAS.hw_models.base import StageModel, dtype_of, round_up
 from rankNAS.hw_models.devices import Device
 from rankNAS.hw_models.regression import traffic
 from rankNAS.search_spaces.base import SearchSpace
@@ -39,7 +39,7 @@ class Roofline(StageModel):
         dtype = self._dtype(shape)
         rows, columns = self.device.tile[dtype]
         g, positions = shape.groups, sum(math.prod(call) for call in shape.output_calls())
-        padded = g * _round_up(shape.outputs // g, rows) * _round_up(shape.width, columns)
+        padded = g * round_up(shape.outputs // g, rows) * round_up(shape.width, columns)
         arithmetic = 2 * positions * padded / self.device.peak[dtype]
         seconds = self.device.launch + max(arithmetic, traffic(shape) / self.device.bandwidth)
         return seconds, self.uncertainty * seconds
@@ -65,7 +65,3 @@ class Roofline(StageModel):
                 f"{', '.join(self.device.peak)}; convert the model, or add them to a device file."
             )
         return dtype
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -20,7 +20,7 @@ from typing import Literal, final, get_args
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.hw_models.base import StageModel
+from rankNAS.hw_models.base import StageModel, tiles
 
 __all__ = ["Dataflow", "Systolic"]
 
@@ -80,7 +80,7 @@ class Systolic(StageModel):
             "weight": (K, N, M),
             "input": (K, M, N),
         }[self.dataflow]
-        passes = _up(along_rows, self.rows) * _up(along_columns, self.columns)
+        passes = tiles(along_rows, self.rows) * tiles(along_columns, self.columns)
         return shape.groups * passes * (2 * self.rows + self.columns + streamed - 2)
 
     def traffic(self, shape: LayerShape) -> int:
@@ -90,9 +90,9 @@ class Systolic(StageModel):
         inputs = shape.inputs // shape.groups * sum(math.prod(call) for call in shape.calls) * size
         weights, outputs = N * K * size, M * N * size
         again = {  # passes over an operand that is laid out along the other one's tiles
-            "output": (_up(N, self.columns), _up(M, self.rows), 1),
-            "weight": (_up(N, self.columns), 1, _up(K, self.rows)),
-            "input": (1, _up(M, self.columns), _up(K, self.rows)),
+            "output": (tiles(N, self.columns), tiles(M, self.rows), 1),
+            "weight": (tiles(N, self.columns), 1, tiles(K, self.rows)),
+            "input": (1, tiles(M, self.columns), tiles(K, self.rows)),
         }[self.dataflow]
         buffers = self.input_buffer, self.weight_buffer, self.output_buffer
         triples = zip((inputs, weights, outputs), again, buffers, strict=True)
@@ -114,7 +114,3 @@ def _sizes(shape: LayerShape) -> tuple[int, int, int]:
     """M, N and K of one group."""
     positions = sum(math.prod(call) for call in shape.output_calls())
     return positions, shape.outputs // shape.groups, shape.width
-
-
-def _up(a: int, b: int) -> int:
-    return -(-a // b)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
@@ -153,6 +152,8 @@ def agreement(rows: pd.DataFrame) -> Agreement:
     >>> round(found.within, 2), round(found.mape, 3), found.spearman, round(found.floor, 4)
     (1.0, 0.033, 1.0, 0.01)
     """
+    from scipy.stats import spearmanr  # not at the top: it takes long to import
+
     dense, others = rows.iloc[:2], rows.iloc[2:]
     errors = (others.predicted / others.measured - 1).to_numpy()
     slower = dense.measured.mean() / dense.predicted.mean()

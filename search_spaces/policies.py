@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
-from sklearn.isotonic import isotonic_regression
+from scipy.optimize import isotonic_regression
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, Operator, Rank
@@ -148,7 +148,7 @@ def step_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> list[int]:
     >>> [ranks[i] for i in step_ranks([-(-r // 64) for r in ranks])]
     [64, 128, 192, 256, 309]
     """
-    smooth = isotonic_regression([float(s) for s in seconds]).tolist() if len(seconds) else []
+    smooth = isotonic_regression([float(s) for s in seconds]).x.tolist() if len(seconds) else []
     kept: list[int] = []
     fastest = math.inf
     for i in reversed(range(len(smooth))):

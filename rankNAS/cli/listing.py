@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 import typer
 
+from rankNAS.cli.loading import rank_policy
 from rankNAS.cli.output import number, print_json, print_table
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.devices import device_names, read_device
 from rankNAS.objectives import OBJECTIVES
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import SPACES, build_model
 from rankNAS.strategies import STRATEGIES
 
 __all__ = [
-    "rank_policy",
     "run_compile",
     "run_hardware",
     "run_objectives",
@@ -98,12 +96,6 @@ def run_compile(
         print_json(_document(space, compiled))
     else:
         _print_space(space, compiled)
-
-
-def rank_policy(operators: str | None, candidates: int, multiple_of: int) -> RankPolicy:
-    """The policy that the options name."""
-    policy = RankPolicy(candidates, multiple_of)
-    return replace(policy, operators=tuple(operators.split(","))) if operators else policy
 
 
 def side_of(space: str, image_size: int | None) -> int:

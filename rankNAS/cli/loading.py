@@ -52,14 +52,11 @@ def check_options(options: ModelOptions) -> Settings:
         make_objective(objective)
     if options.trials < 1:
         raise UsageError(f"`--trials` must be at least 1, got {options.trials}.")
-    policy = RankPolicy(
-        options.candidates,
-        options.multiple_of,
+    policy = replace(
+        rank_policy(options.operators, options.candidates, options.multiple_of),
         latency_steps=options.latency_steps,
         only_faster=options.only_faster,
     )
-    if options.operators:
-        policy = replace(policy, operators=tuple(options.operators.split(",")))
     return Settings(
         metric=options.metric,  # type: ignore[arg-type]
         calibration=options.calibration,
@@ -70,6 +67,12 @@ def check_options(options: ModelOptions) -> Settings:
         latency_batch=options.latency_batch,
         strict_hardware=options.strict_hw,
     )
+
+
+def rank_policy(operators: str | None, candidates: int, multiple_of: int) -> RankPolicy:
+    """The policy that the options name."""
+    policy = RankPolicy(candidates, multiple_of)
+    return replace(policy, operators=tuple(operators.split(","))) if operators else policy
 
 
 def check_writable(folder: Path) -> None:

@@ -14,7 +14,8 @@ import torch
 import typer
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.cli.listing import rank_policy, side_of
+from rankNAS.cli.listing import side_of
+from rankNAS.cli.loading import rank_policy
 from rankNAS.cli.options import study_folder
 from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.results import load_result

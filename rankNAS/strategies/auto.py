@@ -22,7 +22,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -90,9 +90,11 @@ class Auto(Strategy):
         if len(problem.objectives) > 1:
             return self._on_the_front(problem, history, n, rng)
         regression = self._regression(problem, history)
-        solved = [regression.solve(problem, regression.mean)]
-        solved += [start.solve(problem) for start in STARTS]
-        found = [a for a in dict.fromkeys(solved) if a not in history.proposed][:n]
+        found: list[Allocation] = []
+        starts = _starts(problem, regression)
+        while len(found) < n and (allocation := next(starts, None)) is not None:
+            if allocation not in history.proposed and allocation not in found:
+                found.append(allocation)
         spread = 1.0
         for _ in range(ATTEMPTS * n):
             if len(found) == n:
@@ -140,6 +142,13 @@ class Auto(Strategy):
         scaled = replace(problem, errors=tuple(table / largest for table in harm))
         solved = Solve().propose(scaled, history, n, rng)
         return solved or BayesianOptimisation().propose(scaled, history, n, rng)
+
+
+def _starts(problem: Problem, regression: _Regression) -> Iterator[Allocation]:
+    """What is proposed before any sample; solved one by one, as each is an integer programme."""
+    yield regression.solve(problem, regression.mean)
+    for start in STARTS:
+        yield start.solve(problem)
 
 
 @dataclass(frozen=True)
