@@ -89,10 +89,12 @@ def read_device(given: str | Path) -> tuple[str, dict[str, Any]]:
             content = tomllib.loads(resource.read_text("utf-8"))
         else:
             content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"device file {str(path)!r} is not TOML: {error}.") from None
+    except RecursionError:
+        raise UsageError(f"device file {str(path)!r} is nested too deeply for TOML.") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name with a NUL
+        raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
     kind = content.pop("kind", "roofline")
     if not isinstance(kind, str):
         raise UsageError(f"device file {str(path)!r}: `kind` must be text, got {kind!r}.")

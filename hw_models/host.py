@@ -15,6 +15,7 @@ import copy
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,7 +148,7 @@ class Host(StageModel):
     def _profile(self) -> Profile:
         terms = Terms.here(torch.device(self.device))
         path = self._path(terms)
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path's, it takes any text
             if not self.measures:
                 raise UsageError(f"device file {str(path)!r} does not exist.")
             return Profile(terms)

@@ -6,6 +6,7 @@ where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -18,11 +19,12 @@ import torch
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.files import write_json
+from rankNAS.files import read_json, write_json
 
 __all__ = ["Measurement", "NetworkFit", "Profile", "Terms"]
 
 FORMAT = 1
+CHECKSUM = "sha256"  # of everything else; a file without it is read as it is
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Profile:
             "stages": stages,
             "networks": networks,
         }
-        write_json(path, content)
+        write_json(path, content | {CHECKSUM: _checksum(content)})
 
     @classmethod
     def read(cls, path: Path) -> Profile:
@@ -119,7 +121,7 @@ class Profile:
             UsageError: It cannot be read, or a figure in it is missing or wrong; it is named.
         """
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = read_json(path)
         except (OSError, ValueError) as error:
             raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
         try:
@@ -147,6 +149,12 @@ class Profile:
                     f"device file {str(path)!r}: {shape} takes {found.seconds} ± {found.sigma} "
                     "seconds; expected positive numbers."
                 )
+        rest = {key: value for key, value in content.items() if key != CHECKSUM}
+        if content.get(CHECKSUM, expected := _checksum(rest)) != expected:
+            raise UsageError(
+                f"device file {str(path)!r} does not match its checksum, so it was damaged or "
+                f"edited; profile again, or remove {CHECKSUM!r} from it if it was you."
+            )
         return cls(terms, stages, networks)
 
     def check(self, here: Terms, where: str) -> None:
@@ -158,6 +166,10 @@ class Profile:
                     f"{where} was measured with {name} {there!r}, but now it is {now!r}; measure "
                     "again, or set it as it was."
                 )
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stage(row: Mapping[str, Any]) -> tuple[LayerShape, Measurement]:

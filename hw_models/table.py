@@ -92,7 +92,7 @@ class MeasuredTable(HardwareModel):
         return cls(
             dict(zip(keys, map(float, rows.seconds), strict=True)),
             {k: float(s) for k, s in zip(keys, sigma, strict=True) if _is_number(s) and s > 0},
-            None if batch is None else int(batch),
+            None if batch is None else _batch(batch, path),
             dtype,
             strict,
             Path(path).stem,
@@ -207,6 +207,15 @@ def _constant(rows: pd.DataFrame, column: str, path: Path | str) -> str | None:
             "rows of one."
         )
     return str(values[0])
+
+
+def _batch(text: str, path: Path | str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"table {str(path)!r} gives the batch size {text!r}; expected an integer."
+        ) from None
 
 
 def _is_number(value: object) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from rankNAS.exceptions import UsageError
 
@@ -74,8 +76,20 @@ class Allocation(Mapping[str, Choice]):
         """An allocation from any mapping of layer name to choice."""
         return cls(tuple(choices.items()))
 
+    @cached_property
+    def _choices(self) -> dict[str, Choice]:
+        return dict(self.items_)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(frozenset(self.items_))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without what is cached: the hashes of strings differ from process to process.
+        return type(self), (self.items_,)
+
     def __getitem__(self, layer: str) -> Choice:
-        return dict(self.items_)[layer]
+        return self._choices[layer]
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.items_)
@@ -84,10 +98,12 @@ class Allocation(Mapping[str, Choice]):
         return len(self.items_)
 
     def __hash__(self) -> int:
-        return hash(frozenset(self.items_))
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Allocation) and dict(self.items_) == dict(other.items_)
+        if not isinstance(other, Allocation):
+            return False
+        return self._hash == other._hash and self._choices == other._choices
 
     def labels(self) -> dict[str, str]:
         """Layer name to choice as text, ready for JSON."""

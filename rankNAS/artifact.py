@@ -7,19 +7,19 @@ puts empty decomposed layers where the allocation says so, and fills in the weig
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError, WeightsError
-from rankNAS.files import save_atomically
 from rankNAS.network import skeleton
+from rankNAS.tensor_files import read_tensors, write_tensors
 from rankNAS.weights import load_state
 
 __all__ = ["load", "read_metadata", "save"]
@@ -44,6 +44,9 @@ def save(
         model: How to build the dense model: ``space``, ``num_classes`` and ``input_shape``.
             Without it, `load` needs a factory.
         metrics: Kept for the reader.
+
+    Raises:
+        WriteError: The file cannot be written, for example on a full disk.
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -63,7 +66,7 @@ def save(
         "shared": json.dumps(shared),
     }
     path = Path(path)
-    save_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, tensors, metadata)
     return path
 
 
@@ -98,12 +101,10 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     """
     path = Path(path)
     metadata = read_metadata(path)
-    allocation = Allocation.from_json(metadata["allocation"])
-    dense = _dense(json.loads(metadata.get("model", "{}")), path, model_factory)
-    network = _filled(dense, allocation)
-    state = load_file(path)
-    for name, kept in json.loads(metadata.get("shared", "{}")).items():
-        state[name] = state[kept]
+    state, _ = read_tensors(path)
+    allocation, model, shared = _described(path, metadata, state)
+    network = _filled(_dense(model, path, model_factory), allocation)
+    state |= {name: state[kept] for name, kept in shared.items()}
     load_state(network, state, source=str(path))
     return network.eval()
 
@@ -114,12 +115,12 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         WeightsError: Missing or damaged file, or not one of ours.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes any text
         raise WeightsError(f"there is no file {str(path)!r}.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{str(path)!r} is damaged or no safetensors file: {error}") from None
     if "allocation" not in metadata:
         raise WeightsError(f"{str(path)!r} holds weights, but no allocation of RankNAS.")
@@ -128,6 +129,36 @@ def read_metadata(path: Path) -> dict[str, str]:
             f"{str(path)!r} has format {metadata.get('format')!r}; this version reads {FORMAT!r}."
         )
     return dict(metadata)
+
+
+def _described(
+    path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]
+) -> tuple[Allocation, dict[str, Any], dict[str, str]]:
+    """The allocation, how the dense model is built, and the names of shared tensors; checked."""
+    try:
+        allocation = Allocation.from_json(metadata["allocation"])
+        model, shared = (json.loads(metadata.get(key, "{}")) for key in ("model", "shared"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"the metadata of {str(path)!r} is damaged: {error}") from None
+    if not isinstance(shared, dict) or not all(
+        isinstance(kept, str) and kept in state for kept in shared.values()
+    ):
+        raise WeightsError(f"the metadata of {str(path)!r} shares tensors that it does not have.")
+    wrong = not isinstance(model, dict) or (
+        model
+        and not (
+            isinstance(model.get("space"), str)
+            and isinstance(model.get("num_classes"), int)
+            and isinstance(model.get("input_shape"), list)
+            and all(isinstance(size, int) for size in model["input_shape"])
+        )
+    )
+    if wrong:
+        raise WeightsError(
+            f"the metadata of {str(path)!r} does not say how its model is built: expected "
+            f"`space`, `num_classes` and `input_shape`, got {model!r}."
+        )
+    return allocation, model, shared
 
 
 def _dense(

@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rankNAS.decompositions.metrics import MetricName, Statistics
 from rankNAS.decompositions.shapes import LayerShape
-from rankNAS.exceptions import RankNASError
-from rankNAS.files import save_atomically
+from rankNAS.exceptions import RankNASError, WeightsError, WriteError
 from rankNAS.fingerprints import fingerprint
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.tensor_files import read_tensors, write_tensors
 
 __all__ = ["calibrate", "folded", "patches", "unbiased_covariance"]
 
@@ -307,11 +305,10 @@ def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:
         tensors[f"moment:{name}"], tensors[f"mean:{name}"] = s.moment, s.mean
         if s.gradient is not None:
             tensors[f"gradient:{name}"] = s.gradient
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_atomically(path, lambda temporary: save_file(tensors, temporary))
-    except (SafetensorError, OSError) as error:
-        logger.warning("the calibration could not be cached in %s: %s", path, error)
+        write_tensors(path, tensors)
+    except WriteError as error:
+        logger.warning("the calibration could not be cached: %s", error)
 
 
 def _read(path: Path, space: SearchSpace, device: torch.device) -> dict[str, Statistics] | None:
@@ -319,14 +316,14 @@ def _read(path: Path, space: SearchSpace, device: torch.device) -> dict[str, Sta
     if not path.exists():
         return None
     try:
-        tensors = load_file(path, device=str(device))
+        tensors, _ = read_tensors(path, device)
         return {
             name: Statistics(
                 tensors[f"moment:{name}"], tensors[f"mean:{name}"], tensors.get(f"gradient:{name}")
             )
             for name in space.layers
         }
-    except (SafetensorError, KeyError, OSError) as error:
+    except (WeightsError, KeyError) as error:
         logger.warning(
             "the cached calibration %s is unreadable and is made again: %s", path, error
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -355,8 +356,8 @@ def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 def _folder(name: str, content: str) -> Path:
     """The folder ``name``, which should hold ``content``."""
-    path = Path(name).expanduser()
-    if not name or not path.is_dir():
+    path = Path(os.path.expanduser(name))  # unlike Path's, these take any text
+    if not name or not os.path.isdir(path):
         raise DataError(f"there is no folder {name!r}; give the folder that has {content}.")
     return path
 

@@ -6,37 +6,39 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import optuna
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.allocation import DENSE, Choice
 from rankNAS.budget import check_budgets
 from rankNAS.calibration import calibrate
 from rankNAS.data import Data, check_labels, held_out, load_data, size_of, split
 from rankNAS.decompositions.metrics import METRICS, MetricName
 from rankNAS.decompositions.shapes import COSTS
+from rankNAS.early_stopping import PARTS, SuccessiveHalving
 from rankNAS.evaluation import Evaluator
-from rankNAS.exceptions import ObjectiveError, RankNASError, UsageError
+from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.files import cache_folder
 from rankNAS.fingerprints import fingerprint
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.network import Factorisation, Select, factorise
 from rankNAS.objectives import ObjectiveBase, make_objective
+from rankNAS.parallel import Parallel, Workers
 from rankNAS.pareto import worthwhile
 from rankNAS.record import Record
+from rankNAS.scheduler import Executor, Serial, schedule
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy, hardware_choices
 from rankNAS.strategies import make_strategy
-from rankNAS.strategies.base import History, Problem, Request, Strategy, Trial
+from rankNAS.strategies.base import Problem, Request, Strategy, Trial
 from rankNAS.study import Study
 from rankNAS.tables import make_problem
 from rankNAS.workbench import Progress, Workbench, silent
@@ -44,7 +46,6 @@ from rankNAS.workbench import Progress, Workbench, silent
 __all__ = ["Settings", "prepare", "requests", "run", "search"]
 
 logger = logging.getLogger(__name__)
-FAILURES = 3  # in a row, and the search stops
 Source = str | Data | tuple[Dataset[Any], Dataset[Any]]
 
 
@@ -64,6 +65,8 @@ class Settings:
         batch_size: Samples a forward pass of an evaluation.
         latency_batch: Samples of the forward pass whose latency counts.
         strict_hardware: Whether tables of latencies raise an error for what they have not seen.
+        early_stopping: Give trials up that are behind on a part of the validation samples; see
+            `SuccessiveHalving`.
 
     Raises:
         UsageError: An unknown metric, or a number below one.
@@ -83,6 +86,7 @@ class Settings:
     batch_size: int = 256
     latency_batch: int = 1
     strict_hardware: bool = False
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -108,6 +112,7 @@ def search(
     hardware: str | HardwareModel = "host",
     space: SearchSpace | None = None,
     device: str | torch.device = "cpu",
+    workers: int | Workers = 1,
     on_progress: Progress | None = None,
     on_record: Callable[[], object] | None = None,
     on_trial: Callable[[Trial, Trial | None], None] | None = None,
@@ -133,6 +138,8 @@ def search(
         hardware: A name or a `HardwareModel`, where latency is budgeted.
         space: From `compile_space`; compiled here if not given.
         device: Where to evaluate.
+        workers: How many trials are evaluated at the same time, and by whom. More than one are
+            run by Ray.
         on_progress: Called with a stage's name, steps done, and steps in all.
         on_record: Called once, when all arguments have proved right and the study is open.
         on_trial: Called with each trial and the best one so far.
@@ -156,11 +163,14 @@ def search(
         True
     """
     settings = settings or Settings()
+    workers = Workers(workers) if isinstance(workers, int) else workers
     started = time.perf_counter()
     chosen = make_strategy(strategy)
     measured = [make_objective(o) for o in objectives]
     budgets = check_budgets(budget)
     _check(n_trials, measured)
+    if settings.early_stopping:
+        SuccessiveHalving([o.name for o in measured], [o.direction for o in measured])
     loaded = load_data(data)
     bench, problems = prepare(
         model,
@@ -189,7 +199,10 @@ def search(
         on_record()
     _check_choices(problems[0], record)
     study = Study(name, record, problems, chosen.bind(bench), bench, loaded, bench.dense())
-    run(study, n_trials, on_trial)
+    try:
+        run(study, n_trials, on_trial, workers)
+    finally:
+        record.close()
     study.seconds = time.perf_counter() - started
     return study
 
@@ -298,6 +311,7 @@ def prepare(
         batch_size=settings.batch_size,
         device=device,
         sequential=settings.sequential,
+        parts=PARTS if settings.early_stopping else (1.0,),
     )
     return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
 
@@ -361,7 +375,10 @@ def _check_choices(problem: Problem, record: Record) -> None:
 
 
 def run(
-    study: Study, n_trials: int, on_trial: Callable[[Trial, Trial | None], None] | None = None
+    study: Study,
+    n_trials: int,
+    on_trial: Callable[[Trial, Trial | None], None] | None = None,
+    workers: Workers | None = None,
 ) -> None:
     """Propose, evaluate and record until every budget has its number of trials.
 
@@ -369,6 +386,7 @@ def run(
         study: What is known so far; its strategy is bound.
         n_trials: Trials proposed for each budget, failed ones included. Probes come on top.
         on_trial: Called with each trial and the best one so far for its budget.
+        workers: Who evaluates; None for this process alone.
 
     Raises:
         ObjectiveError: Three trials in a row failed.
@@ -377,66 +395,19 @@ def run(
     for trial in history.complete:
         refitted = study.strategy.refits and not trial.probe
         study.evaluator.remember(trial.allocation, trial.metrics, refitted=refitted)
-    for problem in study.problems:
-        while len(history.candidates(problem)) < n_trials:
-            probes = study.strategy.probes(problem, history)
-            wanted = [a for a in dict.fromkeys(probes) if a not in history.found]
-            allocations = wanted or _proposals(study, problem, history)
-            if not allocations:
-                break
-            for allocation in allocations:
-                number = len(history.trials)
-                trial = _evaluate(study, problem, allocation, number, probe=bool(wanted))
-                study.record.add(trial, problem.objectives)
-                history = History((*history.trials, trial))
-                if on_trial is not None:
-                    some = bool(history.feasible(problem))
-                    best = study.strategy.select(problem, history) if some else None
-                    on_trial(trial, best)
-                _stop_if_failing(history)
-
-
-def _proposals(study: Study, problem: Problem, history: History) -> list[Allocation]:
-    """What the strategy proposes; if that itself fails, as a training may, it is on record."""
-    rng = np.random.default_rng([study.bench.seed, len(history.trials)])
+    problem, rule = study.problem, None
+    if len(study.evaluator.parts) > 1:
+        rule = SuccessiveHalving(problem.objectives, problem.directions)
+        rule.learn(history)
+    executor: Executor
+    if workers is not None and workers.parallel:
+        executor = Parallel(study.evaluator, workers, rule)
+    else:
+        executor = Serial(study.evaluator, rule)
     try:
-        return study.strategy.propose(problem, history, 1, rng)
-    except ObjectiveError as error:
-        dense = problem.allocation([0] * len(problem.errors))
-        number, target = len(history.trials), problem.label
-        failed = Trial(number, dense, "failed", reason=str(error), target=target)
-        study.record.add(failed, problem.objectives)
-        raise
-
-
-def _evaluate(
-    study: Study, problem: Problem, allocation: Allocation, number: int, *, probe: bool
-) -> Trial:
-    study.bench.factorisation.space.check(allocation)
-    if not probe and not problem.meets(problem.indices(allocation)):
-        raise RankNASError(
-            f"strategy {study.strategy.name!r} proposed an allocation that breaks the budget "
-            f"{dict(problem.budget)}: {problem.fractions(problem.indices(allocation))}."
-        )
-    started = time.perf_counter()
-    trial = Trial(number, allocation, "failed", probe=probe, target=problem.label)
-    try:
-        refitted = study.strategy.refits and not probe
-        metrics = study.evaluator.evaluate(allocation, refitted=refitted)
-    except (ObjectiveError, torch.OutOfMemoryError) as error:
-        logger.warning("trial %d failed: %s", number, error)
-        return replace(trial, seconds=time.perf_counter() - started, reason=str(error))
-    values = tuple(metrics[name] for name in problem.objectives)
-    seconds = time.perf_counter() - started
-    return replace(trial, state="complete", values=values, metrics=metrics, seconds=seconds)
-
-
-def _stop_if_failing(history: History) -> None:
-    last = history.trials[-FAILURES:]
-    if len(last) == FAILURES and all(t.state == "failed" for t in last):
-        raise ObjectiveError(
-            f"{FAILURES} trials in a row failed, so the search stops; the last: {last[-1].reason}"
-        )
+        schedule(study, n_trials, executor, on_trial)
+    finally:
+        executor.close()
 
 
 def _predicted(latency: LatencyTables, allocation: Mapping[str, Choice]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,7 +37,26 @@ from rankNAS.recovery.batch_norm import (
 from rankNAS.sequential import sequential
 from rankNAS.stages import Pass, Stages
 
-__all__ = ["Evaluator", "Timing", "predictions", "quality", "test_metrics"]
+__all__ = ["Evaluator", "PrunedError", "Timing", "predictions", "quality", "test_metrics"]
+
+#: Takes the number of validation samples seen and the metrics on them; whether to go on.
+Verdict = Callable[[int, Mapping[str, float]], bool]
+
+
+class PrunedError(Exception):
+    """An evaluation that was stopped early.
+
+    Args:
+        samples: Validation samples seen until then.
+        metrics: On these samples.
+    """
+
+    def __init__(self, samples: int, metrics: Mapping[str, float]) -> None:
+        super().__init__(f"stopped after {samples} validation samples")
+        self.samples, self.metrics = samples, dict(metrics)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.samples, self.metrics)
 
 
 @dataclass
@@ -65,6 +84,8 @@ class Evaluator:
         sequential: Give the networks that are built factors that suit their own inputs, layer
             after layer (`sequential`). Evaluations are without, for speed, unless asked for.
         prefix_reuse: Keep activations, so that what did not change is not computed again.
+        parts: Shares of the validation samples, increasing to 1, after which an evaluation may be
+            stopped.
     """
 
     factorisation: Factorisation
@@ -77,9 +98,13 @@ class Evaluator:
     device: torch.device | str = "cpu"
     sequential: bool = False
     prefix_reuse: bool = True
+    parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
+        count = len(self.validation[1])
+        ends = sorted({max(1, round(share * count)) for share in self.parts})
+        self._sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         self._scratch = copy.deepcopy(self.factorisation.model).to(self.device).eval()
         self._applied: dict[str, Choice | None] = dict(self.factorisation.space.dense)
         self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}
@@ -91,29 +116,44 @@ class Evaluator:
             self._scratch = self._scratch.to(memory_format=torch.channels_last)
         self._stages = self._traced() if self.prefix_reuse else None
         self._passes = self._make_passes()
-        self.dense_logits = self._forward()
+        self.dense_logits = torch.cat(list(self._forward()))
         if self.batch_norm:
             self._reference = BatchNormReference(self._scratch, self._calibration, self.batch_size)
         self._invalidate(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy elsewhere is made from; it makes its own scratch network and activations.
+        # The data goes as it lies in memory here, so that the copy need not rearrange it.
+        state = {f.name: getattr(self, f.name) for f in fields(self)}
+        placed = {"calibration": self._calibration, "validation": (self._inputs, self._targets)}
+        return {**state, **placed, "timing": Timing()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def _place(self, x: Tensor) -> Tensor:
         return channels_last(x.to(self.device))
 
-    def evaluate(self, allocation: Allocation, *, refitted: bool = False) -> dict[str, float]:
+    def evaluate(
+        self, allocation: Allocation, *, refitted: bool = False, verdict: Verdict | None = None
+    ) -> dict[str, float]:
         """Metrics of an allocation: accuracy and loss, agreement, costs, and the objectives.
 
         Args:
             allocation: One choice a layer.
             refitted: With the factors that `network` gives it, which takes several times longer.
+            verdict: Asked after each of the evaluator's parts of the validation samples but the
+                last. The metrics that it is given lack the objectives that must be measured.
 
         Raises:
             ObjectiveError: An objective raised or returned something that is not finite.
+            PrunedError: The verdict was to stop.
             UsageError: The allocation does not belong to the space.
         """
         key = allocation, refitted and self.sequential
         if key not in self._known:
             started, forward = time.perf_counter(), self.timing.forward
-            self._known[key] = self._evaluate(*key)
+            self._known[key] = self._evaluate(*key, verdict)
             elapsed = time.perf_counter() - started
             self.timing.other += elapsed - (self.timing.forward - forward)
         return dict(self._known[key])
@@ -140,13 +180,17 @@ class Evaluator:
         exact = {"macs": cost.macs, "params": cost.params, "weight_bytes": cost.weight_bytes}
         return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
 
-    def _evaluate(self, allocation: Allocation, refitted: bool) -> dict[str, float]:
+    def _evaluate(
+        self, allocation: Allocation, refitted: bool, verdict: Verdict | None
+    ) -> dict[str, float]:
         with self._applying(allocation, refitted) as factorisation:
-            return self._measure(allocation, factorisation)
+            return self._measure(allocation, factorisation, verdict)
 
-    def _measure(self, allocation: Allocation, factorisation: Factorisation) -> dict[str, float]:
+    def _measure(
+        self, allocation: Allocation, factorisation: Factorisation, verdict: Verdict | None
+    ) -> dict[str, float]:
         costs = self.costs(allocation)
-        logits = self._forward()
+        logits = self._outputs(costs, verdict)
         candidate = Candidate(
             allocation,
             logits,
@@ -158,11 +202,28 @@ class Evaluator:
         )
         # A predicted cost stands in for a measured one; any other objective is measured.
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
-        metrics = quality(logits, self._targets)
-        if logits.dim() > 1 and not self._targets.is_floating_point():
-            metrics["agreement"] = agreement(logits, self.dense_logits)
-            metrics["reverse_agreement"] = reverse_agreement(logits, self.dense_logits)
-        return {**metrics, **costs, **measured}
+        return {**self._metrics(logits), **costs, **measured}
+
+    def _outputs(self, costs: Mapping[str, float], verdict: Verdict | None) -> Tensor:
+        """The outputs on all validation samples, as long as the verdict is to go on."""
+        found: list[Tensor] = []
+        for part in self._forward():
+            found.append(part)
+            seen = sum(map(len, found))
+            if verdict is not None and seen < len(self._targets):
+                metrics = {**self._metrics(torch.cat(found)), **costs}
+                if not verdict(seen, metrics):
+                    raise PrunedError(seen, metrics)
+        return torch.cat(found)
+
+    def _metrics(self, logits: Tensor) -> dict[str, float]:
+        """What comes for free, on the first validation samples."""
+        targets, dense = self._targets[: len(logits)], self.dense_logits[: len(logits)]
+        metrics = quality(logits, targets)
+        if logits.dim() > 1 and not targets.is_floating_point():
+            metrics["agreement"] = agreement(logits, dense)
+            metrics["reverse_agreement"] = reverse_agreement(logits, dense)
+        return metrics
 
     @contextmanager
     def _applying(self, allocation: Allocation, refitted: bool) -> Iterator[Factorisation]:
@@ -207,22 +268,30 @@ class Evaluator:
         calibration = self._passes[0]
         after = [i for i, _ in self._norms if i >= calibration.start]
         if after:
-            self._passes[-1].invalidate(min(after))
+            for own in self._own_passes():
+                if own is not None:
+                    own.invalidate(min(after))
             changed = [module for i, module in self._norms if i in after]
             with cumulative_averaging(changed):
                 calibration.run()
             self._reference.correct(changed)
 
-    @torch.no_grad()
-    def _forward(self) -> Tensor:
-        started = time.perf_counter()
-        if self._stages is None:
-            outputs = [self._scratch(x) for x in self._inputs.split(self.batch_size)]
-        else:
-            outputs = self._passes[-1].run()
-        logits = torch.cat(outputs)
-        self.timing.forward += time.perf_counter() - started
-        return logits
+    def _forward(self) -> Iterator[Tensor]:
+        """The outputs on the validation inputs, part by part."""
+        for inputs, own in zip(self._inputs.split(self._sizes), self._own_passes(), strict=True):
+            started = time.perf_counter()
+            with torch.no_grad():
+                if own is None:
+                    outputs = [self._scratch(x) for x in inputs.split(self.batch_size)]
+                else:
+                    outputs = own.run()
+                logits = torch.cat(outputs)
+            self.timing.forward += time.perf_counter() - started
+            yield logits
+
+    def _own_passes(self) -> Sequence[Pass | None]:
+        """Those over the validation inputs, one a part."""
+        return self._passes[-len(self._sizes) :] or [None] * len(self._sizes)
 
     def _traced(self) -> Stages | None:
         layers = {n: layer.paths for n, layer in self.factorisation.space.layers.items()}
@@ -234,7 +303,8 @@ class Evaluator:
         self._norms: list[tuple[int, _BatchNorm]] = []
         if self._stages is None:
             return []
-        passes = [Pass(self._stages, self._inputs.split(self.batch_size))]
+        parts = self._inputs.split(self._sizes)
+        passes = [Pass(self._stages, part.split(self.batch_size)) for part in parts]
         if self.batch_norm:
             modules = dict(self._stages.network.named_modules())
             calls = [(i, modules.get(str(n.target))) for i, n in enumerate(self._stages.nodes)]

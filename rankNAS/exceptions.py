@@ -10,6 +10,7 @@
         +-- WeightsError                 an unreadable weights file, or one of another model
         +-- StudyError                   a study that is missing, corrupt or configured otherwise
         +-- ObjectiveError               an objective that raised or returned no finite number
+        +-- WriteError (OSError)         a file that cannot be written; the earlier one is intact
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "UnknownNameError",
     "UsageError",
     "WeightsError",
+    "WriteError",
 ]
 
 
@@ -90,3 +92,12 @@ class StudyError(UsageError):
 
 class ObjectiveError(UsageError):
     """An objective that raised, or returned something that is not a finite number."""
+
+
+class WriteError(UsageError, OSError):
+    """A file that cannot be written, for example on a full disk; the earlier one is intact.
+
+    ``errno`` and ``strerror`` are those of the cause.
+    """
+
+    __str__ = Exception.__str__  # OSError would print the two instead of the message

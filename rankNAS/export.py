@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankNAS.exceptions import RankNASError, UnknownNameError, UsageError
 from rankNAS.files import save_atomically
+from rankNAS.tensor_files import encoded, read_tensors
 
 __all__ = ["FORMATS", "export"]
 
@@ -37,7 +38,8 @@ def export(
 
     Raises:
         RankNASError: The reloaded file gives other outputs.
-        UsageError: A package that the format needs is missing, or the folder cannot be written.
+        UsageError: A package that the format needs is missing.
+        WriteError: The file cannot be written; an earlier one is intact.
     """
     if format not in FORMATS:
         raise UnknownNameError("format", format, FORMATS)
@@ -45,10 +47,7 @@ def export(
     x = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = network(x)
-    try:
-        save_atomically(path, lambda temporary: _WRITERS[format](network, temporary, x))
-    except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be written: {error}.") from None
+    save_atomically(path, lambda temporary: _WRITERS[format](network, temporary, x))
     with torch.no_grad():
         difference = float((_READERS[format](network, path, x) - expected).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
@@ -60,18 +59,19 @@ def export(
 
 
 def _write_safetensors(network: nn.Module, path: Path, x: Tensor) -> None:
-    save_file({k: v.detach().clone().contiguous() for k, v in network.state_dict().items()}, path)
+    path.write_bytes(encoded({k: v.clone() for k, v in network.state_dict().items()}))
 
 
 def _read_safetensors(network: nn.Module, path: Path, x: Tensor) -> Tensor:
-    state = load_file(path)
+    state, _ = read_tensors(path)
     output: Tensor = torch.func.functional_call(network, state, (x,))
     return output
 
 
 def _write_pt2(network: nn.Module, path: Path, x: Tensor) -> None:
-    with path.open("wb") as file:  # torch objects to suffixes other than .pt2
-        torch.export.save(_exported(network, x), file)
+    buffer = io.BytesIO()  # PyTorch's own writer does not say why it failed
+    torch.export.save(_exported(network, x), buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_pt2(network: nn.Module, path: Path, x: Tensor) -> Tensor:

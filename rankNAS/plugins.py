@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 
-__all__ = ["is_plugin", "load_callable"]
+__all__ = ["MODULE_PREFIX", "is_plugin", "load_callable"]
+
+MODULE_PREFIX = "rankNAS_plugin_"  # of the modules made from files
 
 
 def is_plugin(spec: str) -> bool:
@@ -43,7 +46,7 @@ def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
             "give a Python file, a colon and the name of a callable in it."
         )
     path, _, name = spec.rpartition(":")
-    module = _import_file(Path(path).expanduser(), kind)
+    module = _import_file(Path(os.path.expanduser(path)), kind)
     if not hasattr(module, name):
         hint = f"The names are those that {path} defines."
         raise UnknownNameError(kind, name, _own_callables(module), hint)
@@ -60,14 +63,15 @@ def _import_file(path: Path, kind: str) -> ModuleType:
     """The module in ``path``, imported anew only when its content changed."""
     try:
         content = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
-            f"cannot read {path} for the {kind} ({error.strerror}); "
+            f"cannot read {path} for the {kind} ({reason}); "
             "give the path of an existing Python file before the colon."
         ) from error
     key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
     # The content is in the name: an edited file is a new module, an unchanged one the same.
-    name = f"rankNAS_plugin_{path.stem}_{key}"
+    name = f"{MODULE_PREFIX}{path.stem}_{key}"
     return sys.modules[name] if name in sys.modules else _execute(name, path, kind)
 
 

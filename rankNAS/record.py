@@ -3,44 +3,92 @@
 A trial is written in one transaction when it ends, so there is never half a trial, and nothing to
 clean up after a crash. Its parameters are the layers' choices, its values the objectives, its user
 attributes the metrics. The configuration is a user attribute of the study; going on with another
-one is refused.
+one is refused. Several processes may work on one study: see `Record.claim`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import threading
+import time
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
-import sqlalchemy.exc
+import sqlalchemy
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import Engine
 
 from rankNAS.allocation import Allocation, Choice
+from rankNAS.claims import LEASE, Claim, Owner, keep_alive
 from rankNAS.exceptions import StudyError
+from rankNAS.locks import study_lock
 from rankNAS.objectives.base import Direction
+from rankNAS.retries import explained, retrying
+from rankNAS.storage import open_storage, storage_name
 from rankNAS.strategies.base import History, Trial
 
-__all__ = ["Record", "study_names"]
+__all__ = ["Claim", "Record", "study_names"]
 
+logger = logging.getLogger(__name__)
 CONFIGURATION, CHOICES, METRICS = "ranknas:configuration", "ranknas:choices", "ranknas:metrics"
+CHECK = "ranknas:check"  # a token that no other trial has, and a checksum
+STATES = {
+    "complete": TrialState.COMPLETE,
+    "failed": TrialState.FAIL,
+    "pruned": TrialState.PRUNED,
+}
+NAMES = {state: name for name, state in STATES.items()}
+LOOK = 1.0  # seconds
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class Record:
     """An open study.
 
+    Leave it with `close`, or use it in a ``with`` statement: what it claims is then free at once.
+
     Args:
         study: The Optuna study.
+        storage: The storage that it is in.
         choices: The choices of each layer as labels: the distributions of the parameters.
+
+    Attributes:
+        study: The Optuna study.
+        choices: The choices of each layer as labels.
     """
 
-    study: optuna.Study
-    choices: Mapping[str, Sequence[str]]
+    def __init__(
+        self,
+        study: optuna.Study,
+        storage: optuna.storages.BaseStorage,
+        choices: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.study = study
+        self.choices = choices
+        self._storage = storage
+        self._place = storage_name(storage)
+        self._owner = Owner(choices)
+        self._one_thread = threading.RLock()
+        self._ended: threading.Event | None = None
+        self._distributions = {k: CategoricalDistribution(list(v)) for k, v in choices.items()}
+        self._parsed = {text: Choice.parse(text) for v in choices.values() for text in v}
+        self._history = History()
+        self._read = 0  # trials of the Optuna study that were looked at
+        self._open: set[int] = set()  # and that were not finished then
+        self._counts: Counter[str] = Counter()  # trials by target, without probes
+        self._mine: dict[str, Trial] = {}  # by token
+        self._since: dict[Allocation, int] = {}  # claims: how many trials there were before
+        self._own: tuple[Claim, ...] = ()
+        self._others: tuple[Claim, ...] = ()
+        self._looked = 0.0  # when
 
     @classmethod
     def open(
@@ -56,7 +104,7 @@ class Record:
         """Open or make a study.
 
         Args:
-            storage: Any Optuna storage or URL; None keeps the study in memory.
+            storage: As for `rankNAS.storage.open_storage`; None keeps the study in memory.
             name: The study's name in the storage.
             configuration: What must not change between sessions; JSON values.
             choices: Labels of each layer's choices. A resumed study keeps those it was made with.
@@ -68,29 +116,252 @@ class Record:
                 was made with another configuration.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        opened = open_storage(storage)
         try:
-            study = optuna.create_study(
-                storage=storage, study_name=name, directions=list(directions), load_if_exists=True
-            )
-            attributes = study.user_attrs
-        except (sqlalchemy.exc.SQLAlchemyError, OSError, ValueError, RuntimeError) as error:
-            raise StudyError(f"the study storage cannot be used: {_first_line(error)}") from error
-        if CONFIGURATION not in attributes:
-            if study.get_trials(deepcopy=False):
-                raise StudyError(f"study {name!r} exists and was not made by RankNAS.")
-            study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
-            study.set_user_attr(CONFIGURATION, dict(configuration))
-            return cls(study, choices)
+            # Of two processes that start a study at the same moment, the second one resumes it.
+            with study_lock(opened, name):
+                study = optuna.create_study(
+                    storage=opened,
+                    study_name=name,
+                    directions=list(directions),
+                    load_if_exists=True,
+                )
+                attributes = study.user_attrs
+                if CONFIGURATION not in attributes:
+                    if study.get_trials(deepcopy=False):
+                        raise StudyError(f"study {name!r} exists and was not made by RankNAS.")
+                    # The configuration last: without it, a start that was killed is done again.
+                    study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
+                    study.set_user_attr(CONFIGURATION, dict(configuration))
+                    return cls(study, opened, choices)
+                count = len(study.get_trials(deepcopy=False))
+        except Exception as error:
+            raise explained(error, storage_name(opened)) from None
         if not resume:
             raise StudyError(
-                f"study {name!r} exists already, with {len(study.get_trials(deepcopy=False))} "
-                "trials: add --resume to go on with it, or give another --study name."
+                f"study {name!r} exists already, with {count} trials: add --resume to go on with "
+                "it, or give another --study name."
             )
         _check_configuration(name, attributes[CONFIGURATION], configuration)
-        return cls(study, attributes[CHOICES])
+        return cls(study, opened, attributes[CHOICES])
 
-    def add(self, trial: Trial, objectives: Sequence[str]) -> None:
-        """Write a finished trial, in one transaction."""
+    def history(self) -> History:
+        """All finished trials, oldest first, those of other processes too.
+
+        Trials that RankNAS did not write are left out.
+
+        Raises:
+            StudyError: The storage does not answer, or a trial is damaged.
+        """
+        with self._one_thread:
+            self._retrying(self._refresh)
+            return self._history
+
+    def add(self, trial: Trial, objectives: Sequence[str]) -> Trial | None:
+        """Write a finished trial, in one transaction, once, whatever happens to the storage.
+
+        Args:
+            trial: Its number is not used.
+            objectives: Their names, in the order of the values.
+
+        Returns:
+            The trial with its number in the study. None if another process recorded the same
+            allocation while this one had a claim to it, as after a suspension: nothing is written.
+
+        Raises:
+            StudyError: The storage does not answer.
+        """
+        token = f"{self._owner.name}:{uuid.uuid4().hex}"
+        frozen = self._frozen(trial, token)
+        attempts = 0
+
+        def write() -> Trial | None:
+            nonlocal attempts
+            attempts += 1
+            with study_lock(self._storage, self.study.study_name):
+                if attempts > 1:
+                    self._settle()
+                self._refresh()
+                if token in self._mine:  # the connection broke after it was written
+                    return self._mine.pop(token)
+                if self._overtaken(trial.allocation):
+                    return None
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    self.study.add_trial(frozen)
+                self._refresh()
+                return self._mine.pop(token)
+
+        with self._one_thread:
+            written = self._retrying(write)
+            self._since.pop(trial.allocation, None)
+        if written is None:
+            logger.warning("a trial was recorded by another process meanwhile; ours is dropped")
+        return written
+
+    def claim(
+        self,
+        wanted: Sequence[Claim],
+        running: Sequence[Claim] = (),
+        most: Mapping[str, int] | int = 0,
+    ) -> list[Claim]:
+        """Ask for allocations to evaluate that no other process evaluates.
+
+        What is granted or running is held until it is left out of the next call, or released. It
+        is on lease, renewed by a thread: what a killed process held is free after a minute, or at
+        once if it ran on this computer.
+
+        Args:
+            wanted: What to evaluate next, most wanted first.
+            running: What this process evaluates already; it goes on holding that and nothing else.
+            most: How many trials each target shall have in the end, of all processes together,
+                probes excepted; one number for all targets, or by target.
+
+        Returns:
+            Those of `wanted` that are neither finished nor claimed, and not too many.
+
+        Raises:
+            StudyError: The storage does not answer.
+        """
+
+        def ask() -> list[Claim]:
+            with study_lock(self._storage, self.study.study_name):
+                self._refresh()
+                attributes = self._attributes()
+                self._look(attributes)
+                granted = self._grant(wanted, running, most)
+                self._publish((*running, *granted), attributes)
+            return granted
+
+        with self._one_thread:
+            granted = self._retrying(ask)
+            for claim in granted:
+                self._since[claim.allocation] = len(self._history.trials)
+            return granted
+
+    def interrupt(self, claims: Sequence[Claim]) -> None:
+        """Put on record that evaluations were broken off, for whoever looks, and release them.
+
+        They are no trials of the history: a search that goes on does them again. Where the storage
+        does not answer, nothing is written.
+        """
+        with self._one_thread:
+            try:
+                for claim in claims:
+                    self.study.add_trial(self._broken_off(claim))
+                self._hold(())
+            except Exception as error:  # whoever interrupts does not want to wait
+                logger.debug("not recorded: %s", explained(error, self._place))
+
+    def release(self, claims: Sequence[Claim]) -> None:
+        """Give claims up, so that other processes may have them.
+
+        Raises:
+            StudyError: The storage does not answer.
+        """
+        with self._one_thread:
+            left = tuple(c for c in self._own if c not in claims)
+            if left != self._own:
+                self._retrying(lambda: self._hold(left))
+
+    def others(self) -> tuple[Claim, ...]:
+        """What other processes are evaluating, as was known a second ago.
+
+        Raises:
+            StudyError: The storage does not answer.
+        """
+        with self._one_thread:
+            # What comes anew is seen by `claim`; what ends, even by a kill, must be seen here.
+            if self._others and time.monotonic() - self._looked > LOOK:
+                self._retrying(lambda: self._look(self._attributes()))
+            found = self._history.found
+            return tuple(c for c in self._others if c.allocation not in found)
+
+    def close(self) -> None:
+        """Give all claims up, if the storage answers; the record may still be used."""
+        with self._one_thread:
+            if self._ended is not None:
+                self._ended.set()
+                self._ended = None
+            if self._own:
+                try:
+                    self._hold(())
+                except Exception as error:  # they expire; an exit need not wait for the storage
+                    logger.debug("claims were not given up: %s", explained(error, self._place))
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _retrying(self, action: Callable[[], T]) -> T:
+        return retrying(action, self._place)
+
+    def _attributes(self) -> dict[str, Any]:
+        return self.study.user_attrs
+
+    # ------------------------------------------------------------------------------ reading
+
+    def _refresh(self) -> None:
+        """Look at the trials that are new, and at those that were not finished before."""
+        frozen = self.study.get_trials(deepcopy=False)
+        late = sorted(n for n in self._open if frozen[n].state.is_finished())
+        new = [self._trial(f) for f in frozen[self._read :] if f.state.is_finished()]
+        self._open.update(f.number for f in frozen[self._read :] if not f.state.is_finished())
+        self._open.difference_update(late)
+        self._read = len(frozen)
+        self._extend([t for t in new if t is not None])
+        if found := [t for n in late if (t := self._trial(frozen[n])) is not None]:
+            trials = sorted((*self._history.trials, *found), key=lambda t: t.number)
+            self._history = History()
+            self._counts.clear()
+            self._extend(trials)
+
+    def _extend(self, trials: Sequence[Trial]) -> None:
+        if trials:
+            self._history = self._history.extended(*trials)
+            self._counts.update(t.target for t in trials if not t.probe)
+
+    def _trial(self, frozen: FrozenTrial) -> Trial | None:
+        """A finished trial of Optuna as ours; None if it is not ours."""
+        attributes = frozen.user_attrs
+        if METRICS not in attributes and CHECK not in attributes:
+            return None
+        try:
+            pairs = tuple((layer, self._parsed[frozen.params[layer]]) for layer in self.choices)
+            state = NAMES[frozen.state]
+            trial = Trial(
+                frozen.number,
+                Allocation(pairs),
+                cast(Literal["complete", "failed", "pruned"], state),
+                tuple(frozen.values or ()) if state == "complete" else (),
+                attributes[METRICS],
+                frozen.duration.total_seconds() if frozen.duration else 0.0,
+                attributes.get("reason", ""),
+                attributes.get("probe", False),
+                attributes.get("target", ""),
+            )
+            token, digest = attributes.get(CHECK, ("", None))
+            whole = digest in (None, _digest(trial))
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise StudyError(self._damaged(frozen.number, why)) from None
+        if not whole:
+            raise StudyError(self._damaged(frozen.number, "it is not what was written"))
+        if str(token).startswith(self._owner.name):
+            self._mine[token] = trial
+        return trial
+
+    def _damaged(self, number: int, why: str) -> str:
+        return (
+            f"trial {number} of study {self.study.study_name!r} in {self._place} is damaged: "
+            f"{why}. Bring the storage back from a copy, or start a new study."
+        )
+
+    # ------------------------------------------------------------------------------ writing
+
+    def _frozen(self, trial: Trial, token: str) -> FrozenTrial:
         ended = datetime.now()
         labels = trial.allocation.labels()
         attributes: dict[str, Any] = {METRICS: dict(trial.metrics), **trial.metrics}
@@ -99,60 +370,124 @@ class Record:
         if trial.probe:
             attributes["probe"] = True
         attributes["target"] = trial.target
+        attributes[CHECK] = [token, _digest(trial)]
         complete = trial.state == "complete"
-        frozen = FrozenTrial(
+        return FrozenTrial(
             number=-1,
             trial_id=-1,
-            state=TrialState.COMPLETE if complete else TrialState.FAIL,
+            state=STATES[trial.state],
             value=None,
             values=list(trial.values) if complete else None,
             datetime_start=ended - timedelta(seconds=trial.seconds),
             datetime_complete=ended,
             params=labels,
-            distributions={k: CategoricalDistribution(list(self.choices[k])) for k in labels},
+            distributions={k: self._distributions[k] for k in labels},
             user_attrs=attributes,
             # What samplers and the dashboard read: a probe need not meet the budget.
             system_attrs={"constraints": (1.0 if trial.probe else 0.0,)},
             intermediate_values={},
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.add_trial(frozen)
 
-    def history(self) -> History:
-        """All finished trials, oldest first."""
-        trials = []
-        for frozen in self.study.get_trials(deepcopy=False):
-            if frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
-                continue
-            labels = {layer: frozen.params[layer] for layer in self.choices}
-            complete = frozen.state == TrialState.COMPLETE
-            trials.append(
-                Trial(
-                    frozen.number,
-                    Allocation.of({k: Choice.parse(v) for k, v in labels.items()}),
-                    "complete" if complete else "failed",
-                    tuple(frozen.values or ()) if complete else (),
-                    frozen.user_attrs.get(METRICS, {}),
-                    frozen.duration.total_seconds() if frozen.duration else 0.0,
-                    frozen.user_attrs.get("reason", ""),
-                    frozen.user_attrs.get("probe", False),
-                    frozen.user_attrs.get("target", ""),
-                )
+    def _broken_off(self, claim: Claim) -> FrozenTrial:
+        labels = claim.allocation.labels()
+        return optuna.trial.create_trial(
+            state=TrialState.FAIL,
+            params=labels,
+            distributions={k: self._distributions[k] for k in labels},
+            user_attrs={"reason": "interrupted", "target": claim.target},
+        )
+
+    def _overtaken(self, allocation: Allocation) -> bool:
+        """Whether another process recorded an allocation since this one was granted it."""
+        since = self._since.get(allocation)
+        if since is None or allocation not in self._history.found:
+            return False
+        return any(t.allocation == allocation for t in self._history.trials[since:])
+
+    def _settle(self) -> None:
+        """Wait for what a broken connection has left half done in the database."""
+        engine = getattr(self._storage, "engine", None)
+        if isinstance(engine, Engine) and engine.dialect.name != "sqlite":
+            # Optuna locks this row before it writes a trial.
+            query = sqlalchemy.text(
+                "SELECT study_id FROM studies WHERE study_name = :name FOR UPDATE"
             )
-        return History(tuple(trials))
+            with engine.begin() as connection:
+                connection.execute(query, {"name": self.study.study_name})
+
+    def _grant(
+        self, wanted: Sequence[Claim], running: Sequence[Claim], most: Mapping[str, int] | int
+    ) -> list[Claim]:
+        found = self._history.found
+        taken = {c.allocation: c for c in (*self._others, *running) if c.allocation not in found}
+        counts = self._counts + Counter(c.target for c in taken.values() if not c.probe)
+        granted = []
+        for claim in wanted:
+            if claim.allocation in found or claim.allocation in taken:
+                continue
+            limit = most if isinstance(most, int) else most.get(claim.target, 0)
+            if not claim.probe and counts[claim.target] >= limit:
+                continue
+            counts[claim.target] += not claim.probe
+            taken[claim.allocation] = claim
+            granted.append(claim)
+        return granted
+
+    def _look(self, attributes: Mapping[str, Any]) -> None:
+        self._others = self._owner.others(attributes)
+        self._looked = time.monotonic()
+
+    def _publish(self, claims: tuple[Claim, ...], attributes: Mapping[str, Any]) -> None:
+        """Write what is held into the slot, under the study's lock, if it is not there."""
+        held = self._owner.holds(attributes)
+        if (claims and not held) or (held and claims != self._own):
+            self.study.set_user_attr(self._owner.slot(attributes), self._owner.document(claims))
+        self._own = claims
+        if claims and self._ended is None:
+            self._ended = keep_alive(self._renew, LEASE / 4)
+
+    def _hold(self, claims: tuple[Claim, ...]) -> None:
+        with study_lock(self._storage, self.study.study_name):
+            self._publish(claims, self._attributes())
+
+    def _renew(self) -> None:
+        """Lengthen the lease; called by a thread."""
+        with self._one_thread:
+            if not self._own:
+                return
+            try:
+                with study_lock(self._storage, self.study.study_name):
+                    slot = self._owner.slot(self._attributes())
+                    self.study.set_user_attr(slot, self._owner.document(self._own))
+            except Exception as error:  # the next call may do better
+                logger.debug("the lease was not renewed: %s", explained(error, self._place))
 
 
 def study_names(storage: str) -> list[str]:
-    """The names of all studies in a storage.
+    """The names of all studies in a storage, which must exist.
 
     Raises:
         StudyError: The storage cannot be read.
     """
+    opened = open_storage(storage, create=False)
     try:
-        return optuna.get_all_study_names(storage)
-    except (sqlalchemy.exc.SQLAlchemyError, OSError, ValueError, RuntimeError) as error:
-        raise StudyError(f"the study storage cannot be used: {_first_line(error)}") from error
+        return optuna.get_all_study_names(opened)
+    except Exception as error:
+        raise explained(error, storage_name(opened)) from None
+
+
+def _digest(trial: Trial) -> str:
+    """A checksum of what is stored of a trial, its time apart."""
+    stored = [
+        trial.allocation.labels(),
+        trial.state,
+        [float(v) for v in trial.values] if trial.state == "complete" else [],
+        dict(trial.metrics),
+        trial.reason,
+        trial.probe,
+        trial.target,
+    ]
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_configuration(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -164,7 +499,3 @@ def _check_configuration(name: str, stored: Mapping[str, Any], given: Mapping[st
             f"study {name!r} exists with another configuration: {listed}. Give the same options, "
             "or another --study name."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

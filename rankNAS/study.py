@@ -172,7 +172,12 @@ class Study:
         """Write a compressed network (by default the best) as safetensors; see `rankNAS.load`."""
         allocation = self.best.allocation if allocation is None else allocation
         network = self.materialise(allocation) if network is None else network
-        metrics = self.evaluator.evaluate(allocation, refitted=self.strategy.refits)
+        found = self.history.found.get(allocation)
+        metrics = (
+            found.metrics
+            if found is not None and found.state == "complete" and not found.probe
+            else self.evaluator.evaluate(allocation, refitted=self.strategy.refits)
+        )
         return artifact.save(network, allocation, path, model=self.model, metrics=metrics)
 
 

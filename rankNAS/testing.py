@@ -577,7 +577,7 @@ class StrategyContract:
 
     def test_what_is_being_evaluated_is_not_proposed(self, problem: Problem, study: Study) -> None:
         for history, proposals in study.rounds[::2]:
-            waiting = replace(history, pending=proposals)
+            waiting = history.awaiting(proposals)
             again = self.strategy.propose(problem, waiting, self.batch, np.random.default_rng(0))
             assert not waiting.proposed & set(again)
 

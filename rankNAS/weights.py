@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,16 +16,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import models
 
+from rankNAS.checkpoints import check_archive
 from rankNAS.data_sources import normalization_from_metadata
 from rankNAS.exceptions import UsageError, WeightsError
-from rankNAS.files import cache_folder, save_atomically
+from rankNAS.files import cache_folder
 from rankNAS.recovery.training import RECIPE_VERSION, TrainingConfig, train
 from rankNAS.search_spaces.zoo import SPACES
+from rankNAS.tensor_files import damaged, read_tensors, write_tensors
 
 __all__ = [
     "load_state",
@@ -53,10 +56,10 @@ def load_weights(model: nn.Module, path: Path | str) -> dict[str, str]:
             not those of ``model``; or a value is not finite.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes any text
         raise WeightsError(f"there is no weights file {path}; check the path.")
     if path.suffix == ".safetensors":
-        state, metadata = _read_safetensors(path)
+        state, metadata = read_tensors(path)
     else:
         state, metadata = _read_torch(path), {}
     load_state(model, state, source=str(path))
@@ -68,7 +71,7 @@ def peek_metadata(path: Path | str) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, ValueError):
         return {}
 
 
@@ -151,7 +154,7 @@ def trained_model(
     """Train ``model``, or load what the same training gave before.
 
     The result is cached in ``cache_folder()/models``. An interrupted training goes on from its
-    last epoch; a damaged cache file is made again.
+    last epoch; a damaged file in the cache is made again.
 
     Args:
         spec: The name under which ``model`` was built.
@@ -178,10 +181,15 @@ def trained_model(
         except WeightsError as error:
             logger.warning("training %s again, because the cached result is bad: %s", spec, error)
     partial = path.with_suffix(".partial.pt")
-    train(model, training_data, config, device=device, on_step=on_step, checkpoint=partial)
+    try:
+        train(model, training_data, config, device=device, on_step=on_step, checkpoint=partial)
+    except WeightsError as error:  # before the first step
+        logger.warning("training %s from its start, because of a bad checkpoint: %s", spec, error)
+        partial.unlink()
+        train(model, training_data, config, device=device, on_step=on_step, checkpoint=partial)
     metadata = {"spec": spec, "data": fingerprint, "config": json.dumps(asdict(config))}
     state = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-    save_atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+    write_tensors(path, state, metadata)
     partial.unlink(missing_ok=True)
     return model
 
@@ -192,17 +200,10 @@ def _cache_key(spec: str, model: nn.Module, fingerprint: str, config: TrainingCo
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return state, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are refused below anyway
             content = torch.load(path, weights_only=True, map_location="cpu")
@@ -212,9 +213,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 f"{path} was refused, because loading it could run code: it is not a plain dict "
                 "of tensors; save model.state_dict(), best as safetensors."
             ) from error
-        raise _damaged(path, error) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
+    except Exception as error:  # bytes that mean nothing can make the reader fail anywhere
+        raise damaged(path, error) from error
     return _tensors(content, path)
 
 
@@ -241,14 +242,6 @@ def _tensors(content: object, path: Path) -> dict[str, Tensor]:
     raise WeightsError(
         f"{path} holds no dict of tensors, neither directly nor under 'state_dict' or 'model'; "
         "save model.state_dict(), best as safetensors."
-    )
-
-
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    reason = str(error).partition("\n")[0] or type(error).__name__
-    return WeightsError(
-        f"{path} is truncated or no weights file ({reason}); expected safetensors or a torch "
-        "state dict, so fetch or save it again."
     )
 
 

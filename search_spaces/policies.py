@@ -16,7 +16,13 @@ from rankNAS.decompositions import OPERATORS, Operator, Rank
 from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
 from rankNAS.exceptions import UnknownNameError, UsageError
 
-__all__ = ["RankPolicy", "candidate_choices", "hardware_choices", "step_ranks"]
+__all__ = [
+    "RankPolicy",
+    "candidate_choices",
+    "hardware_choices",
+    "rank_limits",
+    "step_ranks",
+]
 
 if TYPE_CHECKING:
     from rankNAS.search_spaces.base import Layer
@@ -113,6 +119,31 @@ def _head(operator: Operator, shape: LayerShape, family: list[Rank]) -> list[Ran
         return cost.macs >= dense.macs or cost.params >= dense.params
 
     return family[: bisect_left(family, True, key=saves_nothing)]
+
+
+def rank_limits(shape: LayerShape, choice: Choice) -> tuple[Rank | None, Rank]:
+    """The break-even rank and the full rank of a choice that is not dense.
+
+    The first is the largest rank of the choice's family that saves both multiply-accumulates and
+    parameters, None if even the smallest does not. The second is the largest rank of its operator
+    (with as many groups, for ``group_svd``).
+
+    >>> shape = LayerShape(inputs=64, outputs=32, calls=((1,),))
+    >>> rank_limits(shape, Choice("svd", (8,)))  # 21 x (64 + 32) < 64 x 32 < 22 x (64 + 32)
+    ((21,), (32,))
+    """
+    operator = OPERATORS[choice.operator]
+    # The first number of group_svd is of groups: it says how something is kept, not how much.
+    families = [
+        family
+        for family in operator.families(shape)
+        if choice.operator != "group_svd" or family[0][0] == choice.rank[0]
+    ]
+    full = max((family[-1] for family in families), key=sum)
+    # The family itself, or the nearest one if the ranks on offer were multiples of a number.
+    family = min(families, key=lambda f: min(math.dist(rank, choice.rank) for rank in f))
+    head = _head(operator, shape, family)
+    return (head[-1] if head else None), full
 
 
 def _spread(items: list[T], count: int) -> list[T]:

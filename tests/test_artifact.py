@@ -16,6 +16,7 @@ from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.network import factorise
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.tensor_files import CHECKSUM
 
 
 class Tied(nn.Module):
@@ -109,6 +110,49 @@ def test_files_that_cannot_be_loaded(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, newer, {"allocation": "{}", "format": "99"})
     with pytest.raises(WeightsError, match="format '99'"):
         load(newer)
+
+
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(4, 4))
+    path = save(network, Allocation.of({"0": DENSE}), tmp_path / "n.safetensors")
+    content = path.read_bytes()
+    for at in range(len(content) - 80, len(content)):  # 20 numbers: nothing else would notice
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x01]) + content[at + 1 :])
+        with pytest.raises(WeightsError, match=r"n\.safetensors does not match its checksum"):
+            load(path, lambda: network)
+
+
+def test_files_of_earlier_versions_have_no_checksum(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(4, 4))
+    path = save(network, Allocation.of({"0": DENSE}), tmp_path / "n.safetensors")
+    metadata = read_metadata(path)
+    del metadata[CHECKSUM]
+    save_file(network.state_dict(), path, metadata)
+    again = load(path, lambda: nn.Sequential(nn.Linear(4, 4)))
+    assert torch.equal(again.get_parameter("0.weight"), network.get_parameter("0.weight"))
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("allocation", "{"),
+        ("allocation", '{"0": "svd:x"}'),
+        ("allocation", "[" * 100_000),
+        ("model", "{"),
+        ("model", "[1]"),
+        ("shared", "3"),
+        ("shared", '{"0.bias": "none"}'),
+        ("shared", '{"0.bias": ["0.weight"]}'),
+    ],
+)
+def test_metadata_that_is_nonsense(tmp_path: Path, key: str, text: str) -> None:
+    network = nn.Sequential(nn.Linear(4, 4))
+    path = save(network, Allocation.of({"0": DENSE}), tmp_path / "n.safetensors")
+    metadata = read_metadata(path)
+    del metadata[CHECKSUM]
+    save_file(network.state_dict(), path, metadata | {key: text})
+    with pytest.raises(WeightsError, match=r"metadata of .*n\.safetensors"):
+        load(path, lambda: network)
 
 
 def test_the_wrong_model_is_named(tmp_path: Path) -> None:

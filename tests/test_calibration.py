@@ -423,7 +423,7 @@ def test_the_cache_gives_the_same_without_a_pass(tmp_path: Path, metric: Any) ->
         assert_same(first[name], second[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "noise", "other"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "short", "noise", "other", "flipped"])
 def test_a_damaged_cache_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
@@ -438,11 +438,18 @@ def test_a_damaged_cache_is_made_again(
         (other,) = (tmp_path / "partial").iterdir()
         other.replace(file)
     else:
-        bad = {"empty": b"", "truncated": content[: len(content) // 2], "noise": b"\xff" * 99}
+        last = content[:-9] + bytes([content[-9] ^ 0x10]) + content[-8:]  # in a number
+        bad = {
+            "empty": b"",
+            "truncated": content[: len(content) // 2],
+            "short": content[:-1],
+            "noise": b"\xff" * 99,
+            "flipped": last,
+        }
         file.write_bytes(bad[damage])
     with caplog.at_level(logging.WARNING):
         again = calibrate(model, space, x, cache=tmp_path)
-    assert "is made again" in caplog.text
+    assert "is made again" in caplog.text and str(file) in caplog.text
     for name in space.layers:
         assert_same(first[name], again[name], rtol=0, atol=0)
     assert file.read_bytes() == content

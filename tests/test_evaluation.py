@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from rankNAS import evaluation
 from rankNAS.allocation import Allocation
 from rankNAS.calibration import calibrate
-from rankNAS.evaluation import Evaluator
+from rankNAS.evaluation import Evaluator, PrunedError
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.network import Factorisation, factorise
 from rankNAS.objectives import Accuracy, Agreement, CostObjective, Latency, Loss, Objective
@@ -392,3 +393,48 @@ def test_test_metrics_stream() -> None:
     for source in (images(), TensorDataset(*images())):
         again = evaluation.test_metrics(convolutional(), source, batch_size=7)
         assert again == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("prefix_reuse", [True, False])
+def test_parts_of_the_samples_are_measured_on_the_way(
+    batch_norm: bool, prefix_reuse: bool
+) -> None:
+    whole = evaluator(batch_norm, prefix_reuse=prefix_reuse)
+    parts = evaluator(batch_norm, prefix_reuse=prefix_reuse, parts=(0.25, 0.5, 1.0))
+    for seed in range(4):
+        allocation, seen = drawn(whole, seed), {}
+        found = parts.evaluate(
+            allocation, verdict=lambda n, m, seen=seen: seen.update({n: m["accuracy"]}) or True
+        )
+        assert found == pytest.approx(whole.evaluate(allocation))
+        assert list(seen) == [15, 30]
+        network = whole.network(allocation)
+        x, y = images()
+        for count, accuracy in seen.items():
+            correct = network(x[:count]).argmax(-1) == y[:count]
+            assert accuracy == pytest.approx(correct.double().mean().item())
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_stopped_evaluation_leaves_the_next_ones_as_they_are(batch_norm: bool) -> None:
+    whole = evaluator(batch_norm)
+    parts = evaluator(batch_norm, parts=(0.25, 0.5, 1.0))
+    for seed in range(8):
+        allocation = drawn(whole, seed)
+        if seed % 2:
+            with pytest.raises(PrunedError, match="after 30") as stopped:
+                parts.evaluate(allocation, verdict=lambda n, m: n < 30)
+            assert stopped.value.metrics["macs"] == parts.costs(allocation)["macs"]
+        else:
+            assert parts.evaluate(allocation) == pytest.approx(whole.evaluate(allocation))
+
+
+def test_a_copy_in_another_place_measures_the_same() -> None:
+    own = evaluator(sequential=True, objectives=[Accuracy(), Loss()])
+    copied = pickle.loads(pickle.dumps(own))
+    for seed in range(3):
+        allocation = drawn(own, seed)
+        assert copied.evaluate(allocation) == own.evaluate(allocation)
+        refitted = own.evaluate(allocation, refitted=True)
+        assert copied.evaluate(allocation, refitted=True) == refitted

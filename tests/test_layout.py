@@ -17,7 +17,19 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "files", "fingerprints", "pareto", "plugins"},
+    {
+        "exceptions",
+        "allocation",
+        "budget",
+        "checkpoints",
+        "environment",
+        "files",
+        "fingerprints",
+        "pareto",
+        "plugins",
+        "redaction",
+        "tensor_files",
+    },
     {"data", "data_sources", "decompositions", "solver"},
     {"search_spaces"},
     {"recovery"},
@@ -31,9 +43,11 @@ LEVELS = [
         "hw_models",
         "artifact",
         "export",
+        "figures",
+        "report",
     },
     {"evaluation", "strategies", "tables", "workbench"},
-    {"record", "study"},
+    {"claims", "locks", "record", "retries", "storage", "study"},
     {"engine", "testing"},
     {"comparison"},
     {"cli", "__main__"},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import random
 import urllib.error
 from collections import OrderedDict
 from pathlib import Path
@@ -109,6 +110,28 @@ def test_truncated_files(tmp_path: Path, suffix: str, kept: float) -> None:
         load_weights(model(), path)
 
 
+def test_a_changed_number_in_a_torch_file_is_found(tmp_path: Path) -> None:
+    """PyTorch writes the checksum that tells, and does not look at it."""
+    path = tmp_path / "a.pt"
+    torch.save(changed(), path)
+    content = path.read_bytes()
+    at = content.index(changed()["a.weight"].numpy().tobytes())
+    path.write_bytes(content[:at] + bytes([content[at] ^ 0x01]) + content[at + 1 :])
+    with pytest.raises(
+        WeightsError, match=r"a\.pt is truncated .*checksum or the mark of its part"
+    ):
+        load_weights(model(), path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("start", [b"", b"\x80\x02", b"PK\x03\x04"])
+def test_random_bytes(tmp_path: Path, seed: int, start: bytes) -> None:
+    for name in ("a.pt", "a.safetensors"):
+        (tmp_path / name).write_bytes(start + random.Random(seed).randbytes(200))
+        with pytest.raises(WeightsError, match=name):
+            load_weights(model(), tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_text_and_missing_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(WeightsError, match="no weights file"):
@@ -212,11 +235,63 @@ def test_everything_that_matters_is_in_the_key(cache: Path) -> None:
     assert len(list(cache.iterdir())) == 5
 
 
-def test_a_damaged_cache_is_made_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "another"])
+def test_a_damaged_cache_is_made_again(
+    cache: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     first, _ = trained(linear())
     (path,) = cache.iterdir()
-    path.write_bytes(path.read_bytes()[:50])
+    content = path.read_bytes()
+    bad = {
+        "empty": b"",
+        "truncated": content[:50],
+        "flipped": content[:-2] + bytes([content[-2] ^ 0x01]) + content[-1:],
+    }
+    if damage == "another":
+        save_file({"other": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(bad[damage])
     with caplog.at_level(logging.WARNING, "rankNAS.weights"):
         second, steps = trained(linear())
-    assert steps == 4 and torch.equal(first, second) and "truncated" in caplog.text
+    assert steps == 4 and torch.equal(first, second)
+    assert "because the cached result is bad" in caplog.text and str(path) in caplog.text
     assert trained(linear())[1] == 0
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "another"])
+def test_a_damaged_checkpoint_is_made_again(
+    cache: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    def interrupt(*step: object) -> None:
+        if step[0] == 3:
+            raise KeyboardInterrupt
+
+    first, _ = trained(linear())
+    (path,) = cache.iterdir()
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        data = TensorDataset(
+            torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+        )
+        config = TrainingConfig(2, batch_size=4)
+        trained_model(
+            "lin", linear(), data, fingerprint="f", seed=0, config=config, on_step=interrupt
+        )
+    (partial,) = cache.iterdir()
+    content = partial.read_bytes()
+    weight = torch.load(partial, weights_only=True)["model"]["weight"].numpy().tobytes()
+    at = content.index(weight)
+    bad = {
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "flipped": content[:at] + bytes([content[at] ^ 0x01]) + content[at + 1 :],
+    }
+    if damage == "another":
+        torch.save({"identity": "another"}, partial)
+    else:
+        partial.write_bytes(bad[damage])
+    with caplog.at_level(logging.WARNING, "rankNAS.weights"):
+        second, steps = trained(linear())
+    assert steps == 4 and torch.equal(first, second)
+    assert "because of a bad checkpoint" in caplog.text and str(partial) in caplog.text
+    assert list(cache.iterdir()) == [path]

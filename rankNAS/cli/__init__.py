@@ -98,7 +98,38 @@ LatencySteps = Annotated[
 OnlyFaster = Annotated[
     bool, typer.Option("--only-faster", help="Drop choices that are not faster than dense.")
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="sqlite:///FILE, journal:FILE (for network file systems) or the URL of a database, "
+        "as postgresql://USER@HOST/NAME; its password may be in RANKNAS_STORAGE_PASSWORD. "
+        "Default: study.db in the study's folder, or as before."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to run, for example cuda.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Trials evaluated at the same time, by Ray.", min=1)
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to join: auto or HOST:PORT. Default: start Ray here."),
+]
+GpusPerTrial = Annotated[
+    float, typer.Option(help="GPUs of each worker; a fraction shares one.", min=0)
+]
+TrialTimeout = Annotated[
+    float | None, typer.Option(help="Seconds after which a trial is cut off, as failed.")
+]
+EarlyStopping = Annotated[
+    bool,
+    typer.Option(
+        "--early-stopping", help="Give up trials that are behind on a part of the validation data."
+    ),
+]
+TrustStorage = Annotated[
+    bool,
+    typer.Option("--trust-study", help="Open the storage that the study's options name."),
+]
 DEFAULT_OUT = "ranknas-studies"
 
 
@@ -120,10 +151,7 @@ def search(
     study: Annotated[
         str | None, typer.Option(help="Name of the study. Default: a new one.")
     ] = None,
-    storage: Annotated[
-        str | None,
-        typer.Option(help="Optuna storage URL. Default: study.db in the study's folder."),
-    ] = None,
+    storage: Storage = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the study if it exists.")
     ] = False,
@@ -146,6 +174,11 @@ def search(
     latency_steps: LatencySteps = None,
     only_faster: OnlyFaster = False,
     device: Device = "cpu",
+    workers: Workers = 1,
+    ray_address: RayAddress = None,
+    gpus_per_trial: GpusPerTrial = 0.0,
+    trial_timeout: TrialTimeout = None,
+    early_stopping: EarlyStopping = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -186,6 +219,11 @@ def search(
         latency_steps=latency_steps,
         only_faster=only_faster,
         device=device,
+        workers=workers or 1,
+        ray_address=ray_address,
+        gpus_per_trial=gpus_per_trial,
+        trial_timeout=trial_timeout,
+        early_stopping=early_stopping,
     )
     run_search(options, resume=resume, as_json=json, quiet=quiet)
 
@@ -286,6 +324,8 @@ def resume(
         list[str] | None,
         typer.Option(help="Other bounds on the same costs. Default: as before. Repeatable."),
     ] = None,
+    storage: Storage = None,
+    workers: Workers = None,
     trust_study: Annotated[
         bool,
         typer.Option("--trust-study", help="Run the Python files that the study's options name."),
@@ -296,9 +336,9 @@ def resume(
     """Go on with a study, with the options it was started with, or with another budget."""
     from rankNAS.cli.searching import run_resume
 
-    run_resume(
-        study, out, trials, budget or [], trust_study=trust_study, as_json=json, quiet=quiet
-    )
+    given = {"trials": trials, "budget": budget, "storage": storage, "workers": workers}
+    changes = {name: value for name, value in given.items() if value is not None}
+    run_resume(study, out, changes, trust_study=trust_study, as_json=json, quiet=quiet)
 
 
 @app.command()
@@ -355,16 +395,37 @@ def export(
 
 
 @app.command()
+def report(
+    study: Study,
+    out: Out = DEFAULT_OUT,
+    output: Annotated[
+        str | None, typer.Option(help="File to write. Default: report.html in the study's folder.")
+    ] = None,
+    trust_study: TrustStorage = False,
+    json: Json = False,
+) -> None:
+    """Write one HTML file about a study that needs no network: tables, figures, configuration."""
+    from rankNAS.cli.reporting import run_report
+
+    run_report(study, out, output, trust_study=trust_study, as_json=json)
+
+
+@app.command()
 def dashboard(
     study: Study,
     out: Out = DEFAULT_OUT,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Others than this let other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 for a free one.", min=0, max=65535)
+    ] = 8080,
+    trust_study: TrustStorage = False,
 ) -> None:
     """Open a study in optuna-dashboard (needs the extra `dashboard`)."""
-    from rankNAS.cli.showing import run_dashboard
+    from rankNAS.cli.serving import run_dashboard
 
-    run_dashboard(study, out, host, port)
+    run_dashboard(study, out, host, port, trust_study=trust_study)
 
 
 @app.command()
@@ -484,6 +545,7 @@ def _root(
 def main() -> None:
     """Run the command line; mistakes of the user exit with 2 and one line, no traceback."""
     from rankNAS.exceptions import RankNASError, UsageError
+    from rankNAS.files import is_full
 
     _own_stdout()
     try:
@@ -495,6 +557,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, `head` say, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # of a file that is not ours to write in one step, or a folder
+        if not is_full(error):
+            raise
+        name = "" if error.filename is None else f" for {error.filename!r}"
+        _fail(f"no room{name}: {error.strerror}. Make some, and run the same again.", 2)
 
 
 def _own_stdout() -> None:
@@ -512,6 +579,6 @@ def _own_stdout() -> None:
     sys.stdout = open(own, "w", buffering, encoding=encoding, errors=errors)  # noqa: SIM115
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception | str, code: int) -> None:
     typer.echo(f"ranknas: error: {error}", err=True)
     sys.exit(code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import sys
@@ -26,7 +25,7 @@ from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.report import draw, markdown, tables
 from rankNAS.comparison import COLUMNS, DENSE_MODEL, OK, Row, compare
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.files import save_atomically, write_json
+from rankNAS.files import read_json, save_atomically, write_json
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
@@ -99,9 +98,9 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
         return pd.DataFrame(columns=list(COLUMNS))
     try:
         # Options that did not exist yet had the effect of their defaults.
-        stored = CompareOptions().to_json() | json.loads((folder / "config.json").read_text())
+        stored = CompareOptions().to_json() | read_json(folder / "config.json")
         rows = pd.read_csv(path)[list(COLUMNS)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"the comparison in {str(folder)!r} is damaged ({error}); give another --out."
         ) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import typer
 
 from rankNAS.artifact import load
-from rankNAS.cli.options import study_folder
+from rankNAS.cli.options import study_folder, understanding
 from rankNAS.cli.output import print_json
 from rankNAS.cli.results import answer_to, load_result
 from rankNAS.exceptions import UnknownNameError, UsageError
@@ -34,24 +35,22 @@ def run_export(
         raise UnknownNameError("format", format, FORMATS)
     folder = study_folder(study, out)
     result = load_result(folder)
-    artifact = folder / Path(answer_to(result, list(budget))["artifact"]).name
+    with understanding(folder / "result.json"):
+        # Its name alone: wherever the folder is now, and nowhere else.
+        artifact = folder / Path(answer_to(result, list(budget))["artifact"]).name
+        searched = str(result["space"])
+        classes, shape = int(result["num_classes"]), tuple(map(int, result["input_shape"]))
     factory = None
-    if is_plugin(result["space"]):
+    if is_plugin(searched):
         if space is None:
             raise UsageError(
-                f"the study's model comes from {result['space']!r}, whose code would run; name it "
+                f"the study's model comes from {searched!r}, whose code would run; name it "
                 "with --space if you trust it."
             )
-        classes = result["num_classes"]
-
-        def factory() -> object:
-            return build_model(
-                space, num_classes=classes, input_shape=tuple(result["input_shape"])
-            )
-
-    network = load(artifact, factory)  # type: ignore[arg-type]
+        factory = partial(build_model, space, num_classes=classes, input_shape=shape)
+    network = load(artifact, factory)
     path = Path(output) if output else folder / f"{artifact.stem}-export.{format}"
-    difference = export(network, path, format, tuple(result["input_shape"]))
+    difference = export(network, path, format, shape)
     if as_json:
         print_json({"file": str(path), "format": format, "max_absolute_difference": difference})
     else:

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankNAS.cli.options import ModelOptions
+from rankNAS.cli.options import ModelOptions, SearchOptions
 from rankNAS.cli.output import Reporter
 from rankNAS.data import Data, load_data, size_of, split
 from rankNAS.engine import Settings
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import make_hardware
 from rankNAS.objectives import make_objective
+from rankNAS.parallel import Workers
 from rankNAS.plugins import is_plugin
 from rankNAS.recovery.training import TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
@@ -66,6 +67,14 @@ def check_options(options: ModelOptions) -> Settings:
         policy=policy,
         latency_batch=options.latency_batch,
         strict_hardware=options.strict_hw,
+        early_stopping=isinstance(options, SearchOptions) and options.early_stopping,
+    )
+
+
+def workers_of(options: SearchOptions) -> Workers:
+    """Who evaluates the trials."""
+    return Workers(
+        options.workers, options.ray_address, options.gpus_per_trial, options.trial_timeout
     )
 
 
@@ -78,10 +87,25 @@ def rank_policy(operators: str | None, candidates: int, multiple_of: int) -> Ran
 def check_writable(folder: Path) -> None:
     """Raise a UsageError if the folder cannot be made or written, without making it."""
     existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    try:
+        while not _exists(existing):
+            existing = existing.parent
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"the folder {str(folder)[:130]!r} cannot be written ({reason}); give another --out."
+        ) from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {str(folder)!r} cannot be written; give another --out.")
+
+
+def _exists(path: Path) -> bool:
+    """Unlike Path's own, an error for a name that no file can have."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def load_named_data(options: ModelOptions) -> Data:

@@ -43,6 +43,13 @@ class Reporter:
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
 
+    def insist(self, *lines: str) -> None:
+        """Lines on stderr, even if there is no progress display."""
+        for line in lines:
+            if self._progress is None:
+                print(line, file=sys.stderr)
+            self.say(line)
+
 
 @contextmanager
 def reporting(quiet: bool) -> Iterator[Reporter]:

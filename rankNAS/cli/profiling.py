@@ -16,7 +16,7 @@ import typer
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.cli.listing import side_of
 from rankNAS.cli.loading import rank_policy
-from rankNAS.cli.options import study_folder
+from rankNAS.cli.options import study_folder, understanding
 from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.results import load_result
 from rankNAS.exceptions import StudyError, UsageError
@@ -128,20 +128,30 @@ def _allocations(options: ProfileOptions, space: SearchSpace) -> dict[str, Alloc
     found = random_allocations(space, options.validate, options.seed)
     named = {f"random {i}": allocation for i, allocation in enumerate(found)}
     if options.study is not None:
-        result = load_result(study_folder(options.study, options.studies))
-        complete = [t for t in result["trials"] if t["state"] == "complete" and not t["probe"]]
-        complete.sort(key=lambda t: -t["metrics"].get("accuracy", 0.0))
-        for trial in complete[:BEST]:
-            labels = trial["allocation"].items()
-            allocation = Allocation.of({name: Choice.parse(label) for name, label in labels})
+        for name, allocation in _best_of(study_folder(options.study, options.studies)):
             try:
                 space.check(allocation)
             except UsageError as error:
                 raise StudyError(
                     f"study {options.study!r} has another space than {options.space!r}: {error}"
                 ) from None
-            named[f"trial {trial['number']}"] = allocation
+            named[name] = allocation
     return named
+
+
+def _best_of(folder: Path) -> list[tuple[str, Allocation]]:
+    """The most accurate trials of a study, by name."""
+    result = load_result(folder)
+    with understanding(folder / "result.json"):
+        complete = [t for t in result["trials"] if t["state"] == "complete" and not t["probe"]]
+        complete.sort(key=lambda t: -t["metrics"].get("accuracy", 0.0))
+        return [
+            (
+                f"trial {t['number']}",
+                Allocation.of({n: Choice.parse(label) for n, label in t["allocation"].items()}),
+            )
+            for t in complete[:BEST]
+        ]
 
 
 def _write(rows: pd.DataFrame, options: ProfileOptions) -> dict[str, Any]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 
-from rankNAS import __version__
 from rankNAS.comparison import DENSE_MODEL, OK, summarise
+from rankNAS.environment import machine, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,10 +109,11 @@ def _pipes(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _versions() -> str:
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "botorch", "optuna", "numpy"))
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    found = machine()
     return (
-        f"RankNAS {__version__}, Python {platform.python_version()}, {packages}; "
-        f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads."
+        f"{packages}; {found['architecture']}, {found['processors']} processors, "
+        f"{found['threads']} threads."
     )
 
 

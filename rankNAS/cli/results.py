@@ -14,16 +14,19 @@ from torch import nn
 
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
+from rankNAS.cli.layers import describe_layers
 from rankNAS.cli.loading import training_config
+from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.output import Reporter
+from rankNAS.environment import machine, versions
 from rankNAS.evaluation import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.files import write_json
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study
 
-__all__ = ["answer_to", "keep", "load_result"]
+__all__ = ["answer_to", "describe_trial", "keep", "load_result"]
 
 
 def keep(
@@ -37,6 +40,13 @@ def keep(
     study.to_pandas().to_csv(options.folder / "trials.csv", index=False)
     dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
     answers = [_answer(options, study, p, model, reporter) for p in study.problems]
+    dense = _summary(study.dense, dense_test)
+    if concerns_latency(study):
+        reporter.say("timing the dense network and the compressed ones")
+        chosen = [study.answer(p).allocation for p in study.problems]
+        times = measure(study, chosen, options.latency_batch)
+        for summary, found in zip([dense, *(a["best"] for a in answers)], times, strict=True):
+            summary["measured_latency"] = found
     return {
         "study": options.study,
         "strategy": options.strategy,
@@ -46,10 +56,12 @@ def keep(
         "cost": options.cost,
         "objectives": list(study.problem.objectives),
         "directions": list(study.problem.directions),
-        "dense": _summary(study.dense, dense_test),
+        "dense": dense,
         **answers[0],
         "answers": answers,
-        "trials": [_trial(t) for t in study.trials],
+        "trials": [describe_trial(t) for t in study.trials],
+        "versions": versions(),
+        "machine": machine(),
     }
 
 
@@ -71,13 +83,7 @@ def _answer(
         "trial": chosen.number,
         "best": _summary(chosen.metrics, study.test(network)) | {"allocation": labels},
         **describe_front(problem, study.history),
-        "layers": {
-            name: {
-                "macs": layer.costs[0].macs,
-                "best_macs": layer[chosen.allocation[name]].macs,
-            }
-            for name, layer in layers.items()
-        },
+        "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
     if options.finetune:
@@ -127,7 +133,8 @@ def _summary(metrics: Mapping[str, Any], test: Mapping[str, float]) -> dict[str,
     return named | {k: v for k, v in metrics.items() if k not in named}
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def describe_trial(trial: Trial) -> dict[str, Any]:
+    """A trial of the result document."""
     return {
         "number": trial.number,
         "state": trial.state,

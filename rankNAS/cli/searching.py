@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -12,21 +12,31 @@ from typing import Any
 import typer
 from torch import nn
 
+from rankNAS.cli.interrupts import interruptible
 from rankNAS.cli.loading import (
     check_options,
     check_writable,
     load_model,
     load_named_data,
     load_space,
+    workers_of,
 )
-from rankNAS.cli.options import SearchOptions, read_options, study_folder
-from rankNAS.cli.output import Reporter, percent, print_json, print_table, reporting
+from rankNAS.cli.options import (
+    CONFIGURATION,
+    SearchOptions,
+    check_trusted,
+    read_options,
+    study_folder,
+)
+from rankNAS.cli.output import Reporter, number, percent, print_json, print_table, reporting
 from rankNAS.cli.results import keep
 from rankNAS.data import Data
 from rankNAS.engine import Settings, requests, search
-from rankNAS.exceptions import UsageError
+from rankNAS.exceptions import StudyError
 from rankNAS.files import write_json
 from rankNAS.objectives import make_objective
+from rankNAS.record import study_names
+from rankNAS.redaction import redacted, without_password
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Trial
@@ -38,35 +48,33 @@ __all__ = ["run_resume", "run_search"]
 def run_resume(
     study: str,
     out: str,
-    trials: int | None,
-    budget: Sequence[str],
+    changes: Mapping[str, Any],
     *,
     trust_study: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Go on with a study from the options in its folder; other budgets bound the same costs."""
+    """Go on with a study from the options in its folder, some of them changed.
+
+    Other budgets bound the same costs.
+    """
     options = read_options(study_folder(study, out))
-    if (code := options.code()) and not trust_study:
-        raise UsageError(
-            f"the study's options name Python files ({', '.join(code)}), whose code would run; "
-            "add --trust-study if you trust them."
-        )
-    if trials is not None:
-        options = replace(options, trials=trials)
-    if budget:
-        options = replace(options, budget=list(budget))
-    run_search(options, resume=True, as_json=as_json, quiet=quiet)
+    if not trust_study:
+        # A storage that is given now is not the file's.
+        check_trusted(replace(options, storage=None) if "storage" in changes else options)
+    run_search(replace(options, **changes), resume=True, as_json=as_json, quiet=quiet)
 
 
 def run_search(options: SearchOptions, *, resume: bool, as_json: bool, quiet: bool) -> None:
     """Search, test, fine-tune, keep and print."""
     started = time.perf_counter()
     options = options.named(resume)
+    if resume:
+        _check_storage(options)
     settings = check_options(options)
     strategy = make_strategy(options.strategy)
     check_writable(options.folder)
-    with reporting(quiet) as reporter:
+    with reporting(quiet) as reporter, interruptible():
         data = load_named_data(options)
         measured = [make_objective(o) for o in options.objective]
         for request in requests(data, options.budgets, measured, settings):
@@ -84,6 +92,18 @@ def run_search(options: SearchOptions, *, resume: bool, as_json: bool, quiet: bo
         _print(options, result)
 
 
+def _check_storage(options: SearchOptions) -> None:
+    """Raise a StudyError if a study was begun, but its storage has lost it."""
+    if not (options.folder / CONFIGURATION).is_file():
+        return
+    if options.study not in study_names(options.storage_url):
+        raise StudyError(
+            f"the study storage {redacted(options.storage_url)!r} has no study {options.study!r}, "
+            f"although {str(options.folder)!r} says that it was begun; give the right one with "
+            "--storage, or remove the folder to begin again."
+        )
+
+
 def _search(
     options: SearchOptions,
     settings: Settings,
@@ -93,7 +113,7 @@ def _search(
     reporter: Reporter,
     resume: bool,
 ) -> Study:
-    folder = options.folder
+    folder, best = options.folder, _Best(options)
     fresh = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,13 +132,17 @@ def _search(
             hardware=options.hardware,
             space=space,
             device=options.device,
+            workers=workers_of(options),
             on_progress=reporter.stage,
-            on_record=lambda: write_json(folder / "config.json", options.to_json()),
-            on_trial=_counting(options, reporter),
+            on_record=lambda: write_json(folder / CONFIGURATION, options.to_json()),
+            on_trial=_counting(options, reporter, best),
         )
     except KeyboardInterrupt:
         resume_with = f"ranknas resume {options.study} --out {options.out}"
-        reporter.say(f"interrupted; finished trials are kept. Go on with: {resume_with}")
+        if options.storage and without_password(options.storage) != options.storage:
+            resume_with += " --storage URL"  # its password is not kept
+        reporter.insist(*best.lines())
+        reporter.insist(f"interrupted; finished trials are kept. Go on with: {resume_with}")
         sys.exit(130)
     finally:
         with suppress(OSError):  # nothing is left of a search that never began
@@ -134,7 +158,25 @@ def _search(
     return study
 
 
-def _counting(options: SearchOptions, reporter: Reporter) -> Callable[[Trial, Trial | None], None]:
+class _Best:
+    """The best trial of each budget so far, for a search that is interrupted."""
+
+    def __init__(self, options: SearchOptions) -> None:
+        self.objective = options.objective[0]
+        self.trials: dict[str, Trial] = {}
+
+    def lines(self) -> list[str]:
+        """One a budget."""
+        return [
+            f"best so far for {target}: trial {trial.number}, "
+            f"{self.objective} {trial.values[0]:.4f}, MACs {number(trial.metrics['macs'])}"
+            for target, trial in self.trials.items()
+        ]
+
+
+def _counting(
+    options: SearchOptions, reporter: Reporter, found: _Best
+) -> Callable[[Trial, Trial | None], None]:
     """Shows the trials of all budgets in one bar, which grows by every probe."""
     total = options.trials * len(options.budgets)
 
@@ -142,6 +184,8 @@ def _counting(options: SearchOptions, reporter: Reporter) -> Callable[[Trial, Tr
         nonlocal total
         total += trial.probe
         done = trial.number + 1
+        if best is not None:
+            found.trials[trial.target] = best
         note = "" if best is None else f"best {options.objective[0]} {best.values[0]:.4f}"
         note += f" at {trial.target}" if len(options.budgets) > 1 else ""
         # A resumed study has probes and trials of other budgets that were not counted above.

@@ -1,4 +1,4 @@
-"""``ranknas show`` and ``ranknas dashboard``."""
+"""``ranknas show``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from typing import Any
 
 import typer
 
-from rankNAS.cli.options import read_options, study_folder
+from rankNAS.cli.options import study_folder
 from rankNAS.cli.output import number, percent, print_json, print_table
 from rankNAS.cli.results import load_result
-from rankNAS.exceptions import UsageError
 
-__all__ = ["run_dashboard", "run_show"]
+__all__ = ["run_show"]
 
 Document = dict[str, Any]
 
@@ -98,16 +97,3 @@ def _print_layers(answer: Document) -> None:
         for name, costs in answer["layers"].items()
     ]
     print_table("chosen ranks", ("layer", "choice", "dense MACs", "kept"), rows, left=2)
-
-
-def run_dashboard(study: str, out: str, host: str, port: int) -> None:
-    """Serve optuna-dashboard on the study's storage until interrupted."""
-    options = read_options(study_folder(study, out))
-    try:
-        from optuna_dashboard import run_server
-    except ImportError:
-        raise UsageError(
-            "`ranknas dashboard` needs optuna-dashboard: pip install 'ranknas[dashboard]'"
-        ) from None
-    typer.echo(f"http://{host}:{port}/  (Ctrl-C ends)", err=True)
-    run_server(options.storage_url, host=host, port=port)

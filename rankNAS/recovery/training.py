@@ -8,7 +8,6 @@ epoch gives the same weights as one that was never interrupted.
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,16 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from rankNAS.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.data import augment, batches, size_of
-from rankNAS.exceptions import RankNASError, UsageError, WeightsError
-from rankNAS.files import save_atomically
+from rankNAS.exceptions import RankNASError, UsageError
 
 __all__ = [
     "RECIPE_VERSION",
     "TrainingConfig",
     "default_config",
     "default_steps",
-    "read_checkpoint",
     "train",
 ]
 
@@ -154,7 +152,8 @@ def train(
     Raises:
         RankNASError: The loss is not finite.
         UsageError: ``config.distill`` is above 0 and there is no teacher.
-        WeightsError: ``checkpoint`` is damaged or of another training.
+        WeightsError: ``checkpoint`` is damaged or of another training; nothing has changed yet.
+        WriteError: ``checkpoint`` cannot be written; the one of the last epoch is intact.
     """
     device = torch.device(device)
     loss_function = _loss_function(config, teacher, device)
@@ -167,7 +166,7 @@ def train(
         while run.step < run.total:
             run.epoch(run.step // per_epoch)
             if checkpoint is not None:
-                save_atomically(checkpoint, run.save)
+                run.save(checkpoint)
     return network
 
 
@@ -238,7 +237,7 @@ class _Run:
             "step": self.step,
             "identity": self._identity(),
         }
-        torch.save(content, path)
+        write_checkpoint(path, content)
 
     def load(self, path: Path) -> None:
         """Continue where ``save`` was called."""
@@ -358,30 +357,3 @@ def _reorder(network: nn.Module, memory_format: torch.memory_format) -> None:
     for parameter in network.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-
-def read_checkpoint(
-    path: Path, identity: object, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """The tensors and plain values of a training's checkpoint; no code in it runs.
-
-    Args:
-        path: The file.
-        identity: What its entry of that name must equal.
-        device: Where tensors are put.
-
-    Raises:
-        WeightsError: The file is damaged or of another training.
-    """
-    try:
-        content: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is no readable training checkpoint; delete it to start anew."
-        ) from error
-    if content.get("identity") != identity:
-        raise WeightsError(
-            f"{path} was written by a training with another configuration or other data; delete "
-            "it to start anew, or give another path."
-        )
-    return content

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -33,11 +34,11 @@ class Trial:
     Args:
         number: Position in the study, from 0.
         allocation: What was evaluated.
-        state: ``complete`` or ``failed``.
-        values: The objectives, in the order of the problem; empty if failed.
+        state: ``complete``, ``failed``, or ``pruned`` if it was stopped early.
+        values: The objectives, in the order of the problem; empty unless complete.
         metrics: Everything that was measured, by name.
         seconds: How long the evaluation took.
-        reason: Why it failed.
+        reason: Why it failed or was stopped.
         probe: Whether it was evaluated to learn from it, whatever its cost.
         target: The label of the budget that it was proposed for.
 
@@ -49,7 +50,7 @@ class Trial:
 
     number: int
     allocation: Allocation
-    state: Literal["complete", "failed"]
+    state: Literal["complete", "failed", "pruned"]
     values: tuple[float, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -65,6 +66,34 @@ class History:
     trials: tuple[Trial, ...] = ()
     pending: tuple[Allocation, ...] = ()
 
+    def extended(self, *trials: Trial) -> History:
+        """With further trials; what is known of the earlier ones is not looked at again."""
+        return self._with(History((*self.trials, *trials), self.pending), trials)
+
+    def awaiting(self, pending: Sequence[Allocation]) -> History:
+        """With other allocations that are being evaluated."""
+        return self._with(History(self.trials, tuple(pending)), ())
+
+    def _with(self, later: History, trials: Sequence[Trial]) -> History:
+        """Hand what was computed on to a later history, so that a trial costs the same always."""
+        later._feasible.update(self._feasible)
+        later._candidates.update(self._candidates)
+        if "complete" in self.__dict__:
+            found = tuple(t for t in trials if t.state == "complete")
+            later.__dict__["complete"] = self.complete + found
+        if "found" in self.__dict__:
+            # Most often one more: the older histories are not used again.
+            later.__dict__["found"] = self.found | {t.allocation: t for t in trials}
+        return later
+
+    @cached_property
+    def _feasible(self) -> dict[int, tuple[Problem, int, tuple[Trial, ...]]]:
+        return {}
+
+    @cached_property
+    def _candidates(self) -> dict[str, tuple[int, tuple[Trial, ...]]]:
+        return {}
+
     @cached_property
     def complete(self) -> tuple[Trial, ...]:
         """The trials that succeeded, probes and those proposed for other budgets included."""
@@ -77,17 +106,26 @@ class History:
 
     def feasible(self, problem: Problem) -> tuple[Trial, ...]:
         """The successful trials that meet a problem's budgets, whatever they were made for."""
-        return tuple(t for t in self.complete if problem.meets(problem.indices(t.allocation)))
+        _, seen, known = self._feasible.get(id(problem), (problem, 0, ()))
+        later = [t for t in self.trials[seen:] if t.state == "complete"]
+        found = known + tuple(t for t in later if problem.meets(problem.indices(t.allocation)))
+        # The problem is kept too: as long as it lives, no other one has its id.
+        self._feasible[id(problem)] = (problem, len(self.trials), found)
+        return found
 
     def candidates(self, problem: Problem) -> tuple[Trial, ...]:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
         target = problem.label
-        return tuple(t for t in self.trials if not t.probe and t.target == target)
+        seen, known = self._candidates.get(target, (0, ()))
+        later = self.trials[seen:]
+        found = known + tuple(t for t in later if not t.probe and t.target == target)
+        self._candidates[target] = (len(self.trials), found)
+        return found
 
     @cached_property
-    def proposed(self) -> frozenset[Allocation]:
+    def proposed(self) -> Set[Allocation]:
         """Every allocation that was evaluated or is being evaluated."""
-        return frozenset(t.allocation for t in self.trials) | frozenset(self.pending)
+        return ChainMap(dict.fromkeys(self.pending), dict(self.found)).keys()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -105,7 +105,7 @@ class BayesianOptimisation(Strategy):
         self,
         problem: Problem,
         preferences: Array,
-        taken: frozenset[Allocation] | set[Allocation],
+        taken: Set[Allocation],
         rng: np.random.Generator,
     ) -> Indices:
         """The distinct allocations of the preferences that nobody has tried, (pool, L)."""

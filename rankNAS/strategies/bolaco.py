@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
@@ -92,7 +92,7 @@ class Bolaco(Strategy):
         ratios = KeepRatios.of(problem.within(self.operators), self.stages)
         found: list[Allocation] = []
         for _ in range(n):
-            waiting = replace(history, pending=(*history.pending, *found))
+            waiting = history.awaiting((*history.pending, *found))
             allocation = self._next(problem, ratios, waiting, rng)
             if allocation is None:
                 break

@@ -26,11 +26,11 @@ decomposed in the metric of the study.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, NoReturn, final, get_args
 
 import numpy as np
@@ -40,13 +40,12 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
+from rankNAS.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.data import augment, batches, channels_last, size_of, take
 from rankNAS.decompositions import LayerShape
-from rankNAS.exceptions import ObjectiveError, UsageError
-from rankNAS.files import save_atomically
+from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
 from rankNAS.network import Factorisation
 from rankNAS.pareto import worthwhile
-from rankNAS.recovery.training import read_checkpoint
 from rankNAS.solver import min_sum
 from rankNAS.strategies.base import History, Problem, Request, Strategy
 from rankNAS.strategies.supernet import (
@@ -63,6 +62,7 @@ from rankNAS.workbench import Workbench, silent
 
 __all__ = ["Haloc", "coarse", "most_probable"]
 
+logger = logging.getLogger(__name__)
 VERSION = 1  # part of the key of checkpoints: raise it when the training changes
 STEPS = 8  # candidates of a layer, if nothing else is asked for, up to its full rank
 TEMPERATURES = 5.0, 0.1  # [ComCAT]
@@ -187,7 +187,7 @@ class _Bound(Strategy):
             ObjectiveError: The training diverged.
             BudgetError: No allocation of the candidates meets the budgets.
             UsageError: There is no budget.
-            WeightsError: The checkpoint is damaged.
+            WriteError: The checkpoint cannot be written; the one of the last epoch is intact.
         """
         _check_budget(problem.budget)
         if n < 1 or history.candidates(problem):
@@ -317,7 +317,7 @@ class _Search:
             self._search_logits(factors, generator)
             self._train_weights(factors, generator)
             self.epoch += 1
-            save_atomically(self.path, self._save)
+            self._save()
         return self.logits
 
     def _search_logits(self, factors: Factorisation, generator: torch.Generator) -> None:
@@ -413,7 +413,7 @@ class _Search:
                 if len(x) > 1:  # a batch norm cannot train on one sample
                     yield channels_last(x), y
 
-    def _save(self, path: Path) -> None:
+    def _save(self) -> None:
         """Write all that `_load` needs, as tensors and plain values."""
         content = {
             "epoch": self.epoch,
@@ -422,10 +422,14 @@ class _Search:
             "network": self.net.network.state_dict(),
             "identity": self.key,
         }
-        torch.save(content, path)
+        write_checkpoint(self.path, content)
 
     def _load(self) -> None:
-        content = read_checkpoint(self.path, self.key, self.bench.device)
+        try:
+            content = read_checkpoint(self.path, self.key, self.bench.device)
+        except WeightsError as error:
+            logger.warning("strategy 'haloc' starts anew, because of a bad checkpoint: %s", error)
+            return
         with torch.no_grad():
             for logits, saved in zip(self.logits, content["logits"], strict=True):
                 logits.copy_(saved)

@@ -189,6 +189,7 @@ def test_other_terms_are_refused(clock: MadeUp, tmp_path: Path) -> None:
     bound(path)
     content = json.loads(path.read_text())
     content["terms"]["threads"] += 3
+    del content["sha256"]
     path.write_text(json.dumps(content))
     with pytest.raises(UsageError, match="measured with threads"):
         make_hardware(str(path)).bind(None, space())
@@ -219,6 +220,50 @@ def test_damaged_files_are_named(
     assert "board.json" in str(caught.value)
     with pytest.raises(UsageError, match=message):  # nor is it overwritten by a new profile
         bound(path)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x08])
+def test_every_flipped_byte_of_a_profile_is_found_or_does_not_matter(
+    tmp_path: Path, mask: int
+) -> None:
+    """A digit of a time would be another time."""
+    path = tmp_path / "p.json"
+    profile = Profile(Terms("cpu", 2, "channels_last", "2.6"))
+    profile = profile.with_stages({LayerShape(8, 4, calls=((3,),)): Measurement(1e-3, 1e-5, 7)})
+    profile.with_network("net", NetworkFit(1e-3, 1.1, 0.9, 0.02)).write(path)
+    content, found = path.read_bytes(), 0
+    expected = Profile.read(path)
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ mask]) + content[i + 1 :])
+        try:
+            assert Profile.read(path) == expected
+        except UsageError as error:
+            assert "p.json" in str(error)
+            found += 1
+    assert found > len(content) / 2
+
+
+def test_an_edited_profile_says_what_to_do(clock: MadeUp, tmp_path: Path) -> None:
+    path = tmp_path / "board.json"
+    bound(path)
+    content = json.loads(path.read_text())
+    content["stages"][0]["seconds"] *= 2
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"board\.json' does not match its checksum.*remove"):
+        make_hardware(str(path)).bind(None, space())
+    del content["sha256"]  # also how files of earlier versions are
+    path.write_text(json.dumps(content))
+    make_hardware(str(path)).bind(None, space())
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b"[" * 100_000, b"\xff", b"{}", b'{"format": 1}']
+)
+def test_profiles_that_are_something_else(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "board.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"board\.json' (cannot be read|is damaged)"):
+        make_hardware(str(path)).bind(None, space())
 
 
 def test_truncated_and_missing_files(clock: MadeUp, tmp_path: Path) -> None:

@@ -159,6 +159,14 @@ def test_wrong_files_are_named(tmp_path: Path, text: str, message: str) -> None:
         make_hardware(str(path))
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a = ", b"a = " + b"[" * 100_000, b"\0", b""])
+def test_files_of_something_else_are_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"mine\.toml"):
+        make_hardware(str(path))
+
+
 def test_files_that_are_not_there() -> None:
     with pytest.raises(UsageError, match=r"device file 'none.toml' cannot be read"):
         make_hardware("none.toml")

@@ -101,6 +101,7 @@ def test_times_that_fall_with_the_work_give_their_mean(tmp_path: Path) -> None:
         (HEADER, ["0,dense,fast", "0,svd:2,1"], "takes fast seconds"),
         (HEADER, ["0,dense,1", "0,dense,2"], "gives layer '0' as dense twice"),
         (HEADER + ",batch", ["0,dense,1,1", "0,svd:2,1,8"], "mixes figures for batch 1 and 8"),
+        (HEADER + ",batch", ["0,dense,1,x"], "the batch size 'x'; expected an integer"),
     ],
 )
 def test_wrong_tables_are_named(
@@ -115,10 +116,11 @@ def test_wrong_tables_are_named(
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         make_hardware(str(tmp_path / "none.csv"))
-    empty = tmp_path / "empty.csv"
-    empty.write_text("")
-    with pytest.raises(UsageError, match="cannot be read"):
-        make_hardware(str(empty))
+    path = tmp_path / "bad.csv"
+    for content in (b"", b"\xff\xfe\x00", b'"', b"layer,choice,seconds\n0,dense,1,2,3\n0,dense\n"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"bad\.csv"):
+            make_hardware(str(path))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rankNAS.search_spaces.policies import (
     RankPolicy,
     candidate_choices,
     hardware_choices,
+    rank_limits,
     step_ranks,
 )
 
@@ -240,3 +241,28 @@ def test_choices_once_latencies_are_known() -> None:
 def test_a_negative_tolerance_is_refused() -> None:
     with pytest.raises(UsageError, match="latency_steps"):
         RankPolicy(latency_steps=-0.1)
+
+
+@settings(deadline=None)
+@given(shapes())
+def test_break_even_is_the_last_rank_that_saves_and_full_the_dearest(shape: LayerShape) -> None:
+    for family in families(shape):
+        saving = [c for c, cost in family.items() if saves(cost, shape.cost())]
+        for choice in family:
+            break_even, full = rank_limits(shape, choice)
+            assert break_even == (saving[-1].rank if saving else None)
+            dearest = OPERATORS[choice.operator].cost(shape, full)
+            assert all(cost.macs <= dearest.macs for cost in family.values())
+            if choice.operator == "group_svd":
+                assert full[0] == choice.rank[0]
+            if choice.operator == "tucker2":
+                assert full == (shape.outputs // shape.groups, shape.inputs // shape.groups)
+
+
+def test_limits_of_a_rank_between_those_of_an_operator() -> None:
+    """Tucker-2 offers twelve steps of each rank; multiples of 8 lie between them."""
+    shape = LayerShape(100, 100, (3, 3), (1, 1), (1, 1), (1, 1), calls=((1, 8, 8),))
+    break_even, full = rank_limits(shape, Choice("tucker2", (40, 56)))
+    assert full == (100, 100)
+    assert break_even is not None and break_even[1] == 58  # the nearest step
+    assert saves(OPERATORS["tucker2"].cost(shape, break_even), shape.cost())

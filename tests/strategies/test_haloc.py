@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import pickle
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.data import Splits
 from rankNAS.decompositions import OPERATORS, Metric, Target
 from rankNAS.evaluation import Evaluator
-from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
+from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.files import cache_folder
 from rankNAS.hw_models import CallableModel, compile_latency
 from rankNAS.network import Factorisation, factorise
@@ -563,14 +564,43 @@ def test_another_problem_or_configuration_starts_anew() -> None:
     assert len(list((cache_folder() / "checkpoints").glob("*.pt"))) == 3
 
 
-@pytest.mark.parametrize("content", [b"no checkpoint", b""])
-def test_a_damaged_checkpoint_is_named(content: bytes) -> None:
+@pytest.mark.parametrize("damage", ["text", "empty", "truncated", "flipped", "another", "evil"])
+def test_a_damaged_checkpoint_is_named_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     problem = problem_of(BENCH, {"macs": 0.5})
-    proposed(tiny(), BENCH, problem)
+    expected = proposed(tiny(), BENCH, problem)
+    logits = checkpoint()["logits"]
     (path,) = (cache_folder() / "checkpoints").glob("*.pt")
-    path.write_bytes(content)
-    with pytest.raises(WeightsError, match=f"{path.name}.*delete it"):
-        proposed(tiny(), BENCH, problem)
+    content = path.read_bytes()
+    at = content.index(logits[0].numpy().tobytes())
+    bad = {
+        "text": b"no checkpoint",
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "flipped": content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :],
+        "evil": pickle.dumps({"identity": Evil(tmp_path / "ran")}),
+    }
+    if damage == "another":
+        torch.save(checkpoint() | {"identity": "another version"}, path)
+    else:
+        path.write_bytes(bad[damage])
+    with caplog.at_level(logging.WARNING):
+        assert proposed(tiny(), BENCH, problem) == expected
+    assert "starts anew" in caplog.text and str(path) in caplog.text
+    again = checkpoint()["logits"]
+    assert all(torch.equal(a, b) for a, b in zip(logits, again, strict=True))
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
 
 
 class Spoilt(Dataset[Any]):

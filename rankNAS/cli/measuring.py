@@ -1,0 +1,52 @@
+"""How long the dense network and the answers of a search really take, beside what is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rankNAS.allocation import Allocation
+from rankNAS.hw_models.host import batched, built
+from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+from rankNAS.study import Study
+
+__all__ = ["concerns_latency", "measure"]
+
+ROUNDS, SECONDS = 200, 5.0
+
+
+def concerns_latency(study: Study) -> bool:
+    """Whether a budget or an objective of the study is latency."""
+    named = {name for p in study.problems for name in (*p.budget, *p.objectives)}
+    return any("latency" in name for name in named)
+
+
+@torch.no_grad()
+def measure(
+    study: Study, allocations: Sequence[Allocation], batch: int
+) -> list[dict[str, float | int]]:
+    """Time the dense network and others end to end, in turns, on the device of the search.
+
+    Args:
+        study: The search.
+        allocations: Of the networks to time.
+        batch: Inputs of a forward pass.
+
+    Returns:
+        For the dense network and then each allocation: ``seconds``, the median; ``spread``, the
+        standard deviation of that median; and how many ``rounds`` there were.
+    """
+    factorisation, evaluator = study.evaluator.factorisation, study.evaluator
+    x = batched(study.splits.calibration[0], batch).to(evaluator.device)
+    dense = factorisation.space.dense
+    runs = [
+        waiting(built(factorisation.model, allocation, x), torch.device(evaluator.device))
+        for allocation in (dense, *allocations)
+    ]
+    times = interleaved(runs, rounds=ROUNDS, seconds=SECONDS, seed=study.bench.seed)
+    return [
+        {"seconds": float(median), "spread": float(spread), "rounds": len(times)}
+        for median, spread in zip(np.median(times, axis=0), spread_of_median(times), strict=True)
+    ]

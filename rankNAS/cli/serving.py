@@ -1,0 +1,158 @@
+"""``ranknas dashboard``: a study in optuna-dashboard."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import warnings
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import optuna
+import typer
+
+from rankNAS import figures
+from rankNAS.cli.documents import (
+    load_study,
+    open_recorded,
+    study_document,
+    without_passwords,
+)
+from rankNAS.cli.options import read_options, study_folder, understanding
+from rankNAS.exceptions import UsageError
+
+__all__ = ["note", "publish", "run_dashboard"]
+
+NOTE = "*Renewed by `ranknas dashboard`; remove this line to keep a text of your own.*"
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True  # or Ctrl-C would wait for open pages
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: a page asks every few seconds."""
+
+
+def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bool) -> None:
+    """Serve optuna-dashboard on a study, with our Pareto fronts and a note, until interrupted.
+
+    Raises:
+        UsageError: The extra is missing, the storage is not trusted, or the address cannot be
+            listened on.
+        StudyError: The storage cannot be read.
+    """
+    options = read_options(study_folder(study, out))
+    storage = open_recorded(options, trust=trust_study)
+    found = load_study(options, storage)
+    # Before the import below, which takes long: a wrong port is known at once.
+    with _listen(host, port) as server, warnings.catch_warnings():
+        # Of the dashboard's libraries, to their authors; nothing that the user could change.
+        warnings.simplefilter("ignore")
+        try:
+            import optuna_dashboard
+        except ImportError:
+            raise UsageError(
+                "`ranknas dashboard` needs optuna-dashboard: pip install 'ranknas[dashboard]'"
+            ) from None
+        with understanding(options.folder / "result.json"):
+            publish(found, without_passwords(study_document(options, trust=trust_study)))
+        server.set_app(optuna_dashboard.wsgi(storage))
+        address = f"[{host}]" if ":" in host else host
+        if not _is_loopback(str(server.server_address[0])):
+            typer.echo(
+                f"ranknas: warning: {host} can be reached from other machines, and the dashboard "
+                "has no password: whoever reaches it can change and delete studies.",
+                err=True,
+            )
+        typer.echo(f"http://{address}:{server.server_port}/dashboard/  (Ctrl-C ends)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+
+
+def publish(study: optuna.Study, document: dict[str, Any]) -> None:
+    """Give a study names of its objectives, our figures of its Pareto fronts, and a note.
+
+    A note that somebody else has written stays.
+
+    Args:
+        study: The Optuna study.
+        document: Its result document.
+    """
+    from optuna.exceptions import ExperimentalWarning
+    from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(document["objectives"])
+    for i, figure in enumerate(figures.pareto(document)):
+        figure.update_layout(
+            title={"text": "Pareto front (RankNAS)"},
+            margin={"t": 60},
+            legend={"y": -0.2, "yanchor": "top"},
+        )
+        save_plotly_graph_object(study, figure, graph_object_id=f"ranknas-pareto-{i}")
+    text, present = note(document), get_note(study)
+    if text != present and (not present or NOTE in present):
+        save_note(study, text)
+
+
+def note(document: dict[str, Any]) -> str:
+    """What a study has found, in Markdown."""
+    lines = [f"{_plain(document['space'])} by {_plain(document['strategy'])}", ""]
+    if not document["answers"]:
+        lines += ["The search has not ended.", ""]
+    else:
+        lines += ["| | test accuracy | MACs kept | trial |", "|---|---|---|---|"]
+        dense = document["dense"]
+        lines.append(f"| dense | {dense['test_accuracy']:.4f} | 100 % | |")
+        for answer in document["answers"]:
+            best, label = answer["best"], answer["label"] if answer["budget"] else "no budget"
+            kept = 100 * best["macs"] / dense["macs"]
+            lines.append(
+                f"| {_plain(label)} | {best['test_accuracy']:.4f} | {kept:.1f} % | "
+                f"{answer['trial']} |"
+            )
+        lines.append("")
+    lines += ["Each parameter is a layer, its values are the choices of operator and rank.", ""]
+    return "\n".join([*lines, NOTE])
+
+
+def _plain(text: str) -> str:
+    """A name that Markdown shows as it is."""
+    return "`" + text.replace("`", "'").replace("|", "/").replace("\n", " ") + "`"
+
+
+def _listen(host: str, port: int) -> _Server:
+    """A server that is bound already and has nothing to serve yet."""
+    try:
+        return (_Server6 if ":" in host else _Server)((host, port), _Quiet)
+    except OSError as error:
+        raise UsageError(_why(error, host, port)) from None
+
+
+def _why(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {port} of {host} is in use; give another one with --port, or --port 0 for a "
+            "free one."
+        )
+    if error.errno == errno.EACCES:
+        return f"port {port} needs privileges; give one from 1024 with --port."
+    return (
+        f"`--host` must be an address of this machine, such as 127.0.0.1, got {host!r} "
+        f"({error.strerror})."
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback

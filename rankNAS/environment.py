@@ -1,0 +1,44 @@
+"""What a result depends on besides its options: the versions of libraries, and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["machine", "versions"]
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "optuna", "botorch", "gpytorch")
+
+
+def versions() -> dict[str, str]:
+    """By name, the versions of RankNAS, Python and the libraries that results depend on.
+
+    >>> list(versions())[:3]
+    ['rankNAS', 'python', 'torch']
+    """
+    from rankNAS import __version__
+
+    found = {"rankNAS": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a build from source may have another name
+            found[package] = "unknown"
+    return found
+
+
+def machine() -> dict[str, str | int]:
+    """The system, the architecture, the number of processors and PyTorch's threads.
+
+    >>> sorted(machine())
+    ['architecture', 'processors', 'system', 'threads']
+    """
+    import torch
+
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processors": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }

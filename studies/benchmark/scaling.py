@@ -1,0 +1,160 @@
+"""What many workers and long studies cost.
+
+    python studies/benchmark/scaling.py [--storage sqlite|journal]
+
+takes about ten minutes on two CPU cores and needs no data. ResNet-20 with random weights on random
+images. Measured in turns, so that what disturbs one disturbs all:
+
+- trials a second of two workers over those of one, each with one thread;
+- what a trial costs beyond its evaluation, and trials a second, with an evaluation that does
+  nothing and eight workers;
+- seconds of a trial at 10,000 trials over those at 100, with an evaluation that does nothing;
+- what a worker holds in memory beyond what all share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import rankNAS
+from rankNAS.engine import run
+from rankNAS.parallel import Parallel, Workers
+from rankNAS.record import Record
+from rankNAS.scheduler import Outcome, Serial, Task, schedule
+from rankNAS.search_spaces.zoo import build_model
+
+IMAGES, WARM = 1000, 4
+BUDGET = {"macs": 0.5}
+
+
+def prepared(model: nn.Module, side: int, images: int) -> rankNAS.Study:
+    """A study of random search with its first trials."""
+    data = [torch.randn(n, 3, side, side) for n in (2 * images, 100)]
+    labels = [torch.randint(0, 10, (len(x),)) for x in data]
+    pair = tuple(TensorDataset(x, y) for x, y in zip(data, labels, strict=True))
+    settings = rankNAS.Settings(metric="weight", calibration=images, validation=images)
+    return rankNAS.search(
+        model,
+        (pair[0], pair[1]),
+        budget=BUDGET,
+        strategy="random",
+        n_trials=1,
+        settings=settings,
+    )
+
+
+def fresh(study: rankNAS.Study, storage: str | None) -> rankNAS.Study:
+    """The same without its trials, recorded elsewhere."""
+    record = Record.open(
+        storage,
+        "study",
+        configuration={},
+        choices=study.problem.labels(),
+        directions=study.problem.directions,
+        resume=False,
+    )
+    study.evaluator.forget()
+    return replace(study, record=record)
+
+
+class Seconds:
+    """When each trial ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, *_: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def each(self, first: int, last: int) -> float:
+        """Mean seconds of the trials from `first` to `last`."""
+        return (self.times[last] - self.times[first]) / (last - first)
+
+
+def speedup(rounds: int, trials: int) -> None:
+    """Two workers against one, in turns."""
+    torch.manual_seed(0)
+    study = prepared(build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval(), 32, IMAGES)
+    ratios, overheads = [], []
+    for _ in range(rounds):
+        rates = {}
+        for count in (1, 2):
+            torch.set_num_threads(count)  # a worker gets one of them
+            timed, own = Seconds(), fresh(study, None)
+            run(own, trials, timed, Workers(count, timeout=600.0))
+            rates[count] = 1 / timed.each(WARM, trials - 1)
+            spent = [t.seconds for t in own.trials[WARM:]]
+            overheads.append(timed.each(WARM, trials - 1) * count - statistics.mean(spent))
+        ratios.append(rates[2] / rates[1])
+    print(
+        f"two workers over one: {statistics.median(ratios):.2f} times the trials a second "
+        f"({', '.join(f'{r:.2f}' for r in ratios)}); a trial of one worker: {1 / rates[1]:.2f} s"
+    )
+    print(f"beyond the evaluation: {1e3 * statistics.median(overheads):.0f} ms a trial")
+
+
+class Nothing(Serial):
+    """Evaluates nothing."""
+
+    def wait(self) -> Sequence[Outcome]:
+        return [nothing(self._waiting.pop(0))]
+
+
+def nothing(task: Task) -> Outcome:
+    return Outcome(task, "complete", {"accuracy": 0.5, "loss": 1.0, "macs": 1.0})
+
+
+def throughput(storage: str, trials: int, workers: int) -> None:
+    """An evaluation that does nothing, with workers."""
+    small = nn.Sequential(*(nn.Linear(192, 192) for _ in range(8)), nn.Linear(192, 10))
+    study = prepared(nn.Sequential(nn.Flatten(), small).eval(), 8, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        timed, own = Seconds(), fresh(study, url(storage, folder))
+        executor = Parallel(study.evaluator, Workers(workers))
+        try:
+            schedule(own, trials, executor, timed)
+        finally:
+            executor.close()
+            own.record.close()
+    print(f"{workers} workers: {1 / timed.each(trials // 4, trials - 1):.0f} trials a second, {storage}")
+
+
+def growth(storage: str, trials: int) -> None:
+    """A long study."""
+    small = nn.Sequential(*(nn.Linear(192, 192) for _ in range(8)), nn.Linear(192, 10))
+    study = prepared(nn.Sequential(nn.Flatten(), small).eval(), 8, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        timed, own = Seconds(), fresh(study, url(storage, folder))
+        schedule(own, trials, Nothing(study.evaluator), timed)
+        own.record.close()
+    early, late = timed.each(50, 150), timed.each(trials - 101, trials - 1)
+    print(
+        f"{storage}: {1e3 * early:.1f} ms a trial at 100 trials, {1e3 * late:.1f} ms at {trials}, "
+        f"{late / early:.2f} times"
+    )
+
+
+def url(storage: str, folder: str) -> str:
+    path = Path(folder) / "study"
+    return f"sqlite:///{path}.db" if storage == "sqlite" else f"journal:{path}.journal"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=10_000, help="of the long study")
+    given = parser.parse_args()
+    speedup(rounds=3, trials=24)
+    for kind in ("journal", "sqlite"):
+        throughput(kind, 1000, 8)
+        growth(kind, given.trials)
