@@ -153,10 +153,13 @@ def _counts(document: object) -> bool:
     """Whether the claims of a slot are still to be heeded."""
     if not isinstance(document, dict) or not document.get("claims"):
         return False
-    if document["expires"] < time.time():
+    try:
+        if document["expires"] < time.time():
+            return False
+        # Of processes elsewhere nothing is known; here, a killed one need not be waited for.
+        return document["place"] != _place() or bool(_born(document["pid"]) == document["born"])
+    except (KeyError, TypeError):  # nobody writes that
         return False
-    # Of processes elsewhere nothing is known; here, a killed one need not be waited for.
-    return document["place"] != _place() or _born(document["pid"]) == document["born"]
 
 
 def _place() -> str:

@@ -120,7 +120,8 @@ class Parallel(Executor):
         import ray
         from ray import tune
 
-        self._mailbox = ray.remote(num_cpus=0, max_concurrency=1000)(_Mailbox).remote(rule)
+        mailbox: Any = ray.remote(_Mailbox)
+        self._mailbox = mailbox.options(num_cpus=0, max_concurrency=1000).remote(rule)
         threads = _threads(self.workers)
         resources = {"CPU": float(threads if self.workers.address else 1)}
         if self.workers.gpus:
@@ -293,7 +294,7 @@ class _Mailbox:
         self._home = False
 
     def _tell(self, *event: Any) -> None:
-        self._events.append(event)  # type: ignore[arg-type]
+        self._events.append(event)
         self._news.set()
 
     async def put(self, number: int, task: Task) -> None:
@@ -405,7 +406,7 @@ def _connect(workers: Workers, evaluator: Evaluator) -> bool:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if ray.is_initialized():
         return False
-    common = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if workers.address is not None:
         try:
             ray.init(address=workers.address, **common)
@@ -427,13 +428,19 @@ def _connect(workers: Workers, evaluator: Evaluator) -> bool:
 def _bytes(evaluator: Evaluator) -> int:
     """Bytes of the tensors that an evaluator is sent with, counted by what they pickle to."""
     with _shared_tensors(), _code_by_value():
-        from ray import cloudpickle
-
+        cloudpickle = _cloudpickle()
         sizes: list[int] = []
         cloudpickle.dumps(
             evaluator, protocol=5, buffer_callback=lambda b: sizes.append(b.raw().nbytes)
         )
         return sum(sizes)
+
+
+def _cloudpickle() -> Any:
+    """Ray's own copy of it, which has no types."""
+    from ray import cloudpickle
+
+    return cloudpickle
 
 
 def _first_line(error: Exception) -> str:
@@ -443,9 +450,7 @@ def _first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def _shared_tensors() -> Iterator[None]:
     """Within, tensors are pickled as arrays, which Ray lets all processes read in one place."""
-    from ray import cloudpickle
-
-    dispatch = cloudpickle.CloudPickler.dispatch
+    dispatch = _cloudpickle().CloudPickler.dispatch
     before = {kind: dispatch.get(kind) for kind in (Tensor, nn.Parameter)}
     dispatch[Tensor] = _reduced
     dispatch[nn.Parameter] = _reduced
@@ -460,30 +465,34 @@ def _shared_tensors() -> Iterator[None]:
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
+    """How a tensor is pickled: its bytes as an array, and how they are to be read."""
     own = tensor.detach()
     last = own.dim() == 4 and not own.is_contiguous()
-    own = own.permute(0, 2, 3, 1) if last else own
-    array = own.cpu().contiguous().view(torch.uint8).numpy() if own.dim() else own.cpu().numpy()
-    dtype = own.dtype
+    own = (own.permute(0, 2, 3, 1) if last else own).cpu().contiguous()
+    array = own.reshape(-1).view(torch.uint8).numpy()
     parameter = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
-    return _restored, (array, dtype, last, parameter, str(tensor.device))
+    return _restored, (array, own.dtype, tuple(own.shape), last, parameter, str(tensor.device))
 
 
 def _restored(
-    array: Any, dtype: torch.dtype, last: bool, parameter: bool | None, device: str
+    array: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    last: bool,
+    parameter: bool | None,
+    device: str,
 ) -> Tensor:
-    tensor = torch.from_numpy(array)
-    tensor = tensor.view(dtype) if tensor.dim() else tensor
-    tensor = tensor.permute(0, 3, 1, 2) if last else tensor
-    tensor = tensor.to(device)
+    """The inverse; on the CPU, the tensor's bytes are those of the array."""
+    tensor = torch.from_numpy(array).view(dtype) if array.size else torch.empty(0, dtype=dtype)
+    tensor = tensor.reshape(shape)
+    tensor = (tensor.permute(0, 3, 1, 2) if last else tensor).to(device)
     return tensor if parameter is None else nn.Parameter(tensor, requires_grad=parameter)
 
 
 @contextlib.contextmanager
 def _code_by_value() -> Iterator[None]:
     """Within, what the user's files define is pickled with its code: workers cannot import it."""
-    from ray import cloudpickle
-
+    cloudpickle = _cloudpickle()
     own = [m for name, m in sys.modules.items() if name.startswith(MODULE_PREFIX)]
     for module in own:
         cloudpickle.register_pickle_by_value(module)

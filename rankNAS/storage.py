@@ -105,7 +105,7 @@ def _shown(url: URL) -> str:
 
 def _file(text: str, create: bool) -> Path:
     """The path, if a file can be there."""
-    path = Path(text).expanduser()
+    path = Path(text).expanduser().absolute()
     if not text or path.is_dir():
         raise StudyError(f"the study storage {text!r} is no file; expected {FORMS}.")
     if not path.exists():
@@ -243,14 +243,16 @@ class _JournalLock(JournalFileOpenLock):
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), grace_period=STALE)
         self._path = path
+        # Not the lock of the study, which may be held longer, and by another thread.
+        self.guard = file_lock(path.with_name(f"{path.name}.append"))
 
     def acquire(self) -> bool:
-        file_lock(self._path).acquire()
+        self.guard.acquire()
         try:
             super().acquire()
             _cut(self._path)
         except BaseException:
-            file_lock(self._path).release()
+            self.guard.release()
             raise
         return True
 
@@ -258,7 +260,7 @@ class _JournalLock(JournalFileOpenLock):
         try:
             super().release()
         finally:
-            file_lock(self._path).release()
+            self.guard.release()
 
 
 def _cut(path: Path) -> None:
@@ -294,7 +296,7 @@ def _open_journal(path: Path) -> BaseStorage:
     lock = _JournalLock(path)
     try:
         if path.exists():
-            with file_lock(path):
+            with lock.guard:
                 _check_journal(path)
             lock.acquire()
             lock.release()

@@ -84,7 +84,8 @@ def test_slots_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_slot_that_is_garbage_does_not_count() -> None:
     owner = Owner(CHOICES)
-    for document in (None, "x", {}, {"claims": []}, [1]):
+    documents: list[object] = [None, "x", {}, {"claims": []}, {"claims": [1]}, [1]]
+    for document in documents:
         assert owner.others({"ranknas:claim:0": document}) == ()
         assert owner.slot({"ranknas:claim:0": document}) == "ranknas:claim:0"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -92,9 +91,9 @@ def test_a_lock_that_was_lost_is_noticed(postgres: object) -> None:
         pass
 
 
-def test_the_file_of_a_storage(tmp_path: Path) -> None:
-    os.chdir(tmp_path)
-    assert file_of(open_storage("sqlite:///study.db")) == Path("study.db")
-    assert file_of(open_storage("journal:study.log")) == Path("study.log")
+def test_the_file_of_a_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert file_of(open_storage("sqlite:///study.db")) == tmp_path / "study.db"
+    assert file_of(open_storage("journal:study.log")) == tmp_path / "study.log"
     assert file_of(optuna.storages.InMemoryStorage()) is None
     assert file_of(optuna.storages.RDBStorage("sqlite://")) is None

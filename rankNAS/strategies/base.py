@@ -7,7 +7,7 @@ from collections import ChainMap
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,6 @@ class History:
             found = tuple(t for t in trials if t.state == "complete")
             later.__dict__["complete"] = self.complete + found
         if "found" in self.__dict__:
-            # Most often one more: the older histories are not used again.
             later.__dict__["found"] = self.found | {t.allocation: t for t in trials}
         return later
 
@@ -100,7 +99,7 @@ class History:
         return tuple(t for t in self.trials if t.state == "complete")
 
     @cached_property
-    def found(self) -> Mapping[Allocation, Trial]:
+    def found(self) -> dict[Allocation, Trial]:
         """The trials, failed ones too, by their allocation."""
         return {t.allocation: t for t in self.trials}
 
@@ -125,7 +124,8 @@ class History:
     @cached_property
     def proposed(self) -> Set[Allocation]:
         """Every allocation that was evaluated or is being evaluated."""
-        return ChainMap(dict.fromkeys(self.pending), dict(self.found)).keys()
+        waiting: dict[Allocation, Any] = dict.fromkeys(self.pending)
+        return ChainMap(waiting, self.found).keys()
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class Seconds:
 def speedup(rounds: int, trials: int) -> None:
     """Two workers against one, in turns."""
     torch.manual_seed(0)
-    study = prepared(build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval(), 32, IMAGES)
+    model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
+    study = prepared(model, 32, IMAGES)
     ratios, overheads = [], []
     for _ in range(rounds):
         rates = {}
@@ -127,7 +128,8 @@ def throughput(storage: str, trials: int, workers: int) -> None:
         finally:
             executor.close()
             own.record.close()
-    print(f"{workers} workers: {1 / timed.each(trials // 4, trials - 1):.0f} trials a second, {storage}")
+    rate = 1 / timed.each(trials // 4, trials - 1)
+    print(f"{storage}: {rate:.0f} trials a second with {workers} workers")
 
 
 def growth(storage: str, trials: int) -> None:
