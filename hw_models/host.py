@@ -70,11 +70,11 @@ class Host(StageModel):
     """
 
     device: str = "cpu"
-    repeats: int = 11
-    seconds: float = 0.25
+    repeats: int = 31
+    seconds: float = 0.4
     shapes: int = 320
     general: bool = False
-    networks: int = 10
+    networks: int = 24
     file: Path | None = None
     measures: bool = True
     strict: bool = False

@@ -469,7 +469,10 @@ def _reduced(tensor: Tensor) -> tuple[Any, ...]:
     own = tensor.detach()
     last = own.dim() == 4 and not own.is_contiguous()
     own = (own.permute(0, 2, 3, 1) if last else own).cpu().contiguous()
-    array = own.reshape(-1).view(torch.uint8).numpy()
+    flat = own.reshape(-1)
+    if flat.stride() != (1,):  # of one element, any stride counts as contiguous
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    array = flat.view(torch.uint8).numpy()
     parameter = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
     return _restored, (array, own.dtype, tuple(own.shape), last, parameter, str(tensor.device))
 

@@ -1,8 +1,4 @@
-"""Works on a study until it has its trials, as a search would; prints each one it has recorded.
-
-python record_worker.py STORAGE SEED MOST SECONDS, where SECONDS is the longest time of a trial. It
-opens the study, says that it is ready, and begins when a line is written to it.
-"""
+"""Works on a study until it has its trials, as a search would; tells of each it has recorded."""
 
 from __future__ import annotations
 
@@ -11,9 +7,13 @@ import logging
 import random
 import sys
 import time
+import traceback
+from pathlib import Path
 
 from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.locks import study_lock
 from rankNAS.record import Claim, Record
+from rankNAS.storage import open_storage
 from rankNAS.strategies.base import Trial
 
 TARGET = "macs<=0.5"
@@ -49,12 +49,13 @@ def evaluated(claim: Claim) -> Trial:
     )
 
 
-def work(storage: str, seed: int, most: int, seconds: float) -> None:
-    """Claim up to three, evaluate one after the other."""
+def work(storage: str, go: str, seed: int, most: int, seconds: float) -> None:
+    """Claim up to three, evaluate one after the other; each takes at most so many seconds."""
     drawn = random.Random(seed)
     with opened(storage) as record:
-        print("ready", flush=True)
-        sys.stdin.readline()
+        print("ready")
+        while not Path(go).exists():
+            time.sleep(0.001)
         while len(record.history().trials) < most:
             wanted = [Claim(a, TARGET) for a in drawn.sample(ALLOCATIONS, 3)]
             running = record.claim(wanted, most=most)
@@ -63,10 +64,24 @@ def work(storage: str, seed: int, most: int, seconds: float) -> None:
             for claim in running:
                 time.sleep(drawn.uniform(0, seconds))
                 trial = record.add(evaluated(claim), ("accuracy",))
-                print("lost" if trial is None else trial.allocation.to_json(), flush=True)
+                print("lost" if trial is None else trial.allocation.to_json())
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.DEBUG)
-    logging.getLogger("filelock").setLevel(logging.WARNING)
-    work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+def hold(storage: str, told: str) -> None:
+    """Take the lock of a study and keep it."""
+    with study_lock(open_storage(storage), "name"):
+        Path(told).touch()
+        time.sleep(60)
+
+
+def begin(storage: str, log: str, go: str, seed: int, most: int, seconds: float) -> None:
+    """Write all that is printed to a file, open the study, and work when another file is there."""
+    with open(log, "w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, force=True)
+        logging.getLogger("filelock").setLevel(logging.WARNING)
+        try:
+            work(storage, go, seed, most, seconds)
+        except BaseException:
+            traceback.print_exc()
+            raise

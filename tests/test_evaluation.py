@@ -4,7 +4,7 @@ import copy
 import math
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -403,10 +403,16 @@ def test_parts_of_the_samples_are_measured_on_the_way(
     whole = evaluator(batch_norm, prefix_reuse=prefix_reuse)
     parts = evaluator(batch_norm, prefix_reuse=prefix_reuse, parts=(0.25, 0.5, 1.0))
     for seed in range(4):
-        allocation, seen = drawn(whole, seed), {}
-        found = parts.evaluate(
-            allocation, verdict=lambda n, m, seen=seen: seen.update({n: m["accuracy"]}) or True
-        )
+        allocation = drawn(whole, seed)
+        seen: dict[int, float] = {}
+
+        def verdict(
+            samples: int, metrics: Mapping[str, float], seen: dict[int, float] = seen
+        ) -> bool:
+            seen[samples] = metrics["accuracy"]
+            return True
+
+        found = parts.evaluate(allocation, verdict=verdict)
         assert found == pytest.approx(whole.evaluate(allocation))
         assert list(seen) == [15, 30]
         network = whole.network(allocation)

@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import optuna
 import pytest
+import record_worker as worker
+from processes import FORKS
 
 from rankNAS import locks
 from rankNAS.locks import file_of, study_lock
 from rankNAS.retries import ConnectionLostError
 from rankNAS.storage import open_storage
 
-HOLD = """
-import sys, time
-from rankNAS.locks import study_lock
-from rankNAS.storage import open_storage
-with study_lock(open_storage(sys.argv[1]), "name"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def holder(storage: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", HOLD, storage]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    process.stdout.close()
-    return process
-
 
 def test_a_lock_goes_with_the_process_that_holds_it(
-    shared: str, monkeypatch: pytest.MonkeyPatch
+    shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "WAIT", 0.3)
     locks._file_lock.cache_clear()
     storage = open_storage(shared)
-    process = holder(shared)
+    told = tmp_path / "held"
+    process = FORKS.Process(target=worker.hold, args=(shared, str(told)), daemon=True)
+    process.start()
     try:
+        while not told.exists():
+            assert process.is_alive()
+            time.sleep(0.001)
         with pytest.raises((OSError, ConnectionLostError)), study_lock(storage, "name"):
             pass
         if shared.startswith("postgresql"):
@@ -50,7 +37,7 @@ def test_a_lock_goes_with_the_process_that_holds_it(
                 pass
     finally:
         process.kill()
-        process.wait()
+        process.join()
     monkeypatch.setattr(locks, "WAIT", 30.0)
     locks._file_lock.cache_clear()
     with study_lock(storage, "name"):

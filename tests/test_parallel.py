@@ -138,7 +138,7 @@ def test_one_worker_measures_what_no_worker_does(
             small_data,
             budget={"macs": 0.5},
             objectives=["loss"],
-                strategy="random",
+            strategy="random",
             n_trials=10,
             settings=settings,
             workers=workers,
@@ -192,6 +192,8 @@ def test_tensors_go_through_shared_memory_as_they_are() -> None:
         torch.tensor([True, False]),
         torch.zeros(0, 3),
         x.transpose(1, 3),
+        torch.randn(4, 26)[:1, :1].T,
+        torch.randn(1, 26).T[:1],
         parameter,
     ]
     for tensor in tensors:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,39 +12,29 @@ from urllib.parse import quote
 
 import record_worker as worker
 from postgres import PASSWORD, USER, Cluster
+from processes import FORKS
 
 from rankNAS.allocation import Allocation
 from rankNAS.record import Claim
 
-WORKER = str(Path(worker.__file__))
-
 
 class Process:
-    """A worker whose output is read as it comes."""
+    """A worker, and what it has printed."""
 
-    def __init__(self, storage: str, seed: int, most: int, seconds: float) -> None:
-        command = [sys.executable, WORKER, storage, str(seed), str(most), str(seconds)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    def __init__(self, folder: Path, storage: str, seed: int, most: int, seconds: float) -> None:
+        self.log, self.go = folder / f"log{seed}", folder / "go"
+        self.log.touch()
+        self.process = FORKS.Process(
+            target=worker.begin,
+            args=(storage, str(self.log), str(self.go), seed, most, seconds),
+            daemon=True,
         )
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self.read)
-        self.reader.start()
+        self.process.start()
 
-    def read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as stream:
-            for line in stream:
-                self.lines.append(line.rstrip())
-
-    def begin(self) -> None:
-        self.wait_for(lambda: "ready" in self.lines)
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+    @property
+    def lines(self) -> list[str]:
+        """Its lines, but for one that is being written."""
+        return self.log.read_text().split("\n")[:-1]
 
     @property
     def recorded(self) -> list[Allocation]:
@@ -55,31 +43,33 @@ class Process:
 
     def wait_for(self, found: Callable[[], bool]) -> None:
         deadline = time.time() + 60
-        while not found() and time.time() < deadline and self.process.poll() is None:
+        while not found() and time.time() < deadline and self.process.is_alive():
             time.sleep(0.005)
         assert found(), self.lines
 
     def finish(self) -> None:
-        assert self.process.wait(120) == 0, self.lines
-        self.reader.join()
+        self.process.join(120)
+        assert self.process.exitcode == 0, self.lines
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
-        self.reader.join()
+        self.process.join()
 
 
 @contextmanager
 def workers(storage: str, most: int, *seconds: float) -> Iterator[list[Process]]:
     """Processes that begin at the same moment, each with the longest time of its trials."""
-    processes = [Process(storage, seed, most, each) for seed, each in enumerate(seconds)]
-    try:
-        for process in processes:
-            process.begin()
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        processes = [Process(folder, storage, i, most, each) for i, each in enumerate(seconds)]
+        try:
+            for process in processes:
+                process.wait_for(lambda p=process: "ready" in p.lines)  # type: ignore[misc]
+            (folder / "go").touch()
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def check(storage: str, most: int, *processes: Process) -> None:
@@ -102,9 +92,9 @@ def test_two_processes_share_a_new_study(shared: str) -> None:
         for process in processes:
             process.finish()
         check(shared, 40, *processes)
-    # Without a kill, each trial has been told of, and both have worked.
-    assert sum(len(p.recorded) for p in processes) == 40
-    assert all(p.recorded for p in processes)
+        # Without a kill, each trial has been told of, and both have worked.
+        assert sum(len(p.recorded) for p in processes) == 40
+        assert all(p.recorded for p in processes)
 
 
 def test_a_killed_process_loses_no_trial_and_others_finish(shared: str) -> None:
@@ -133,7 +123,7 @@ def test_a_server_that_goes_away_and_comes_back(postgres: Cluster) -> None:
         for process in processes:
             process.finish()
         check(storage, 60, *processes)
-    told = "\n".join(line for p in processes for line in p.lines)
+        told = "\n".join(line for p in processes for line in p.lines)
     assert "does not answer" in told and "answers again" in told
     assert PASSWORD not in told and quote(PASSWORD, safe="") not in told
 

@@ -22,7 +22,7 @@ from rankNAS.cli.output import Reporter
 from rankNAS.environment import machine, versions
 from rankNAS.evaluation import test_metrics
 from rankNAS.exceptions import UsageError
-from rankNAS.files import write_json
+from rankNAS.files import save_atomically, write_json
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study
 
@@ -37,7 +37,8 @@ def keep(
     The document holds one of ``answers`` for each budget. Those of the first budget are at its
     top level too.
     """
-    study.to_pandas().to_csv(options.folder / "trials.csv", index=False)
+    trials = study.to_pandas()
+    save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
     dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
     answers = [_answer(options, study, p, model, reporter) for p in study.problems]
     dense = _summary(study.dense, dense_test)
