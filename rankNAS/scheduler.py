@@ -29,6 +29,7 @@ __all__ = ["Executor", "Outcome", "Rule", "Serial", "Task", "execute", "schedule
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # in a row, and the search stops
+ATTEMPTS = 5  # proposals that other processes were quicker with, before waiting
 POLL = 0.5  # seconds between looks at what other processes have done
 PATIENCE = 0.2  # seconds between looks for the best trial, which takes longer with every one
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
@@ -170,6 +171,7 @@ class _Loop:
     on_trial: OnTrial | None
     running: list[Claim] = field(default_factory=list)
     probes: Sequence[Allocation] = ()
+    refused: int = 0
     best: Trial | None = None
     looked: float = -np.inf
 
@@ -205,7 +207,12 @@ class _Loop:
                 return not history.pending
             granted = self.study.record.claim(wanted, self.running, self.n_trials)
             if not granted:
+                # Another process was quicker; what it has is pending now, so ask for others.
+                self.refused += 1
+                if self.refused % ATTEMPTS:
+                    continue
                 return False
+            self.refused = 0
             for claim in granted:
                 self.running.append(claim)
                 refitted = self.study.strategy.refits and not claim.probe
@@ -226,9 +233,9 @@ class _Loop:
         room = self.n_trials - len(history.candidates(problem)) - busy_here
         if room <= 0:
             return []
-        rng = np.random.default_rng(
-            [self.study.bench.seed, len(history.trials) + len(history.pending)]
-        )
+        drawn = [self.study.bench.seed, len(history.trials) + len(history.pending)]
+        # Processes that count alike would propose alike.
+        rng = np.random.default_rng(drawn + [self.refused] * bool(self.refused))
         try:
             proposals = strategy.propose(problem, history, min(free, room), rng)
         except ObjectiveError as error:  # a training, for example
