@@ -35,7 +35,7 @@ from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.plugins import MODULE_PREFIX
 from rankNAS.scheduler import Executor, Outcome, Rule, Task, execute
 
-__all__ = ["Parallel", "Workers"]
+__all__ = ["Parallel", "Workers", "shared_bytes"]
 
 logger = logging.getLogger(__name__)
 RESTARTS = 1000  # of a worker
@@ -179,6 +179,8 @@ class Parallel(Executor):
         while self._tasks and not outcomes:
             if not self._tune.is_alive():
                 raise RankNASError(f"Ray Tune ended before the trials did: {self._failure}")
+            while not self._deaths.empty():  # before the worker's successor is heard of
+                outcomes += self._lost(self._deaths.get())
             for event in ray.get(self._mailbox.events.remote(WAIT)):
                 outcomes += self._heard(*event)
             if not self._alive and time.monotonic() - self._begun > BEGIN:
@@ -186,8 +188,6 @@ class Parallel(Executor):
                     f"no worker has begun within {BEGIN:g} seconds; do {self.slots} workers fit "
                     "into the memory, and does the cluster have what they ask for?"
                 )
-            while not self._deaths.empty():
-                outcomes += self._lost(self._deaths.get())
             outcomes += self._overdue()
         return outcomes
 
@@ -292,6 +292,7 @@ class _Mailbox:
         self._events: list[tuple[str, int, Any]] = []
         self._news = asyncio.Event()
         self._home = False
+        self._lives: dict[int, int] = {}  # of each worker, how often it has begun
 
     def _tell(self, *event: Any) -> None:
         self._events.append(event)
@@ -306,28 +307,34 @@ class _Mailbox:
         self._home = True
         self._tasks.put_nowait(None)
 
-    async def hello(self, worker: int, actor: Any) -> bool:
-        """A worker has begun; whether evaluations may be stopped early."""
+    async def hello(self, worker: int, actor: Any) -> tuple[int, bool]:
+        """A worker has begun; which of its lives that is, and whether to ask for verdicts."""
+        self._lives[worker] = self._lives.get(worker, 0) + 1
         self._tell("hello", worker, actor)
-        return self._rule is not None
+        return self._lives[worker], self._rule is not None
 
     async def unable(self, worker: int, reason: str) -> None:
         """A worker cannot begin."""
         self._tell("unable", worker, reason)
 
-    async def take(self, worker: int) -> tuple[int, Task] | None:
+    async def take(self, worker: int, life: int) -> tuple[int, Task] | None:
         """The next task; None to go home."""
         found = await self._tasks.get()
         if found is None or self._home:
             self._tasks.put_nowait(None)  # for the next worker
             return None
+        if life != self._lives[worker]:  # whoever asked has died while it waited
+            self._tasks.put_nowait(found)
+            return None
         self._tell("took", worker, found[0])
         return found
 
-    async def done(self, worker: int, number: int, outcome: Outcome) -> tuple[int, Task] | None:
+    async def done(
+        self, worker: int, life: int, number: int, outcome: Outcome
+    ) -> tuple[int, Task] | None:
         """Leave an outcome and take the next task."""
         self._tell("done", worker, (number, outcome))
-        return await self.take(worker)
+        return await self.take(worker, life)
 
     async def verdict(self, target: str, samples: int, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation goes on."""
@@ -359,13 +366,13 @@ def _work(
         except Exception as error:
             ray.get(mailbox.unable.remote(worker, f"{type(error).__name__}: {error}"))
             return
-    stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
+    life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
 
     def rule(target: str, samples: int, metrics: Mapping[str, float]) -> bool:
         return bool(ray.get(mailbox.verdict.remote(target, samples, metrics)))
 
     finished, reported = 0, 0.0
-    found = ray.get(mailbox.take.remote(worker))
+    found = ray.get(mailbox.take.remote(worker, life))
     while found is not None:
         number, task = found
         try:
@@ -378,12 +385,17 @@ def _work(
         if time.monotonic() - reported > REPORT:
             reported = time.monotonic()
             tune.report({"finished": finished})
-        found = ray.get(mailbox.done.remote(worker, number, outcome))
+        found = ray.get(mailbox.done.remote(worker, life, number, outcome))
 
 
 def _threads(workers: Workers) -> int:
     """Of each worker, so that all together have one a core."""
-    return max(1, torch.get_num_threads() // workers.count)
+    import ray
+
+    if workers.address is None:
+        return max(1, torch.get_num_threads() // workers.count)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return max(1, int(resources.get("CPU", 1)) // workers.count)
 
 
 def _connect(workers: Workers, evaluator: Evaluator) -> bool:
@@ -419,13 +431,13 @@ def _connect(workers: Workers, evaluator: Evaluator) -> bool:
     ray.init(
         num_cpus=workers.count,
         include_dashboard=False,
-        object_store_memory=max(LEAST_STORE, int(STORE * _bytes(evaluator))),
+        object_store_memory=max(LEAST_STORE, int(STORE * shared_bytes(evaluator))),
         **common,
     )
     return True
 
 
-def _bytes(evaluator: Evaluator) -> int:
+def shared_bytes(evaluator: Evaluator) -> int:
     """Bytes of the tensors that an evaluator is sent with, counted by what they pickle to."""
     with _shared_tensors(), _code_by_value():
         cloudpickle = _cloudpickle()

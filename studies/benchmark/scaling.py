@@ -2,7 +2,7 @@
 
     python studies/benchmark/scaling.py [--storage sqlite|journal]
 
-takes about ten minutes on two CPU cores and needs no data. ResNet-20 with random weights on random
+takes about twenty minutes on two CPU cores and needs no data. ResNet-20 with random weights on random
 images. Measured in turns, so that what disturbs one disturbs all:
 
 - trials a second of two workers over those of one, each with one thread;
@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.engine import run
-from rankNAS.parallel import Parallel, Workers
+from rankNAS.parallel import Parallel, Workers, shared_bytes
 from rankNAS.record import Record
 from rankNAS.scheduler import Outcome, Serial, Task, schedule
 from rankNAS.search_spaces.zoo import build_model
@@ -105,6 +105,36 @@ def speedup(rounds: int, trials: int) -> None:
     print(f"beyond the evaluation: {1e3 * statistics.median(overheads):.0f} ms a trial")
 
 
+def memory() -> None:
+    """What a worker holds by itself, beyond what a worker of a tiny network holds."""
+    import psutil  # Ray needs it too
+
+    torch.manual_seed(0)
+    large = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Linear(64, 10)).eval()
+    own = []
+    for model, side, images in ((tiny, 8, 16), (large, 32, IMAGES)):
+        study = prepared(model, side, images)
+        executor = Parallel(study.evaluator, Workers(2))
+        try:
+            schedule(fresh(study, None), 8, executor)
+            found = [p for p in psutil.process_iter() if _is_worker(p)]
+            own.append(statistics.mean(p.memory_full_info().uss for p in found))
+        finally:
+            executor.close()
+    weights = study.dense["weight_bytes"]
+    print(
+        f"a worker's own memory: {own[1] / 1e6:.0f} MB, {(own[1] - own[0]) / 1e6:.0f} MB more than "
+        f"for a tiny network; the dense weights are {weights / 1e6:.1f} MB, what all share "
+        f"{shared_bytes(study.evaluator) / 1e6:.0f} MB"
+    )
+
+
+def _is_worker(process: Any) -> bool:
+    command = " ".join(process.cmdline())
+    return command.startswith("ray::") and "Mailbox" not in command and "IDLE" not in command
+
+
 class Nothing(Serial):
     """Evaluates nothing."""
 
@@ -157,6 +187,7 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=10_000, help="of the long study")
     given = parser.parse_args()
     speedup(rounds=3, trials=24)
+    memory()
     for kind in ("journal", "sqlite"):
         throughput(kind, 1000, 8)
         growth(kind, given.trials)
