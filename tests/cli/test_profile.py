@@ -88,7 +88,7 @@ def test_any_hardware_model_can_be_validated(
 def test_an_interruption_keeps_what_was_measured(
     command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(self: Host, shapes: object) -> None:
+    def interrupted(self: Host, *_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Host, "_measure", interrupted)
