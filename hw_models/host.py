@@ -100,11 +100,6 @@ class Host(StageModel):
         if self.measures and self.general:
             chosen += general_shapes(space.input_shape[0])
         missing = [shape for shape in chosen if shape not in profile.stages]
-        # Every block is timed beside one and the same stage, the longest: machines change their
-        # speed by more than what is to be told apart, within seconds.
-        beside = max(chosen, key=lambda shape: shape.cost().macs, default=None)
-        if beside in missing:
-            missing = [beside, *(shape for shape in missing if shape != beside)]
         trial = self.measures and network is not None and inputs is not None
         trial = trial and key not in profile.networks
         steps = len(missing) + (self.networks + 1 if trial else 0)
@@ -112,12 +107,12 @@ class Host(StageModel):
         report(0, steps)
         for start in range(0, len(missing), BLOCK):
             block = missing[start : start + BLOCK]
-            profile = profile.with_stages(self._measure(block, beside, profile))
+            profile = profile.with_stages(self._measure(block))
             self._keep(profile)
             report(start + len(block), steps)
         model = self._regressed(profile, wanted)
         if trial and network is not None and inputs is not None:
-            fit = model._fit_network(network, space, inputs, beside)
+            fit = model._fit_network(network, space, inputs)
             profile = profile.with_network(key, fit)
             self._keep(profile)
             report(steps, steps)
@@ -215,49 +210,31 @@ class Host(StageModel):
         logger.warning("%s; their times are extrapolated", text)
 
     @torch.no_grad()
-    def _measure(
-        self,
-        shapes: Sequence[LayerShape],
-        beside: LayerShape | None = None,
-        profile: Profile | None = None,
-    ) -> dict[LayerShape, Measurement]:
-        """Time stages in turns, at the speed that the machine had when `beside` was timed."""
+    def _measure(self, shapes: Sequence[LayerShape]) -> dict[LayerShape, Measurement]:
         device = torch.device(self.device)
-        known = None if profile is None or beside is None else profile.stages.get(beside)
-        timed = [*shapes, beside] if known is not None and beside is not None else shapes
-        runs = [waiting(_run(shape, device), device) for shape in timed]
+        runs = [waiting(_run(shape, device), device) for shape in shapes]
         times = interleaved(
             runs, rounds=self.repeats, seconds=self.seconds * len(shapes), seed=self.seed
         )
-        if known is not None:
-            times *= known.seconds / np.median(times[:, -1])
         spread = spread_of_median(times)
         return {
             shape: Measurement(float(np.median(times[:, i])), float(spread[i]), len(times))
             for i, shape in enumerate(shapes)
         }
 
-    def _fit_network(
-        self,
-        network: nn.Module,
-        space: SearchSpace,
-        inputs: Tensor,
-        beside: LayerShape | None,
-    ) -> NetworkFit:
+    def _fit_network(self, network: nn.Module, space: SearchSpace, inputs: Tensor) -> NetworkFit:
         """Time the network under a few allocations and explain the times by the stages'."""
         allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
         device = torch.device(self.device)
         x = batched(inputs, space.input_shape[0]).to(device)
         with torch.no_grad():
             runs = [waiting(built(network, a, x), device) for a in allocations]
-            if beside in self.known:
-                runs.append(waiting(_run(beside, device), device))
-            samples = interleaved(
-                runs, rounds=self.repeats, seconds=4 * self.seconds * len(runs), seed=self.seed
+            times = np.median(
+                interleaved(
+                    runs, rounds=self.repeats, seconds=4 * self.seconds * len(runs), seed=self.seed
+                ),
+                axis=0,
             )
-        times = np.median(samples[:, : len(allocations)], axis=0)
-        if beside in self.known:
-            times *= self.known[beside][0] / np.median(samples[:, -1])
         dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
         for k, allocation in enumerate(allocations):
             for name, choice in allocation.items():

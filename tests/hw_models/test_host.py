@@ -85,9 +85,8 @@ class MadeUp:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     made = MadeUp(space())
-    monkeypatch.setattr(Host, "_measure", lambda self, shapes, *_: made.measure(self, shapes))
+    monkeypatch.setattr(Host, "_measure", lambda self, shapes: made.measure(self, shapes))
     monkeypatch.setattr(host, "built", made.built)
-    monkeypatch.setattr(host, "_run", lambda shape, device: truth(shape))
     monkeypatch.setattr(host, "waiting", lambda run, device: run)
     monkeypatch.setattr(
         host, "interleaved", lambda runs, **_: np.array([runs, runs, runs], dtype=float)
@@ -120,31 +119,6 @@ def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
         expected = clock.built(network(), allocation, torch.zeros(1))
         assert tables.predict(allocation)[0] == pytest.approx(expected, rel=0.02)
     assert model.fit.rest == pytest.approx(REST, rel=0.2)
-
-
-def test_a_machine_that_changes_its_speed_is_measured_at_one(
-    clock: MadeUp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    speeds = iter(np.random.default_rng(0).uniform(0.5, 2.0, 1000))
-    first: list[float] = []
-
-    def drifting(runs: Sequence[float], **_: object) -> np.ndarray:
-        speed = next(speeds)
-        first.append(speed)
-        return speed * np.array([runs, runs, runs], dtype=float)
-
-    monkeypatch.undo()
-    monkeypatch.setattr(host, "_run", lambda shape, device: truth(shape))
-    monkeypatch.setattr(host, "built", clock.built)
-    monkeypatch.setattr(host, "waiting", lambda run, device: run)
-    monkeypatch.setattr(host, "interleaved", drifting)
-    model = bound(tmp_path / "host.json", shapes=60)
-    assert model.profile is not None
-    assert len(model.profile.stages) > 2 * 16
-    for shape, found in model.profile.stages.items():
-        assert found.seconds == pytest.approx(first[0] * truth(shape))
-    assert model.fit.rest == pytest.approx(first[0] * REST, rel=0.05)
-    assert model.fit.dense == pytest.approx(DENSE_FACTOR, rel=0.05)
 
 
 def test_what_is_in_the_file_is_not_measured_again(clock: MadeUp, tmp_path: Path) -> None:
