@@ -230,8 +230,12 @@ class Host(StageModel):
         with torch.no_grad():
             runs = [waiting(built(network, a, x), device) for a in allocations]
             times = np.median(
+                # Long enough for a speed that lasts: processors are faster for the first seconds.
                 interleaved(
-                    runs, rounds=self.repeats, seconds=4 * self.seconds * len(runs), seed=self.seed
+                    runs,
+                    rounds=20 * self.repeats,
+                    seconds=4 * self.seconds * len(runs),
+                    seed=self.seed,
                 ),
                 axis=0,
             )
