@@ -1,6 +1,6 @@
 """What many workers and long studies cost.
 
-    python studies/benchmark/scaling.py [--storage sqlite|journal]
+    python studies/benchmark/scaling.py [--only speedup|memory|throughput|growth]
 
 takes about twenty minutes on two CPU cores and needs no data. ResNet-20 with random weights on random
 images. Measured in turns, so that what disturbs one disturbs all:
@@ -185,9 +185,14 @@ def url(storage: str, folder: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=10_000, help="of the long study")
+    parser.add_argument("--only", choices=["speedup", "memory", "throughput", "growth"])
     given = parser.parse_args()
-    speedup(rounds=3, trials=24)
-    memory()
+    if given.only in (None, "speedup"):
+        speedup(rounds=3, trials=20)
+    if given.only in (None, "memory"):
+        memory()
     for kind in ("journal", "sqlite"):
-        throughput(kind, 1000, 8)
-        growth(kind, given.trials)
+        if given.only in (None, "throughput"):
+            throughput(kind, 1000, 8)
+        if given.only in (None, "growth"):
+            growth(kind, given.trials)
