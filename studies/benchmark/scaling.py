@@ -107,8 +107,6 @@ def speedup(rounds: int, trials: int) -> None:
 
 def memory() -> None:
     """What a worker holds by itself, beyond what a worker of a tiny network holds."""
-    import psutil  # Ray needs it too
-
     torch.manual_seed(0)
     large = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
     tiny = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Linear(64, 10)).eval()
@@ -118,8 +116,7 @@ def memory() -> None:
         executor = Parallel(study.evaluator, Workers(2))
         try:
             schedule(fresh(study, None), 8, executor)
-            found = [p for p in psutil.process_iter() if _is_worker(p)]
-            own.append(statistics.mean(p.memory_full_info().uss for p in found))
+            own.append(statistics.mean(map(_private, filter(_is_worker, _processes()))))
         finally:
             executor.close()
     weights = study.dense["weight_bytes"]
@@ -130,9 +127,22 @@ def memory() -> None:
     )
 
 
-def _is_worker(process: Any) -> bool:
-    command = " ".join(process.cmdline())
+def _processes() -> list[Path]:
+    return list(Path("/proc").glob("[0-9]*"))
+
+
+def _is_worker(process: Path) -> bool:
+    try:
+        command = (process / "cmdline").read_text()
+    except OSError:  # it has ended
+        return False
     return command.startswith("ray::") and "Mailbox" not in command and "IDLE" not in command
+
+
+def _private(process: Path) -> float:
+    """Bytes that no other process has."""
+    lines = (process / "smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 class Nothing(Serial):
