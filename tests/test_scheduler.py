@@ -1,0 +1,117 @@
+"""Who evaluates what: outcomes of tasks, and several loops on one study."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import rankNAS
+from rankNAS.allocation import Allocation
+from rankNAS.evaluation import PrunedError
+from rankNAS.exceptions import ObjectiveError
+from rankNAS.record import Claim, Record
+from rankNAS.scheduler import Outcome, Serial, Task, execute, schedule
+
+TRIALS = 30
+
+
+@pytest.fixture(scope="module")
+def study() -> rankNAS.Study:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(5) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    x, y = torch.randn(120, 64), torch.randint(0, 4, (120,))
+    return rankNAS.search(
+        nn.Sequential(*layers, nn.Linear(64, 4)).eval(),
+        (TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:])),
+        budget={"macs": 0.5},
+        strategy="random",
+        n_trials=1,
+        settings=rankNAS.Settings(calibration=32, validation=32),
+    )
+
+
+class Raising:
+    """Stands in for an evaluator."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def costs(self, allocation: Allocation) -> Mapping[str, float]:
+        return {"macs": 7.0}
+
+    def evaluate(self, allocation: Allocation, **_: object) -> Mapping[str, float]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (ObjectiveError("no"), "failed", "no"),
+        (MemoryError(), "failed", "out of memory"),
+        (RuntimeError("[enforce fail] not enough memory: 9"), "failed", "out of memory"),
+        (PrunedError(16, {"loss": 1.0}), "pruned", "16 validation samples"),
+    ],
+)
+def test_what_goes_wrong_with_a_trial_is_its_outcome(
+    study: rankNAS.Study, error: Exception, state: str, reason: str
+) -> None:
+    task = Task(Claim(study.best.allocation, "t"))
+    outcome = execute(Raising(error), task)  # type: ignore[arg-type]
+    assert (outcome.state, outcome.task) == (state, task)
+    assert reason in outcome.reason
+    assert outcome.metrics == ({"macs": 7.0} if state == "pruned" else {})
+
+
+def test_mistakes_of_ours_are_not_hidden(study: rankNAS.Study) -> None:
+    task = Task(Claim(study.best.allocation, "t"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        execute(Raising(RuntimeError("shapes do not match")), task)  # type: ignore[arg-type]
+
+
+class Slow(Serial):
+    """Evaluates nothing, for a while."""
+
+    count = 0
+
+    def wait(self) -> Sequence[Outcome]:
+        time.sleep(0.05)
+        self.count += 1
+        metrics = {"accuracy": 0.5, "loss": 1.0, "macs": 1.0}
+        return [Outcome(self._waiting.pop(0), "complete", metrics)]
+
+
+@pytest.mark.parametrize("form", ["sqlite:///{}/s.db", "journal:{}/s.log"])
+def test_two_loops_share_the_work(study: rankNAS.Study, tmp_path: Path, form: str) -> None:
+    executors = [Slow(study.evaluator), Slow(study.evaluator)]
+
+    def opened() -> Record:
+        return Record.open(
+            form.format(tmp_path),
+            "study",
+            configuration={},
+            choices=study.problem.labels(),
+            directions=study.problem.directions,
+            resume=True,
+        )
+
+    def work(executor: Slow) -> None:
+        with opened() as record:
+            schedule(replace(study, record=record), TRIALS, executor)
+
+    threads = [threading.Thread(target=work, args=(e,)) for e in executors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    trials = opened().history().trials
+    assert len(trials) == TRIALS == len({t.allocation for t in trials})
+    assert sum(e.count for e in executors) == TRIALS
+    assert min(e.count for e in executors) >= TRIALS // 4
