@@ -157,6 +157,10 @@ class Record:
             self._retrying(self._refresh)
             return self._history
 
+    def known(self) -> History:
+        """The trials as of the last call that read or wrote some; the storage is not asked."""
+        return self._history
+
     def add(self, trial: Trial, objectives: Sequence[str]) -> Trial | None:
         """Write a finished trial, in one transaction, once, whatever happens to the storage.
 

@@ -188,8 +188,9 @@ class _Loop:
             raise
 
     def history(self) -> History:
+        """All trials, as of the last claim: a claim for what is out of date is not granted."""
         record = self.study.record
-        history = record.history()
+        history = record.known() if self.running else record.history()
         return history.awaiting([c.allocation for c in (*self.running, *record.others())])
 
     def is_done(self) -> bool:
@@ -266,7 +267,7 @@ class _Loop:
                 claim.allocation, outcome.metrics, refitted=outcome.task.refitted
             )
         self.record(claim, outcome.state, outcome.metrics, outcome.seconds, outcome.reason)
-        history = self.study.record.history()
+        history = self.study.record.known()
         if self.on_trial is not None and claim.allocation in history.found:
             self.on_trial(history.found[claim.allocation], self.best_of(history))
         last = history.trials[-FAILURES:]

@@ -76,8 +76,8 @@ class History:
 
     def _with(self, later: History, trials: Sequence[Trial]) -> History:
         """Hand what was computed on to a later history, so that a trial costs the same always."""
-        later._feasible.update(self._feasible)
-        later._candidates.update(self._candidates)
+        later.__dict__["_feasible"] = self._feasible
+        later.__dict__["_candidates"] = self._candidates
         if "complete" in self.__dict__:
             found = tuple(t for t in trials if t.state == "complete")
             later.__dict__["complete"] = self.complete + found
@@ -106,6 +106,8 @@ class History:
     def feasible(self, problem: Problem) -> tuple[Trial, ...]:
         """The successful trials that meet a problem's budgets, whatever they were made for."""
         _, seen, known = self._feasible.get(id(problem), (problem, 0, ()))
+        if seen > len(self.trials):  # of a later history
+            seen, known = 0, ()
         later = [t for t in self.trials[seen:] if t.state == "complete"]
         found = known + tuple(t for t in later if problem.meets(problem.indices(t.allocation)))
         # The problem is kept too: as long as it lives, no other one has its id.
@@ -116,6 +118,8 @@ class History:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
         target = problem.label
         seen, known = self._candidates.get(target, (0, ()))
+        if seen > len(self.trials):  # of a later history
+            seen, known = 0, ()
         later = self.trials[seen:]
         found = known + tuple(t for t in later if not t.probe and t.target == target)
         self._candidates[target] = (len(self.trials), found)
