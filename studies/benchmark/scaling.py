@@ -2,8 +2,8 @@
 
     python studies/benchmark/scaling.py [--only speedup|memory|throughput|growth]
 
-takes about twenty minutes on two CPU cores and needs no data. ResNet-20 with random weights on random
-images. Measured in turns, so that what disturbs one disturbs all:
+takes about twenty minutes on two CPU cores and needs no data. ResNet-20 with random weights on
+random images. Measured in turns, so that what disturbs one disturbs all:
 
 - trials a second of two workers over those of one, each with one thread;
 - what a trial costs beyond its evaluation, and trials a second, with an evaluation that does
@@ -121,8 +121,8 @@ def memory() -> None:
             executor.close()
     weights = study.dense["weight_bytes"]
     print(
-        f"a worker's own memory: {own[1] / 1e6:.0f} MB, {(own[1] - own[0]) / 1e6:.0f} MB more than "
-        f"for a tiny network; the dense weights are {weights / 1e6:.1f} MB, what all share "
+        f"a worker's own memory: {own[1] / 1e6:.0f} MB, {(own[1] - own[0]) / 1e6:.0f} MB more "
+        f"than for a tiny network; the dense weights are {weights / 1e6:.1f} MB, what all share "
         f"{shared_bytes(study.evaluator) / 1e6:.0f} MB"
     )
 
