@@ -21,11 +21,11 @@ from rankNAS.decompositions.shapes import COSTS
 from rankNAS.exceptions import UsageError
 from rankNAS.objectives.base import Direction
 from rankNAS.strategies.base import Array, History
+from rankNAS.strategies.harm import QUALITY
 
 __all__ = ["PARTS", "SuccessiveHalving"]
 
 PARTS = (0.25, 0.5, 1.0)  # of the validation samples
-QUALITY = {"accuracy", "loss", "agreement", "reverse_agreement"}
 
 
 @dataclass

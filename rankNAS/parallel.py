@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import pickle
 import queue
 import shutil
 import sys
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.plugins import MODULE_PREFIX
+from rankNAS.retries import reason
 from rankNAS.scheduler import Executor, Outcome, Rule, Task, execute
 
 __all__ = ["Parallel", "Workers", "shared_bytes"]
@@ -128,14 +130,8 @@ class Parallel(Executor):
             resources["GPU"] = self.workers.gpus
         elif evaluator.device != "cpu":
             logger.warning("workers get no GPU, but are to run on %s", evaluator.device)
-        with _shared_tensors(), _code_by_value():
-            try:
-                shared = ray.put(evaluator)
-            except (TypeError, AttributeError) as error:
-                raise UsageError(
-                    f"the model or an objective cannot be sent to workers ({error}); define it at "
-                    "the top level of a file, without lambdas or open files, or use one worker."
-                ) from None
+        with _sending():
+            shared = ray.put(evaluator)
         work = tune.with_parameters(
             _work, shared=[shared], mailbox=self._mailbox, threads=threads, path=list(sys.path)
         )
@@ -424,7 +420,7 @@ def _connect(workers: Workers, evaluator: Evaluator) -> bool:
             ray.init(address=workers.address, **common)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UsageError(
-                f"no Ray cluster answers at {workers.address!r} ({_first_line(error)}); start one "
+                f"no Ray cluster answers at {workers.address!r} ({reason(error)}); start one "
                 "with `ray start --head`, or leave --ray-address out to use this machine alone."
             ) from None
         return True
@@ -439,13 +435,12 @@ def _connect(workers: Workers, evaluator: Evaluator) -> bool:
 
 def shared_bytes(evaluator: Evaluator) -> int:
     """Bytes of the tensors that an evaluator is sent with, counted by what they pickle to."""
-    with _shared_tensors(), _code_by_value():
-        cloudpickle = _cloudpickle()
-        sizes: list[int] = []
-        cloudpickle.dumps(
+    sizes: list[int] = []
+    with _sending():
+        _cloudpickle().dumps(
             evaluator, protocol=5, buffer_callback=lambda b: sizes.append(b.raw().nbytes)
         )
-        return sum(sizes)
+    return sum(sizes)
 
 
 def _cloudpickle() -> Any:
@@ -455,8 +450,21 @@ def _cloudpickle() -> Any:
     return cloudpickle
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+@contextlib.contextmanager
+def _sending() -> Iterator[None]:
+    """Within, an evaluator is pickled for workers.
+
+    Raises:
+        UsageError: Something of the user's cannot be pickled.
+    """
+    with _shared_tensors(), _code_by_value():
+        try:
+            yield
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise UsageError(
+                f"the model or an objective cannot be sent to workers ({error}); define it at "
+                "the top level of a file, without lambdas or open files, or use one worker."
+            ) from None
 
 
 @contextlib.contextmanager

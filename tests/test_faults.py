@@ -110,14 +110,7 @@ def test_nothing_is_lost_or_doubled_by_kills_at_any_moment(
     record = opened(study, storage)
     own = [t.allocation for t in record.history().trials]
     assert len(set(own)) == len(own) == len(survived)
-    again = Record.open(
-        None,
-        "study",
-        configuration={},
-        choices=study.problem.labels(),
-        directions=study.problem.directions,
-        resume=True,
-    )
+    again = opened(study, None)
     study.record = record
     run(study, TRIALS)
     record.close()

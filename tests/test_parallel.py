@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import UsageError
 from rankNAS.network import factorise
 from rankNAS.objectives import Objective
-from rankNAS.parallel import Parallel, Workers, _reduced, _restored
+from rankNAS.parallel import Parallel, Workers, _reduced, _restored, shared_bytes
 from rankNAS.record import Claim
 from rankNAS.scheduler import Outcome, Task
 from rankNAS.search_spaces.compiler import compile_space
@@ -206,6 +207,15 @@ def test_tensors_go_through_shared_memory_as_they_are() -> None:
     assert _restored(*_reduced(tensors[1])[1]).is_contiguous(memory_format=torch.channels_last)
     arguments = _reduced(x)[1]
     assert _restored(*arguments).data_ptr() == arguments[0].ctypes.data  # no copy
+
+
+def test_what_cannot_be_sent_is_said(tmp_path: Path, small_net: nn.Module) -> None:
+    own = evaluator(tmp_path, small_net)
+    assert shared_bytes(own) > sum(p.nbytes for p in small_net.parameters())
+    locked = threading.Lock()
+    own.objectives = [Objective(lambda *_: float(locked.locked()), name="locked")]
+    with pytest.raises(UsageError, match="cannot be sent to workers"):
+        shared_bytes(own)
 
 
 @pytest.mark.parametrize(
