@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import check_budgets, label
-from rankNAS.data import Data, load_data, size_of, take
+from rankNAS.data import Data, drawn, load_data, size_of
 from rankNAS.engine import Settings, Source, prepare, requests, run
 from rankNAS.evaluation import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
@@ -234,6 +234,11 @@ class _Plan:
             raise UsageError(
                 f"`training_samples` must be at least 1, got {self.training_samples}."
             )
+        if self.settings.recovery is not None:
+            raise UsageError(
+                "answers are compared without training and after `training`; leave "
+                "`Settings.recovery` out."
+            )
 
     def keys(self, seed: int) -> list[Key]:
         """What there is to know under a seed."""
@@ -422,10 +427,7 @@ class _Seed:
 
     def _training_data(self) -> Dataset[tuple[torch.Tensor, torch.Tensor]]:
         data = self.bench.splits.training
-        if self.plan.training_samples is None or self.plan.training_samples >= size_of(data):
-            return data
-        order = torch.randperm(size_of(data), generator=torch.Generator().manual_seed(self.seed))
-        return take(data, order[: self.plan.training_samples].sort().values)
+        return drawn(data, self.plan.training_samples or size_of(data), self.seed)
 
 
 def _failed(key: Key, error: Exception) -> Row:

@@ -35,7 +35,9 @@ __all__ = [
     "batches",
     "channels_last",
     "check_labels",
+    "drawn",
     "held_out",
+    "in_memory",
     "load_data",
     "normalization_from_metadata",
     "size_of",
@@ -410,6 +412,13 @@ def take(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
     return Subset(dataset, indices.tolist())
 
 
+def drawn(dataset: Dataset[Any], count: int, seed: int) -> Dataset[Any]:
+    """At most so many items, chosen by the seed, in the order of the dataset."""
+    if count >= size_of(dataset):
+        return dataset
+    return take(dataset, _permutation(size_of(dataset), seed)[:count].sort().values)
+
+
 # ---------------------------------------------------------------------------- batches
 
 
@@ -462,6 +471,11 @@ def _gather(source: Pair | Dataset[Any], rows: Tensor, device: str | torch.devic
         torch.stack([item[0] for item in items]).to(device),
         torch.stack([torch.as_tensor(item[1]) for item in items]).to(device),
     )
+
+
+def in_memory(dataset: Dataset[Any]) -> TensorDataset:
+    """All items as tensors."""
+    return TensorDataset(*_gather(dataset, torch.arange(size_of(dataset))))
 
 
 def channels_last(x: Tensor) -> Tensor:

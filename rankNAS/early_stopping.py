@@ -1,8 +1,8 @@
 """Which trials are not worth finishing: asynchronous successive halving.
 
-An evaluation is a sequence of steps, on more and more validation samples. At each step but the
-last, a trial goes on only if it is among the best of all that came as far. No trial waits for
-another one, so workers are never idle.
+An evaluation is a sequence of steps: epochs of training where trials are trained, otherwise more
+and more validation samples. At each step but the last, a trial goes on only if it is among the
+best of all that came as far. No trial waits for another one, so workers are never idle.
 
 References:
     Li et al., MLSys 2020 (ASHA), in the variant that stops trials instead of promoting them
@@ -25,7 +25,7 @@ from rankNAS.strategies.harm import QUALITY
 
 __all__ = ["PARTS", "SuccessiveHalving"]
 
-PARTS = (0.25, 0.5, 1.0)  # of the validation samples
+PARTS = (0.25, 0.5, 1.0)  # of the epochs, or of the validation samples
 
 
 @dataclass
@@ -63,15 +63,15 @@ class SuccessiveHalving:
         self._signs = {n: 1.0 if d == "maximize" else -1.0 for n, d in pairs if n in known}
         if not any(name in QUALITY for name in self._signs):
             raise UsageError(
-                "early stopping compares trials on a part of the validation samples, but none of "
-                f"the objectives {', '.join(self.objectives)} is known there; add one of "
+                "early stopping compares trials that are not finished, but none of the "
+                f"objectives {', '.join(self.objectives)} is known then; add one of "
                 f"{', '.join(sorted(QUALITY))} or leave early stopping out."
             )
 
-    def __call__(self, target: str, samples: int, metrics: Mapping[str, float]) -> bool:
-        """Whether a trial goes on, given its metrics on the first samples; remembered."""
+    def __call__(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a trial goes on, given its metrics at a step; remembered."""
         own = np.array([sign * metrics.get(n, 0.0) for n, sign in self._signs.items()])
-        others = self._seen.setdefault((target, samples), [])
+        others = self._seen.setdefault((target, step), [])
         better = sum(bool((other > own).all()) for other in others)
         others.append(own)
         return better < max(1, math.ceil(len(others) / self.reduction))
@@ -79,19 +79,19 @@ class SuccessiveHalving:
     def learn(self, history: History) -> None:
         """Take in the steps of the trials of an earlier session."""
         for trial in history.trials:
-            for samples, metrics in steps(trial.metrics).items():
-                self(trial.target, samples, metrics)
+            for step, metrics in steps(trial.metrics).items():
+                self(trial.target, step, metrics)
 
 
 def steps(metrics: Mapping[str, float]) -> dict[int, dict[str, float]]:
-    """The metrics on parts of the samples, by samples, as a trial's record names them.
+    """The metrics before the last step, by step, as a trial's record names them.
 
     >>> steps({"accuracy@256": 0.5, "accuracy": 0.4})
     {256: {'accuracy': 0.5}}
     """
     found: dict[int, dict[str, float]] = {}
     for name, value in metrics.items():
-        stem, _, samples = name.partition("@")
-        if samples.isdecimal():
-            found.setdefault(int(samples), {})[stem] = value
+        stem, _, step = name.partition("@")
+        if step.isdecimal():
+            found.setdefault(int(step), {})[stem] = value
     return found

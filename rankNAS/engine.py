@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,17 @@ from torch.utils.data import Dataset
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.budget import check_budgets
 from rankNAS.calibration import calibrate
-from rankNAS.data import Data, check_labels, held_out, load_data, size_of, split
+from rankNAS.data import (
+    Data,
+    Splits,
+    check_labels,
+    drawn,
+    held_out,
+    in_memory,
+    load_data,
+    size_of,
+    split,
+)
 from rankNAS.decompositions.metrics import METRICS, MetricName
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.early_stopping import PARTS, SuccessiveHalving
@@ -32,6 +42,7 @@ from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.parallel import Parallel, Workers
 from rankNAS.pareto import worthwhile
 from rankNAS.record import Record
+from rankNAS.recovery.training import Recovery, TrainingConfig
 from rankNAS.scheduler import Executor, Serial, schedule
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
@@ -65,8 +76,11 @@ class Settings:
         batch_size: Samples a forward pass of an evaluation.
         latency_batch: Samples of the forward pass whose latency counts.
         strict_hardware: Whether tables of latencies raise an error for what they have not seen.
-        early_stopping: Give trials up that are behind on a part of the validation samples; see
-            `SuccessiveHalving`.
+        early_stopping: Give trials up that are behind after a part of their epochs, or on a part
+            of the validation samples; see `SuccessiveHalving`.
+        recovery: Train the network of every trial, and those that are handed out, before they are
+            measured. The search gives the seed, and says whether images may be mirrored.
+        recovery_samples: Training samples of an epoch, at most.
 
     Raises:
         UsageError: An unknown metric, or a number below one.
@@ -87,13 +101,21 @@ class Settings:
     latency_batch: int = 1
     strict_hardware: bool = False
     early_stopping: bool = False
+    recovery: TrainingConfig | None = None
+    recovery_samples: int = 2048
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, got {self.metric!r}.")
-        for name in ("calibration", "validation", "choices", "batch_size", "latency_batch"):
+        counts = ("calibration", "validation", "choices", "batch_size", "latency_batch")
+        for name in (*counts, "recovery_samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.early_stopping and self.recovery is not None and self.recovery.epochs < 2:
+            raise UsageError(
+                "early stopping compares trials after some of their epochs; let them train for "
+                "two or more, or leave it out."
+            )
 
 
 def search(
@@ -311,9 +333,20 @@ def prepare(
         batch_size=settings.batch_size,
         device=device,
         sequential=settings.sequential,
+        recovery=_recovery(data, splits, settings, seed),
         parts=PARTS if settings.early_stopping else (1.0,),
     )
     return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
+
+
+def _recovery(data: Data, splits: Splits, settings: Settings, seed: int) -> Recovery | None:
+    """The training of every trial's network; its samples are in memory, to be shared."""
+    if settings.recovery is None:
+        return None
+    if data.num_classes is None:
+        raise UsageError(f"{data.name} has no class labels; networks cannot be trained on it.")
+    samples = in_memory(drawn(splits.training, settings.recovery_samples, seed))
+    return Recovery(samples, replace(settings.recovery, seed=seed, flip=data.flip))
 
 
 def requests(
@@ -393,8 +426,8 @@ def run(
     """
     history = study.history
     for trial in history.complete:
-        refitted = study.strategy.refits and not trial.probe
-        study.evaluator.remember(trial.allocation, trial.metrics, refitted=refitted)
+        final = study.final and not trial.probe
+        study.evaluator.remember(trial.allocation, trial.metrics, final=final)
     problem, rule = study.problem, None
     if len(study.evaluator.parts) > 1:
         rule = SuccessiveHalving(problem.objectives, problem.directions)

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.data import batches, channels_last
+from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.network import Factorisation
 from rankNAS.objectives.base import Candidate, ObjectiveBase
 from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
@@ -34,12 +35,13 @@ from rankNAS.recovery.batch_norm import (
     is_tracking,
     reestimate_batch_norm,
 )
+from rankNAS.recovery.training import Recovery
 from rankNAS.sequential import sequential
 from rankNAS.stages import Pass, Stages
 
 __all__ = ["Evaluator", "PrunedError", "Timing", "predictions", "quality", "test_metrics"]
 
-#: Takes the number of validation samples seen and the metrics on them; whether to go on.
+#: Takes the validation samples seen, or epochs trained, and the metrics then; whether to go on.
 Verdict = Callable[[int, Mapping[str, float]], bool]
 
 
@@ -47,16 +49,16 @@ class PrunedError(Exception):
     """An evaluation that was stopped early.
 
     Args:
-        samples: Validation samples seen until then.
-        metrics: On these samples.
+        after: What was done until then, in words.
+        metrics: What was measured then.
     """
 
-    def __init__(self, samples: int, metrics: Mapping[str, float]) -> None:
-        super().__init__(f"stopped after {samples} validation samples")
-        self.samples, self.metrics = samples, dict(metrics)
+    def __init__(self, after: str, metrics: Mapping[str, float]) -> None:
+        super().__init__(f"stopped after {after}")
+        self.after, self.metrics = after, dict(metrics)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.samples, self.metrics)
+        return type(self), (self.after, self.metrics)
 
 
 @dataclass
@@ -83,9 +85,12 @@ class Evaluator:
         device: Where to run.
         sequential: Give the networks that are built factors that suit their own inputs, layer
             after layer (`sequential`). Evaluations are without, for speed, unless asked for.
-        prefix_reuse: Keep activations, so that what did not change is not computed again.
-        parts: Shares of the validation samples, increasing to 1, after which an evaluation may be
-            stopped.
+        prefix_reuse: Keep activations, so that what did not change is not computed again. Copies
+            that are pickled never do.
+        recovery: A training of the networks that are built; evaluations are without unless asked
+            for.
+        parts: Shares, increasing to 1, after which an evaluation may be stopped: of the epochs if
+            the network is trained, of the validation samples otherwise.
     """
 
     factorisation: Factorisation
@@ -98,16 +103,17 @@ class Evaluator:
     device: torch.device | str = "cpu"
     sequential: bool = False
     prefix_reuse: bool = True
+    recovery: Recovery | None = None
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
 
     def __post_init__(self) -> None:
         count = len(self.validation[1])
-        ends = sorted({max(1, round(share * count)) for share in self.parts})
+        ends = self._ends(count) if self.recovery is None else [count]
         self._sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         self._scratch = copy.deepcopy(self.factorisation.model).to(self.device).eval()
         self._applied: dict[str, Choice | None] = dict(self.factorisation.space.dense)
-        self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}
+        self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}  # by `_key`
         self.batch_norm = self.batch_norm and has_batch_norm(self._scratch)
         self._calibration = self._place(self.calibration)
         self._inputs = self._place(self.validation[0])
@@ -122,11 +128,12 @@ class Evaluator:
         self._invalidate(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy elsewhere is made from; it makes its own scratch network and activations.
+        # What a copy elsewhere is made from; it makes its own scratch network, and keeps no
+        # activations: several copies on a machine would take many times the network's memory.
         # The data goes as it lies in memory here, so that the copy need not rearrange it.
         state = {f.name: getattr(self, f.name) for f in fields(self)}
         placed = {"calibration": self._calibration, "validation": (self._inputs, self._targets)}
-        return {**state, **placed, "timing": Timing()}
+        return {**state, **placed, "prefix_reuse": False, "timing": Timing()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -134,23 +141,32 @@ class Evaluator:
     def _place(self, x: Tensor) -> Tensor:
         return channels_last(x.to(self.device))
 
+    def _ends(self, count: int) -> list[int]:
+        """Where the parts of so many things end."""
+        return sorted({max(1, round(share * count)) for share in self.parts})
+
+    def _key(self, allocation: Allocation, final: bool) -> tuple[Allocation, bool]:
+        return allocation, final and (self.sequential or self.recovery is not None)
+
     def evaluate(
-        self, allocation: Allocation, *, refitted: bool = False, verdict: Verdict | None = None
+        self, allocation: Allocation, *, final: bool = False, verdict: Verdict | None = None
     ) -> dict[str, float]:
         """Metrics of an allocation: accuracy and loss, agreement, costs, and the objectives.
 
         Args:
             allocation: One choice a layer.
-            refitted: With the factors that `network` gives it, which takes several times longer.
-            verdict: Asked after each of the evaluator's parts of the validation samples but the
-                last. The metrics that it is given lack the objectives that must be measured.
+            final: As `network` makes it, with refitted factors and trained, if the evaluator does
+                that; it takes several times longer.
+            verdict: Asked after each of the evaluator's parts but the last. The metrics that it is
+                given lack the objectives that must be measured.
 
         Raises:
-            ObjectiveError: An objective raised or returned something that is not finite.
+            ObjectiveError: An objective raised or returned something that is not finite, or the
+                training diverged.
             PrunedError: The verdict was to stop.
             UsageError: The allocation does not belong to the space.
         """
-        key = allocation, refitted and self.sequential
+        key = self._key(allocation, final)
         if key not in self._known:
             started, forward = time.perf_counter(), self.timing.forward
             self._known[key] = self._evaluate(*key, verdict)
@@ -159,10 +175,10 @@ class Evaluator:
         return dict(self._known[key])
 
     def remember(
-        self, allocation: Allocation, metrics: Mapping[str, float], *, refitted: bool = False
+        self, allocation: Allocation, metrics: Mapping[str, float], *, final: bool = False
     ) -> None:
         """Record metrics measured earlier, so that they are not measured again."""
-        self._known[allocation, refitted and self.sequential] = dict(metrics)
+        self._known[self._key(allocation, final)] = dict(metrics)
 
     def forget(self) -> None:
         """Evaluate everything anew, from the first layer on, as if nothing had been yet."""
@@ -170,9 +186,14 @@ class Evaluator:
         self._invalidate(0)
 
     def network(self, allocation: Allocation) -> nn.Module:
-        """The compressed network, in evaluation mode, with re-estimated batch norms."""
+        """The compressed network, in evaluation mode, with re-estimated batch norms.
+
+        Raises:
+            ObjectiveError: Its training, if there is one, diverged.
+        """
         with self._applying(allocation, self.sequential) as factorisation:
-            return self._build(allocation, factorisation)
+            network = self._build(allocation, factorisation)
+        return network if self.recovery is None else self._train(network, self.recovery)
 
     def costs(self, allocation: Allocation) -> dict[str, float]:
         """Exact costs of the whole network, and the extra ones."""
@@ -181,24 +202,29 @@ class Evaluator:
         return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
 
     def _evaluate(
-        self, allocation: Allocation, refitted: bool, verdict: Verdict | None
-    ) -> dict[str, float]:
-        with self._applying(allocation, refitted) as factorisation:
-            return self._measure(allocation, factorisation, verdict)
-
-    def _measure(
-        self, allocation: Allocation, factorisation: Factorisation, verdict: Verdict | None
+        self, allocation: Allocation, final: bool, verdict: Verdict | None
     ) -> dict[str, float]:
         costs = self.costs(allocation)
-        logits = self._outputs(costs, verdict)
+        if final and self.recovery is not None:
+            with self._applying(allocation, self.sequential) as factorisation:
+                network = self._build(allocation, factorisation)
+            logits = self._trained_outputs(network, self.recovery, costs, verdict)
+            return self._measure(allocation, logits, costs, lambda: copy.deepcopy(network))
+        with self._applying(allocation, final) as factorisation:
+            logits = self._outputs(costs, verdict)
+            return self._measure(
+                allocation, logits, costs, lambda: self._build(allocation, factorisation)
+            )
+
+    def _measure(
+        self,
+        allocation: Allocation,
+        logits: Tensor,
+        costs: Mapping[str, float],
+        build: Callable[[], nn.Module],
+    ) -> dict[str, float]:
         candidate = Candidate(
-            allocation,
-            logits,
-            self.dense_logits,
-            self._targets,
-            self._inputs,
-            costs,
-            lambda: self._build(allocation, factorisation),
+            allocation, logits, self.dense_logits, self._targets, self._inputs, costs, build
         )
         # A predicted cost stands in for a measured one; any other objective is measured.
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
@@ -213,8 +239,44 @@ class Evaluator:
             if verdict is not None and seen < len(self._targets):
                 metrics = {**self._metrics(torch.cat(found)), **costs}
                 if not verdict(seen, metrics):
-                    raise PrunedError(seen, metrics)
+                    raise PrunedError(f"{seen} validation samples", metrics)
         return torch.cat(found)
+
+    def _trained_outputs(
+        self,
+        network: nn.Module,
+        recovery: Recovery,
+        costs: Mapping[str, float],
+        verdict: Verdict | None,
+    ) -> Tensor:
+        """Train a network as long as the verdict is to go on; its outputs in the end."""
+        epochs = recovery.config.epochs
+
+        def outputs() -> Tensor:
+            samples = self._inputs, self._targets
+            size = self.batch_size
+            return predictions(network, samples, batch_size=size, device=self.device)[0]
+
+        def on_epoch(epoch: int) -> None:
+            if verdict is not None and epoch < epochs and epoch in self._ends(epochs):
+                metrics = {**self._metrics(outputs()), **costs}
+                if not verdict(epoch, metrics):
+                    raise PrunedError(f"{epoch} of {epochs} epochs", metrics)
+
+        self._train(network, recovery, on_epoch)
+        return outputs()
+
+    def _train(
+        self,
+        network: nn.Module,
+        recovery: Recovery,
+        on_epoch: Callable[[int], object] | None = None,
+    ) -> nn.Module:
+        dense = self.factorisation.model
+        try:
+            return recovery.train(network, dense, device=self.device, on_epoch=on_epoch)
+        except RankNASError as error:  # it diverged
+            raise ObjectiveError(str(error)) from None
 
     def _metrics(self, logits: Tensor) -> dict[str, float]:
         """What comes for free, on the first validation samples."""
@@ -226,9 +288,9 @@ class Evaluator:
         return metrics
 
     @contextmanager
-    def _applying(self, allocation: Allocation, refitted: bool) -> Iterator[Factorisation]:
+    def _applying(self, allocation: Allocation, refit: bool) -> Iterator[Factorisation]:
         """The scratch network as an allocation makes it, and the factors that it then has."""
-        if not refitted:
+        if not (refit and self.sequential):
             self._apply(allocation, self.factorisation)
             yield self.factorisation
             return

@@ -332,9 +332,9 @@ class _Mailbox:
         self._tell("done", worker, (number, outcome))
         return await self.take(worker, life)
 
-    async def verdict(self, target: str, samples: int, metrics: Mapping[str, float]) -> bool:
+    async def verdict(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether an evaluation goes on."""
-        return self._rule is None or self._rule(target, samples, metrics)
+        return self._rule is None or self._rule(target, step, metrics)
 
     async def events(self, seconds: float) -> list[tuple[str, int, Any]]:
         """What has happened since the last call, as soon as something has."""
@@ -364,8 +364,8 @@ def _work(
             return
     life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
 
-    def rule(target: str, samples: int, metrics: Mapping[str, float]) -> bool:
-        return bool(ray.get(mailbox.verdict.remote(target, samples, metrics)))
+    def rule(target: str, step: int, metrics: Mapping[str, float]) -> bool:
+        return bool(ray.get(mailbox.verdict.remote(target, step, metrics)))
 
     finished, reported = 0, 0.0
     found = ray.get(mailbox.take.remote(worker, life))

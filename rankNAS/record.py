@@ -14,10 +14,11 @@ import logging
 import threading
 import time
 import uuid
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
+from itertools import count
 from typing import Any, Literal, TypeVar, cast
 
 import optuna
@@ -75,6 +76,7 @@ class Record:
         self.choices = choices
         self._storage = storage
         self._place = storage_name(storage)
+        self._id = storage.get_study_id_from_name(study.study_name)
         self._owner = Owner(choices)
         self._one_thread = threading.RLock()
         self._ended: threading.Event | None = None
@@ -89,6 +91,7 @@ class Record:
         self._own: tuple[Claim, ...] = ()
         self._others: tuple[Claim, ...] = ()
         self._looked = 0.0  # when
+        self._expires = 0.0  # when the lease on the claims ends
 
     @classmethod
     def open(
@@ -134,12 +137,12 @@ class Record:
                     study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
                     study.set_user_attr(CONFIGURATION, dict(configuration))
                     return cls(study, opened, choices)
-                count = len(study.get_trials(deepcopy=False))
+                size = len(study.get_trials(deepcopy=False))
         except Exception as error:
             raise explained(error, storage_name(opened)) from None
         if not resume:
             raise StudyError(
-                f"study {name!r} exists already, with {count} trials: add --resume to go on with "
+                f"study {name!r} exists already, with {size} trials: add --resume to go on with "
                 "it, or give another --study name."
             )
         _check_configuration(name, attributes[CONFIGURATION], configuration)
@@ -185,15 +188,14 @@ class Record:
             with study_lock(self._storage, self.study.study_name):
                 if attempts > 1:
                     self._settle()
-                self._refresh()
+                # Reading takes longer with every trial; of what is on lease there is no news.
+                if attempts > 1 or not self._leased(trial.allocation):
+                    self._refresh()
                 if token in self._mine:  # the connection broke after it was written
                     return self._mine.pop(token)
                 if self._overtaken(trial.allocation):
                     return None
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    self.study.add_trial(frozen)
-                self._refresh()
+                self._take_in(self._storage.create_new_trial(self._id, template_trial=frozen))
                 return self._mine.pop(token)
 
         with self._one_thread:
@@ -309,18 +311,40 @@ class Record:
 
     def _refresh(self) -> None:
         """Look at the trials that are new, and at those that were not finished before."""
-        frozen = self.study.get_trials(deepcopy=False)
-        late = sorted(n for n in self._open if frozen[n].state.is_finished())
-        new = [self._trial(f) for f in frozen[self._read :] if f.state.is_finished()]
-        self._open.update(f.number for f in frozen[self._read :] if not f.state.is_finished())
-        self._open.difference_update(late)
-        self._read = len(frozen)
+        # A list of all takes longer with every trial.
+        fresh = list(self._news()) if self._read else self.study.get_trials(deepcopy=False)
+        late = [f for n in sorted(self._open) if (f := self._numbered(n)).state.is_finished()]
+        new = [self._trial(f) for f in fresh if f.state.is_finished()]
+        found = [t for f in late if (t := self._trial(f)) is not None]
+        self._open.update(f.number for f in fresh if not f.state.is_finished())
+        self._open.difference_update(f.number for f in late)
+        self._read += len(fresh)
         self._extend([t for t in new if t is not None])
-        if found := [t for n in late if (t := self._trial(frozen[n])) is not None]:
+        if found:
             trials = sorted((*self._history.trials, *found), key=lambda t: t.number)
             self._history = History()
             self._counts.clear()
             self._extend(trials)
+
+    def _numbered(self, number: int) -> FrozenTrial:
+        """A trial of the Optuna study by number; a KeyError if there is none."""
+        found = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
+        return self._storage.get_trial(found)
+
+    def _news(self) -> Iterator[FrozenTrial]:
+        """The trials that were not read yet."""
+        with suppress(KeyError):
+            for number in count(self._read):
+                yield self._numbered(number)
+
+    def _take_in(self, trial_id: int) -> None:
+        """Read the trial that was just written."""
+        frozen = self._storage.get_trial(trial_id)
+        if frozen.number != self._read:  # there are others that were not read
+            self._refresh()
+            return
+        self._read += 1
+        self._extend([t for t in [self._trial(frozen)] if t is not None])
 
     def _extend(self, trials: Sequence[Trial]) -> None:
         if trials:
@@ -401,6 +425,11 @@ class Record:
             user_attrs={"reason": "interrupted", "target": claim.target},
         )
 
+    def _leased(self, allocation: Allocation) -> bool:
+        """Whether nobody else can have been granted an allocation, though clocks differ a bit."""
+        held = any(c.allocation == allocation for c in self._own)
+        return held and time.time() < self._expires - LEASE / 2
+
     def _overtaken(self, allocation: Allocation) -> bool:
         """Whether another process recorded an allocation since this one was granted it."""
         since = self._since.get(allocation)
@@ -445,10 +474,15 @@ class Record:
         """Write what is held into the slot, under the study's lock, if it is not there."""
         held = self._owner.holds(attributes)
         if (claims and not held) or (held and claims != self._own):
-            self.study.set_user_attr(self._owner.slot(attributes), self._owner.document(claims))
+            self._write_claims(claims, attributes)
         self._own = claims
         if claims and self._ended is None:
             self._ended = keep_alive(self._renew, LEASE / 4)
+
+    def _write_claims(self, claims: tuple[Claim, ...], attributes: Mapping[str, Any]) -> None:
+        document = self._owner.document(claims)
+        self.study.set_user_attr(self._owner.slot(attributes), document)
+        self._expires = document.get("expires", 0.0)
 
     def _hold(self, claims: tuple[Claim, ...]) -> None:
         with study_lock(self._storage, self.study.study_name):
@@ -461,8 +495,7 @@ class Record:
                 return
             try:
                 with study_lock(self._storage, self.study.study_name):
-                    slot = self._owner.slot(self._attributes())
-                    self.study.set_user_attr(slot, self._owner.document(self._own))
+                    self._write_claims(self._own, self._attributes())
             except Exception as error:  # the next call may do better
                 logger.debug("the lease was not renewed: %s", explained(error, self._place))
 

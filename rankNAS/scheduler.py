@@ -34,7 +34,8 @@ POLL = 0.5  # seconds between looks at what other processes have done
 PATIENCE = 0.2  # seconds between looks for the best trial, which takes longer with every one
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
-#: Takes a target, the validation samples seen, and the metrics on them; whether to go on.
+#: Takes a target, a step, and the metrics then; whether to go on. A step is the number of
+#: validation samples seen, or of epochs trained.
 Rule = Callable[[str, int, Mapping[str, float]], bool]
 OnTrial = Callable[[Trial, Trial | None], None]
 
@@ -45,11 +46,11 @@ class Task:
 
     Args:
         claim: What to evaluate, and for which budget.
-        refitted: As for `Evaluator.evaluate`.
+        final: As for `Evaluator.evaluate`.
     """
 
     claim: Claim
-    refitted: bool = False
+    final: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Outcome:
     Args:
         task: The task.
         state: ``complete``, ``failed`` or ``pruned``.
-        metrics: What was measured; on parts of the samples, as ``NAME@SAMPLES``.
+        metrics: What was measured; at the steps before the last, as ``NAME@STEP``.
         seconds: How long it took.
         reason: Why it failed or was stopped.
     """
@@ -119,9 +120,9 @@ def execute(evaluator: Evaluator, task: Task, rule: Rule | None = None) -> Outco
     steps: dict[str, float] = {}
     costs = set(evaluator.costs(task.claim.allocation))
 
-    def verdict(samples: int, metrics: Mapping[str, float]) -> bool:
-        steps.update({f"{k}@{samples}": v for k, v in metrics.items() if k not in costs})
-        return rule is None or rule(task.claim.target, samples, metrics)
+    def verdict(step: int, metrics: Mapping[str, float]) -> bool:
+        steps.update({f"{k}@{step}": v for k, v in metrics.items() if k not in costs})
+        return rule is None or rule(task.claim.target, step, metrics)
 
     def outcome(state: Literal["complete", "failed", "pruned"], reason: str = "") -> Outcome:
         return Outcome(task, state, {**metrics, **steps}, time.perf_counter() - started, reason)
@@ -129,7 +130,7 @@ def execute(evaluator: Evaluator, task: Task, rule: Rule | None = None) -> Outco
     metrics: Mapping[str, float] = {}
     asked = None if rule is None or task.claim.probe else verdict
     try:
-        metrics = evaluator.evaluate(task.claim.allocation, refitted=task.refitted, verdict=asked)
+        metrics = evaluator.evaluate(task.claim.allocation, final=task.final, verdict=asked)
     except PrunedError as stopped:
         metrics = evaluator.costs(task.claim.allocation)
         return outcome("pruned", str(stopped))
@@ -176,6 +177,7 @@ class _Loop:
     looked: float = -np.inf
 
     def run(self) -> None:
+        self.study.record.history()
         try:
             while not self.is_done():
                 if self.running:
@@ -183,6 +185,7 @@ class _Loop:
                         self.finish(outcome)
                 else:
                     time.sleep(POLL)  # what is left is being evaluated by other processes
+                    self.study.record.history()
         except BaseException:
             self.study.record.interrupt(self.running)
             raise
@@ -190,8 +193,7 @@ class _Loop:
     def history(self) -> History:
         """All trials, as of the last claim: a claim for what is out of date is not granted."""
         record = self.study.record
-        history = record.known() if self.running else record.history()
-        return history.awaiting([c.allocation for c in (*self.running, *record.others())])
+        return record.known().awaiting([c.allocation for c in (*self.running, *record.others())])
 
     def is_done(self) -> bool:
         """Begin as many tasks as there is room for; whether there is nothing left to do."""
@@ -216,8 +218,7 @@ class _Loop:
             self.refused = 0
             for claim in granted:
                 self.running.append(claim)
-                refitted = self.study.strategy.refits and not claim.probe
-                self.executor.submit(Task(claim, refitted))
+                self.executor.submit(Task(claim, self.study.final and not claim.probe))
 
     def wanted(self, history: History, free: int) -> list[Claim]:
         """What to evaluate next; nothing as long as probes are being evaluated elsewhere."""
@@ -264,7 +265,7 @@ class _Loop:
             logger.warning("a trial failed: %s", outcome.reason)
         elif outcome.state == "complete":
             self.study.evaluator.remember(
-                claim.allocation, outcome.metrics, refitted=outcome.task.refitted
+                claim.allocation, outcome.metrics, final=outcome.task.final
             )
         self.record(claim, outcome.state, outcome.metrics, outcome.seconds, outcome.reason)
         history = self.study.record.known()

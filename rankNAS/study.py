@@ -91,6 +91,11 @@ class Study:
         return self.bench.splits
 
     @property
+    def final(self) -> bool:
+        """Whether trials, probes apart, are evaluated as the networks that are handed out."""
+        return self.strategy.refits or self.evaluator.recovery is not None
+
+    @property
     def best(self) -> Trial:
         """The strategy's answer to the first budget, usually the best trial that meets it.
 
@@ -176,7 +181,7 @@ class Study:
         metrics = (
             found.metrics
             if found is not None and found.state == "complete" and not found.probe
-            else self.evaluator.evaluate(allocation, refitted=self.strategy.refits)
+            else self.evaluator.evaluate(allocation, final=self.final)
         )
         return artifact.save(network, allocation, path, model=self.model, metrics=metrics)
 

@@ -22,6 +22,7 @@ from rankNAS.exceptions import (
     UnknownNameError,
     UsageError,
 )
+from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.compiler import count_macs
 from rankNAS.strategies import Energy, OneShot, Random, Request
 from rankNAS.strategies.base import History, Problem, Strategy
@@ -379,3 +380,35 @@ def test_labels_beyond_the_outputs_are_refused_before_anything_is_written(
     with pytest.raises(DataError, match="item 7 of the train split has the label 4"):
         search(small_net, small_data, storage=f"sqlite:///{tmp_path}/study.db")
     assert not list(tmp_path.iterdir())
+
+
+def test_trials_that_train_are_measured_after_it(small_net: nn.Module, small_data: Pair) -> None:
+    config = TrainingConfig(4, batch_size=20, learning_rate=0.01, distill=0.5, augment=False)
+    settings = rankNAS.Settings(
+        calibration=64, validation=50, early_stopping=True, recovery=config, recovery_samples=80
+    )
+    study = search(small_net, small_data, settings=settings, n_trials=9, objectives=["loss"])
+    plain = search(small_net, small_data, n_trials=9, objectives=["loss"])
+    assert [t.allocation for t in study.trials] == [t.allocation for t in plain.trials]
+    states = [t.state for t in study.trials]
+    assert "pruned" in states and "complete" in states
+    for trial, untrained in zip(study.trials, plain.trials, strict=True):
+        assert trial.metrics["loss@1"] != untrained.metrics["loss"]
+        if trial.state == "complete":
+            assert trial.metrics["loss@1"] != trial.metrics["loss@2"] != trial.metrics["loss"]
+            network = study.materialise(trial.allocation)
+            x, y = study.splits.validation
+            loss = nn.functional.cross_entropy(network(x), y).item()
+            assert loss == pytest.approx(trial.metrics["loss"], rel=1e-4)
+        else:
+            assert trial.reason.endswith("of 4 epochs")
+
+
+def test_trainings_that_cannot_be_are_refused(small_net: nn.Module, small_data: Pair) -> None:
+    with pytest.raises(UsageError, match="two or more"):
+        rankNAS.Settings(early_stopping=True, recovery=TrainingConfig(1))
+    with pytest.raises(UsageError, match="recovery_samples.*at least 1"):
+        rankNAS.Settings(recovery_samples=0)
+    settings = rankNAS.Settings(calibration=64, validation=50, recovery=TrainingConfig(1))
+    with pytest.raises(UsageError, match="leave `Settings.recovery` out"):
+        rankNAS.compare(small_net, small_data, ["energy"], [{"macs": 0.5}], [0], settings=settings)

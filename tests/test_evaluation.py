@@ -20,6 +20,7 @@ from rankNAS.evaluation import Evaluator, PrunedError
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.network import Factorisation, factorise
 from rankNAS.objectives import Accuracy, Agreement, CostObjective, Latency, Loss, Objective
+from rankNAS.recovery.training import Recovery, TrainingConfig, train
 from rankNAS.search_spaces.compiler import compile_space
 
 
@@ -442,5 +443,68 @@ def test_a_copy_in_another_place_measures_the_same() -> None:
     for seed in range(3):
         allocation = drawn(own, seed)
         assert copied.evaluate(allocation) == own.evaluate(allocation)
-        refitted = own.evaluate(allocation, refitted=True)
-        assert copied.evaluate(allocation, refitted=True) == refitted
+        refitted = own.evaluate(allocation, final=True)
+        assert copied.evaluate(allocation, final=True) == refitted
+
+
+def recovery(epochs: int = 2, learning_rate: float = 0.01) -> Recovery:
+    config = TrainingConfig(
+        epochs, batch_size=20, learning_rate=learning_rate, distill=0.5, augment=False
+    )
+    return Recovery(TensorDataset(*images()), config)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_final_evaluation_is_that_of_the_trained_network(sequential: bool) -> None:
+    x, y = images()
+    plain = evaluator(sequential=sequential)
+    own = evaluator(sequential=sequential, recovery=recovery())
+    dense = copy.deepcopy(own.factorisation.model.state_dict())
+    for seed in range(3):
+        allocation = drawn(own, seed)
+        network = own.network(allocation)
+        metrics = own.evaluate(allocation, final=True)
+        by_that = by_hand(network, own.factorisation.model, x, y)
+        assert metrics == pytest.approx(metrics | by_that, rel=1e-5)
+        # The training is the one of `train`, from the network that there is without it.
+        expected = train(
+            plain.network(allocation),
+            TensorDataset(x, y),
+            recovery().config,
+            teacher=copy.deepcopy(own.factorisation.model),
+        )
+        pairs = zip(expected.state_dict().values(), network.state_dict().values(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in pairs)
+        assert own.evaluate(allocation) == plain.evaluate(allocation)
+        assert metrics["loss"] < plain.evaluate(allocation, final=True)["loss"]
+    after = own.factorisation.model.state_dict()
+    assert all(torch.equal(after[k], dense[k]) for k in dense)
+
+
+def test_epochs_are_measured_on_the_way() -> None:
+    own = evaluator(recovery=recovery(4), parts=(0.25, 0.5, 1.0))
+    seen: dict[int, float] = {}
+
+    def verdict(epoch: int, metrics: Mapping[str, float]) -> bool:
+        seen[epoch] = metrics["loss"]
+        return epoch < 2
+
+    allocation = drawn(own, 1)
+    with pytest.raises(PrunedError, match="after 2 of 4 epochs") as stopped:
+        own.evaluate(allocation, final=True, verdict=verdict)
+    assert list(seen) == [1, 2] and stopped.value.metrics["loss"] == seen[2]
+    assert seen[2] < seen[1] < own.evaluate(allocation)["loss"]
+    whole = own.evaluate(allocation, final=True, verdict=lambda epoch, metrics: True)
+    assert whole == evaluator(recovery=recovery(4)).evaluate(allocation, final=True)
+
+
+def test_a_training_that_diverges_fails_alone() -> None:
+    own = evaluator(recovery=recovery(learning_rate=1e30))
+    with pytest.raises(ObjectiveError, match="the loss is nan"):
+        own.evaluate(drawn(own, 1), final=True)
+
+
+def test_copies_elsewhere_keep_no_activations() -> None:
+    own = evaluator()
+    copied = pickle.loads(pickle.dumps(own))
+    assert own.prefix_reuse and not copied.prefix_reuse and not copied._passes

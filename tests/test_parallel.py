@@ -103,7 +103,7 @@ def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Mod
     tasks = []
     for i in range(9):
         choices = {n: layer.choices[i % len(layer.choices)] for n, layer in space.layers.items()}
-        tasks.append(Task(Claim(Allocation.of(choices), "t"), refitted=i == 1))
+        tasks.append(Task(Claim(Allocation.of(choices), "t"), final=i == 1))
     allocations = [t.claim.allocation for t in tasks]
     assert len(set(allocations)) == 9
     orders = {2: "die", 3: "always die", 4: "hang", 5: "memory", 6: "wrong"}
@@ -123,7 +123,7 @@ def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Mod
     assert "MemoryError" in outcomes[5].reason or "out of memory" in outcomes[5].reason
     assert "ValueError: wrong" in outcomes[6].reason
     for i in (0, 1, 2, 7, 8):
-        here = own.evaluate(allocations[i], refitted=i == 1)
+        here = own.evaluate(allocations[i], final=i == 1)
         assert outcomes[i].metrics == pytest.approx(here, rel=1e-5, abs=1e-6)
         assert outcomes[i].task == tasks[i]
 

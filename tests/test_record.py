@@ -190,7 +190,7 @@ def test_claims_of_a_process_that_is_suspended_expire(
         patch.setattr(claims.time, "time", lambda: now + claims.LEASE + 1)
         assert rival.claim([ONE], most=9) == [ONE]
         assert rival.add(worker.evaluated(ONE), ("accuracy",)) is not None
-    assert record.add(worker.evaluated(ONE), ("accuracy",)) is None
+        assert record.add(worker.evaluated(ONE), ("accuracy",)) is None
     assert "recorded by another process" in caplog.text
     assert len(record.history().trials) == len(rival.history().trials) == 1
 
@@ -289,3 +289,32 @@ def test_reading_what_is_new_does_not_depend_on_what_is_known() -> None:
     for _ in range(100):
         record.history()
     assert (time.perf_counter() - started) / 100 < 0.01
+
+
+def test_what_is_on_lease_is_written_without_a_look_at_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading would make a trial of a long study slower and slower."""
+    storage = f"sqlite:///{tmp_path}/study.db"
+    record, rival = worker.opened(storage), worker.opened(storage)
+    assert record.claim([ONE], most=9) == [ONE]
+    rival.claim([OTHER], most=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_refresh", lambda: pytest.fail("read"))
+        first = record.add(worker.evaluated(ONE), ("accuracy",))
+    second = rival.add(worker.evaluated(OTHER), ("accuracy",))
+    assert first is not None and second is not None
+    assert [t.number for t in rival.known().trials] == [0, 1]
+    assert record.history().trials == rival.history().trials == (first, second)
+
+
+def test_new_trials_are_read_without_a_list_of_all(
+    shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, rival = worker.opened(shared), worker.opened(shared)
+    rival.add(worker.evaluated(ONE), ("accuracy",))
+    assert len(record.history().trials) == 1
+    rival.add(worker.evaluated(OTHER), ("accuracy",))
+    monkeypatch.setattr(record.study, "get_trials", lambda **_: pytest.fail("listed"))
+    assert record.history().trials == rival.history().trials
+    assert len(record.history().trials) == 2

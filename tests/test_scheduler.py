@@ -57,7 +57,7 @@ class Raising:
         (ObjectiveError("no"), "failed", "no"),
         (MemoryError(), "failed", "out of memory"),
         (RuntimeError("[enforce fail] not enough memory: 9"), "failed", "out of memory"),
-        (PrunedError(16, {"loss": 1.0}), "pruned", "16 validation samples"),
+        (PrunedError("16 validation samples", {"loss": 1.0}), "pruned", "after 16 validation"),
     ],
 )
 def test_what_goes_wrong_with_a_trial_is_its_outcome(

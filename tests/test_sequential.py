@@ -172,17 +172,17 @@ def test_a_refitted_evaluation_is_that_of_the_network(prefix_reuse: bool) -> Non
     found = factorised(convolutional(), x)
     evaluator = Evaluator(found, x, (x, y), sequential=True, prefix_reuse=prefix_reuse)
     for allocation in (cheap(found, -2), cheap(found, -1)):
-        metrics = evaluator.evaluate(allocation, refitted=True)
+        metrics = evaluator.evaluate(allocation, final=True)
         network = evaluator.network(allocation)
         with torch.no_grad():
             expected = quality(network(x), y)
         assert {k: metrics[k] for k in expected} == pytest.approx(expected, rel=1e-5)
         plain = evaluator.evaluate(allocation)
         assert abs(plain["loss"] - metrics["loss"]) > 1e-4
-        again = evaluator.evaluate(allocation, refitted=True)
+        again = evaluator.evaluate(allocation, final=True)
         assert again == metrics
-    evaluator.remember(allocation, {"loss": 7.0}, refitted=True)
-    assert evaluator.evaluate(allocation, refitted=True) == {"loss": 7.0}
+    evaluator.remember(allocation, {"loss": 7.0}, final=True)
+    assert evaluator.evaluate(allocation, final=True) == {"loss": 7.0}
     assert evaluator.evaluate(allocation) == plain
     without = Evaluator(found, x, (x, y))
-    assert without.evaluate(allocation, refitted=True) == without.evaluate(allocation)
+    assert without.evaluate(allocation, final=True) == without.evaluate(allocation)

@@ -58,9 +58,9 @@ Weights = Annotated[
 Trials = Annotated[int, typer.Option(help="Trials for each budget, in all; probes come on top.")]
 Finetune = Annotated[int, typer.Option(help="Epochs of training of each chosen network.", min=0)]
 Distill = Annotated[
-    float, typer.Option(help="Weight of distillation from the dense model in --finetune.")
+    float, typer.Option(help="Weight of distillation from the dense model in trainings.")
 ]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate of --finetune.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of trainings.")]
 Metric = Annotated[
     str, typer.Option(help="Norm of the decompositions: fisher, input, pooled or weight.")
 ]
@@ -123,8 +123,21 @@ TrialTimeout = Annotated[
 EarlyStopping = Annotated[
     bool,
     typer.Option(
-        "--early-stopping", help="Give up trials that are behind on a part of the validation data."
+        "--early-stopping",
+        help="Give up trials that are behind after a part of --trial-epochs, or without these on "
+        "a part of the validation data.",
     ),
+]
+TrialEpochs = Annotated[
+    int,
+    typer.Option(
+        help="Epochs of training of each trial's network before it is measured, with --distill "
+        "and --learning-rate.",
+        min=0,
+    ),
+]
+TrialSamples = Annotated[
+    int, typer.Option(help="Training samples of each of the --trial-epochs.", min=2)
 ]
 TrustStorage = Annotated[
     bool,
@@ -179,6 +192,8 @@ def search(
     gpus_per_trial: GpusPerTrial = 0.0,
     trial_timeout: TrialTimeout = None,
     early_stopping: EarlyStopping = False,
+    trial_epochs: TrialEpochs = 0,
+    trial_samples: TrialSamples = 2048,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -224,6 +239,8 @@ def search(
         gpus_per_trial=gpus_per_trial,
         trial_timeout=trial_timeout,
         early_stopping=early_stopping,
+        trial_epochs=trial_epochs,
+        trial_samples=trial_samples,
     )
     run_search(options, resume=resume, as_json=json, quiet=quiet)
 

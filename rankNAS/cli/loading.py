@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,11 +54,19 @@ def check_options(options: ModelOptions) -> Settings:
         make_objective(objective)
     if options.trials < 1:
         raise UsageError(f"`--trials` must be at least 1, got {options.trials}.")
+    training_config(options, options.finetune)
+    own: dict[str, Any] = {}
     policy = replace(
         rank_policy(options.operators, options.candidates, options.multiple_of),
         latency_steps=options.latency_steps,
         only_faster=options.only_faster,
     )
+    if isinstance(options, SearchOptions):
+        own = {
+            "early_stopping": options.early_stopping,
+            "recovery": training_config(options, options.trial_epochs),
+            "recovery_samples": options.trial_samples,
+        }
     return Settings(
         metric=options.metric,  # type: ignore[arg-type]
         calibration=options.calibration,
@@ -67,7 +76,7 @@ def check_options(options: ModelOptions) -> Settings:
         policy=policy,
         latency_batch=options.latency_batch,
         strict_hardware=options.strict_hw,
-        early_stopping=isinstance(options, SearchOptions) and options.early_stopping,
+        **own,
     )
 
 
@@ -177,10 +186,14 @@ def load_model(
     )
 
 
-def training_config(options: ModelOptions, *, flip: bool, seed: int = 0) -> TrainingConfig:
-    """How ``--finetune`` trains."""
+def training_config(
+    options: ModelOptions, epochs: int, *, flip: bool = False, seed: int = 0
+) -> TrainingConfig | None:
+    """How compressed networks are trained; None for no epochs."""
+    if epochs == 0:
+        return None
     return TrainingConfig(
-        options.finetune,
+        epochs,
         learning_rate=options.learning_rate,
         distill=options.distill,
         flip=flip,

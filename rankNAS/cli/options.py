@@ -102,6 +102,8 @@ class SearchOptions(ModelOptions):
     gpus_per_trial: float = 0.0
     trial_timeout: float | None = None
     early_stopping: bool = False
+    trial_epochs: int = 0
+    trial_samples: int = 2048
 
     @property
     def folder(self) -> Path:

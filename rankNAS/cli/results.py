@@ -23,6 +23,7 @@ from rankNAS.environment import machine, versions
 from rankNAS.evaluation import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.files import save_atomically, write_json
+from rankNAS.recovery.training import TrainingConfig
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study
 
@@ -87,8 +88,10 @@ def _answer(
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
-    if options.finetune:
-        tuned = _finetune(options, study, model, network, reporter)
+    seed, flip = options.seed, study.data.flip
+    config = training_config(options, options.finetune, flip=flip, seed=seed)
+    if config is not None:
+        tuned = _finetune(config, study, model, network, reporter)
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
         answer["finetuned"] = tuned | {"artifact": str(artifact)}
@@ -102,14 +105,13 @@ def _safe(label: str) -> str:
 
 
 def _finetune(
-    options: SearchOptions,
+    config: TrainingConfig,
     study: Study,
     model: nn.Module,
     network: nn.Module,
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Train a chosen network in place; measured like the others."""
-    config = training_config(options, flip=study.data.flip, seed=options.seed)
     started = time.perf_counter()
     study.finetune(
         network,
@@ -120,9 +122,9 @@ def _finetune(
         ),
     )
     seconds = time.perf_counter() - started
-    validation = test_metrics(network, study.splits.validation, device=options.device)
+    validation = test_metrics(network, study.splits.validation, device=study.evaluator.device)
     return {
-        "epochs": options.finetune,
+        "epochs": config.epochs,
         "accuracy": validation["accuracy"],
         "test_accuracy": study.test(network)["accuracy"],
         "seconds": round(seconds, 2),

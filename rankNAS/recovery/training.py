@@ -25,6 +25,7 @@ from rankNAS.exceptions import RankNASError, UsageError
 
 __all__ = [
     "RECIPE_VERSION",
+    "Recovery",
     "TrainingConfig",
     "default_config",
     "default_steps",
@@ -131,6 +132,7 @@ def train(
     teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int, float], None] | None = None,
+    on_epoch: Callable[[int], object] | None = None,
     checkpoint: Path | None = None,
 ) -> nn.Module:
     """Train ``network`` in place.
@@ -144,6 +146,7 @@ def train(
             ``device`` and put in evaluation mode.
         device: Where to train.
         on_step: Called after each step with its number from 1, the number of steps and the loss.
+        on_epoch: Called after each epoch with its number from 1; it may evaluate the network.
         checkpoint: Written at the end of each epoch, and continued from if it exists.
 
     Returns:
@@ -167,7 +170,40 @@ def train(
             run.epoch(run.step // per_epoch)
             if checkpoint is not None:
                 run.save(checkpoint)
+            if on_epoch is not None:
+                on_epoch(math.ceil(run.step / per_epoch))
+                network.train()
     return network
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A short training that every network gets alike, with the dense network as its teacher.
+
+    Args:
+        data: Inputs and targets.
+        config: How to train.
+    """
+
+    data: Dataset[Any]
+    config: TrainingConfig
+
+    def train(
+        self,
+        network: nn.Module,
+        dense: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        on_epoch: Callable[[int], object] | None = None,
+    ) -> nn.Module:
+        """Train a network in place; see `train`.
+
+        Raises:
+            RankNASError: The loss is not finite.
+        """
+        return train(
+            network, self.data, self.config, teacher=dense, device=device, on_epoch=on_epoch
+        )
 
 
 class _Run:

@@ -121,6 +121,18 @@ def test_search_show_resume_and_export(search: list[str], model_file: str, tmp_p
     assert json.loads(exported.stdout)["max_absolute_difference"] < 1e-4
 
 
+def test_trials_that_train(here: Run, search: list[str]) -> None:
+    options = ["--trial-epochs", "2", "--trial-samples", "64", "--early-stopping", "--json"]
+    done = here(*search, *options, "--objective", "loss", "--trials", "9")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert all("loss@1" in t["metrics"] for t in result["trials"])
+    ends = [t for t in result["trials"] if t["state"] == "complete"]
+    assert {t["state"] for t in result["trials"]} == {"complete", "pruned"}
+    assert all(t["metrics"]["loss@1"] != t["metrics"]["loss"] for t in ends)
+    assert result["best"]["loss"] == min(t["metrics"]["loss"] for t in ends)
+
+
 def test_several_budgets_have_an_answer_each(
     here: Run, search: list[str], model_file: str, tmp_path: Path
 ) -> None:
@@ -274,6 +286,8 @@ def finished(database: Path) -> int:
         (["--metric", "fischer"], "must be one of weight, input, "),
         (["--study", "../escape"], "`--study` must be"),
         (["--trials", "0"], "at least 1, got 0"),
+        (["--trial-epochs", "1", "--early-stopping"], "two or more"),
+        (["--finetune", "1", "--learning-rate", "0"], "learning_rate is 0.0"),
         (["--hardware", "hots"], "Did you mean 'host'"),
         (["--out", "file/below"], "cannot be written"),
     ],
