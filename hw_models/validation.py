@@ -59,6 +59,7 @@ def validate(
     seconds: float = 600.0,
     seed: int = 0,
     on_progress: Progress | None = None,
+    on_rows: Callable[[pd.DataFrame], object] | None = None,
 ) -> pd.DataFrame:
     """Measure networks end to end, with arbitrary weights, beside what is predicted.
 
@@ -76,6 +77,7 @@ def validate(
         seconds: Most time for all together.
         seed: Of the order.
         on_progress: Called with allocations done and all.
+        on_rows: Called with the result for the allocations so far, whenever there are more.
 
     Returns:
         A row an allocation, after two of the dense network: ``name``, ``predicted``, ``sigma``,
@@ -100,6 +102,18 @@ def validate(
         found.append((block, _until(dense_runs + runs, precision, left, seed + number)))
         if on_progress is not None:
             on_progress(number * 8 + len(block), len(names))
+        if on_rows is not None:
+            on_rows(_rows(found, tables, dense, allocations))
+    return _rows(found, tables, dense, allocations)
+
+
+def _rows(
+    found: Sequence[tuple[list[str], np.ndarray]],
+    tables: LatencyTables,
+    dense: Allocation,
+    allocations: Mapping[str, Allocation],
+) -> pd.DataFrame:
+    """The result, from the times of each block's networks (rounds, 2 + n), two dense ones first."""
     reference = float(np.median(np.concatenate([t[:, :2].ravel() for _, t in found])))
     both = np.concatenate([t[:, :2] / np.median(t[:, :2]) for _, t in found]) * reference
     rows = [_row("dense", dense, tables, both[:, i]) for i in range(2)]

@@ -94,13 +94,18 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
             file=None if options.out is None else Path(options.out),
             seed=options.seed + 1,  # not the allocations that are validated on
         )
-    rows = None
+    rows, interrupted = None, False
+
+    def on_rows(so_far: pd.DataFrame) -> None:
+        nonlocal rows
+        rows = so_far
+
     with reporting(quiet) as reporter:
         try:
             hardware = hardware.bind(model, space, inputs, partial(reporter.stage, "measure"))
             tables = compile_latency(hardware, space)
             if allocations:
-                rows = validate(
+                validate(
                     tables,
                     model,
                     inputs,
@@ -110,10 +115,13 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
                     seconds=options.seconds,
                     seed=options.seed,
                     on_progress=partial(reporter.stage, "validate"),
+                    on_rows=on_rows,
                 )
         except KeyboardInterrupt:
             reporter.say("interrupted; what was measured is kept. The same command goes on.")
-            sys.exit(130)
+            if rows is None:
+                sys.exit(130)
+            interrupted = True
     dense = tables.predict(space.dense)
     document: dict[str, Any] = {"predicted_dense": dense[0], "predicted_dense_std": dense[1]}
     if isinstance(hardware, Host) and hardware.profile is not None:
@@ -122,6 +130,8 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
     if rows is not None:
         document |= _write(rows, options)
     _print(document, rows, options, as_json)
+    if interrupted:
+        sys.exit(130)
 
 
 def _allocations(options: ProfileOptions, space: SearchSpace) -> dict[str, Allocation]:

@@ -6,8 +6,10 @@ import errno
 import ipaddress
 import socket
 import warnings
+from collections.abc import Iterable
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import optuna
@@ -23,7 +25,10 @@ from rankNAS.cli.documents import (
 from rankNAS.cli.options import read_options, study_folder, understanding
 from rankNAS.exceptions import UsageError
 
-__all__ = ["note", "publish", "run_dashboard"]
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["guarded", "note", "publish", "run_dashboard"]
 
 NOTE = "*Renewed by `ranknas dashboard`; remove this line to keep a text of your own.*"
 
@@ -64,9 +69,12 @@ def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bo
             ) from None
         with understanding(options.folder / "result.json"):
             publish(found, without_passwords(study_document(options, trust=trust_study)))
-        server.set_app(optuna_dashboard.wsgi(storage))
+        app: WSGIApplication = optuna_dashboard.wsgi(storage)
         address = f"[{host}]" if ":" in host else host
-        if not _is_loopback(str(server.server_address[0])):
+        if _is_loopback(str(server.server_address[0])):
+            server.set_app(guarded(app, host))
+        else:
+            server.set_app(app)
             typer.echo(
                 f"ranknas: warning: {host} can be reached from other machines, and the dashboard "
                 "has no password: whoever reaches it can change and delete studies.",
@@ -77,6 +85,31 @@ def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bo
             server.serve_forever()
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
+
+
+def guarded(app: WSGIApplication, host: str) -> WSGIApplication:
+    """Answer only who asks for this machine by an address of its own.
+
+    A web page of somebody else may let its own name lead to this machine, and its script then read
+    and change what a browser here can reach. The name is in the request.
+
+    Args:
+        app: Answers the others.
+        host: A further name to answer to.
+    """
+
+    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+        try:
+            name = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
+            known = name in ("localhost", host) or _is_loopback(name)
+        except ValueError:  # no address
+            known = False
+        if known:
+            return app(environ, start)
+        start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        return [b"Ask for localhost, not for another name of this machine.\n"]
+
+    return answer
 
 
 def publish(study: optuna.Study, document: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rankNAS.cli import main
-from rankNAS.cli.serving import note
+from rankNAS.cli.serving import guarded, note
 
 WAIT = 60  # seconds, at most, for the server and for a page
 
@@ -167,3 +167,34 @@ def test_a_note_of_somebody_else_stays(study: Path) -> None:
     dashboard.save_note(found, "mine")
     publish(found, result)
     assert dashboard.get_note(found) == "mine"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8080", "200 OK"),
+        ("[::1]:8080", "200 OK"),
+        ("localhost:9", "200 OK"),
+        ("LOCALHOST", "200 OK"),
+        ("board", "200 OK"),
+        ("evil.example", "403 Forbidden"),
+        ("evil.example:8080", "403 Forbidden"),
+        ("localhost.evil.example", "403 Forbidden"),
+        ("192.168.1.1", "403 Forbidden"),
+        ("[::1", "403 Forbidden"),
+        ("", "403 Forbidden"),
+    ],
+)
+def test_pages_elsewhere_cannot_ask_under_their_own_name(host: str, status: str) -> None:
+    """As they could if their name were made to lead to this machine."""
+    found: list[str] = []
+
+    def start(state: str, headers: object, *_: object) -> Any:
+        found.append(state)
+
+    def app(environ: dict[str, Any], start: Any) -> list[bytes]:
+        start("200 OK", [])
+        return [b"studies"]
+
+    body = guarded(app, "board")({"HTTP_HOST": host}, start)
+    assert found == [status] and (b"studies" in b"".join(body)) == (status == "200 OK")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from rankNAS.cli import main
 from rankNAS.cli.profiling import draw
-from rankNAS.hw_models import Host, device_names
+from rankNAS.hw_models import Host, device_names, validation
 
 Command = Callable[..., int]
 MODEL = """
@@ -94,6 +95,29 @@ def test_an_interruption_keeps_what_was_measured(
     monkeypatch.setattr(Host, "_measure", interrupted)
     assert command(*FIXED, "--out", "board.json") == 130
     assert "what was measured is kept" in capsys.readouterr().err
+
+
+def test_an_interrupted_validation_keeps_the_allocations_so_far(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured, calls = validation._until, []
+
+    def until(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(validation, "_until", until)
+    more = ["--hw", "cpu2", "--validate", "10", "--seconds", "0"]
+    assert command(*FIXED, *more) == 130
+    rows = pd.read_csv(tmp_path / "ranknas-profile-validation.csv")
+    assert rows.name.tolist() == ["dense", "dense", *(f"random {i}" for i in range(8))]
+    printed = capsys.readouterr()
+    assert "of 8" in printed.out and "interrupted" in printed.err
 
 
 @pytest.mark.parametrize(
