@@ -273,6 +273,7 @@ def prepare(
     splits = split(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
+    recovery = _recovery(data, splits, settings, seed)
     model = copy.deepcopy(separate_attention(model)).to(device).eval()
     inputs = splits.calibration[0].to(device)
     check_labels(data, _outputs(model, inputs))
@@ -333,7 +334,7 @@ def prepare(
         batch_size=settings.batch_size,
         device=device,
         sequential=settings.sequential,
-        recovery=_recovery(data, splits, settings, seed),
+        recovery=recovery,
         parts=PARTS if settings.early_stopping else (1.0,),
     )
     return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
