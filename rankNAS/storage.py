@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sqlite3
+import time
 import weakref
 from contextlib import closing
 from pathlib import Path
@@ -180,7 +181,7 @@ def _open_database(url: URL) -> BaseStorage:
         with file_lock(path) if path is not None else database_lock(first, "ranknas open"):
             if path is not None:
                 _check_database(path)
-            storage = RDBStorage(text, engine_kwargs=options)
+            storage = _made(text, options)
     except ImportError as error:
         raise StudyError(
             f"the study storage {shown} needs a driver: pip install {error.name}"
@@ -197,6 +198,18 @@ def _open_database(url: URL) -> BaseStorage:
         sqlalchemy.event.listen(storage.engine, "connect", _set_up)
         storage.engine.dispose()  # connections that were made before are not set up
     return storage
+
+
+def _made(text: str, options: dict[str, Any]) -> RDBStorage:
+    """The storage, with its tables; another program than ours may make them at the same moment."""
+    for _ in range(3):
+        try:
+            return RDBStorage(text, engine_kwargs=options)
+        except Exception as error:
+            if "already exists" not in str(error):
+                raise
+        time.sleep(0.5)  # until the other one is done
+    return RDBStorage(text, engine_kwargs=options)
 
 
 def _set_up(connection: Any, record: object) -> None:

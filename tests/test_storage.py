@@ -8,6 +8,7 @@ import random
 import sqlite3
 import traceback
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -335,3 +336,24 @@ def test_two_drivers(postgres: Cluster) -> None:
     url = postgres.new_database()
     assert filled(url.replace("postgresql:", "postgres:"), 2)
     assert study_names(url.replace("postgresql:", "postgresql+psycopg:")) == ["name"]
+
+
+def test_tables_that_another_program_makes_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a dashboard may, which knows nothing of our lock."""
+    made, begun = module.RDBStorage, []
+
+    def racing(*arguments: Any, **options: Any) -> Any:
+        begun.append(1)
+        if len(begun) == 1:
+            made(*arguments, **options)
+            raise sqlalchemy.exc.OperationalError(
+                "CREATE TABLE studies", {}, Exception("table already exists")
+            )
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(module, "RDBStorage", racing)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    opened = open_storage(f"sqlite:///{tmp_path}/study.db")
+    assert len(begun) == 2 and optuna.get_all_study_names(opened) == []
