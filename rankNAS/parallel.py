@@ -103,6 +103,7 @@ class Parallel(Executor):
         self.workers, self.slots = workers, workers.count
         self._tasks: dict[int, Task] = {}
         self._tries: dict[int, int] = {}
+        self._outbox: list[tuple[int, Task]] = []  # goes along when news are asked for
         self._held: dict[int, tuple[int, float]] = {}  # worker: its task, and since when
         self._actors: dict[int, Any] = {}
         self._deaths: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -162,11 +163,8 @@ class Parallel(Executor):
     def submit(self, task: Task) -> None:
         self._tasks[self._next] = task
         self._tries[self._next] = 0
-        self._hand_out(self._next)
+        self._outbox.append((self._next, task))
         self._next += 1
-
-    def _hand_out(self, number: int) -> None:
-        self._mailbox.put.remote(number, self._tasks[number])
 
     def wait(self) -> Sequence[Outcome]:
         import ray
@@ -177,7 +175,8 @@ class Parallel(Executor):
                 raise RankNASError(f"Ray Tune ended before the trials did: {self._failure}")
             while not self._deaths.empty():  # before the worker's successor is heard of
                 outcomes += self._lost(self._deaths.get())
-            for event in ray.get(self._mailbox.events.remote(WAIT)):
+            outbox, self._outbox = self._outbox, []
+            for event in ray.get(self._mailbox.exchange.remote(outbox, WAIT)):
                 outcomes += self._heard(*event)
             if not self._alive and time.monotonic() - self._begun > BEGIN:
                 raise RankNASError(
@@ -217,7 +216,7 @@ class Parallel(Executor):
             reason = f"the worker died {RETRIES + 1} times: killed, out of memory, or a crash"
             return [self._ended(number, Outcome(self._tasks[number], "failed", reason=reason))]
         logger.warning("worker %d died; its trial is tried again", worker)
-        self._hand_out(number)
+        self._outbox.append((number, self._tasks[number]))
         return []
 
     def _overdue(self) -> list[Outcome]:
@@ -294,10 +293,6 @@ class _Mailbox:
         self._events.append(event)
         self._news.set()
 
-    async def put(self, number: int, task: Task) -> None:
-        """A task to do."""
-        self._tasks.put_nowait((number, task))
-
     async def go_home(self) -> None:
         """There is nothing more to do."""
         self._home = True
@@ -322,7 +317,7 @@ class _Mailbox:
         if life != self._lives[worker]:  # whoever asked has died while it waited
             self._tasks.put_nowait(found)
             return None
-        self._tell("took", worker, found[0])
+        self._events.append(("took", worker, found[0]))  # no reason to wake the driver
         return found
 
     async def done(
@@ -336,8 +331,12 @@ class _Mailbox:
         """Whether an evaluation goes on."""
         return self._rule is None or self._rule(target, step, metrics)
 
-    async def events(self, seconds: float) -> list[tuple[str, int, Any]]:
-        """What has happened since the last call, as soon as something has."""
+    async def exchange(
+        self, tasks: Sequence[tuple[int, Task]], seconds: float
+    ) -> list[tuple[str, int, Any]]:
+        """Leave tasks to do; what has happened since the last call, as soon as something has."""
+        for task in tasks:
+            self._tasks.put_nowait(task)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._news.wait(), seconds)
         self._news.clear()

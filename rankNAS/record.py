@@ -35,6 +35,7 @@ from rankNAS.objectives.base import Direction
 from rankNAS.retries import explained, retrying
 from rankNAS.storage import open_storage, storage_name
 from rankNAS.strategies.base import History, Trial
+from rankNAS.writing import TrialWriter
 
 __all__ = ["Claim", "Record", "study_names"]
 
@@ -81,6 +82,7 @@ class Record:
         self._one_thread = threading.RLock()
         self._ended: threading.Event | None = None
         self._distributions = {k: CategoricalDistribution(list(v)) for k, v in choices.items()}
+        self._writer = TrialWriter(storage, self._id, self._distributions)
         self._parsed = {text: Choice.parse(text) for v in choices.values() for text in v}
         self._history = History()
         self._read = 0  # trials of the Optuna study that were looked at
@@ -195,7 +197,8 @@ class Record:
                     return self._mine.pop(token)
                 if self._overtaken(trial.allocation):
                     return None
-                self._take_in(self._storage.create_new_trial(self._id, template_trial=frozen))
+                frozen.number = self._writer.write(frozen)
+                self._take_in(frozen)
                 return self._mine.pop(token)
 
         with self._one_thread:
@@ -337,9 +340,8 @@ class Record:
             for number in count(self._read):
                 yield self._numbered(number)
 
-    def _take_in(self, trial_id: int) -> None:
-        """Read the trial that was just written."""
-        frozen = self._storage.get_trial(trial_id)
+    def _take_in(self, frozen: FrozenTrial) -> None:
+        """Have the trial that was just written among those that were read."""
         if frozen.number != self._read:  # there are others that were not read
             self._refresh()
             return

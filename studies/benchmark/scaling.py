@@ -19,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
+from rankNAS.allocation import Allocation
 from rankNAS.engine import run
+from rankNAS.evaluation import Evaluator
 from rankNAS.parallel import Parallel, Workers, shared_bytes
 from rankNAS.record import Record
 from rankNAS.scheduler import Outcome, Serial, Task, schedule
@@ -36,6 +38,7 @@ from rankNAS.search_spaces.zoo import build_model
 
 IMAGES, WARM = 1000, 4
 BUDGET = {"macs": 0.5}
+METRICS = {"accuracy": 0.5, "loss": 1.0, "macs": 1.0}
 
 
 def prepared(model: nn.Module, side: int, images: int) -> rankNAS.Study:
@@ -153,7 +156,14 @@ class Nothing(Serial):
 
 
 def nothing(task: Task) -> Outcome:
-    return Outcome(task, "complete", {"accuracy": 0.5, "loss": 1.0, "macs": 1.0})
+    return Outcome(task, "complete", METRICS)
+
+
+class NoOperation(Evaluator):
+    """Measures nothing."""
+
+    def evaluate(self, allocation: Allocation, **_: Any) -> dict[str, float]:
+        return dict(METRICS)
 
 
 def throughput(storage: str, trials: int, workers: int) -> None:
@@ -162,7 +172,8 @@ def throughput(storage: str, trials: int, workers: int) -> None:
     study = prepared(nn.Sequential(nn.Flatten(), small).eval(), 8, 16)
     with tempfile.TemporaryDirectory() as folder:
         timed, own = Seconds(), fresh(study, url(storage, folder))
-        executor = Parallel(study.evaluator, Workers(workers))
+        same = {f.name: getattr(study.evaluator, f.name) for f in fields(Evaluator)}
+        executor = Parallel(NoOperation(**same), Workers(workers))
         try:
             schedule(own, trials, executor, timed)
         finally:
