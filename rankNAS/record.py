@@ -307,8 +307,9 @@ class Record:
     def _retrying(self, action: Callable[[], T]) -> T:
         return retrying(action, self._place)
 
-    def _attributes(self) -> dict[str, Any]:
-        return self.study.user_attrs
+    def _attributes(self) -> Mapping[str, Any]:
+        # Without the deep copy that the study would make of all choices; only looked at.
+        return self._storage.get_study_user_attrs(self._id)
 
     # ------------------------------------------------------------------------------ reading
 

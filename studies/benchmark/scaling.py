@@ -5,7 +5,7 @@
 takes about twenty minutes on two CPU cores and needs no data. ResNet-20 with random weights on
 random images. Measured in turns, so that what disturbs one disturbs all:
 
-- trials a second of two workers over those of one, each with one thread;
+- trials a second of two workers over those of one, each with one thread, study in SQLite;
 - what a trial costs beyond its evaluation, and trials a second, with an evaluation that does
   nothing and eight workers;
 - seconds of a trial at 10,000 trials over those at 100, with an evaluation that does nothing;
@@ -95,10 +95,12 @@ def speedup(rounds: int, trials: int) -> None:
         rates = {}
         for count in (1, 2):
             torch.set_num_threads(count)  # a worker gets one of them
-            timed, own = Seconds(), fresh(study, None)
-            run(own, trials, timed, Workers(count, timeout=600.0))
+            with tempfile.TemporaryDirectory() as folder:
+                timed, own = Seconds(), fresh(study, url("sqlite", folder))
+                run(own, trials, timed, Workers(count, timeout=600.0))
+                spent = [t.seconds for t in own.trials[WARM:]]
+                own.record.close()
             rates[count] = 1 / timed.each(WARM, trials - 1)
-            spent = [t.seconds for t in own.trials[WARM:]]
             overheads.append(timed.each(WARM, trials - 1) * count - statistics.mean(spent))
         ratios.append(rates[2] / rates[1])
     print(
