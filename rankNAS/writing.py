@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import sqlalchemy
 from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial
@@ -65,38 +66,37 @@ class TrialWriter:
             )
             session.add(row)
             session.flush()
-            session.add_all(self._parts(trial, row.trial_id))
+            for model, parts in self._parts(trial):
+                if parts:
+                    rows = [{"trial_id": row.trial_id, **part} for part in parts]
+                    session.execute(sqlalchemy.insert(model), rows)
             row.number = row.count_past_trials(session)
         return int(row.number)
 
-    def _parts(self, trial: FrozenTrial, trial_id: int) -> list[Any]:
-        """The rows of a trial but the one of the trial itself."""
+    def _parts(self, trial: FrozenTrial) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+        """The rows of a trial but the one of the trial itself, by model, without its number."""
         models = self._models
-        found = [
-            models.TrialParamModel(
-                trial_id=trial_id,
-                param_name=name,
-                param_value=self._distributions[name].to_internal_repr(value),
-                distribution_json=self._texts[name],
-            )
-            for name, value in trial.params.items()
-        ]
-        for i, value in enumerate(trial.values or ()):
-            stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-            found.append(
-                models.TrialValueModel(
-                    trial_id=trial_id, objective=i, value=stored, value_type=kind
-                )
-            )
+        yield (
+            models.TrialParamModel,
+            [
+                {
+                    "param_name": name,
+                    "param_value": self._distributions[name].to_internal_repr(value),
+                    "distribution_json": self._texts[name],
+                }
+                for name, value in trial.params.items()
+            ],
+        )
+        stored = [models.TrialValueModel.value_to_stored_repr(v) for v in trial.values or ()]
+        yield (
+            models.TrialValueModel,
+            [{"objective": i, "value": v, "value_type": t} for i, (v, t) in enumerate(stored)],
+        )
         for model, attributes in (
             (models.TrialUserAttributeModel, trial.user_attrs),
             (models.TrialSystemAttributeModel, trial.system_attrs),
         ):
-            found += [
-                model(trial_id=trial_id, key=key, value_json=json.dumps(value))
-                for key, value in attributes.items()
-            ]
-        return found
+            yield model, [{"key": k, "value_json": json.dumps(v)} for k, v in attributes.items()]
 
 
 def _models() -> Any:
