@@ -47,7 +47,7 @@ LEVELS = [
         "report",
     },
     {"early_stopping", "evaluation", "strategies", "tables", "workbench"},
-    {"claims", "locks", "record", "retries", "storage", "study"},
+    {"claims", "locks", "record", "retries", "storage", "study", "writing"},
     {"scheduler", "parallel"},
     {"engine", "testing"},
     {"comparison"},
