@@ -113,7 +113,7 @@ def _rows(
     dense: Allocation,
     allocations: Mapping[str, Allocation],
 ) -> pd.DataFrame:
-    """The result, from the times of each block's networks (rounds, 2 + n), two dense ones first."""
+    """The result, from the times of each block's networks, (rounds, 2 + n), two dense first."""
     reference = float(np.median(np.concatenate([t[:, :2].ravel() for _, t in found])))
     both = np.concatenate([t[:, :2] / np.median(t[:, :2]) for _, t in found]) * reference
     rows = [_row("dense", dense, tables, both[:, i]) for i in range(2)]
