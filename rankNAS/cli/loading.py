@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+CLIP = 1.0  # norm of a gradient; without it, factors of small networks diverged at 0.01
+
+
 def check_options(options: ModelOptions) -> Settings:
     """Everything that can be wrong with the options themselves, before any work is done.
 
@@ -196,6 +199,7 @@ def training_config(
         epochs,
         learning_rate=options.learning_rate,
         distill=options.distill,
+        clip=CLIP,
         flip=flip,
         seed=seed,
     )

@@ -59,6 +59,8 @@ class TrainingConfig:
         label_smoothing: Share of the label spread over all classes (Szegedy et al. 2016).
         augment: Whether to shift the images randomly.
         flip: Whether ``augment`` also mirrors them; wrong for digits and letters.
+        clip: The largest norm of a step's gradient; None for no limit. Factors of a few ranks may
+            have gradients that no learning rate for the rest can bear.
         seed: Of the order, the augmentation and dropout.
     """
 
@@ -73,6 +75,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     augment: bool = True
     flip: bool = False
+    clip: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class TrainingConfig:
         )
         _check("batch_size", self.batch_size, self.batch_size >= 2, "at least 2")
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
+        _check("clip", self.clip, self.clip is None or self.clip > 0, "above 0 or None")
         _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
         _check("optimizer", self.optimizer, self.optimizer in ("sgd", "adamw"), "sgd or adamw")
         _check("distill", self.distill, 0 <= self.distill <= 1, "in [0, 1]")
@@ -260,6 +264,8 @@ class _Run:
             )
         self.optimizer.zero_grad()
         loss.backward()
+        if self.config.clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         self.optimizer.step()
         self.step += 1
         if self.on_step is not None:
@@ -284,7 +290,10 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         shapes = {name: list(tensor.shape) for name, tensor in self.network.state_dict().items()}
-        return asdict(self.config) | {
+        config = asdict(self.config)
+        if self.config.clip is None:  # as before there was a limit
+            del config["clip"]
+        return config | {
             "images": size_of(self.dataset),
             "recipe": RECIPE_VERSION,
             "shapes": shapes,

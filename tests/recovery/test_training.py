@@ -229,3 +229,19 @@ def test_default_length_follows_from_the_cost() -> None:
     assert default_steps(10**13, 640, 64) == 1
     config = default_config(41_000_000, 49_000, flip=True, seed=5)
     assert config.epochs == 1 and config.max_steps == 190 and config.seed == 5 and config.flip
+
+
+def test_a_limit_on_the_gradient_keeps_steps_small() -> None:
+    """Without momentum's past, the first step of SGD is at most rate times limit times 1.9."""
+    moved = {}
+    for clip in (None, 0.01):
+        config = TrainingConfig(1, max_steps=1, learning_rate=0.1, weight_decay=0.0, clip=clip)
+        torch.manual_seed(0)
+        own = network()
+        before = [p.detach().clone() for p in own.parameters()]
+        train(own, images(), config)
+        steps = [(p - q).square().sum() for p, q in zip(own.parameters(), before, strict=True)]
+        moved[clip] = torch.stack(steps).sum().sqrt().item()
+    assert moved[0.01] == pytest.approx(0.1 * 1.9 * 0.01, rel=1e-3) and moved[None] > moved[0.01]
+    with pytest.raises(UsageError, match="clip is 0"):
+        TrainingConfig(1, clip=0.0)
