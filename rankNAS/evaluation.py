@@ -191,8 +191,7 @@ class Evaluator:
         Raises:
             ObjectiveError: Its training, if there is one, diverged.
         """
-        with self._applying(allocation, self.sequential) as factorisation:
-            network = self._build(allocation, factorisation)
+        network = self._untrained(allocation)
         return network if self.recovery is None else self._train(network, self.recovery)
 
     def costs(self, allocation: Allocation) -> dict[str, float]:
@@ -206,8 +205,7 @@ class Evaluator:
     ) -> dict[str, float]:
         costs = self.costs(allocation)
         if final and self.recovery is not None:
-            with self._applying(allocation, self.sequential) as factorisation:
-                network = self._build(allocation, factorisation)
+            network = self._untrained(allocation)
             logits = self._trained_outputs(network, self.recovery, costs, verdict)
             return self._measure(allocation, logits, costs, lambda: copy.deepcopy(network))
         with self._applying(allocation, final) as factorisation:
@@ -237,10 +235,17 @@ class Evaluator:
             found.append(part)
             seen = sum(map(len, found))
             if verdict is not None and seen < len(self._targets):
-                metrics = {**self._metrics(torch.cat(found)), **costs}
-                if not verdict(seen, metrics):
-                    raise PrunedError(f"{seen} validation samples", metrics)
+                words = f"{seen} validation samples"
+                self._ask(verdict, seen, words, torch.cat(found), costs)
         return torch.cat(found)
+
+    def _ask(
+        self, verdict: Verdict, step: int, words: str, logits: Tensor, costs: Mapping[str, float]
+    ) -> None:
+        """Raise a PrunedError unless the verdict at a step is to go on."""
+        metrics = {**self._metrics(logits), **costs}
+        if not verdict(step, metrics):
+            raise PrunedError(words, metrics)
 
     def _trained_outputs(
         self,
@@ -259,9 +264,7 @@ class Evaluator:
 
         def on_epoch(epoch: int) -> None:
             if verdict is not None and epoch < epochs and epoch in self._ends(epochs):
-                metrics = {**self._metrics(outputs()), **costs}
-                if not verdict(epoch, metrics):
-                    raise PrunedError(f"{epoch} of {epochs} epochs", metrics)
+                self._ask(verdict, epoch, f"{epoch} of {epochs} epochs", outputs(), costs)
 
         self._train(network, recovery, on_epoch)
         return outputs()
@@ -378,6 +381,11 @@ class Evaluator:
     def _invalidate(self, first: int) -> None:
         for repeated in self._passes:
             repeated.invalidate(first)
+
+    def _untrained(self, allocation: Allocation) -> nn.Module:
+        """The network of an allocation, its factors refitted if the evaluator does that."""
+        with self._applying(allocation, refit=True) as factorisation:
+            return self._build(allocation, factorisation)
 
     def _build(self, allocation: Allocation, factorisation: Factorisation) -> nn.Module:
         """The network of the allocation that is applied now."""

@@ -48,14 +48,13 @@ class TrialWriter:
         """Write a trial, in one transaction; its number in the study.
 
         Args:
-            trial: Finished; without intermediate values, and with finite values only.
+            trial: Finished; without intermediate values.
         """
         if self._models is None:
             written = self._storage.create_new_trial(self._study_id, template_trial=trial)
             return self._storage.get_trial_number_from_id(written)
         assert isinstance(self._storage, RDBStorage)
-        # What is used after the commit must not be read again.
-        with Session(self._storage.engine, expire_on_commit=False) as session, session.begin():
+        with Session(self._storage.engine) as session, session.begin():
             # Other writers wait here until the number is taken.
             self._models.StudyModel.find_or_raise_by_id(self._study_id, session, for_update=True)
             row = self._models.TrialModel(
@@ -70,8 +69,8 @@ class TrialWriter:
                 if parts:
                     rows = [{"trial_id": row.trial_id, **part} for part in parts]
                     session.execute(sqlalchemy.insert(model), rows)
-            row.number = row.count_past_trials(session)
-        return int(row.number)
+            row.number = number = int(row.count_past_trials(session))
+        return number
 
     def _parts(self, trial: FrozenTrial) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
         """The rows of a trial but the one of the trial itself, by model, without its number."""

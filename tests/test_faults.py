@@ -13,13 +13,13 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from searches import linear_search, opened
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.engine import run
 from rankNAS.objectives import Objective
-from rankNAS.record import METRICS, Record
+from rankNAS.record import METRICS
 
 KILLS, TRIALS = 50, 120
 SECONDS = 0.03  # of an evaluation, beyond what it takes
@@ -32,18 +32,7 @@ def slow(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 def prepared() -> rankNAS.Study:
     """A search whose state is made once; processes that are forked from this one go on with it."""
-    torch.manual_seed(0)
-    layers = [layer for _ in range(5) for layer in (nn.Linear(64, 64), nn.ReLU())]
-    x, y = torch.randn(120, 64), torch.randint(0, 4, (120,))
-    return rankNAS.search(
-        nn.Sequential(*layers, nn.Linear(64, 4)).eval(),
-        (TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:])),
-        budget={"macs": 0.5},
-        strategy="random",
-        objectives=[Objective(slow, direction="minimize")],
-        n_trials=1,
-        settings=rankNAS.Settings(calibration=32, validation=32),
-    )
+    return linear_search(objectives=[Objective(slow, direction="minimize")])
 
 
 def go_on(study: rankNAS.Study, storage: str, told: int) -> None:
@@ -56,17 +45,6 @@ def go_on(study: rankNAS.Study, storage: str, told: int) -> None:
 
 def _tell(told: int, number: int) -> None:
     os.write(told, f"{number}\n".encode())
-
-
-def opened(study: rankNAS.Study, storage: str | None) -> Record:
-    return Record.open(
-        storage,
-        "study",
-        configuration={},
-        choices=study.problem.labels(),
-        directions=study.problem.directions,
-        resume=True,
-    )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")

@@ -9,15 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
+from searches import linear_search, opened
 
 import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.evaluation import PrunedError
 from rankNAS.exceptions import ObjectiveError
-from rankNAS.record import Claim, Record
+from rankNAS.record import Claim
 from rankNAS.scheduler import Outcome, Serial, Task, execute, schedule
 
 TRIALS = 30
@@ -25,17 +23,7 @@ TRIALS = 30
 
 @pytest.fixture(scope="module")
 def study() -> rankNAS.Study:
-    torch.manual_seed(0)
-    layers = [layer for _ in range(5) for layer in (nn.Linear(64, 64), nn.ReLU())]
-    x, y = torch.randn(120, 64), torch.randint(0, 4, (120,))
-    return rankNAS.search(
-        nn.Sequential(*layers, nn.Linear(64, 4)).eval(),
-        (TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:])),
-        budget={"macs": 0.5},
-        strategy="random",
-        n_trials=1,
-        settings=rankNAS.Settings(calibration=32, validation=32),
-    )
+    return linear_search()
 
 
 class Raising:
@@ -92,18 +80,10 @@ class Slow(Serial):
 def test_two_loops_share_the_work(study: rankNAS.Study, tmp_path: Path, form: str) -> None:
     executors = [Slow(study.evaluator), Slow(study.evaluator)]
 
-    def opened() -> Record:
-        return Record.open(
-            form.format(tmp_path),
-            "study",
-            configuration={},
-            choices=study.problem.labels(),
-            directions=study.problem.directions,
-            resume=True,
-        )
+    storage = form.format(tmp_path)
 
     def work(executor: Slow) -> None:
-        with opened() as record:
+        with opened(study, storage) as record:
             schedule(replace(study, record=record), TRIALS, executor)
 
     threads = [threading.Thread(target=work, args=(e,)) for e in executors]
@@ -111,7 +91,7 @@ def test_two_loops_share_the_work(study: rankNAS.Study, tmp_path: Path, form: st
         thread.start()
     for thread in threads:
         thread.join()
-    trials = opened().history().trials
+    trials = opened(study, storage).history().trials
     assert len(trials) == TRIALS == len({t.allocation for t in trials})
     assert sum(e.count for e in executors) == TRIALS
     assert min(e.count for e in executors) >= TRIALS // 4

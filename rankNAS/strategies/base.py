@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import ChainMap
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,8 +76,7 @@ class History:
 
     def _with(self, later: History, trials: Sequence[Trial]) -> History:
         """Hand what was computed on to a later history, so that a trial costs the same always."""
-        later.__dict__["_feasible"] = self._feasible
-        later.__dict__["_candidates"] = self._candidates
+        later.__dict__["_filtered"] = self._filtered
         if "complete" in self.__dict__:
             found = tuple(t for t in trials if t.state == "complete")
             later.__dict__["complete"] = self.complete + found
@@ -86,11 +85,7 @@ class History:
         return later
 
     @cached_property
-    def _feasible(self) -> dict[int, tuple[Problem, int, tuple[Trial, ...]]]:
-        return {}
-
-    @cached_property
-    def _candidates(self) -> dict[str, tuple[int, tuple[Trial, ...]]]:
+    def _filtered(self) -> dict[int | str, tuple[Problem, int, tuple[Trial, ...]]]:
         return {}
 
     @cached_property
@@ -105,24 +100,28 @@ class History:
 
     def feasible(self, problem: Problem) -> tuple[Trial, ...]:
         """The successful trials that meet a problem's budgets, whatever they were made for."""
-        _, seen, known = self._feasible.get(id(problem), (problem, 0, ()))
-        if seen > len(self.trials):  # of a later history
-            seen, known = 0, ()
-        later = [t for t in self.trials[seen:] if t.state == "complete"]
-        found = known + tuple(t for t in later if problem.meets(problem.indices(t.allocation)))
-        # The problem is kept too: as long as it lives, no other one has its id.
-        self._feasible[id(problem)] = (problem, len(self.trials), found)
-        return found
+
+        def wanted(trial: Trial) -> bool:
+            done = trial.state == "complete"
+            return done and problem.meets(problem.indices(trial.allocation))
+
+        return self._filter(id(problem), problem, wanted)
 
     def candidates(self, problem: Problem) -> tuple[Trial, ...]:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
         target = problem.label
-        seen, known = self._candidates.get(target, (0, ()))
+        return self._filter(target, problem, lambda t: not t.probe and t.target == target)
+
+    def _filter(
+        self, key: int | str, problem: Problem, wanted: Callable[[Trial], bool]
+    ) -> tuple[Trial, ...]:
+        """The trials that are wanted; those that were looked at before are not again."""
+        _, seen, known = self._filtered.get(key, (problem, 0, ()))
         if seen > len(self.trials):  # of a later history
             seen, known = 0, ()
-        later = self.trials[seen:]
-        found = known + tuple(t for t in later if not t.probe and t.target == target)
-        self._candidates[target] = (len(self.trials), found)
+        found = known + tuple(t for t in self.trials[seen:] if wanted(t))
+        # The problem is kept too: as long as it lives, no other one has its id.
+        self._filtered[key] = (problem, len(self.trials), found)
         return found
 
     @cached_property
