@@ -478,15 +478,15 @@ def _configuration(
     seed: int,
     factorisation: Factorisation,
 ) -> dict[str, Any]:
-    """What must not change while a study goes on; JSON values."""
+    """What must not change while a study goes on."""
     return {
         "weights": fingerprint(model.state_dict()),
         "data": data.fingerprint,
-        "strategy": repr(strategy),
+        "strategy": strategy,
         "objectives": [f"{o.name}={o.direction}" for o in objectives],
         # A study goes on under another bound, but the choices depend on the costs that matter.
         "costs": sorted({name for budget in budgets for name in budget}),
-        "settings": repr(settings),
+        "settings": settings,
         "seed": seed,
         "layers": len(factorisation.space.layers),
     }

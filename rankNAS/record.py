@@ -29,6 +29,7 @@ from sqlalchemy.engine import Engine
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.claims import LEASE, Claim, Owner, keep_alive
+from rankNAS.configuration import described, differences
 from rankNAS.exceptions import StudyError
 from rankNAS.locks import study_lock
 from rankNAS.objectives.base import Direction
@@ -111,7 +112,7 @@ class Record:
         Args:
             storage: As for `rankNAS.storage.open_storage`; None keeps the study in memory.
             name: The study's name in the storage.
-            configuration: What must not change between sessions; JSON values.
+            configuration: What must not change between sessions: JSON values and dataclasses.
             choices: Labels of each layer's choices. A resumed study keeps those it was made with.
             directions: Of the objectives.
             resume: Whether an existing study may be gone on with.
@@ -137,7 +138,7 @@ class Record:
                         raise StudyError(f"study {name!r} exists and was not made by RankNAS.")
                     # The configuration last: without it, a start that was killed is done again.
                     study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
-                    study.set_user_attr(CONFIGURATION, dict(configuration))
+                    study.set_user_attr(CONFIGURATION, described(configuration))
                     return cls(study, opened, choices)
                 size = len(study.get_trials(deepcopy=False))
         except Exception as error:
@@ -531,10 +532,7 @@ def _digest(trial: Trial) -> str:
 
 
 def _check_configuration(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    given = json.loads(json.dumps(dict(given)))
-    differing = sorted(k for k in {*stored, *given} if stored.get(k) != given.get(k))
-    if differing:
-        listed = "; ".join(f"{k} was {stored.get(k)!r}, is {given.get(k)!r}" for k in differing)
+    if listed := "; ".join(differences(stored, given)):
         raise StudyError(
             f"study {name!r} exists with another configuration: {listed}. Give the same options, "
             "or another --study name."

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
+from rankNAS.allocation import Allocation
 from rankNAS.exceptions import (
     BudgetError,
     DataError,
@@ -24,7 +25,7 @@ from rankNAS.exceptions import (
 )
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.compiler import count_macs
-from rankNAS.strategies import Energy, OneShot, Random, Request
+from rankNAS.strategies import Energy, OneShot, Random, Request, Uniform
 from rankNAS.strategies.base import History, Problem, Strategy
 
 Pair = tuple[TensorDataset, TensorDataset]
@@ -119,6 +120,25 @@ def test_another_configuration_is_refused_and_named(
         small_net.head.weight += 1  # type: ignore[operator, union-attr]
     with pytest.raises(StudyError, match="weights was"):
         search(small_net, small_data, storage=storage, resume=True)
+
+
+class Plain(Strategy):
+    """Not a dataclass, so it prints as its address."""
+
+    name = "plain"
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        return Uniform().propose(problem, history, n, rng)
+
+
+def test_a_study_of_a_plain_strategy_goes_on(
+    small_net: nn.Module, small_data: Pair, tmp_path: Path
+) -> None:
+    options = {"storage": f"sqlite:///{tmp_path}/study.db", "resume": True}
+    studies = [search(small_net, small_data, strategy=Plain(), **options) for _ in range(2)]
+    assert len(studies[1].trials) == len(studies[0].trials) > 0
 
 
 def test_a_study_goes_on_under_another_budget(

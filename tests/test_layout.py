@@ -22,6 +22,7 @@ LEVELS = [
         "allocation",
         "budget",
         "checkpoints",
+        "configuration",
         "environment",
         "files",
         "fingerprints",

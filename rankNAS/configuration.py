@@ -1,0 +1,80 @@
+"""What a study was made with, in JSON, so that a later session can be held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+__all__ = ["described", "differences"]
+
+CLASS = "class"
+UNKNOWN = "not known"  # to this version, or to the one that made the study
+
+
+def described(value: Any) -> Any:
+    """A value in JSON: a dataclass by its class and the fields that it prints.
+
+    Other objects are described by what they print as, functions by their name, and what prints as
+    nothing but an address by its class.
+
+    >>> described({"sizes": (1, 2), "by": object()})
+    {'sizes': [1, 2], 'by': 'object'}
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {f.name: described(getattr(value, f.name)) for f in _printed(value)}
+        return {CLASS: type(value).__qualname__, **own}
+    if isinstance(value, type) or callable(value):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    by_address = repr(value) == object.__repr__(value)
+    return type(value).__qualname__ if by_address else repr(value)
+
+
+def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
+    """In words, where a value differs from what was stored of one by `described`.
+
+    A field that the stored dataclass did not have yet counts as its default: it is newer than the
+    study.
+
+    >>> list(differences({"seed": 0, "sizes": [1]}, {"seed": 1, "sizes": (1,)}))
+    ['seed was 0, is 1']
+    """
+    now = described(given)
+    if not (isinstance(stored, dict) and isinstance(now, dict)):
+        if stored != now:
+            yield f"{name} was {stored!r}, is {now!r}"
+        return
+    defaults: dict[str, Any] = {}
+    if not is_dataclass(given):
+        live = {str(key): item for key, item in given.items()}
+    else:
+        if stored.get(CLASS) != now[CLASS]:
+            yield f"{name} was {stored.get(CLASS, stored)!r}, is {now[CLASS]!r}"
+            return
+        live = {CLASS: now[CLASS]} | {f.name: getattr(given, f.name) for f in _printed(given)}
+        defaults = {f.name: _default(f) for f in _printed(given)}
+    for key in sorted({*stored, *now}):
+        path = f"{name}.{key}" if name else key
+        if key not in now:
+            yield f"{path} was {stored[key]!r}, is {UNKNOWN}"
+        elif key in stored:
+            yield from differences(stored[key], live[key], path)
+        elif now[key] != defaults.get(key, MISSING):
+            yield f"{path} was {UNKNOWN}, is {now[key]!r}"
+
+
+def _printed(value: Any) -> list[Field[Any]]:
+    return [field for field in fields(value) if field.repr]
+
+
+def _default(field: Field[Any]) -> Any:
+    """Described; MISSING if it has none."""
+    if field.default_factory is not MISSING:
+        return described(field.default_factory())
+    return MISSING if field.default is MISSING else described(field.default)
