@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.budget import check_budgets
+from rankNAS.budget import BUDGET_COSTS, check_budgets
 from rankNAS.calibration import calibrate
 from rankNAS.data import (
     Data,
@@ -38,7 +38,7 @@ from rankNAS.files import cache_folder
 from rankNAS.fingerprints import fingerprint
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.network import Factorisation, Select, factorise
-from rankNAS.objectives import ObjectiveBase, make_objective
+from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.parallel import Parallel, Workers
 from rankNAS.pareto import worthwhile
 from rankNAS.record import Record
@@ -466,6 +466,12 @@ def _check(n_trials: int, objectives: Sequence[ObjectiveBase]) -> None:
     names = [o.name for o in objectives]
     if len(set(names)) < len(names):
         raise UsageError(f"objectives must have different names, got {', '.join(names)}.")
+    for objective in objectives:
+        if objective.name in BUDGET_COSTS and not isinstance(objective, CostObjective | Latency):
+            raise UsageError(
+                f"an objective of yours has the name of a cost, {objective.name!r}, which is "
+                "known without measuring; give it another name."
+            )
 
 
 def _configuration(

@@ -365,6 +365,11 @@ def test_progress_is_reported(small_net: nn.Module, small_data: Pair) -> None:
         ({"objectives": ["acuracy"]}, UnknownNameError, "Did you mean 'accuracy'"),
         ({"objectives": []}, UsageError, "at least one objective"),
         ({"objectives": ["loss", "loss"]}, UsageError, "different names"),
+        (
+            {"objectives": [rankNAS.Objective(lambda network, data: 0.0, name="macs")]},
+            UsageError,
+            "has the name of a cost, 'macs'",
+        ),
         ({"budget": {"macs": 0.0}}, BudgetError, r"in \(0, 1\]"),
         ({"budget": {"macs": 1.5}}, BudgetError, r"in \(0, 1\]"),
         ({"budget": {"mac": 0.5}}, UnknownNameError, "Did you mean 'macs'"),
