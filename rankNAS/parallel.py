@@ -3,20 +3,16 @@
 A trial of Tune is one worker, which evaluates one allocation after the other: Tune places the
 workers, gives them their resources and starts them again when they die. What to evaluate and what
 came of it goes through a mailbox, a small actor, so that an allocation costs a round trip of about
-a millisecond and not a trial of Tune, with its files and its bookkeeping. The driver proposes and
-records; nothing of Tune's is needed to go on with a search.
-
-The evaluator's factors and data are put into Ray's object store once. Workers on the same machine
-read them there, without a copy.
+a millisecond and not a trial of Tune, with its files and its bookkeeping (`worker`). The driver
+proposes and records; nothing of Tune's is needed to go on with a search. The factors and the
+data are put into Ray's object store once (`sharing`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
-import pickle
 import queue
 import shutil
 import sys
@@ -24,20 +20,20 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import RankNASError, UsageError
-from rankNAS.plugins import MODULE_PREFIX
 from rankNAS.retries import reason
-from rankNAS.scheduler import Executor, Outcome, Rule, Task, execute
+from rankNAS.scheduler import Executor, Outcome, Rule, Task
+from rankNAS.sharing import sending, shared_bytes
+from rankNAS.worker import Mailbox, work
 
-__all__ = ["Parallel", "Workers", "shared_bytes"]
+__all__ = ["Parallel", "Workers"]
 
 logger = logging.getLogger(__name__)
 RESTARTS = 1000  # of a worker
@@ -45,7 +41,6 @@ RETRIES = 2  # of a task whose worker died
 WAIT = 1.0  # seconds between looks at how long tasks have been running
 BEGIN = 600.0  # seconds for the first worker to begin
 LEAVE = 10.0  # seconds that workers may take to go home
-REPORT = 1.0  # seconds between what a worker tells Tune
 STORE = 1.5  # size of a local object store, relative to what goes into it
 LEAST_STORE = 128 * 2**20  # bytes
 
@@ -123,7 +118,7 @@ class Parallel(Executor):
         import ray
         from ray import tune
 
-        mailbox: Any = ray.remote(_Mailbox)
+        mailbox: Any = ray.remote(Mailbox)
         self._mailbox = mailbox.options(num_cpus=0, max_concurrency=1000).remote(rule)
         threads = _threads(self.workers)
         resources = {"CPU": float(threads if self.workers.address else 1)}
@@ -131,13 +126,13 @@ class Parallel(Executor):
             resources["GPU"] = self.workers.gpus
         elif evaluator.device != "cpu":
             logger.warning("workers get no GPU, but are to run on %s", evaluator.device)
-        with _sending():
+        with sending():
             shared = ray.put(evaluator)
-        work = tune.with_parameters(
-            _work, shared=[shared], mailbox=self._mailbox, threads=threads, path=list(sys.path)
+        trainable = tune.with_parameters(
+            work, shared=[shared], mailbox=self._mailbox, threads=threads, path=list(sys.path)
         )
         tuner = tune.Tuner(
-            tune.with_resources(work, resources),
+            tune.with_resources(trainable, resources),
             param_space={"worker": tune.grid_search(list(range(self.workers.count)))},
             tune_config=tune.TuneConfig(max_concurrent_trials=self.workers.count),
             run_config=tune.RunConfig(
@@ -278,111 +273,6 @@ def _watch(deaths: queue.SimpleQueue[int], leaving: threading.Event) -> Any:
     return Watch(deaths, leaving)
 
 
-class _Mailbox:
-    """Where workers find tasks and leave outcomes; an actor."""
-
-    def __init__(self, rule: Rule | None) -> None:
-        self._rule = rule
-        self._tasks: asyncio.Queue[tuple[int, Task] | None] = asyncio.Queue()
-        self._events: list[tuple[str, int, Any]] = []
-        self._news = asyncio.Event()
-        self._home = False
-        self._lives: dict[int, int] = {}  # of each worker, how often it has begun
-
-    def _tell(self, *event: Any) -> None:
-        self._events.append(event)
-        self._news.set()
-
-    async def go_home(self) -> None:
-        """There is nothing more to do."""
-        self._home = True
-        self._tasks.put_nowait(None)
-
-    async def hello(self, worker: int, actor: Any) -> tuple[int, bool]:
-        """A worker has begun; which of its lives that is, and whether to ask for verdicts."""
-        self._lives[worker] = self._lives.get(worker, 0) + 1
-        self._tell("hello", worker, actor)
-        return self._lives[worker], self._rule is not None
-
-    async def unable(self, worker: int, reason: str) -> None:
-        """A worker cannot begin."""
-        self._tell("unable", worker, reason)
-
-    async def take(self, worker: int, life: int) -> tuple[int, Task] | None:
-        """The next task; None to go home."""
-        found = await self._tasks.get()
-        if found is None or self._home:
-            self._tasks.put_nowait(None)  # for the next worker
-            return None
-        if life != self._lives[worker]:  # whoever asked has died while it waited
-            self._tasks.put_nowait(found)
-            return None
-        self._events.append(("took", worker, found[0]))  # no reason to wake the driver
-        return found
-
-    async def done(
-        self, worker: int, life: int, number: int, outcome: Outcome
-    ) -> tuple[int, Task] | None:
-        """Leave an outcome and take the next task."""
-        self._tell("done", worker, (number, outcome))
-        return await self.take(worker, life)
-
-    async def verdict(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation goes on."""
-        return self._rule is None or self._rule(target, step, metrics)
-
-    async def exchange(
-        self, tasks: Sequence[tuple[int, Task]], seconds: float
-    ) -> list[tuple[str, int, Any]]:
-        """Leave tasks to do; what has happened since the last call, as soon as something has."""
-        for task in tasks:
-            self._tasks.put_nowait(task)
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._news.wait(), seconds)
-        self._news.clear()
-        events, self._events = self._events, []
-        return events
-
-
-def _work(
-    config: dict[str, Any], shared: list[Any], mailbox: Any, threads: int, path: list[str]
-) -> None:
-    """A worker: evaluates until it is sent home."""
-    import ray
-    from ray import tune
-
-    sys.path += [entry for entry in path if entry not in sys.path]  # for the model's own module
-    torch.set_num_threads(threads)
-    worker = int(config["worker"])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        try:
-            evaluator: Evaluator = ray.get(shared[0])
-        except Exception as error:
-            ray.get(mailbox.unable.remote(worker, f"{type(error).__name__}: {error}"))
-            return
-    life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
-
-    def rule(target: str, step: int, metrics: Mapping[str, float]) -> bool:
-        return bool(ray.get(mailbox.verdict.remote(target, step, metrics)))
-
-    finished, reported = 0, 0.0
-    found = ray.get(mailbox.take.remote(worker, life))
-    while found is not None:
-        number, task = found
-        try:
-            outcome = execute(evaluator, task, rule if stops else None)
-        except Exception as error:
-            # The driver has no use for the exception, which may not even unpickle there.
-            reason = f"{type(error).__name__}: {error}"
-            outcome = Outcome(task, "failed", reason=reason)
-        finished += 1
-        if time.monotonic() - reported > REPORT:
-            reported = time.monotonic()
-            tune.report({"finished": finished})
-        found = ray.get(mailbox.done.remote(worker, life, number, outcome))
-
-
 def _threads(workers: Workers) -> int:
     """Of each worker, so that all together have one a core."""
     import ray
@@ -430,96 +320,3 @@ def _connect(workers: Workers, evaluator: Evaluator) -> bool:
         **common,
     )
     return True
-
-
-def shared_bytes(evaluator: Evaluator) -> int:
-    """Bytes of the tensors that an evaluator is sent with, counted by what they pickle to."""
-    sizes: list[int] = []
-    with _sending():
-        _cloudpickle().dumps(
-            evaluator, protocol=5, buffer_callback=lambda b: sizes.append(b.raw().nbytes)
-        )
-    return sum(sizes)
-
-
-def _cloudpickle() -> Any:
-    """Ray's own copy of it, which has no types."""
-    from ray import cloudpickle
-
-    return cloudpickle
-
-
-@contextlib.contextmanager
-def _sending() -> Iterator[None]:
-    """Within, an evaluator is pickled for workers.
-
-    Raises:
-        UsageError: Something of the user's cannot be pickled.
-    """
-    with _shared_tensors(), _code_by_value():
-        try:
-            yield
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
-            raise UsageError(
-                f"the model or an objective cannot be sent to workers ({error}); define it at "
-                "the top level of a file, without lambdas or open files, or use one worker."
-            ) from None
-
-
-@contextlib.contextmanager
-def _shared_tensors() -> Iterator[None]:
-    """Within, tensors are pickled as arrays, which Ray lets all processes read in one place."""
-    dispatch = _cloudpickle().CloudPickler.dispatch
-    before = {kind: dispatch.get(kind) for kind in (Tensor, nn.Parameter)}
-    dispatch[Tensor] = _reduced
-    dispatch[nn.Parameter] = _reduced
-    try:
-        yield
-    finally:
-        for kind, reducer in before.items():
-            if reducer is None:
-                dispatch.pop(kind, None)
-            else:
-                dispatch[kind] = reducer
-
-
-def _reduced(tensor: Tensor) -> tuple[Any, ...]:
-    """How a tensor is pickled: its bytes as an array, and how they are to be read."""
-    own = tensor.detach()
-    last = own.dim() == 4 and not own.is_contiguous()
-    own = (own.permute(0, 2, 3, 1) if last else own).cpu().contiguous()
-    flat = own.reshape(-1)
-    if flat.stride() != (1,):  # of one element, any stride counts as contiguous
-        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
-    array = flat.view(torch.uint8).numpy()
-    parameter = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
-    return _restored, (array, own.dtype, tuple(own.shape), last, parameter, str(tensor.device))
-
-
-def _restored(
-    array: Any,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    last: bool,
-    parameter: bool | None,
-    device: str,
-) -> Tensor:
-    """The inverse; on the CPU, the tensor's bytes are those of the array."""
-    tensor = torch.from_numpy(array).view(dtype) if array.size else torch.empty(0, dtype=dtype)
-    tensor = tensor.reshape(shape)
-    tensor = (tensor.permute(0, 3, 1, 2) if last else tensor).to(device)
-    return tensor if parameter is None else nn.Parameter(tensor, requires_grad=parameter)
-
-
-@contextlib.contextmanager
-def _code_by_value() -> Iterator[None]:
-    """Within, what the user's files define is pickled with its code: workers cannot import it."""
-    cloudpickle = _cloudpickle()
-    own = [m for name, m in sys.modules.items() if name.startswith(MODULE_PREFIX)]
-    for module in own:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        for module in own:
-            cloudpickle.unregister_pickle_by_value(module)

@@ -1,15 +1,12 @@
 """The record of a search: an Optuna study that can be killed at any moment.
 
 A trial is written in one transaction when it ends, so there is never half a trial, and nothing to
-clean up after a crash. Its parameters are the layers' choices, its values the objectives, its user
-attributes the metrics. The configuration is a user attribute of the study; going on with another
+clean up after a crash. The configuration is a user attribute of the study; going on with another
 one is refused. Several processes may work on one study: see `Record.claim`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 import time
@@ -17,17 +14,15 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timedelta
 from itertools import count
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
-from optuna.distributions import CategoricalDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from sqlalchemy.engine import Engine
 
-from rankNAS.allocation import Allocation, Choice
+from rankNAS.allocation import Allocation
 from rankNAS.claims import LEASE, Claim, Owner, keep_alive
 from rankNAS.configuration import described, differences
 from rankNAS.exceptions import StudyError
@@ -36,19 +31,13 @@ from rankNAS.objectives.base import Direction
 from rankNAS.retries import explained, retrying
 from rankNAS.storage import open_storage, storage_name
 from rankNAS.strategies.base import History, Trial
+from rankNAS.trial_format import TrialFormat
 from rankNAS.writing import TrialWriter
 
 __all__ = ["Claim", "Record", "study_names"]
 
 logger = logging.getLogger(__name__)
-CONFIGURATION, CHOICES, METRICS = "ranknas:configuration", "ranknas:choices", "ranknas:metrics"
-CHECK = "ranknas:check"  # a token that no other trial has, and a checksum
-STATES = {
-    "complete": TrialState.COMPLETE,
-    "failed": TrialState.FAIL,
-    "pruned": TrialState.PRUNED,
-}
-NAMES = {state: name for name, state in STATES.items()}
+CONFIGURATION, CHOICES = "ranknas:configuration", "ranknas:choices"
 LOOK = 1.0  # seconds
 T = TypeVar("T")
 
@@ -82,9 +71,8 @@ class Record:
         self._owner = Owner(choices)
         self._one_thread = threading.RLock()
         self._ended: threading.Event | None = None
-        self._distributions = {k: CategoricalDistribution(list(v)) for k, v in choices.items()}
-        self._writer = TrialWriter(storage, self._id, self._distributions)
-        self._parsed = {text: Choice.parse(text) for v in choices.values() for text in v}
+        self._format = TrialFormat(choices)
+        self._writer = TrialWriter(storage, self._id, self._format.distributions)
         self._history = History()
         self._read = 0  # trials of the Optuna study that were looked at
         self._open: set[int] = set()  # and that were not finished then
@@ -182,7 +170,7 @@ class Record:
             StudyError: The storage does not answer.
         """
         token = f"{self._owner.name}:{uuid.uuid4().hex}"
-        frozen = self._frozen(trial, token)
+        frozen = self._format.finished(trial, token)
         attempts = 0
 
         def write() -> Trial | None:
@@ -258,7 +246,7 @@ class Record:
         with self._one_thread:
             try:
                 for claim in claims:
-                    self.study.add_trial(self._broken_off(claim))
+                    self.study.add_trial(self._format.broken_off(claim))
                 self._hold(())
             except Exception as error:  # whoever interrupts does not want to wait
                 logger.debug("not recorded: %s", explained(error, self._place))
@@ -357,77 +345,21 @@ class Record:
 
     def _trial(self, frozen: FrozenTrial) -> Trial | None:
         """A finished trial of Optuna as ours; None if it is not ours."""
-        attributes = frozen.user_attrs
-        if METRICS not in attributes and CHECK not in attributes:
-            return None
         try:
-            pairs = tuple((layer, self._parsed[frozen.params[layer]]) for layer in self.choices)
-            state = NAMES[frozen.state]
-            trial = Trial(
-                frozen.number,
-                Allocation(pairs),
-                cast(Literal["complete", "failed", "pruned"], state),
-                tuple(frozen.values or ()) if state == "complete" else (),
-                attributes[METRICS],
-                frozen.duration.total_seconds() if frozen.duration else 0.0,
-                attributes.get("reason", ""),
-                attributes.get("probe", False),
-                attributes.get("target", ""),
-            )
-            token, digest = attributes.get(CHECK, ("", None))
-            whole = digest in (None, _digest(trial))
-        except (KeyError, TypeError, ValueError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise StudyError(self._damaged(frozen.number, why)) from None
-        if not whole:
-            raise StudyError(self._damaged(frozen.number, "it is not what was written"))
-        if str(token).startswith(self._owner.name):
+            found = self._format.read(frozen)
+        except ValueError as error:
+            raise StudyError(
+                f"trial {frozen.number} of study {self.study.study_name!r} in {self._place} is "
+                f"damaged: {error}. Bring the storage back from a copy, or start a new study."
+            ) from None
+        if found is None:
+            return None
+        trial, token = found
+        if token.startswith(self._owner.name):
             self._mine[token] = trial
         return trial
 
-    def _damaged(self, number: int, why: str) -> str:
-        return (
-            f"trial {number} of study {self.study.study_name!r} in {self._place} is damaged: "
-            f"{why}. Bring the storage back from a copy, or start a new study."
-        )
-
     # ------------------------------------------------------------------------------ writing
-
-    def _frozen(self, trial: Trial, token: str) -> FrozenTrial:
-        ended = datetime.now()
-        labels = trial.allocation.labels()
-        attributes: dict[str, Any] = {METRICS: dict(trial.metrics), **trial.metrics}
-        if trial.reason:
-            attributes["reason"] = trial.reason
-        if trial.probe:
-            attributes["probe"] = True
-        attributes["target"] = trial.target
-        attributes[CHECK] = [token, _digest(trial)]
-        complete = trial.state == "complete"
-        return FrozenTrial(
-            number=-1,
-            trial_id=-1,
-            state=STATES[trial.state],
-            value=None,
-            values=list(trial.values) if complete else None,
-            datetime_start=ended - timedelta(seconds=trial.seconds),
-            datetime_complete=ended,
-            params=labels,
-            distributions={k: self._distributions[k] for k in labels},
-            user_attrs=attributes,
-            # What samplers and the dashboard read: a probe need not meet the budget.
-            system_attrs={"constraints": (1.0 if trial.probe else 0.0,)},
-            intermediate_values={},
-        )
-
-    def _broken_off(self, claim: Claim) -> FrozenTrial:
-        labels = claim.allocation.labels()
-        return optuna.trial.create_trial(
-            state=TrialState.FAIL,
-            params=labels,
-            distributions={k: self._distributions[k] for k in labels},
-            user_attrs={"reason": "interrupted", "target": claim.target},
-        )
 
     def _leased(self, allocation: Allocation) -> bool:
         """Whether nobody else can have been granted an allocation, though clocks differ a bit."""
@@ -515,20 +447,6 @@ def study_names(storage: str) -> list[str]:
         return optuna.get_all_study_names(opened)
     except Exception as error:
         raise explained(error, storage_name(opened)) from None
-
-
-def _digest(trial: Trial) -> str:
-    """A checksum of what is stored of a trial, its time apart."""
-    stored = [
-        trial.allocation.labels(),
-        trial.state,
-        [float(v) for v in trial.values] if trial.state == "complete" else [],
-        dict(trial.metrics),
-        trial.reason,
-        trial.probe,
-        trial.target,
-    ]
-    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_configuration(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from rankNAS.evaluation import Evaluator
 from rankNAS.exceptions import UsageError
 from rankNAS.network import factorise
 from rankNAS.objectives import Objective
-from rankNAS.parallel import Parallel, Workers, _reduced, _restored, shared_bytes
+from rankNAS.parallel import Parallel, Workers
 from rankNAS.record import Claim
 from rankNAS.scheduler import Outcome, Task
 from rankNAS.search_spaces.compiler import compile_space
@@ -178,44 +177,6 @@ def test_two_workers_share_a_search(cluster: None, tmp_path: Path) -> None:
     for trial in study.trials:
         again = alone.evaluator.evaluate(trial.allocation)
         assert trial.metrics == pytest.approx(again, rel=1e-5, abs=1e-6)
-
-
-def test_tensors_go_through_shared_memory_as_they_are() -> None:
-    x = torch.randn(2, 3, 4, 5)
-    parameter = nn.Parameter(torch.randn(3, 3), requires_grad=False)
-    tensors = [
-        x,
-        x.contiguous(memory_format=torch.channels_last),
-        x.half(),
-        x.bfloat16(),
-        torch.tensor(3.5),
-        torch.arange(5),
-        torch.tensor([True, False]),
-        torch.zeros(0, 3),
-        x.transpose(1, 3),
-        torch.randn(4, 26)[:1, :1].T,
-        torch.randn(1, 26).T[:1],
-        parameter,
-    ]
-    for tensor in tensors:
-        restore, arguments = _reduced(tensor)
-        back = restore(*arguments)
-        assert type(back) is type(tensor)
-        assert back.dtype == tensor.dtype
-        assert torch.equal(back, tensor)
-        assert back.requires_grad == tensor.requires_grad
-    assert _restored(*_reduced(tensors[1])[1]).is_contiguous(memory_format=torch.channels_last)
-    arguments = _reduced(x)[1]
-    assert _restored(*arguments).data_ptr() == arguments[0].ctypes.data  # no copy
-
-
-def test_what_cannot_be_sent_is_said(tmp_path: Path, small_net: nn.Module) -> None:
-    own = evaluator(tmp_path, small_net)
-    assert shared_bytes(own) > sum(p.nbytes for p in small_net.parameters())
-    locked = threading.Lock()
-    own.objectives = [Objective(lambda *_: float(locked.locked()), name="locked")]
-    with pytest.raises(UsageError, match="cannot be sent to workers"):
-        shared_bytes(own)
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_a_trial_is_written_once_though_the_connection_breaks(
 def test_trials_of_others_are_left_out_and_late_ones_come_in_their_place() -> None:
     record = worker.opened(None)
     foreign = record.study.ask()
-    running = record.study.ask({"layer0": record._distributions["layer0"]})
+    running = record.study.ask({"layer0": record._format.distributions["layer0"]})
     for claim in PAIR:
         record.add(worker.evaluated(claim), ("accuracy",))
     assert [t.number for t in record.history().trials] == [2, 3]
@@ -281,7 +281,7 @@ def test_trials_of_others_are_left_out_and_late_ones_come_in_their_place() -> No
 def test_reading_what_is_new_does_not_depend_on_what_is_known() -> None:
     storage = optuna.storages.InMemoryStorage()
     record = worker.opened(storage)
-    template = record._frozen(worker.evaluated(ONE), "token")
+    template = record._format.finished(worker.evaluated(ONE), "token")
     for _ in range(3000):
         record.study.add_trial(template)
     record.history()

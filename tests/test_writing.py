@@ -29,7 +29,7 @@ TRIALS = [
 
 
 def templates(record: Record) -> list[FrozenTrial]:
-    return [record._frozen(trial, f"token{i}") for i, trial in enumerate(TRIALS)]
+    return [record._format.finished(trial, f"token{i}") for i, trial in enumerate(TRIALS)]
 
 
 def essence(trial: FrozenTrial) -> dict[str, Any]:
@@ -121,5 +121,5 @@ def test_dates_are_read_as_they_were_written(shared: str) -> None:
 
 def test_writers_are_of_one_study() -> None:
     record = worker.opened(None)
-    writer = TrialWriter(record._storage, record._id, record._distributions)
+    writer = TrialWriter(record._storage, record._id, record._format.distributions)
     assert [writer.write(t) for t in templates(record)] == [0, 1, 2, 3]

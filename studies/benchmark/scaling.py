@@ -31,10 +31,11 @@ import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.engine import run
 from rankNAS.evaluation import Evaluator
-from rankNAS.parallel import Parallel, Workers, shared_bytes
+from rankNAS.parallel import Parallel, Workers
 from rankNAS.record import Record
 from rankNAS.scheduler import Outcome, Serial, Task, schedule
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.sharing import shared_bytes
 
 IMAGES, WARM = 1000, 4
 BUDGET = {"macs": 0.5}
