@@ -2,9 +2,12 @@
 
 1. Of all the stages that a space's choices consist of, a spread-out part is timed.
 2. A Gaussian process (`StageRegression`) predicts the others, with its uncertainty.
-3. The network itself is timed, dense and under a few random allocations. What the stages do not
-   explain, such as normalisations, activations and what a layer's neighbours do to its caches, is
-   put into a constant and two factors (`NetworkFit`).
+3. The network itself is timed, dense and under a few random allocations, as it runs: with its
+   normalisations and activations. What the stages do not explain, these and what a layer's
+   neighbours do to its caches, is put into a constant and two factors (`NetworkFit`).
+
+The network is timed between the stages, all the while: how slow it was around some stages says how
+slow the machine was, and their times are put right by that (`Pace`).
 
 Everything measured is kept in a file, and a network that is profiled again costs nothing.
 """
@@ -33,7 +36,7 @@ from rankNAS.files import cache_folder
 from rankNAS.hw_models.base import Progress, StageModel, stages
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of
-from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+from rankNAS.hw_models.timing import Array, Pace, interleaved, spread_of_median, waiting
 from rankNAS.network import skeleton
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
@@ -87,6 +90,7 @@ class Host(StageModel):
         default_factory=dict, compare=False, repr=False
     )
 
+    @torch.no_grad()
     def bind(
         self,
         network: nn.Module | None,
@@ -105,14 +109,27 @@ class Host(StageModel):
         steps = len(missing) + (self.networks + 1 if trial else 0)
         report = on_progress or (lambda done, total: None)
         report(0, steps)
-        for start in range(0, len(missing), BLOCK):
-            block = missing[start : start + BLOCK]
-            profile = profile.with_stages(self._measure(block))
-            self._keep(profile)
-            report(start + len(block), steps)
-        model = self._regressed(profile, wanted)
+        allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
+        pace = None
         if trial and network is not None and inputs is not None:
-            fit = model._fit_network(network, space, inputs)
+            pace = self._pace(network, allocations, batched(inputs, space.input_shape[0]))
+        blocks = []
+        for start in range(0, len(missing), BLOCK):
+            blocks.append(self._measure(missing[start : start + BLOCK]))
+            profile = profile.with_stages(blocks[-1])
+            self._keep(profile)
+            done = start + len(blocks[-1])
+            if pace is not None:
+                pace.after(done / len(missing))
+            report(done, steps)
+        if pace is not None:
+            pace.after(1.0)
+            for number, block in enumerate(blocks):
+                slowness = pace.slowness(number)
+                profile = profile.with_stages({s: m.faster(slowness) for s, m in block.items()})
+        model = self._regressed(profile, wanted)
+        if pace is not None:
+            fit = model._fit_network(space, allocations, pace.seconds())
             profile = profile.with_network(key, fit)
             self._keep(profile)
             report(steps, steps)
@@ -209,7 +226,7 @@ class Host(StageModel):
             raise UsageError(f"{text}; profile them, for example with `ranknas profile`.")
         logger.warning("%s; their times are extrapolated", text)
 
-    @torch.no_grad()
+    @torch.no_grad()  # `stage` calls it too
     def _measure(self, shapes: Sequence[LayerShape]) -> dict[LayerShape, Measurement]:
         device = torch.device(self.device)
         runs = [waiting(_run(shape, device), device) for shape in shapes]
@@ -222,23 +239,19 @@ class Host(StageModel):
             for i, shape in enumerate(shapes)
         }
 
-    def _fit_network(self, network: nn.Module, space: SearchSpace, inputs: Tensor) -> NetworkFit:
-        """Time the network under a few allocations and explain the times by the stages'."""
-        allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
+    def _pace(self, network: nn.Module, allocations: Sequence[Allocation], inputs: Tensor) -> Pace:
+        """The network under some allocations, to be timed between stages."""
         device = torch.device(self.device)
-        x = batched(inputs, space.input_shape[0]).to(device)
-        with torch.no_grad():
-            runs = [waiting(built(network, a, x), device) for a in allocations]
-            times = np.median(
-                # Long enough for a speed that lasts: processors are faster for the first seconds.
-                interleaved(
-                    runs,
-                    rounds=20 * self.repeats,
-                    seconds=4 * self.seconds * len(runs),
-                    seed=self.seed,
-                ),
-                axis=0,
-            )
+        x = inputs.to(device)
+        runs = [waiting(built(network, a, x), device) for a in allocations]
+        # Long enough for a speed that lasts: processors are faster for the first seconds.
+        seconds = 4 * self.seconds * len(runs)
+        return Pace(runs, rounds=20 * self.repeats, seconds=seconds, seed=self.seed)
+
+    def _fit_network(
+        self, space: SearchSpace, allocations: Sequence[Allocation], times: Array
+    ) -> NetworkFit:
+        """Explain the times of a network under a few allocations by those of its stages."""
         dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
         for k, allocation in enumerate(allocations):
             for name, choice in allocation.items():

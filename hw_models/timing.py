@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["interleaved", "spread_of_median", "waiting"]
+__all__ = ["Pace", "Turns", "interleaved", "spread_of_median", "waiting"]
 
 Array = npt.NDArray[np.float64]
 LEAST = 5e-4  # seconds of one sample: shorter things are run several times for it
 MOST_RUNS = 20  # of one sample
+LEAST_ROUNDS = 3
 
 
 def waiting(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
@@ -28,6 +29,42 @@ def waiting(run: Callable[[], object], device: torch.device) -> Callable[[], Non
     return synchronised
 
 
+class Turns:
+    """Several things timed in turns, for as many rounds as are asked for.
+
+    Args:
+        runs: What to time; each must return when it is done.
+        warm_up: Runs of each before the first round.
+        seed: Of the order within rounds.
+
+    Attributes:
+        rows: Seconds of each run, one list a round.
+    """
+
+    def __init__(
+        self, runs: Sequence[Callable[[], object]], *, warm_up: int = 2, seed: int = 0
+    ) -> None:
+        self.rows: list[list[float]] = []
+        self._runs, self._order = runs, random.Random(seed)
+        self._counts = []
+        for run in runs:
+            for _ in range(max(1, warm_up)):
+                taken = _timed(run, 1)
+            self._counts.append(min(MOST_RUNS, max(1, round(LEAST / max(taken, 1e-7)))))
+
+    def round(self) -> None:
+        """Time every run once, in random order."""
+        row = [0.0] * len(self._runs)
+        for i in self._order.sample(range(len(row)), len(row)):
+            row[i] = _timed(self._runs[i], self._counts[i])
+        self.rows.append(row)
+
+    @property
+    def times(self) -> Array:
+        """Seconds, (rounds, runs)."""
+        return np.array(self.rows).reshape(len(self.rows), len(self._runs))
+
+
 def interleaved(
     runs: Sequence[Callable[[], object]],
     *,
@@ -36,29 +73,72 @@ def interleaved(
     warm_up: int = 2,
     seed: int = 0,
 ) -> Array:
-    """Seconds that each run takes, (rounds done, runs).
+    """Seconds that each run takes, (rounds done, runs); see `Turns`.
 
     Args:
-        runs: What to time; each must return when it is done.
-        rounds: Each round times every run once, in random order.
+        runs: What to time.
+        rounds: At most.
         seconds: No round begins after that many; three are done in any case.
         warm_up: Runs of each before the first round.
         seed: Of the order.
     """
-    order = random.Random(seed)
-    counts = []
-    for run in runs:
-        for _ in range(max(1, warm_up)):
-            taken = _timed(run, 1)
-        counts.append(min(MOST_RUNS, max(1, round(LEAST / max(taken, 1e-7)))))
+    turns = Turns(runs, warm_up=warm_up, seed=seed)
     begun = time.perf_counter()
-    rows: list[Array] = []
-    while len(rows) < 3 or (len(rows) < rounds and time.perf_counter() - begun < seconds):
-        row = np.zeros(len(runs))
-        for i in order.sample(range(len(runs)), len(runs)):
-            row[i] = _timed(runs[i], counts[i])
-        rows.append(row)
-    return np.array(rows)
+    while len(turns.rows) < LEAST_ROUNDS or (
+        len(turns.rows) < rounds and time.perf_counter() - begun < seconds
+    ):
+        turns.round()
+    return turns.times
+
+
+class Pace:
+    """Whole networks timed in turns, a few rounds at a time, between other measurements.
+
+    A machine changes its speed while it is measured. The networks are timed over as long a while
+    as everything else, and how slow they were around some other measurement puts that right.
+
+    Args:
+        runs: The networks.
+        rounds: At most.
+        seconds: No round begins after that many; three are done in any case.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self, runs: Sequence[Callable[[], object]], *, rounds: int, seconds: float, seed: int = 0
+    ) -> None:
+        self._turns = Turns(runs, seed=seed)
+        self._rounds, self._seconds, self._spent = rounds, seconds, 0.0
+        self._ends = [0]  # rounds that were done after each measurement
+
+    def after(self, share: float) -> None:
+        """Time the networks after a measurement, until a share (0, 1] of the rounds is done."""
+        rows = self._turns.rows
+        least = LEAST_ROUNDS if share >= 1 else 0
+        while len(rows) < least or (
+            len(rows) < share * self._rounds and self._spent < share * self._seconds
+        ):
+            begun = time.perf_counter()
+            self._turns.round()
+            self._spent += time.perf_counter() - begun
+        self._ends.append(len(rows))
+
+    def seconds(self) -> Array:
+        """Medians, (runs,)."""
+        medians: Array = np.median(self._turns.times, axis=0)
+        return medians
+
+    def slowness(self, number: int) -> float:
+        """How slow the networks were before and after a measurement, against all the while.
+
+        Args:
+            number: Which call of `after` followed the measurement, from 0.
+        """
+        first, last = self._ends[max(0, number - 1)], self._ends[number + 1]
+        times = self._turns.times
+        nearest = min(first, len(times) - 1)
+        around = times[first:last] if last > first else times[nearest : nearest + 1]
+        return float(np.median(np.median(around, axis=0) / self.seconds()))
 
 
 def _timed(run: Callable[[], object], count: int) -> float:

@@ -16,7 +16,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.base import LatencyTables, Progress
 from rankNAS.hw_models.host import batched, built
-from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+from rankNAS.hw_models.timing import LEAST_ROUNDS, Turns, spread_of_median, waiting
 
 __all__ = ["Agreement", "agreement", "validate"]
 
@@ -128,18 +128,18 @@ def _until(
 ) -> np.ndarray:
     """Rounds until every median is known to the precision, or the time is over."""
     begun = time.perf_counter()
-    times = np.zeros((0, len(runs)))
     with torch.no_grad():
+        turns = Turns(runs, seed=seed)
         while True:
-            left = seconds - (time.perf_counter() - begun)
-            more = interleaved(
-                runs, rounds=10, seconds=max(left, 0.0), warm_up=0 if len(times) else 2, seed=seed
-            )
-            times = np.concatenate([times, more])
-            widths = 1.96 * spread_of_median(times) / np.median(times, axis=0)
-            if (len(times) >= 10 and widths.max() <= precision) or left <= 0:
-                return times
-            seed += 1
+            turns.round()
+            done = len(turns.rows)
+            if done >= LEAST_ROUNDS and time.perf_counter() - begun >= seconds:
+                return turns.times
+            if done % 10 == 0:
+                times = turns.times
+                widths = 1.96 * spread_of_median(times) / np.median(times, axis=0)
+                if widths.max() <= precision:
+                    return times
 
 
 def _row(

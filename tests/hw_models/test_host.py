@@ -66,12 +66,22 @@ class MadeUp:
         self.stages: list[LayerShape] = []
         self.networks = 0
         self.fails_after = math.inf
+        self.blocks = 0
+        self.slowing = 0.0  # of the machine, from each block of stages to the next
+
+    def slowness(self, block: int) -> float:
+        return 1 + self.slowing * block
 
     def measure(self, model: Host, shapes: Sequence[LayerShape]) -> dict[LayerShape, Measurement]:
         if len(self.stages) + len(shapes) > self.fails_after:
             raise KeyboardInterrupt
         self.stages += shapes
-        return {s: Measurement(truth(s), 0.01 * truth(s), 9) for s in shapes}
+        slow = self.slowness(self.blocks)
+        self.blocks += 1
+        return {s: Measurement(slow * truth(s), 0.01 * slow * truth(s), 9) for s in shapes}
+
+    def pace(self, runs: Sequence[float], **_: object) -> FakePace:
+        return FakePace(runs, self)
 
     def built(self, network: nn.Module, allocation: Allocation, x: torch.Tensor) -> float:
         self.networks += 1
@@ -82,15 +92,31 @@ class MadeUp:
         return total
 
 
+class FakePace:
+    """Knows how slow the machine is."""
+
+    def __init__(self, runs: Sequence[float], clock: MadeUp) -> None:
+        self.runs, self.clock = runs, clock
+        self.shares: list[float] = []
+
+    def after(self, share: float) -> None:
+        self.shares.append(share)
+
+    def slowness(self, number: int) -> float:
+        assert 0 < self.shares[number] <= 1 == self.shares[-1] and number < self.clock.blocks
+        return self.clock.slowness(number)
+
+    def seconds(self) -> np.ndarray:
+        return np.array(self.runs, dtype=float)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     made = MadeUp(space())
     monkeypatch.setattr(Host, "_measure", lambda self, shapes: made.measure(self, shapes))
     monkeypatch.setattr(host, "built", made.built)
     monkeypatch.setattr(host, "waiting", lambda run, device: run)
-    monkeypatch.setattr(
-        host, "interleaved", lambda runs, **_: np.array([runs, runs, runs], dtype=float)
-    )
+    monkeypatch.setattr(host, "Pace", made.pace)
     return made
 
 
@@ -119,6 +145,15 @@ def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
         expected = clock.built(network(), allocation, torch.zeros(1))
         assert tables.predict(allocation)[0] == pytest.approx(expected, rel=0.02)
     assert model.fit.rest == pytest.approx(REST, rel=0.2)
+
+
+def test_a_machine_that_slows_down_makes_no_difference(clock: MadeUp, tmp_path: Path) -> None:
+    clock.slowing = 0.1
+    bound(tmp_path / "host.json", shapes=100)
+    assert clock.blocks > 3
+    for shape, found in Profile.read(tmp_path / "host.json").stages.items():
+        assert found.seconds == pytest.approx(truth(shape))
+        assert found.sigma == pytest.approx(0.01 * truth(shape))
 
 
 def test_what_is_in_the_file_is_not_measured_again(clock: MadeUp, tmp_path: Path) -> None:

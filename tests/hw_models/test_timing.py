@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rankNAS.hw_models import timing
-from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+from rankNAS.hw_models.timing import Pace, interleaved, spread_of_median, waiting
 
 
 class Clock:
     def __init__(self) -> None:
         self.now = 0.0
+        self.slowness = 1.0
         self.runs: list[str] = []
 
     def __call__(self) -> float:
@@ -23,7 +24,7 @@ class Clock:
     def task(self, name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
             self.runs.append(name)
-            self.now += seconds
+            self.now += self.slowness * seconds
 
         return run
 
@@ -53,6 +54,47 @@ def test_short_things_are_run_several_times_for_a_sample(clock: Clock) -> None:
 def test_time_is_limited_after_three_rounds(clock: Clock) -> None:
     assert len(interleaved([clock.task("a", 1.0)], rounds=50, seconds=0.0)) == 3
     assert len(interleaved([clock.task("a", 1.0)], rounds=50, seconds=6.5)) == 7
+
+
+def test_the_pace_is_spread_over_the_measurements(clock: Clock) -> None:
+    pace = Pace([clock.task("a", 0.01), clock.task("b", 0.03)], rounds=100, seconds=0.39)
+    done = []
+    for share in (0.5, 0.75, 1.0):
+        clock.now += 5.0  # something else is measured
+        pace.after(share)
+        done.append((clock.runs.count("a") - 2, clock.runs.count("b") - 2))
+    assert done == [(5, 5), (8, 8), (10, 10)]  # of 0.04 seconds a round
+    np.testing.assert_allclose(pace.seconds(), [0.01, 0.03])
+
+
+def test_the_number_of_rounds_is_limited_too(clock: Clock) -> None:
+    pace = Pace([clock.task("a", 0.01)], rounds=8, seconds=100.0)
+    pace.after(0.5)
+    assert clock.runs.count("a") - 2 == 4
+    pace.after(1.0)
+    assert clock.runs.count("a") - 2 == 8
+
+
+def test_the_pace_tells_how_slow_the_machine_was(clock: Clock) -> None:
+    pace = Pace([clock.task("a", 0.01), clock.task("b", 0.03)], rounds=24, seconds=100.0)
+    slownesses = [1.0, 1.0, 1.0, 1.5, 1.5, 1.0, 1.0, 1.0]
+    for i, slow in enumerate(slownesses):
+        clock.slowness = slow
+        pace.after((i + 1) / len(slownesses))
+    np.testing.assert_allclose(pace.seconds(), [0.01, 0.03])
+    # Of the three rounds before a measurement and the three after it.
+    expected = [1.0, 1.0, 1.0, 1.25, 1.5, 1.25, 1.0, 1.0]
+    np.testing.assert_allclose([pace.slowness(i) for i in range(8)], expected)
+
+
+def test_slow_networks_are_timed_three_times_at_least(clock: Clock) -> None:
+    pace = Pace([clock.task("a", 10.0)], rounds=100, seconds=5.0)
+    for i in range(4):
+        clock.slowness = 2.0 if i == 3 else 1.0
+        pace.after((i + 1) / 4)
+    assert clock.runs.count("a") - 2 == 3
+    # By the first round; by it again; there is none around the third, so by the nearest; by two.
+    assert [pace.slowness(i) for i in range(4)] == [0.5, 0.5, 1.0, 1.0]
 
 
 def test_the_spread_of_a_median() -> None:
