@@ -4,8 +4,9 @@
 
 writes resnet20.safetensors beside this file; an epoch takes about four minutes on one CPU core.
 The learning rate is restarted twice (Loshchilov & Hutter 2017), each time for longer: after the
-first 14 epochs the test accuracy is 85.96 %, after 20 more 87.10 %. An interrupted training goes
-on from its last epoch when the command is given again.
+first 14 epochs the test accuracy is 85.96 %, after 20 more 87.10 %, after the last 40 88.34 %
+(Python 3.11.7, torch 2.14.1). An interrupted training goes on from its last epoch when the command
+is given again.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import rankNAS
 from rankNAS.evaluation import test_metrics
-from rankNAS.files import save_atomically
+from rankNAS.files import save_bytes
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.zoo import build_model
 
@@ -56,10 +57,7 @@ def main(data_source: str, checkpoints: Path) -> None:
     accuracy = test_metrics(trained, data.test)["accuracy"]
     print(f"test accuracy {accuracy:.4f}")
     metadata = {"model": "ResNet-20", "input": INPUT, "test_accuracy": f"{accuracy:.4f}"}
-    save_atomically(
-        HERE / "resnet20.safetensors",
-        lambda path: save_file(trained.state_dict(), path, metadata=metadata),
-    )
+    save_bytes(HERE / "resnet20.safetensors", save(trained.state_dict(), metadata))
 
 
 if __name__ == "__main__":
