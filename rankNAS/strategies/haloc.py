@@ -3,8 +3,8 @@
 Every layer has a few candidates of equal Tucker-2 ranks in coarse steps, all truncations of one
 weight, and one logit per candidate. Each epoch first improves the logits on training data that the
 weights do not see, by the cross-entropy under a penalty on the expected cost, and then trains the
-network at the most probable ranks, its feature maps held close to the dense network's. The answer
-is the most probable allocation within the budgets; what is evaluated is the original weights,
+network at the expected ranks, its feature maps held close to the dense network's. The answer
+is the expected allocation, rounded within the budgets; what is evaluated is the original weights,
 decomposed anew.
 
 Notation: p_lj the probability of candidate j of layer l, T the budget.
@@ -15,13 +15,14 @@ architecture search, weights and probabilities learned in turn, the expected har
 objective, ranks in coarse multiples, equal ranks, and the feature-map regulariser. The code of the
 same first author's ComCAT (Xiao et al., ICML 2023) gives the rest, and may differ from HALOC's own
 settings: equal logits at the start, Gumbel-softmax with its temperature falling from 5 to 0.1,
-AdamW on the logits, the loss CE (cost / T)^1.5 above the budget, argmax ranks before each epoch of
+AdamW on the logits, the loss CE (cost / T)^1.5 above the budget, fixed ranks before each epoch of
 weights, and the coefficient of the regulariser. Own choices: dense and the cheapest choice as
 candidates, the cost expected under softmax(logits) where ComCAT weighs it by the relaxed sample,
-the relative error in the regulariser, few steps an epoch, exact decoding of the answer, and SVD
-where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so the
-method is not tied to images). The super-net truncates in the norm of the weights; the answer is
-decomposed in the metric of the study.
+the relative error in the regulariser, few steps an epoch, ranks rounded from the expected cost
+where ComCAT takes the argmax (`rounded`), exact decoding of the answer, and SVD where Tucker-2
+does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so the method is not
+tied to images). The super-net truncates in the norm of the weights; the answer is decomposed in
+the metric of the study.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ from rankNAS.strategies.supernet import (
 )
 from rankNAS.workbench import Workbench, silent
 
-__all__ = ["Haloc", "coarse", "most_probable"]
+__all__ = ["Haloc", "coarse", "rounded"]
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # part of the key of checkpoints: raise it when the training changes
+VERSION = 2  # part of the key of checkpoints: raise it when the training changes
 STEPS = 8  # candidates of a layer, if nothing else is asked for, up to its full rank
 TEMPERATURES = 5.0, 0.1  # [ComCAT]
 DECAY = 5e-4  # weight decay of the logits [ComCAT]
@@ -196,7 +197,7 @@ class _Bound(Strategy):
         shapes = {name: layers[name].shape for name in problem.choices}
         searched = coarse(problem, shapes, self.operators, self.configuration.granularity)
         logits = _Search(self.configuration, self.bench, searched).run()
-        allocation = most_probable(searched, logits)
+        allocation = searched.allocation(rounded(searched, logits))
         return [] if allocation in history.proposed else [allocation]
 
 
@@ -256,21 +257,30 @@ def _equal_ranks(
     return {min(rows, key=lambda j: distance(j, r)) for r in range(step, full + 1, step)}
 
 
-def most_probable(problem: Problem, logits: Sequence[Tensor]) -> Allocation:
-    """The allocation within the budgets that minimises sum_l -log p_lj, exactly.
+def rounded(problem: Problem, logits: Sequence[Tensor], *, within: bool = True) -> tuple[int, ...]:
+    """Positions of the candidates whose costs are nearest to the layers' expected costs, in sum.
 
-    That is the argmax of every layer wherever it meets the budgets.
+    The expected cost of layer l is sum_j p_lj c_lj, which the search has brought to the budget;
+    costs are in units of the budgets, summed over these. Where logits are decided, that is their
+    argmax. Where a short search leaves them soft, the argmax of every layer can cost a fraction of
+    what is expected, and rounding does not.
 
     Args:
         problem: Its choices are the candidates.
         logits: (J,), one a layer.
+        within: Meet the budgets, exactly; otherwise take the nearest in every layer.
 
     Raises:
         BudgetError: No allocation of the candidates meets the budgets.
     """
-    values = [-torch.log_softmax(x.detach().double().cpu(), -1).numpy() for x in logits]
     limits = list(problem.limits.values())
-    return problem.allocation(min_sum(values, problem.budgeted(), limits, gap=0.0).indices)
+    tables = zip(*problem.budgeted(), strict=True)
+    units = [sum(c / t for c, t in zip(costs, limits, strict=True)) for costs in tables]
+    p = [x.detach().double().cpu().softmax(-1).numpy() for x in logits]
+    distances = [np.abs(c - q @ c) for c, q in zip(units, p, strict=True)]
+    if not within:
+        return tuple(int(np.argmin(distance)) for distance in distances)
+    return tuple(min_sum(distances, problem.budgeted(), limits, gap=0.0).indices)
 
 
 class _Search:
@@ -283,7 +293,7 @@ class _Search:
     """
 
     def __init__(self, configuration: Haloc, bench: Workbench, problem: Problem) -> None:
-        self.configuration, self.bench = configuration, bench
+        self.configuration, self.bench, self.problem = configuration, bench, problem
         space = bench.factorisation.space.restrict(problem.choices)
         self.net = SuperNet(bench.factorisation.model, space)
         self.names = list(problem.choices)
@@ -341,10 +351,11 @@ class _Search:
             self._check("a logit", dict(zip(self.names, self.logits, strict=True)))
 
     def _train_weights(self, factors: Factorisation, generator: torch.Generator) -> None:
-        """Train the network at the most probable ranks and multiply its factors back."""
+        """Train the network at the expected ranks and multiply its factors back."""
+        nearest = rounded(self.problem, self.logits, within=False)
         chosen = {
-            name: FactoredWeight.of(found, found.layer.choices[int(logits.argmax())])
-            for logits, (name, found) in zip(self.logits, factors.layers.items(), strict=True)
+            name: FactoredWeight.of(found, found.layer.choices[i])
+            for i, (name, found) in zip(nearest, factors.layers.items(), strict=True)
         }
         others = [p.requires_grad_() for p in self.net.others()]
         trained = [w for factored in chosen.values() for w in factored.weights]
