@@ -19,6 +19,8 @@ import hashlib
 import logging
 import math
 import os
+import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +47,8 @@ __all__ = ["Host", "batched", "built", "general_shapes", "random_allocations"]
 logger = logging.getLogger(__name__)
 BLOCK = 16  # stages that are timed in turns
 DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+LIMIT = 120.0  # seconds after which no stages are begun but those that must be timed
+FITTED = 500  # stages that the regression sees, at most
 PULL = 0.1  # of the factors of a network towards 1, against one timing each
 
 
@@ -59,7 +63,8 @@ class Host(StageModel):
         device: Where to measure.
         repeats: Rounds in which stages are timed in turns.
         seconds: Most time for one stage; at least three rounds are timed.
-        shapes: Most stages of a space that are timed.
+        shapes: Stages of a space that are timed however long it takes; when a space is new, others
+            are for as long as that takes less than two minutes in all.
         general: Time common shapes too, so that the file serves other networks better.
         networks: Allocations under which the whole network is timed, besides the dense one.
         file: Where measurements are kept; None for the folder of caches.
@@ -106,7 +111,12 @@ class Host(StageModel):
         missing = [shape for shape in chosen if shape not in profile.stages]
         trial = self.measures and network is not None and inputs is not None
         trial = trial and key not in profile.networks
-        steps = len(missing) + (self.networks + 1 if trial else 0)
+        further = []
+        if trial:  # as long as there is time
+            further = [s for s in wanted if s not in profile.stages and s not in set(chosen)]
+            random.Random(self.seed).shuffle(further)
+        queue = missing + further
+        steps = len(queue) + (self.networks + 1 if trial else 0)
         report = on_progress or (lambda done, total: None)
         report(0, steps)
         allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
@@ -114,13 +124,17 @@ class Host(StageModel):
         if trial and network is not None and inputs is not None:
             pace = self._pace(network, allocations, batched(inputs, space.input_shape[0]))
         blocks = []
-        for start in range(0, len(missing), BLOCK):
-            blocks.append(self._measure(missing[start : start + BLOCK]))
+        begun = time.perf_counter()
+        for start in range(0, len(queue), BLOCK):
+            spent = (time.perf_counter() - begun) / LIMIT
+            if start >= len(missing) and spent > 1:
+                break
+            blocks.append(self._measure(queue[start : start + BLOCK]))
             profile = profile.with_stages(blocks[-1])
             self._keep(profile)
             done = start + len(blocks[-1])
             if pace is not None:
-                pace.after(done / len(missing))
+                pace.after(min(1.0, max(done / len(queue), spent)))
             report(done, steps)
         if pace is not None:
             pace.after(1.0)
@@ -198,11 +212,10 @@ class Host(StageModel):
         if not profile.stages:
             raise UsageError(f"device file {str(self.file)!r} has no measurements.")
         self._check_kinds(profile, wanted)
-        rows = list(profile.stages.items())
-        fitted = StageRegression.fit(
-            [s for s, _ in rows], [m.seconds for _, m in rows], [m.sigma for _, m in rows]
-        )
-        known = {s: (m.seconds, m.sigma) for s, m in rows}
+        seen = _spread_out(list(profile.stages), FITTED)
+        rows = [profile.stages[s] for s in seen]
+        fitted = StageRegression.fit(seen, [m.seconds for m in rows], [m.sigma for m in rows])
+        known = {s: (m.seconds, m.sigma) for s, m in profile.stages.items()}
         others = [shape for shape in wanted if shape not in known]
         if others:
             seconds, sigma = fitted.predict(others)

@@ -483,7 +483,9 @@ def profile(
         str | None,
         typer.Option(help="Device file (.json) for --hardware. Default: in the cache."),
     ] = None,
-    shapes: Annotated[int, typer.Option(help="Most shapes of the space to time.")] = 320,
+    shapes: Annotated[
+        int, typer.Option(help="Shapes of the space to time in any case; more if there is time.")
+    ] = 320,
     general: Annotated[
         bool, typer.Option("--general", help="Time common shapes too, for other spaces.")
     ] = False,

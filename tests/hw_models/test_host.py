@@ -117,6 +117,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     monkeypatch.setattr(host, "built", made.built)
     monkeypatch.setattr(host, "waiting", lambda run, device: run)
     monkeypatch.setattr(host, "Pace", made.pace)
+    monkeypatch.setattr(host, "LIMIT", 1e-9)
     return made
 
 
@@ -136,6 +137,28 @@ def test_a_part_is_measured_and_the_rest_is_predicted(clock: MadeUp, tmp_path: P
         errors.append(abs(seconds / truth(replace(shape, bias=False)) - 1))
         assert 0 <= sigma < seconds
     assert np.median(errors) < 0.02 and max(errors) < 0.25
+
+
+def test_all_is_measured_if_there_is_time(
+    clock: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "LIMIT", 1e9)
+    monkeypatch.setattr(host, "FITTED", 20)
+    path = tmp_path / "host.json"
+    model = bound(path, shapes=10)
+    every = {s for x in space().layers.values() for c in x for s in stages(x, c)}
+    assert set(clock.stages) == {replace(s, bias=False) for s in every}
+    assert all(model.stage(s)[0] == truth(replace(s, bias=False)) for s in every)
+    count = len(clock.stages)
+    bound(path, shapes=10)
+    # Of another network of the same stages, nothing but the network is measured.
+    nested, x = nn.Sequential(network()), torch.randn(1, 8, 6, 6)
+    other = compile_space(nested, x, policy=RankPolicy(candidates=60), min_weights=1)
+    networks = clock.networks
+    clock.space = other
+    Host(file=path, shapes=10).bind(nested, other, x)
+    assert clock.networks > networks
+    assert len(clock.stages) == count
 
 
 def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
