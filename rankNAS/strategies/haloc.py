@@ -3,8 +3,8 @@
 Every layer has a few candidates of equal Tucker-2 ranks in coarse steps, all truncations of one
 weight, and one logit per candidate. Each epoch first improves the logits on training data that the
 weights do not see, by the cross-entropy under a penalty on the expected cost, and then trains the
-network at the expected ranks, its feature maps held close to the dense network's. The answer
-is the expected allocation, rounded within the budgets; what is evaluated is the original weights,
+network at the likely ranks, its feature maps held close to the dense network's. The answer
+is the most probable allocation within the budgets; what is evaluated is the original weights,
 decomposed anew.
 
 Notation: p_lj the probability of candidate j of layer l, T the budget.
@@ -18,11 +18,11 @@ settings: equal logits at the start, Gumbel-softmax with its temperature falling
 AdamW on the logits, the loss CE (cost / T)^1.5 above the budget, fixed ranks before each epoch of
 weights, and the coefficient of the regulariser. Own choices: dense and the cheapest choice as
 candidates, the cost expected under softmax(logits) where ComCAT weighs it by the relaxed sample,
-the relative error in the regulariser, few steps an epoch, ranks rounded from the expected cost
-where ComCAT takes the argmax (`rounded`), exact decoding of the answer, and SVD where Tucker-2
-does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so the method is not
-tied to images). The super-net truncates in the norm of the weights; the answer is decomposed in
-the metric of the study.
+the relative error in the regulariser, few steps an epoch, the expected ranks where the argmax,
+which ComCAT takes, leaves a tenth of the budget (`picked`), exact decoding of the answer, and SVD
+where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so
+the method is not tied to images). The super-net truncates in the norm of the weights; the answer
+is decomposed in the metric of the study.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
 from rankNAS.network import Factorisation
 from rankNAS.pareto import worthwhile
 from rankNAS.solver import min_sum
-from rankNAS.strategies.base import History, Problem, Request, Strategy
+from rankNAS.strategies.base import Array, History, Problem, Request, Strategy
 from rankNAS.strategies.supernet import (
     FactoredWeight,
     Maps,
@@ -61,14 +61,16 @@ from rankNAS.strategies.supernet import (
 )
 from rankNAS.workbench import Workbench, silent
 
-__all__ = ["Haloc", "coarse", "rounded"]
+__all__ = ["Haloc", "coarse", "picked"]
 
 logger = logging.getLogger(__name__)
-VERSION = 2  # part of the key of checkpoints: raise it when the training changes
+VERSION = 3  # part of the key of checkpoints: raise it when the training changes
 STEPS = 8  # candidates of a layer, if nothing else is asked for, up to its full rank
 TEMPERATURES = 5.0, 0.1  # [ComCAT]
 DECAY = 5e-4  # weight decay of the logits [ComCAT]
 MOMENTUM = 0.9
+SPENT = 0.9  # of a budget, by the argmax, for that to be the answer
+DECIDED = 5.0  # difference of logits that the expected costs do not undo
 SMALLEST = 0.01  # the coefficient of the regulariser falls no further [ComCAT]
 
 
@@ -197,7 +199,7 @@ class _Bound(Strategy):
         shapes = {name: layers[name].shape for name in problem.choices}
         searched = coarse(problem, shapes, self.operators, self.configuration.granularity)
         logits = _Search(self.configuration, self.bench, searched).run()
-        allocation = searched.allocation(rounded(searched, logits))
+        allocation = searched.allocation(picked(searched, logits))
         return [] if allocation in history.proposed else [allocation]
 
 
@@ -257,30 +259,64 @@ def _equal_ranks(
     return {min(rows, key=lambda j: distance(j, r)) for r in range(step, full + 1, step)}
 
 
-def rounded(problem: Problem, logits: Sequence[Tensor], *, within: bool = True) -> tuple[int, ...]:
-    """Positions of the candidates whose costs are nearest to the layers' expected costs, in sum.
+def picked(problem: Problem, logits: Sequence[Tensor], *, within: bool = True) -> tuple[int, ...]:
+    """Positions of the candidates that logits stand for.
 
-    The expected cost of layer l is sum_j p_lj c_lj, which the search has brought to the budget;
-    costs are in units of the budgets, summed over these. Where logits are decided, that is their
-    argmax. Where a short search leaves them soft, the argmax of every layer can cost a fraction of
-    what is expected, and rounding does not.
+    The argmax of every layer, if that spends the budget; within the budgets, the most probable
+    allocation. Where a short search leaves logits soft, the argmax can cost a fraction of a tight
+    budget although the expected cost is on it. Then the candidates are those whose costs are
+    nearest to the layers' expected costs (`_expected`), in sum.
 
     Args:
         problem: Its choices are the candidates.
         logits: (J,), one a layer.
-        within: Meet the budgets, exactly; otherwise take the nearest in every layer.
+        within: Meet the budgets, exactly; otherwise take the best of every layer.
 
     Raises:
         BudgetError: No allocation of the candidates meets the budgets.
     """
     limits = list(problem.limits.values())
-    tables = zip(*problem.budgeted(), strict=True)
-    units = [sum(c / t for c, t in zip(costs, limits, strict=True)) for costs in tables]
-    p = [x.detach().double().cpu().softmax(-1).numpy() for x in logits]
-    distances = [np.abs(c - q @ c) for c, q in zip(units, p, strict=True)]
+    ratios = [[c / t for c in table] for table, t in zip(problem.budgeted(), limits, strict=True)]
+    values = [-torch.log_softmax(x.detach().double().cpu(), -1).numpy() for x in logits]
+    likely = [int(np.argmin(value)) for value in values]
+    if max(sum(c[i] for c, i in zip(table, likely, strict=True)) for table in ratios) < SPENT:
+        units = [np.sum(costs, axis=0) for costs in zip(*ratios, strict=True)]
+        means = _expected(values, ratios, units)
+        values = [np.abs(c - mean) for c, mean in zip(units, means, strict=True)]
     if not within:
-        return tuple(int(np.argmin(distance)) for distance in distances)
-    return tuple(min_sum(distances, problem.budgeted(), limits, gap=0.0).indices)
+        return tuple(int(np.argmin(value)) for value in values)
+    return tuple(min_sum(values, problem.budgeted(), limits, gap=0.0).indices)
+
+
+def _expected(
+    surprise: Sequence[Array], ratios: Sequence[Sequence[Array]], units: Sequence[Array]
+) -> list[float]:
+    """Each layer's expected cost, in all just within the budgets.
+
+    It is sum_j q_lj c_lj, with q the distribution nearest to p, by its divergence from p, whose
+    expected cost is the budget: q_lj ~ p_lj exp(m c_lj), m bounded.
+
+    Args:
+        surprise: -log p, (J,), one a layer.
+        ratios: By budget, the costs c in units of it.
+        units: The sum of these over the budgets.
+    """
+
+    def tilted(m: float) -> list[Array]:
+        scores = [m * c - s for c, s in zip(units, surprise, strict=True)]
+        return [np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in scores]
+
+    def exceeds(m: float) -> bool:
+        q = tilted(m)
+        totals = [sum(c @ x for c, x in zip(table, q, strict=True)) for table in ratios]
+        return bool(max(totals) > 1)
+
+    steepest = DECIDED / max(c.max() for c in units)
+    low, high = -steepest, steepest
+    while high - low > 1e-6 * steepest:
+        middle = (low + high) / 2
+        low, high = (low, middle) if exceeds(middle) else (middle, high)
+    return [float(c @ q) for c, q in zip(units, tilted(low), strict=True)]
 
 
 class _Search:
@@ -351,11 +387,11 @@ class _Search:
             self._check("a logit", dict(zip(self.names, self.logits, strict=True)))
 
     def _train_weights(self, factors: Factorisation, generator: torch.Generator) -> None:
-        """Train the network at the expected ranks and multiply its factors back."""
-        nearest = rounded(self.problem, self.logits, within=False)
+        """Train the network at the likely ranks and multiply its factors back."""
+        likely = picked(self.problem, self.logits, within=False)
         chosen = {
             name: FactoredWeight.of(found, found.layer.choices[i])
-            for i, (name, found) in zip(nearest, factors.layers.items(), strict=True)
+            for i, (name, found) in zip(likely, factors.layers.items(), strict=True)
         }
         others = [p.requires_grad_() for p in self.net.others()]
         trained = [w for factored in chosen.values() for w in factored.weights]
