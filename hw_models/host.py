@@ -109,20 +109,18 @@ class Host(StageModel):
         if self.measures and self.general:
             chosen += general_shapes(space.input_shape[0])
         missing = [shape for shape in chosen if shape not in profile.stages]
-        trial = self.measures and network is not None and inputs is not None
-        trial = trial and key not in profile.networks
-        further = []
-        if trial:  # as long as there is time
-            further = [s for s in wanted if s not in profile.stages and s not in set(chosen)]
+        queue, allocations, pace = missing, list[Allocation](), None
+        new = self.measures and key not in profile.networks
+        if new and network is not None and inputs is not None:
+            taken = {*chosen, *profile.stages}
+            further = [shape for shape in wanted if shape not in taken]
             random.Random(self.seed).shuffle(further)
-        queue = missing + further
-        steps = len(queue) + (self.networks + 1 if trial else 0)
+            queue = missing + further  # as long as there is time
+            allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
+            pace = self._pace(network, allocations, batched(inputs, space.input_shape[0]))
+        steps = len(queue) + len(allocations)
         report = on_progress or (lambda done, total: None)
         report(0, steps)
-        allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
-        pace = None
-        if trial and network is not None and inputs is not None:
-            pace = self._pace(network, allocations, batched(inputs, space.input_shape[0]))
         blocks = []
         begun = time.perf_counter()
         for start in range(0, len(queue), BLOCK):

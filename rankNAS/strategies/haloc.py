@@ -36,6 +36,7 @@ from typing import Any, NoReturn, final, get_args
 
 import numpy as np
 import torch
+from scipy.special import softmax
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -303,8 +304,7 @@ def _expected(
     """
 
     def tilted(m: float) -> list[Array]:
-        scores = [m * c - s for c, s in zip(units, surprise, strict=True)]
-        return [np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in scores]
+        return [softmax(m * c - s) for c, s in zip(units, surprise, strict=True)]
 
     def exceeds(m: float) -> bool:
         q = tilted(m)
