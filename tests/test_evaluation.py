@@ -113,6 +113,29 @@ def test_batch_norms_move_by_what_compression_changes_on_the_calibration_data(
         assert torch.equal(kept.network(drawn(kept, 3))[1].state_dict()[name], value)  # type: ignore[index]
 
 
+SEEN: list[int] = []
+
+
+class Recording(nn.Identity):
+    def forward(self, input: Tensor) -> Tensor:
+        SEEN.append(len(input))
+        return input
+
+
+@pytest.mark.parametrize(("batch_size", "most"), [(50, 50), (1000, 128)])
+def test_a_cpu_takes_so_many_samples_at_once_that_its_caches_hold_them(
+    batch_size: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, y = images(300)
+    factorisation = factorised(nn.Sequential(Recording(), *convolutional()).eval(), x)
+    SEEN.clear()
+    ev = Evaluator(factorisation, x, (x, y), batch_size=batch_size, prefix_reuse=False)
+    ev.evaluate(drawn(ev, 0))
+    assert max(SEEN) == most
+    assert sum(SEEN) == 4 * len(x)  # for outputs and for batch norms, of the dense network too
+
+
 @pytest.mark.parametrize("prefix_reuse", [True, False])
 def test_the_dense_network_keeps_its_batch_norms(prefix_reuse: bool) -> None:
     ev = evaluator(prefix_reuse=prefix_reuse)
