@@ -46,7 +46,7 @@ Verdict = Callable[[int, Mapping[str, float]], bool]
 
 
 # Of a forward pass, for each CPU thread: activations of more leave its caches. On ResNet-20, 256
-# samples at once take 1.2 to 1.3 times as long as 64 (studies/benchmark).
+# samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
 
 

@@ -1,11 +1,12 @@
 """What many workers and long studies cost.
 
-    python studies/benchmark/scaling.py [--only speedup|memory|throughput|growth]
+    python studies/benchmark/scaling.py [--only speedup|samples|memory|throughput|growth]
 
 takes about twenty minutes on two CPU cores and needs no data. ResNet-20 with random weights on
 random images. Measured in turns, so that what disturbs one disturbs all:
 
 - trials a second of two workers over those of one, each with one thread, study in SQLite;
+- seconds of a trial on one thread with 128 and 256 samples at once over those with 64;
 - what a trial costs beyond its evaluation, and trials a second, with an evaluation that does
   nothing and eight workers;
 - seconds of a trial at 10,000 trials over those at 100, with an evaluation that does nothing;
@@ -21,7 +22,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from random import Random
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -109,6 +112,34 @@ def speedup(rounds: int, trials: int) -> None:
         f"({', '.join(f'{r:.2f}' for r in ratios)}); a trial of one worker: {1 / rates[1]:.2f} s"
     )
     print(f"beyond the evaluation: {1e3 * statistics.median(overheads):.0f} ms a trial")
+
+
+def samples(rounds: int) -> None:
+    """How many samples a CPU should take at once."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
+    study = prepared(model, 32, IMAGES)
+    # As in a worker: its copy keeps no activations.
+    state, random_ = study.evaluator.__getstate__(), Random(0)
+    evaluators = {}
+    for count in (64, 128, 256):
+        with mock.patch("rankNAS.evaluation.CPU_SAMPLES", count):
+            evaluators[count] = Evaluator(**state)
+    seconds: dict[int, list[float]] = {count: [] for count in evaluators}
+    for _ in range(rounds):
+        layers = study.evaluator.factorisation.space.layers
+        allocation = Allocation.of({n: random_.choice(x.choices) for n, x in layers.items()})
+        for count, evaluator in evaluators.items():
+            started = time.process_time()
+            evaluator.evaluate(allocation)
+            seconds[count].append(time.process_time() - started)
+    for count in (128, 256):
+        ratios = sorted(a / b for a, b in zip(seconds[count], seconds[64], strict=True))
+        print(
+            f"{count} samples at once take {statistics.median(ratios):.2f} times the CPU time of "
+            f"64 ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
 
 
 def memory() -> None:
@@ -209,10 +240,12 @@ def url(storage: str, folder: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=10_000, help="of the long study")
-    parser.add_argument("--only", choices=["speedup", "memory", "throughput", "growth"])
+    parser.add_argument("--only", choices=["speedup", "samples", "memory", "throughput", "growth"])
     given = parser.parse_args()
     if given.only in (None, "speedup"):
         speedup(rounds=3, trials=20)
+    if given.only in (None, "samples"):
+        samples(rounds=9)
     if given.only in (None, "memory"):
         memory()
     for kind in ("journal", "sqlite"):
