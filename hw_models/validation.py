@@ -21,6 +21,7 @@ from rankNAS.hw_models.timing import LEAST_ROUNDS, Turns, spread_of_median, wait
 __all__ = ["Agreement", "agreement", "validate"]
 
 WITHIN = 0.1
+DRAWS = 1000  # of measurements that might have been
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Agreement:
         mape: Mean absolute relative error.
         bias: Mean relative error; above 0 where predictions are too long.
         spearman: Rank correlation; NaN for fewer than three allocations.
+        perfect: The 5th percentile and the median of the rank correlation that a perfect
+            prediction would have had with measurements as noisy as these: if the first is below
+            0.95, so may be `spearman`, whatever the predictions are.
         floor: Noise: how far apart two copies of the dense network were measured, relative.
         uncertainty: Median relative half-width of the measurements' 95 % intervals.
     """
@@ -43,6 +47,7 @@ class Agreement:
     mape: float
     bias: float
     spearman: float
+    perfect: tuple[float, float]
     floor: float
     uncertainty: float
 
@@ -180,6 +185,20 @@ def agreement(rows: pd.DataFrame) -> Agreement:
         mape=float(np.abs(errors).mean()),
         bias=float(errors.mean()),
         spearman=rank,
+        perfect=_perfect(others) if enough else (math.nan, math.nan),
         floor=float(abs(dense.measured.iloc[1] / dense.measured.iloc[0] - 1)),
         uncertainty=float((1.96 * others.deviation / others.measured).median()),
     )
+
+
+def _perfect(rows: pd.DataFrame) -> tuple[float, float]:
+    """Rank correlation of what was measured with itself, measured once more; see `Agreement`."""
+    from scipy.stats import rankdata
+
+    times, deviation = rows.measured.to_numpy(), rows.deviation.to_numpy()
+    again = times + deviation * np.random.default_rng(0).standard_normal((DRAWS, len(times)))
+    a, b = rankdata(times), rankdata(again, axis=1)
+    a, b = a - a.mean(), b - b.mean(1, keepdims=True)
+    found = (b @ a) / np.sqrt((a @ a) * (b * b).sum(1))
+    low, median = np.percentile(found, [5, 50])
+    return float(low), float(median)

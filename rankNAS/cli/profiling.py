@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -204,6 +205,13 @@ def draw(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def _at_least(perfect: tuple[float, float]) -> str:
+    low, median = perfect
+    if math.isnan(median):
+        return "unknown"
+    return f"{median:.3f}, at least {low:.3f} in 19 of 20"
+
+
 def _print(
     document: dict[str, Any], rows: pd.DataFrame | None, options: ProfileOptions, as_json: bool
 ) -> None:
@@ -224,6 +232,7 @@ def _print(
             ("mean absolute error", f"{100 * found['mape']:.2g} %"),
             ("bias", f"{100 * found['bias']:+.2g} %"),
             ("rank correlation", f"{found['spearman']:.3f}"),
+            ("the same, of a perfect prediction", _at_least(found["perfect"])),
             ("noise: dense against itself", f"{100 * found['floor']:.2g} %"),
             ("noise: 95 % interval", f"± {100 * found['uncertainty']:.2g} %"),
         ]

@@ -89,6 +89,22 @@ def test_the_figures_by_hand() -> None:
     assert math.isnan(agreement(rows.head(4)).spearman)
 
 
+def test_noise_bounds_the_rank_correlation_even_of_a_perfect_prediction() -> None:
+    def found(deviation: float) -> tuple[float, float]:
+        # Normal, and so is the noise: their correlation is 1 / sqrt(1 + deviation^2).
+        times = 10 + np.random.default_rng(1).standard_normal(4000)
+        rows = {"predicted": times, "measured": times, "deviation": deviation}
+        return agreement(pd.DataFrame(rows)).perfect
+
+    assert found(0.0) == (pytest.approx(1), pytest.approx(1))
+    low, median = found(0.5)
+    pearson = 1 / math.sqrt(1 + 0.25)
+    assert median == pytest.approx(6 / math.pi * math.asin(pearson / 2), abs=0.01)
+    assert median - 0.02 < low < median
+    few = pd.DataFrame({"predicted": [1.0, 1, 2], "measured": [1.0, 1, 2], "deviation": 0.1})
+    assert all(map(math.isnan, agreement(few).perfect))
+
+
 def test_nothing_to_validate() -> None:
     with pytest.raises(UsageError, match="no allocation"):
         validate(TABLES, network(), torch.randn(1, 32), dict[str, Allocation]())
