@@ -138,10 +138,12 @@ class Host(StageModel):
             if pace is not None:
                 pace.after(min(1.0, max(done / len(queue), spent)))
             report(done, steps)
-        for number in np.flatnonzero(beside > DISTURBED * np.median(beside)) if beside else ():
-            logger.info("something else was running; %d stages are timed again", BLOCK)
-            found, seconds = self._measure(list(blocks[number]), *common)
-            blocks.append(found if seconds < beside[number] else {})
+        for block, before in list(zip(blocks, beside, strict=True)):
+            if before <= DISTURBED * np.median(beside):
+                continue
+            logger.info("something else was running; %d stages are timed again", len(block))
+            found, seconds = self._measure(list(block), *common)
+            blocks.append(found if seconds < before else {})
             profile = profile.with_stages(blocks[-1])
             self._keep(profile)
             if pace is not None:
