@@ -129,30 +129,32 @@ class Host(StageModel):
             spent = (time.perf_counter() - begun) / LIMIT
             if start >= len(missing) and spent > 1:
                 break
-            found, seconds = self._measure(queue[start : start + BLOCK], *common)
-            blocks.append(found)
-            beside.append(seconds)
-            profile = profile.with_stages(found)
+            block = queue[start : start + BLOCK]
+            *found, usual = self._measure([*block, *common])
+            blocks.append(dict(zip(block, found, strict=True)))
+            beside.append(usual.seconds)
+            profile = profile.with_stages(blocks[-1])
             self._keep(profile)
             done = start + len(blocks[-1])
             if pace is not None:
                 pace.after(min(1.0, max(done / len(queue), spent)))
             report(done, steps)
-        for block, before in list(zip(blocks, beside, strict=True)):
+        for timed, before in list(zip(blocks, beside, strict=True)):
             if before <= DISTURBED * np.median(beside):
                 continue
-            logger.info("something else was running; %d stages are timed again", len(block))
-            found, seconds = self._measure(list(block), *common)
-            blocks.append(found if seconds < before else {})
+            logger.info("something else was running; %d stages are timed again", len(timed))
+            *found, usual = self._measure([*timed, *common])
+            again = dict(zip(timed, found, strict=True))
+            blocks.append(again if usual.seconds < before else {})
             profile = profile.with_stages(blocks[-1])
             self._keep(profile)
             if pace is not None:
                 pace.after(1.0)
         if pace is not None:
             pace.after(1.0)
-            for number, block in enumerate(blocks):
+            for number, timed in enumerate(blocks):
                 slowness = pace.slowness(number)
-                profile = profile.with_stages({s: m.faster(slowness) for s, m in block.items()})
+                profile = profile.with_stages({s: m.faster(slowness) for s, m in timed.items()})
         model = self._regressed(profile, wanted)
         if pace is not None:
             fit = model._fit_network(space, allocations, pace.seconds())
@@ -166,7 +168,7 @@ class Host(StageModel):
         key = _key(shape)
         if key not in self.known:
             if self.fitted is None:
-                found = self._measure([key], key)[0][key]
+                (found,) = self._measure([key])
                 self.known[key] = found.seconds, found.sigma
             else:
                 seconds, sigma = self.fitted.predict([key])
@@ -252,20 +254,14 @@ class Host(StageModel):
         logger.warning("%s; their times are extrapolated", text)
 
     @torch.no_grad()  # `stage` calls it too
-    def _measure(
-        self, shapes: Sequence[LayerShape], common: LayerShape
-    ) -> tuple[dict[LayerShape, Measurement], float]:
-        """Times of stages, and that of a further one in turns with them, in seconds."""
+    def _measure(self, shapes: Sequence[LayerShape]) -> list[Measurement]:
         device = torch.device(self.device)
-        runs = [waiting(_run(shape, device), device) for shape in [*shapes, common]]
+        runs = [waiting(_run(shape, device), device) for shape in shapes]
         times = interleaved(
             runs, rounds=self.repeats, seconds=self.seconds * len(shapes), seed=self.seed
         )
         medians, spread = np.median(times, axis=0).tolist(), spread_of_median(times).tolist()
-        found = {
-            shape: Measurement(medians[i], spread[i], len(times)) for i, shape in enumerate(shapes)
-        }
-        return found, medians[-1]
+        return [Measurement(m, s, len(times)) for m, s in zip(medians, spread, strict=True)]
 
     def _pace(self, network: nn.Module, allocations: Sequence[Allocation], inputs: Tensor) -> Pace:
         """The network under some allocations, to be timed between stages."""

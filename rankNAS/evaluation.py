@@ -44,7 +44,6 @@ __all__ = ["Evaluator", "PrunedError", "Timing", "predictions", "quality", "test
 #: Takes the validation samples seen, or epochs trained, and the metrics then; whether to go on.
 Verdict = Callable[[int, Mapping[str, float]], bool]
 
-
 # Of a forward pass, for each CPU thread: activations of more leave its caches. On ResNet-20, 256
 # samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64

@@ -73,16 +73,14 @@ class MadeUp:
     def slowness(self, block: int) -> float:
         return 1 + self.slowing * block
 
-    def measure(
-        self, model: Host, shapes: Sequence[LayerShape], common: LayerShape
-    ) -> tuple[dict[LayerShape, Measurement], float]:
+    def measure(self, model: Host, timed: Sequence[LayerShape]) -> list[Measurement]:
+        shapes = timed[:-1]  # the last one stands beside every block
         if len(self.stages) + len(shapes) > self.fails_after:
             raise KeyboardInterrupt
         self.stages += shapes
         slow = self.slowness(self.blocks) * self.disturbed.get(self.blocks, 1.0)
         self.blocks += 1
-        found = {s: Measurement(slow * truth(s), 0.01 * slow * truth(s), 9) for s in shapes}
-        return found, slow * truth(common)
+        return [Measurement(slow * truth(s), 0.01 * slow * truth(s), 9) for s in timed]
 
     def pace(self, runs: Sequence[float], **_: object) -> FakePace:
         return FakePace(runs, self)
@@ -117,7 +115,7 @@ class FakePace:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     made = MadeUp(space())
-    monkeypatch.setattr(Host, "_measure", lambda self, *of: made.measure(self, *of))
+    monkeypatch.setattr(Host, "_measure", lambda self, shapes: made.measure(self, shapes))
     monkeypatch.setattr(host, "built", made.built)
     monkeypatch.setattr(host, "waiting", lambda run, device: run)
     monkeypatch.setattr(host, "Pace", made.pace)
