@@ -13,7 +13,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from rankNAS.allocation import Allocation, Choice
+from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.data import batches, channels_last
 from rankNAS.exceptions import ObjectiveError, RankNASError
-from rankNAS.network import Factorisation
+from rankNAS.network import Factorisation, is_heavy, shared_copy
 from rankNAS.objectives.base import Candidate, ObjectiveBase
 from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
 from rankNAS.recovery.batch_norm import (
@@ -34,6 +34,7 @@ from rankNAS.recovery.batch_norm import (
     has_batch_norm,
     is_tracking,
     reestimate_batch_norm,
+    tracking_layers,
 )
 from rankNAS.recovery.training import Recovery
 from rankNAS.sequential import sequential
@@ -90,8 +91,10 @@ class Evaluator:
         device: Where to run.
         sequential: Give the networks that are built factors that suit their own inputs, layer
             after layer (`sequential`). Evaluations are without, for speed, unless asked for.
-        prefix_reuse: Keep activations, so that what did not change is not computed again. Copies
-            that are pickled never do.
+        lean: Take little memory: keep no activations, which would spare computing again what did
+            not change, and, on the CPU, copy no weights of a heavy network (`is_heavy`), whose
+            thin layers are then made whenever they are called. Copies that are pickled are lean.
+        known_logits: The dense network's outputs on the validation inputs, where known.
         recovery: A training of the networks that are built; evaluations are without unless asked
             for.
         parts: Shares, increasing to 1, after which an evaluation may be stopped: of the epochs if
@@ -107,10 +110,11 @@ class Evaluator:
     batch_size: int = 256
     device: torch.device | str = "cpu"
     sequential: bool = False
-    prefix_reuse: bool = True
+    lean: bool = False
     recovery: Recovery | None = None
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
+    known_logits: Tensor | None = None
 
     def __post_init__(self) -> None:
         count = len(self.validation[1])
@@ -119,8 +123,12 @@ class Evaluator:
         self._at_once = self.batch_size
         if torch.device(self.device).type == "cpu":
             self._at_once = min(self.batch_size, CPU_SAMPLES * torch.get_num_threads())
-        self._scratch = copy.deepcopy(self.factorisation.model).to(self.device).eval()
-        self._applied: dict[str, Choice | None] = dict(self.factorisation.space.dense)
+        model = self.factorisation.model
+        # On another device, a copy must be made in any case.
+        self._shares = self.lean and torch.device(self.device).type == "cpu" and is_heavy(model)
+        self._scratch = shared_copy(model) if self._shares else copy.deepcopy(model)
+        self._scratch = self._scratch.to(self.device).eval()
+        self._applied = {n: (layer, DENSE) for n, layer in self.factorisation.layers.items()}
         self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}  # by `_key`
         self.batch_norm = self.batch_norm and has_batch_norm(self._scratch)
         self._calibration = self._place(self.calibration)
@@ -128,20 +136,30 @@ class Evaluator:
         self._targets = self.validation[1].to(self.device)
         if self._inputs.dim() == 4:
             self._scratch = self._scratch.to(memory_format=torch.channels_last)
-        self._stages = self._traced() if self.prefix_reuse else None
+        self._stages = None if self.lean else self._traced()
         self._passes = self._make_passes()
-        self.dense_logits = torch.cat(list(self._forward()))
+        if self.known_logits is None:
+            self.known_logits = torch.cat(list(self._forward()))
+        self.dense_logits = self.known_logits
         if self.batch_norm:
             self._reference = BatchNormReference(self._scratch, self._calibration, self._at_once)
+            self._dense_norms = tracking_layers(self._scratch)
         self._invalidate(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy elsewhere is made from; it makes its own scratch network, and keeps no
-        # activations: several copies on a machine would take many times the network's memory.
-        # The data goes as it lies in memory here, so that the copy need not rearrange it.
+        # What a copy elsewhere is made from; it is lean, as several on a machine would take many
+        # times the network's memory otherwise. Data and weights go as they lie in memory here, so
+        # that the copy need not rearrange them.
         state = {f.name: getattr(self, f.name) for f in fields(self)}
-        placed = {"calibration": self._calibration, "validation": (self._inputs, self._targets)}
-        return {**state, **placed, "prefix_reuse": False, "timing": Timing()}
+        model = self.factorisation.model
+        if self._inputs.dim() == 4:
+            model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        placed = {
+            "factorisation": replace(self.factorisation, model=model),
+            "calibration": self._calibration,
+            "validation": (self._inputs, self._targets),
+        }
+        return {**state, **placed, "lean": True, "timing": Timing()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -301,42 +319,54 @@ class Evaluator:
     @contextmanager
     def _applying(self, allocation: Allocation, refit: bool) -> Iterator[Factorisation]:
         """The scratch network as an allocation makes it, and the factors that it then has."""
-        if not (refit and self.sequential):
-            self._apply(allocation, self.factorisation)
-            yield self.factorisation
-            return
-        self.factorisation.space.check(allocation)
-        factors = sequential(
-            self.factorisation, allocation, self._calibration, batch_size=self.batch_size
-        )
-        self._applied = dict.fromkeys(self._applied)  # nothing that is applied can stay
+        factors = self._factors(allocation, refit)
         try:
             self._apply(allocation, factors)
             yield factors
         finally:
-            self._applied = dict.fromkeys(self._applied)
+            if factors is not self.factorisation:  # the refitted ones can go
+                self._write(self.factorisation.space.dense, self.factorisation)
+
+    def _factors(self, allocation: Allocation, refit: bool) -> Factorisation:
+        """The factors of an allocation, refitted if wanted and the evaluator does that."""
+        self.factorisation.space.check(allocation)
+        if not (refit and self.sequential):
+            return self.factorisation
+        return sequential(
+            self.factorisation, allocation, self._calibration, batch_size=self.batch_size
+        )
 
     @torch.no_grad()
     def _apply(self, allocation: Allocation, factorisation: Factorisation) -> None:
         """Give the scratch network the weights and batch-norm statistics of an allocation."""
-        self.factorisation.space.check(allocation)
-        changed = [n for n, c in allocation.items() if c != self._applied[n]]
-        for name in changed:
-            factorisation.layers[name].write(self._scratch, allocation[name])
-            self._applied[name] = allocation[name]
-        if self._stages is not None and changed:
-            self._invalidate(min(self._stages.cuts[name] for name in changed))
+        self._write(allocation, factorisation)
         if self.batch_norm:
             started = time.perf_counter()
             self._reestimate()
             self.timing.forward += time.perf_counter() - started
 
+    @torch.no_grad()
+    def _write(self, allocation: Allocation, factorisation: Factorisation) -> None:
+        """Give the scratch network the weights of an allocation, where they are others."""
+        if self._shares:
+            self._scratch = factorisation.made_when_called(allocation).eval()
+            return
+        changed = []
+        for name, choice in allocation.items():
+            layer = factorisation.layers[name]
+            applied, before = self._applied[name]
+            if layer is not applied or choice != before:
+                layer.write(self._scratch, choice)
+                self._applied[name] = layer, choice
+                changed.append(name)
+        if self._stages is not None and changed:
+            self._invalidate(min(self._stages.cuts[name] for name in changed))
+
     def _reestimate(self) -> None:
         """Batch-norm statistics of everything that has changed."""
         if self._stages is None:
             reestimate_batch_norm(self._scratch, self._calibration, self._at_once)
-            modules = self._scratch.modules()
-            self._reference.correct(m for m in modules if is_tracking(m))
+            self._reference.correct(tracking_layers(self._scratch), self._dense_norms)
             return
         calibration = self._passes[0]
         after = [i for i, _ in self._norms if i >= calibration.start]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import (
@@ -26,9 +27,18 @@ from rankNAS.recovery.batch_norm import has_batch_norm
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
+LIGHT = 1 << 24  # bytes of weights; a process that has loaded PyTorch takes many times as much
 Select = Callable[[Layer, Sequence[float]], Sequence[Choice]]
 
-__all__ = ["Factorisation", "LayerFactors", "factorise", "skeleton"]
+__all__ = [
+    "Factorisation",
+    "LayerFactors",
+    "changeable_copy",
+    "factorise",
+    "is_heavy",
+    "shared_copy",
+    "skeleton",
+]
 
 
 @dataclass(frozen=True)
@@ -75,21 +85,30 @@ class LayerFactors:
 
     @torch.no_grad()
     def write(self, model: nn.Module, choice: Choice) -> None:
-        """Give the layer of a model, in place, the weight that a choice multiplies out to."""
+        """Give the layer of a model, in place, the weight that a choice multiplies out to.
+
+        What `changeable_copy` makes may remember the choice instead of the weight.
+        """
         weight, bias = self.folded(choice)
         for path in self.layer.paths:
             module: Any = model.get_submodule(path)
-            module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
+            if parametrize.is_parametrized(module, "weight"):
+                module.parametrizations.weight[0].chosen = self, choice
+            else:
+                module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
             if bias is not None:
                 module.bias.copy_(bias)
 
     def module(self, choice: Choice) -> nn.Module:
         """The decomposed layer, an ordinary chain of modules."""
-        factors = self.factors[choice.operator]
-        bias = self.bias
-        if bias is not None and self.metric.mean is not None:
-            bias = self._corrected_bias(factors.weight(choice.rank))
-        return factors.truncate(choice.rank, bias, self.weight.dtype)
+        bias = self.bias_of(choice)
+        return self.factors[choice.operator].truncate(choice.rank, bias, self.weight.dtype)
+
+    def bias_of(self, choice: Choice) -> Tensor | None:
+        """The bias of the decomposed layer."""
+        if self.bias is None or self.metric.mean is None:
+            return self.bias
+        return self._corrected_bias(self.factors[choice.operator].weight(choice.rank))
 
     def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
         """The bias b + (W - What) E[x], which takes out the mean of the error."""
@@ -136,6 +155,36 @@ class Factorisation:
         for name, module in modules.items():
             replace_module(network, self.space.layers[name].paths, module)
         return network
+
+    def made_when_called(self, allocation: Mapping[str, Choice]) -> nn.Module:
+        """The compressed network for forward passes alone, in the memory of its largest layer.
+
+        A decomposed layer is made when it is called, and gone after that. All other parameters,
+        and the factors, are read where they lie.
+
+        Raises:
+            UsageError: The allocation does not belong to the space.
+        """
+        self.space.check(allocation)
+        network = shared_copy(self.model)
+        for name, choice in allocation.items():
+            if choice != DENSE:
+                module = _MadeWhenCalled(self.layers[name], choice)
+                replace_module(network, self.space.layers[name].paths, module)
+        return network
+
+
+class _MadeWhenCalled(nn.Module):
+    """A decomposed layer that exists while it is called."""
+
+    def __init__(self, layer: LayerFactors, choice: Choice) -> None:
+        super().__init__()
+        self._factors, self._rank = layer.factors[choice.operator], choice.rank
+        self._bias, self._dtype = layer.bias_of(choice), layer.weight.dtype
+
+    def forward(self, x: Tensor) -> Any:
+        module = self._factors.truncate(self._rank, self._bias, self._dtype, trainable=False)
+        return module(x)
 
 
 def factorise(
@@ -208,6 +257,62 @@ def _oriented(module: nn.Module) -> Tensor:
     own: Any = module.weight
     weight: Tensor = own.detach()
     return weight.T if is_hf_conv1d(module) else weight
+
+
+def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
+    """A copy whose parameters lie where those of the model do, except some; not to be changed.
+
+    Buffers, such as the statistics of batch norms, are its own.
+
+    Args:
+        model: The model.
+        own: Parameters of the model that the copy gets its own of.
+    """
+    except_for = set(map(id, own))
+    memo = {
+        id(p): nn.Parameter(p.detach(), p.requires_grad)
+        for p in model.parameters()
+        if id(p) not in except_for
+    }
+    return copy.deepcopy(model, dict(memo))
+
+
+def is_heavy(model: nn.Module) -> bool:
+    """Whether the weights take so much memory that they should not be copied without need."""
+    return sum(p.nbytes for p in model.parameters()) > LIGHT
+
+
+def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.Module:
+    """A copy whose layers `LayerFactors.write` can change, without a copy of heavy weights.
+
+    In a heavy model, a layer's weight is multiplied out whenever it is read, and gone after that;
+    all other parameters, and the factors, are read where they lie.
+    """
+    if not is_heavy(model):
+        return copy.deepcopy(model)
+    paths = {path for found in layers.values() for path in found.layer.paths}
+    biases = [getattr(model.get_submodule(path), "bias", None) for path in paths]
+    network = shared_copy(model, own=[bias for bias in biases if bias is not None])
+    for module in {network.get_submodule(path) for path in paths}:
+        parametrize.register_parametrization(module, "weight", _MultipliedOut(module), unsafe=True)
+    return network
+
+
+class _MultipliedOut(nn.Module):
+    """The weight that a layer's choice multiplies out to, in place of the dense one."""
+
+    chosen: tuple[LayerFactors, Choice] | None
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.chosen, self._inputs_first = None, is_hf_conv1d(module)
+
+    def forward(self, dense: Tensor) -> Tensor:
+        if self.chosen is None:
+            return dense
+        factors, choice = self.chosen
+        weight, _ = factors.folded(choice)
+        return torch.empty_like(dense).copy_(weight.T if self._inputs_first else weight)
 
 
 def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:

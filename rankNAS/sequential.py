@@ -13,7 +13,6 @@ section 3.3, there with the responses of one operator; here for every operator, 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.calibration import folded, patches
 from rankNAS.decompositions import OPERATORS, Metric, Target
 from rankNAS.decompositions.metrics import ridged
-from rankNAS.network import Factorisation, LayerFactors
+from rankNAS.network import Factorisation, LayerFactors, changeable_copy, shared_copy
 from rankNAS.recovery.batch_norm import even_chunks, is_tracking
 from rankNAS.stages import Stages
 
@@ -63,7 +62,9 @@ def sequential(
         a forward pass keep their factors, and so do those with fewer than two patches an input.
     """
     space = factorisation.space
-    dense, compressed = (_training_statistics(factorisation.model) for _ in range(2))
+    dense = _training_statistics(shared_copy(factorisation.model))
+    compressed = changeable_copy(factorisation.model, factorisation.layers)
+    compressed = _training_statistics(compressed)
     walk = _walk(factorisation, dense, compressed, inputs, batch_size)
     layers = {}
     for done, (name, pairs) in enumerate(walk, 1):
@@ -77,17 +78,18 @@ def sequential(
         if on_layer is not None:
             on_layer(done, len(space.layers))
     layers = {name: layers[name] for name in space.layers}
-    model = copy.deepcopy(factorisation.model)
-    for name, choice in allocation.items():
-        if choice == DENSE:
-            layers[name].write(model, choice)
+    kept = [found for name, found in layers.items() if allocation[name] == DENSE]
+    modules = [factorisation.model.get_submodule(p) for found in kept for p in found.layer.paths]
+    model = shared_copy(factorisation.model, own=[p for m in modules for p in m.parameters()])
+    for found in kept:
+        found.write(model, DENSE)
     restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
     return Factorisation(model, restricted, layers)
 
 
 def _training_statistics(model: nn.Module) -> nn.Module:
-    """A copy whose batch norms use the statistics of the batch."""
-    model = copy.deepcopy(model).eval()
+    """The model; its batch norms now use the statistics of the batch."""
+    model.eval()
     for module in model.modules():
         if is_tracking(module):
             module.train()
@@ -159,7 +161,12 @@ class _Moments:
             factors = {choice.operator: found}
         weight = weight.to(layer.weight.dtype)
         metric = replace(metric, C=None)
-        return replace(layer, weight=weight, bias=bias, metric=metric, factors=factors)
+        refitted = replace(layer, weight=weight, bias=bias, metric=metric, factors=factors)
+        if choice == DENSE:
+            return refitted
+        # With its bias corrected, one choice needs no dense weight of its own.
+        _, bias = refitted.folded(choice)
+        return replace(refitted, weight=layer.weight, bias=bias, metric=replace(metric, mean=None))
 
 
 def _walk(

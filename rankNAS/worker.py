@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import sys
 import time
 import warnings
@@ -103,6 +104,7 @@ def work(
         except Exception as error:
             ray.get(mailbox.unable.remote(worker, f"{type(error).__name__}: {error}"))
             return
+    _give_back()
     life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
 
     def rule(target: str, step: int, metrics: Mapping[str, float]) -> bool:
@@ -122,4 +124,11 @@ def work(
         if time.monotonic() - reported > REPORT:
             reported = time.monotonic()
             tune.report({"finished": finished})
+            _give_back()
         found = ray.get(mailbox.done.remote(worker, life, number, outcome))
+
+
+def _give_back() -> None:
+    """Return to the system what evaluations no longer use, which the C library would keep."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another library than glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -95,11 +95,11 @@ def test_metrics_are_those_of_the_network(batch_norm: bool, batch_size: int) -> 
         assert (metrics["macs"], metrics["weight_bytes"]) == (cost.macs, cost.weight_bytes)
 
 
-@pytest.mark.parametrize("prefix_reuse", [True, False])
+@pytest.mark.parametrize("lean", [False, True])
 def test_batch_norms_move_by_what_compression_changes_on_the_calibration_data(
-    prefix_reuse: bool,
+    lean: bool,
 ) -> None:
-    ev = evaluator(batch_size=100, prefix_reuse=prefix_reuse)
+    ev = evaluator(batch_size=100, lean=lean)
     network, dense, x = ev.network(drawn(ev, 3)), convolutional(), images(40)[0]
     stored, norm = dense[1], network[1]  # type: ignore[index]
     hidden, before = network[0](x), dense[0](x)  # type: ignore[index]
@@ -130,15 +130,15 @@ def test_a_cpu_takes_so_many_samples_at_once_that_its_caches_hold_them(
     x, y = images(300)
     factorisation = factorised(nn.Sequential(Recording(), *convolutional()).eval(), x)
     SEEN.clear()
-    ev = Evaluator(factorisation, x, (x, y), batch_size=batch_size, prefix_reuse=False)
+    ev = Evaluator(factorisation, x, (x, y), batch_size=batch_size, lean=True)
     ev.evaluate(drawn(ev, 0))
     assert max(SEEN) == most
     assert sum(SEEN) == 4 * len(x)  # for outputs and for batch norms, of the dense network too
 
 
-@pytest.mark.parametrize("prefix_reuse", [True, False])
-def test_the_dense_network_keeps_its_batch_norms(prefix_reuse: bool) -> None:
-    ev = evaluator(prefix_reuse=prefix_reuse)
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_dense_network_keeps_its_batch_norms(lean: bool) -> None:
+    ev = evaluator(lean=lean)
     ev.evaluate(drawn(ev, 1))
     metrics = ev.evaluate(ev.factorisation.space.dense)
     assert metrics["agreement"] == pytest.approx(0, abs=1e-9)
@@ -183,7 +183,7 @@ def count_forwards(ev: Evaluator) -> list[int]:
 
 
 def test_equal_allocations_are_evaluated_once() -> None:
-    ev = evaluator(batch_norm=False, prefix_reuse=False)
+    ev = evaluator(batch_norm=False, lean=True)
     calls = count_forwards(ev)
     allocation = drawn(ev, 0)
     first = ev.evaluate(allocation)
@@ -207,7 +207,7 @@ def test_remembered_metrics_are_not_measured() -> None:
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> None:
-    reusing, plain = evaluator(batch_norm), evaluator(batch_norm, prefix_reuse=False)
+    reusing, plain = evaluator(batch_norm), evaluator(batch_norm, lean=True)
     assert reusing._stages is not None and plain._stages is None
     layers = reusing.factorisation.space.layers
     rng = random.Random(5)
@@ -223,7 +223,7 @@ def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> Non
 
 
 def test_only_what_follows_the_first_change_is_computed() -> None:
-    ev = evaluator(prefix_reuse=True)
+    ev = evaluator(lean=False)
     calls = [0]
     first_layer = ev._scratch[0]  # type: ignore[index]
     first_layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
@@ -420,12 +420,10 @@ def test_test_metrics_stream() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-@pytest.mark.parametrize("prefix_reuse", [True, False])
-def test_parts_of_the_samples_are_measured_on_the_way(
-    batch_norm: bool, prefix_reuse: bool
-) -> None:
-    whole = evaluator(batch_norm, prefix_reuse=prefix_reuse)
-    parts = evaluator(batch_norm, prefix_reuse=prefix_reuse, parts=(0.25, 0.5, 1.0))
+@pytest.mark.parametrize("lean", [False, True])
+def test_parts_of_the_samples_are_measured_on_the_way(batch_norm: bool, lean: bool) -> None:
+    whole = evaluator(batch_norm, lean=lean)
+    parts = evaluator(batch_norm, lean=lean, parts=(0.25, 0.5, 1.0))
     for seed in range(4):
         allocation = drawn(whole, seed)
         seen: dict[int, float] = {}
@@ -530,4 +528,35 @@ def test_a_training_that_diverges_fails_alone() -> None:
 def test_copies_elsewhere_keep_no_activations() -> None:
     own = evaluator()
     copied = pickle.loads(pickle.dumps(own))
-    assert own.prefix_reuse and not copied.prefix_reuse and not copied._passes
+    assert not own.lean and copied.lean and not copied._passes
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_lean_copies_of_a_heavy_network_copy_no_weights(
+    batch_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"sequential": True, "parts": (0.5, 1.0)}
+    own = evaluator(batch_norm, **options)
+    allocations = [own.factorisation.space.dense, *(drawn(own, seed) for seed in range(3))]
+    monkeypatch.setattr("rankNAS.network.LIGHT", 0)
+    lean = pickle.loads(pickle.dumps(own))
+    dense = {p.data_ptr() for p in lean.factorisation.model.parameters()}
+    assert {p.data_ptr() for p in lean._scratch.parameters()} == dense
+    for allocation in allocations:
+        for final in (False, True):
+            expected = own.evaluate(allocation, final=final)
+            assert lean.evaluate(allocation, final=final) == pytest.approx(expected, abs=1e-4)
+            assert {p.data_ptr() for p in lean._scratch.parameters()} <= dense
+    before = lean.factorisation.model.state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in own.factorisation.model.state_dict().items())
+    stops = []
+    with pytest.raises(PrunedError):
+        lean.forget()
+        lean.evaluate(allocations[1], verdict=lambda step, _: bool(stops.append(step)))
+    assert stops == [30]
+
+
+def test_refitted_factors_are_let_go() -> None:
+    own = evaluator(sequential=True)
+    own.evaluate(drawn(own, 1), final=True)
+    assert all(own._applied[n][0] is f for n, f in own.factorisation.layers.items())

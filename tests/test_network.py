@@ -14,7 +14,7 @@ from rankNAS.calibration import calibrate
 from rankNAS.decompositions import OPERATORS
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import UsageError
-from rankNAS.network import Factorisation, factorise, skeleton
+from rankNAS.network import Factorisation, changeable_copy, factorise, shared_copy, skeleton
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -229,7 +229,7 @@ def test_attention_is_decomposed_and_takes_its_weights_back() -> None:
     assert isinstance(model[0].self_attn, nn.MultiheadAttention)
 
 
-def test_hugging_face_layers() -> None:
+def test_hugging_face_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     torch.manual_seed(0)
     model = nn.Sequential(conv1d(24, 16), nn.ReLU(), conv1d(8, 24))
@@ -246,6 +246,64 @@ def test_hugging_face_layers() -> None:
         empty = skeleton(copy.deepcopy(model), allocation)
         empty.load_state_dict(network.state_dict(), assign=True)
         assert torch.equal(empty(x), network(x))
+    monkeypatch.setattr("rankNAS.network.LIGHT", 0)
+    heavy = changeable_copy(model, factorisation.layers)
+    for name, choice in allocation.items():
+        factorisation.layers[name].write(heavy, choice)
+    assert torch.equal(heavy(x), fold_in(factorisation, allocation)(x))
+
+
+def test_a_shared_copy_has_the_parameters_of_the_model_and_its_own_buffers() -> None:
+    model, _, x = mixed()
+    own: Any = model.head.bias
+    copied = shared_copy(model, own=[own])
+    assert torch.equal(copied(x), model(x))
+    theirs = dict(copied.named_parameters())
+    assert all(
+        (p.data_ptr() == theirs[n].data_ptr()) == (p is not own)
+        for n, p in model.named_parameters()
+    )
+    assert copied.tied.weight is copied.shared.weight
+    copied.train()(x)
+    assert not torch.equal(copied.norm.running_mean, model.norm.running_mean)
+
+
+@pytest.mark.parametrize("metric", ["weight", "fisher"])
+def test_heavy_weights_are_multiplied_out_where_they_are_read(
+    metric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, space, x = mixed()
+    statistics = calibrate(model, space, x, metric=metric)
+    factorisation = factorise(model, space, statistics, metric=metric)
+    before = copy.deepcopy(model.state_dict())
+    light = changeable_copy(model, factorisation.layers)
+    assert type(light.head) is nn.Linear
+    monkeypatch.setattr("rankNAS.network.LIGHT", 0)
+    heavy = changeable_copy(model, factorisation.layers)
+    assert torch.equal(heavy(x), model(x))
+    for seed in range(4):
+        for name, choice in drawn(space, seed).items():
+            for network in (light, heavy):
+                factorisation.layers[name].write(network, choice)
+        assert torch.equal(heavy(x), light(x)) and not torch.allclose(heavy(x), model(x))
+    lie = {p.data_ptr() for p in model.parameters()}
+    biases = {p.numel() for n, p in model.named_parameters() if n.endswith("bias")}
+    assert all(p.data_ptr() in lie or p.numel() in biases for p in heavy.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("metric", ["weight", "fisher"])
+def test_layers_that_are_made_when_called_are_those_of_the_network(metric: Any) -> None:
+    model, space, x = mixed()
+    statistics = calibrate(model, space, x, metric=metric)
+    factorisation = factorise(model, space, statistics, metric=metric)
+    for allocation in (space.dense, *(drawn(space, seed) for seed in range(4))):
+        network = factorisation.made_when_called(allocation)
+        assert_close(network(x), factorisation.materialise(allocation)(x))
+        lie = {p.data_ptr() for p in model.parameters()}
+        assert all(p.data_ptr() in lie for p in network.parameters())
+    with pytest.raises(UsageError, match="no choice for layer"):
+        factorisation.made_when_called({})
 
 
 def test_allocations_of_other_models() -> None:

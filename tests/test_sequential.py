@@ -165,12 +165,26 @@ def test_the_factorisation_is_left_alone_and_so_are_later_evaluations() -> None:
     assert all(torch.equal(v, before[k]) for k, v in found.model.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix_reuse", [True, False])
-def test_a_refitted_evaluation_is_that_of_the_network(prefix_reuse: bool) -> None:
+def test_heavy_weights_are_refitted_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images()
+    found = factorised(convolutional(), x)
+    for allocation in (cheap(found), found.space.dense):
+        monkeypatch.undo()
+        light = sequential(found, allocation, x).materialise(allocation).state_dict()
+        monkeypatch.setattr("rankNAS.network.LIGHT", 0)
+        heavy = sequential(found, allocation, x).materialise(allocation).state_dict()
+        assert all(torch.equal(v, heavy[k]) for k, v in light.items())
+    refitted = sequential(found, cheap(found), x)
+    lie = {p.data_ptr() for p in found.model.parameters()}
+    assert all(p.data_ptr() in lie for p in refitted.model.parameters())
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_refitted_evaluation_is_that_of_the_network(lean: bool) -> None:
     x = images()
     y = torch.randint(6, (len(x),), generator=torch.Generator().manual_seed(1))
     found = factorised(convolutional(), x)
-    evaluator = Evaluator(found, x, (x, y), sequential=True, prefix_reuse=prefix_reuse)
+    evaluator = Evaluator(found, x, (x, y), sequential=True, lean=lean)
     for allocation in (cheap(found, -2), cheap(found, -1)):
         metrics = evaluator.evaluate(allocation, final=True)
         network = evaluator.network(allocation)

@@ -42,15 +42,22 @@ class Factors(ABC):
 
     @final
     def truncate(
-        self, rank: Rank, bias: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        rank: Rank,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        trainable: bool = True,
     ) -> nn.Module:
         """The decomposed layer at a rank: a chain of ordinary modules with their own weights.
 
-        Their type is `dtype`, or else that of `bias`, or else float32.
+        Their type is `dtype`, or else that of `bias`, or else float32. What is not to be trained
+        need not be `balanced`.
         """
         module = self.operator.build(self.shape, rank)
         stages = self.operator.stages(self.shape, rank)
-        fill(module, stages, balanced(stages, self.stage_weights(rank)), bias, dtype)
+        weights = self.stage_weights(rank)
+        fill(module, stages, balanced(stages, weights) if trainable else weights, bias, dtype)
         return module
 
 

@@ -30,12 +30,13 @@ __all__ = [
     "has_batch_norm",
     "is_tracking",
     "reestimate_batch_norm",
+    "tracking_layers",
 ]
 
 
 def has_batch_norm(network: nn.Module) -> bool:
     """Whether any layer of ``network`` is a batch norm that keeps running statistics."""
-    return bool(_tracking_layers(network))
+    return bool(tracking_layers(network))
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 
         UsageError: There are fewer than 2 inputs, or ``batch_size`` is below 2.
     """
     network.eval()
-    layers = _tracking_layers(network)
+    layers = tracking_layers(network)
     if not layers:
         return network
     if len(inputs) < 2 or batch_size < 2:
@@ -92,22 +93,27 @@ class BatchNormReference:
     """
 
     def __init__(self, network: nn.Module, inputs: Tensor, batch_size: int = 256) -> None:
-        layers = _tracking_layers(network)
+        layers = tracking_layers(network)
         self._stored = {layer: _statistics(layer) for layer in layers}
         reestimate_batch_norm(network, inputs, batch_size)
         self._measured = {layer: _statistics(layer) for layer in layers}
         for layer in layers:
             _set_statistics(layer, *self._stored[layer])
 
-    def correct(self, layers: Iterable[_BatchNorm]) -> None:
+    def correct(
+        self, layers: Iterable[_BatchNorm], originals: Iterable[_BatchNorm] | None = None
+    ) -> None:
         """Replace the statistics measured in the compressed network, in place.
 
         Args:
-            layers: The same module objects as in ``network``, now with other weights before them.
+            layers: Batch norms, with other weights before them than in ``network``.
+            originals: The ones that they were in ``network``; by default, the same objects.
         """
-        for layer in layers:
+        layers = list(layers)
+        pairs = zip(layers, layers if originals is None else originals, strict=True)
+        for layer, original in pairs:
             mean, variance = _statistics(layer)
-            (m, v), (M, V) = self._stored[layer], self._measured[layer]
+            (m, v), (M, V) = self._stored[original], self._measured[original]
             _set_statistics(layer, m + mean - M, v * (variance + layer.eps) / (V + layer.eps))
 
 
@@ -124,7 +130,8 @@ def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     layer.running_var.copy_(variance)
 
 
-def _tracking_layers(network: nn.Module) -> list[_BatchNorm]:
+def tracking_layers(network: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics."""
     return [module for module in network.modules() if is_tracking(module)]
 
 

@@ -16,10 +16,12 @@ random images. Measured in turns, so that what disturbs one disturbs all:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from random import Random
@@ -40,7 +42,7 @@ from rankNAS.scheduler import Outcome, Serial, Task, schedule
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.sharing import shared_bytes
 
-IMAGES, WARM = 1000, 4
+IMAGES, WARM, WIDE = 1000, 4, 25
 BUDGET = {"macs": 0.5}
 METRICS = {"accuracy": 0.5, "loss": 1.0, "macs": 1.0}
 
@@ -145,23 +147,68 @@ def samples(rounds: int) -> None:
 def memory() -> None:
     """What a worker holds by itself, beyond what a worker of a tiny network holds."""
     torch.manual_seed(0)
-    large = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
-    tiny = nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Linear(64, 10)).eval()
-    own = []
-    for model, side, images in ((tiny, 8, 16), (large, 32, IMAGES)):
-        study = prepared(model, side, images)
+    wide = [layer for _ in range(WIDE - 1) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    models = {
+        "tiny": (nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.Linear(64, 10)), 8, 16),
+        "ResNet-20": (
+            build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)),
+            32,
+            IMAGES,
+        ),
+        f"{WIDE} linear layers of 1,024": (
+            nn.Sequential(
+                nn.Flatten(), nn.Linear(192, 1024), nn.ReLU(), *wide, nn.Linear(1024, 10)
+            ),
+            8,
+            IMAGES,
+        ),
+    }
+    base = (0.0, 0.0)
+    for name, (model, side, images) in models.items():
+        study = fresh(prepared(model.eval(), side, images), None)
+        seen: list[float] = []
         executor = Parallel(study.evaluator, Workers(2))
         try:
-            schedule(fresh(study, None), 8, executor)
-            own.append(statistics.mean(map(_private, filter(_is_worker, _processes()))))
+            schedule(study, 8, executor)  # what workers need to begin with is not what they hold
+            with _watching(seen):
+                schedule(study, 20, executor)
+            time.sleep(1)
+            own = max(seen), statistics.mean(map(_private, filter(_is_worker, _processes())))
         finally:
             executor.close()
-    weights = study.dense["weight_bytes"]
-    print(
-        f"a worker's own memory: {own[1] / 1e6:.0f} MB, {(own[1] - own[0]) / 1e6:.0f} MB more "
-        f"than for a tiny network; the dense weights are {weights / 1e6:.1f} MB, what all share "
-        f"{shared_bytes(study.evaluator) / 1e6:.0f} MB"
-    )
+        base = base if any(base) else own
+        compressed = statistics.mean(t.metrics["weight_bytes"] for t in study.trials)
+        print(
+            f"{name}: a worker's own memory is {own[0] / 1e6:.0f} MB at most, "
+            f"{own[1] / 1e6:.0f} MB after its trials; {(own[0] - base[0]) / 1e6:.0f} and "
+            f"{(own[1] - base[1]) / 1e6:.0f} MB more than for the tiny network. The weights are "
+            f"{study.dense['weight_bytes'] / 1e6:.1f} MB, compressed {compressed / 1e6:.1f}; "
+            f"all share {shared_bytes(study.evaluator) / 1e6:.0f} MB",
+            flush=True,
+        )
+
+
+@contextlib.contextmanager
+def _watching(seen: list[float]) -> Iterator[None]:
+    """Within, what workers hold by themselves is noted, every tenth of a second."""
+    over = threading.Event()
+
+    def note() -> None:
+        with contextlib.suppress(OSError):  # one has ended
+            seen.extend(map(_private, filter(_is_worker, _processes())))
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            note()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        note()
 
 
 def _processes() -> list[Path]:
