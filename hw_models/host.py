@@ -1,13 +1,14 @@
 """This machine, measured: stages of layers, and whole networks to put their sum right.
 
-1. Of all the stages that a space's choices consist of, a spread-out part is timed.
-2. A Gaussian process (`StageRegression`) predicts the others, with its uncertainty.
+1. Of all the stages that a space's choices consist of, a spread-out part is timed, and as many of
+   the others as there is time for: in blocks of a few, each stage in two of them. How far the two
+   are apart says how slow the machine was in each block, and how well a stage is known.
+2. A Gaussian process (`StageRegression`) predicts all, with its uncertainty.
 3. The network itself is timed, dense and under a few random allocations, as it runs: with its
    normalisations and activations. What the stages do not explain, these and what a layer's
    neighbours do to its caches, is put into a constant and two factors (`NetworkFit`).
 
-The network is timed between the stages, all the while: how slow it was around some stages says how
-slow the machine was, and their times are put right by that (`Pace`).
+The network is timed between the stages, all the while (`Pace`).
 
 Everything measured is kept in a file, and a network that is profiled again costs nothing.
 """
@@ -21,7 +22,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -38,7 +39,14 @@ from rankNAS.files import cache_folder
 from rankNAS.hw_models.base import Progress, StageModel, stages
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of
-from rankNAS.hw_models.timing import Array, Pace, interleaved, spread_of_median, waiting
+from rankNAS.hw_models.timing import (
+    Array,
+    Pace,
+    effects_of_blocks,
+    interleaved,
+    spread_of_median,
+    waiting,
+)
 from rankNAS.network import skeleton
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
@@ -48,8 +56,10 @@ logger = logging.getLogger(__name__)
 BLOCK = 16  # stages that are timed in turns
 DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 LIMIT = 120.0  # seconds after which no stages are begun but those that must be timed
-FITTED = 500  # stages that the regression sees, at most
-DISTURBED = 1.5  # times what a stage usually takes: what was timed beside it is timed again
+TURNS = 2  # in which each stage is timed, in different blocks
+FITTED = 500  # stages that the kernel of the regression is learned from, at most
+MOST = 4000  # stages that the regression sees, at most; those of the space first
+DISTURBED = 1.5  # times the usual slowness: a block in which something else ran
 PULL = 0.1  # of the factors of a network towards 1, against one timing each
 
 
@@ -119,42 +129,23 @@ class Host(StageModel):
             queue = missing + further  # as long as there is time
             allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
             pace = self._pace(network, allocations, batched(inputs, space.input_shape[0]))
-        steps = len(queue) + len(allocations)
+        steps = TURNS * len(queue) + len(allocations)
         report = on_progress or (lambda done, total: None)
         report(0, steps)
-        blocks, beside = [], []
-        common = sorted(queue, key=lambda s: s.cost().macs)[len(queue) // 2 :][:1]
-        begun = time.perf_counter()
-        for start in range(0, len(queue), BLOCK):
-            spent = (time.perf_counter() - begun) / LIMIT
-            if start >= len(missing) and spent > 1:
-                break
-            block = queue[start : start + BLOCK]
-            *found, usual = self._measure([*block, *common])
-            blocks.append(dict(zip(block, found, strict=True)))
-            beside.append(usual.seconds)
-            profile = profile.with_stages(blocks[-1])
-            self._keep(profile)
-            done = start + len(blocks[-1])
+        blocks: list[dict[LayerShape, Measurement]] = []
+        for found, share in self._in_blocks(queue, len(missing)):
+            blocks.append(found)
+            if share <= 1 / TURNS:
+                profile = profile.with_stages(found)
+                self._keep(profile)
             if pace is not None:
-                pace.after(min(1.0, max(done / len(queue), spent)))
-            report(done, steps)
-        for timed, before in list(zip(blocks, beside, strict=True)):
-            if before <= DISTURBED * np.median(beside):
-                continue
-            logger.info("something else was running; %d stages are timed again", len(timed))
-            *found, usual = self._measure([*timed, *common])
-            again = dict(zip(timed, found, strict=True))
-            blocks.append(again if usual.seconds < before else {})
-            profile = profile.with_stages(blocks[-1])
+                pace.after(share)
+            report(round(share * TURNS * len(queue)), steps)
+        if blocks:
+            profile = profile.with_stages(_combined(blocks))
             self._keep(profile)
-            if pace is not None:
-                pace.after(1.0)
         if pace is not None:
             pace.after(1.0)
-            for number, timed in enumerate(blocks):
-                slowness = pace.slowness(number)
-                profile = profile.with_stages({s: m.faster(slowness) for s, m in timed.items()})
         model = self._regressed(profile, wanted)
         if pace is not None:
             fit = model._fit_network(space, allocations, pace.seconds())
@@ -222,20 +213,23 @@ class Host(StageModel):
             logger.warning("the measurements could not be kept: %s", error)
 
     def _regressed(self, profile: Profile, wanted: Sequence[LayerShape]) -> Host:
-        """With predictions for all that is wanted; what was measured is itself."""
+        """With predictions for all that is wanted."""
         if not profile.stages:
             raise UsageError(f"device file {str(self.file)!r} has no measurements.")
         self._check_kinds(profile, wanted)
-        seen = _spread_out(list(profile.stages), FITTED)
+        seen = list(dict.fromkeys([*(s for s in wanted if s in profile.stages), *profile.stages]))
+        seen = seen[:MOST]
+        learned = set(_spread_out(seen, FITTED))
         rows = [profile.stages[s] for s in seen]
-        fitted = StageRegression.fit(seen, [m.seconds for m in rows], [m.sigma for m in rows])
-        known = {s: (m.seconds, m.sigma) for s, m in profile.stages.items()}
-        others = [shape for shape in wanted if shape not in known]
-        if others:
-            seconds, sigma = fitted.predict(others)
-            known |= dict(
-                zip(others, zip(seconds.tolist(), sigma.tolist(), strict=True), strict=True)
-            )
+        fitted = StageRegression.fit(
+            seen,
+            [m.seconds for m in rows],
+            [m.sigma for m in rows],
+            [i for i, shape in enumerate(seen) if shape in learned],
+        )
+        seconds, sigma = fitted.predict(wanted)
+        pairs = zip(seconds.tolist(), sigma.tolist(), strict=True)
+        known = dict(zip(wanted, pairs, strict=True))
         return replace(self, profile=profile, fitted=fitted, known=known)
 
     def _check_kinds(self, profile: Profile, wanted: Sequence[LayerShape]) -> None:
@@ -252,6 +246,32 @@ class Host(StageModel):
         if self.strict or batches:
             raise UsageError(f"{text}; profile them, for example with `ranknas profile`.")
         logger.warning("%s; their times are extrapolated", text)
+
+    def _in_blocks(
+        self, queue: Sequence[LayerShape], needed: int
+    ) -> Iterator[tuple[dict[LayerShape, Measurement], float]]:
+        """Times of stages that are timed together, and the share of all that is done then.
+
+        The first stages are timed in any case, the others as long as there is time; and all those
+        then again, in other company.
+        """
+        part = replace(self, repeats=math.ceil(self.repeats / TURNS), seconds=self.seconds / TURNS)
+        begun = time.perf_counter()
+        timed: dict[LayerShape, None] = {}
+        for turn in range(TURNS):
+            if turn:
+                queue = list(timed)
+                random.Random(self.seed + turn).shuffle(queue)
+            for start in range(0, len(queue), BLOCK):
+                spent = (time.perf_counter() - begun) / LIMIT * TURNS
+                if not turn and start >= needed and spent > 1:
+                    break
+                shapes = queue[start : start + BLOCK]
+                timed |= dict.fromkeys(shapes)
+                done = (start + len(shapes)) / len(queue)
+                share = min(1.0, done if turn else max(done, spent))
+                found = dict(zip(shapes, part._measure(shapes), strict=True))
+                yield found, (turn + share) / TURNS
 
     @torch.no_grad()  # `stage` calls it too
     def _measure(self, shapes: Sequence[LayerShape]) -> list[Measurement]:
@@ -362,6 +382,39 @@ def _run(shape: LayerShape, device: torch.device) -> Callable[[], object]:
         layer = layer.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     return lambda: layer(x)
+
+
+def _combined(blocks: Sequence[Mapping[LayerShape, Measurement]]) -> dict[LayerShape, Measurement]:
+    """Of stages that were timed in several blocks: their times, and how well these are known.
+
+    Blocks in which something else ran are left out where there is another.
+    """
+    places = {shape: i for i, shape in enumerate({s: None for block in blocks for s in block})}
+    found = [m for block in blocks for m in block.values()]
+    items = np.array([places[shape] for block in blocks for shape in block])
+    numbers = np.array([k for k, block in enumerate(blocks) for _ in block])
+    values = np.log([m.seconds for m in found])
+    effects = effects_of_blocks(items, numbers, values)
+    values -= effects[numbers]
+    quiet = effects[numbers] < math.log(DISTURBED)
+    used = quiet | (np.bincount(items, quiet)[items] == 0)
+    if not used.all():
+        logger.info("something else was running during %d timings of stages", (~used).sum())
+    counts = np.bincount(items, used)
+    means = np.bincount(items, values * used) / counts
+    # Of one timing: how it varies from block to block, or within one where that is more.
+    apart = (np.abs(values - means[items]))[used & (counts[items] > 1)]
+    single = 1.4826 * float(np.median(apart)) * math.sqrt(2) if len(apart) else 0.0
+    within = np.array([m.sigma / m.seconds for m in found])
+    within = np.sqrt(np.bincount(items, used * within**2)) / counts
+    deviations = np.maximum(within, single / np.sqrt(counts))
+    rounds = np.bincount(items, [m.rounds for m in found])
+    return {
+        shape: Measurement(
+            float(np.exp(means[i])), float(np.exp(means[i]) * deviations[i]), int(rounds[i])
+        )
+        for shape, i in places.items()
+    }
 
 
 def _stages(space: SearchSpace) -> Iterable[LayerShape]:

@@ -61,10 +61,6 @@ class Measurement:
     sigma: float
     rounds: int
 
-    def faster(self, factor: float) -> Measurement:
-        """As on a machine that is so many times as fast."""
-        return replace(self, seconds=self.seconds / factor, sigma=self.sigma / factor)
-
 
 @dataclass(frozen=True)
 class NetworkFit:

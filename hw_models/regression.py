@@ -1,7 +1,9 @@
-"""Times of stages that were not measured, from those that were: a Gaussian process.
+"""Times of stages from measurements of some of them: a Gaussian process.
 
 The logarithm of a stage's time is a linear function of the logarithms of its work, its traffic and
-its sizes, plus a Gaussian process of these and of how its channels fill the vector units.
+its sizes, plus a Gaussian process of these and of how its channels fill the vector units, plus
+something of its own. A stage that was measured has its share of that, by how well it was measured:
+a search looks for stages that came out too short, so measurements cannot be taken as they are.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import cho_solve, solve_triangular
 
 from rankNAS.decompositions import LayerShape
 
 if TYPE_CHECKING:
-    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import Kernel
 
 __all__ = ["StageRegression", "kind_of", "traffic"]
 
@@ -36,57 +39,84 @@ class StageRegression:
         centre: Of the features, (features,).
         scale: Likewise.
         weights: Of the linear part, with its constant last.
-        process: Fitted to what the linear part leaves.
+        kernel: Covariance of what the linear part leaves, but for what is a stage's own.
+        own: Variance of that.
+        places: Where each measured stage is in what follows.
+        Z: Their features, (stages, features).
+        factor: Cholesky factor of the covariance of the measurements, (stages, stages).
+        alpha: Its inverse times what the linear part leaves of them, (stages,).
     """
 
     kinds: frozenset[str]
     centre: Array
     scale: Array
     weights: Array
-    process: GaussianProcessRegressor
+    kernel: Kernel
+    own: float
+    places: dict[LayerShape, int]
+    Z: Array
+    factor: Array
+    alpha: Array
 
     @classmethod
     def fit(
-        cls, shapes: Sequence[LayerShape], seconds: Sequence[float], sigma: Sequence[float]
+        cls,
+        shapes: Sequence[LayerShape],
+        seconds: Sequence[float],
+        sigma: Sequence[float],
+        learned: Sequence[int] | None = None,
     ) -> StageRegression:
         """Fit to measured stages, each with one call.
 
         Args:
-            shapes: At least one.
+            shapes: At least one; all different.
             seconds: Their times.
             sigma: Standard deviations of these.
+            learned: Which of them the kernel is learned from, as that takes long; all by default.
         """
         # Not at the top: few of those who use hardware models need it.
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
+        some = np.arange(len(shapes)) if learned is None else np.array(learned)
         X = np.array([_features(shape) for shape in shapes])
-        centre, scale = X.mean(0), X.std(0)
+        centre, scale = X[some].mean(0), X[some].std(0)
         scale[scale < 1e-9] = 1.0
         Z = (X - centre) / scale
         y = np.log(np.array(seconds, dtype=float))
         A = np.column_stack([Z, np.ones(len(Z))])
-        penalty = RIDGE * len(Z) * np.diag([*np.ones(Z.shape[1]), 0.0])
-        weights = np.linalg.solve(A.T @ A + penalty, A.T @ y)
+        penalty = RIDGE * len(some) * np.diag([*np.ones(Z.shape[1]), 0.0])
+        weights = np.linalg.solve(A[some].T @ A[some] + penalty, A[some].T @ y[some])
+        left = y - A @ weights
         noise = (np.array(sigma) / np.array(seconds)).clip(1e-3, 1.0) ** 2
         kernel = ConstantKernel(0.03, (1e-4, 10)) * Matern(
             np.full(Z.shape[1], 2.0), (0.1, 1e3), nu=2.5
         ) + WhiteKernel(1e-3, (1e-6, 1.0))
-        process = GaussianProcessRegressor(kernel, alpha=noise, random_state=0)
+        process = GaussianProcessRegressor(kernel, alpha=noise[some], random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound
-            process.fit(Z, y - A @ weights)
+            process.fit(Z[some], left[some])
+        smooth, own = process.kernel_.k1, float(process.kernel_.k2.noise_level)
+        factor = np.linalg.cholesky(smooth(Z) + np.diag(own + noise))
+        alpha = cho_solve((factor, True), left)
         kinds = frozenset(kind_of(shape) for shape in shapes)
-        return cls(kinds, centre, scale, weights, process)
+        places = {shape: i for i, shape in enumerate(shapes)}
+        return cls(kinds, centre, scale, weights, smooth, own, places, Z, factor, alpha)
 
     def predict(self, shapes: Sequence[LayerShape]) -> tuple[Array, Array]:
         """Seconds of stages and their standard deviations, each (stages,)."""
         X = np.array([_features(shape) for shape in shapes])
         Z = (X - self.centre) / self.scale
-        mean, deviation = self.process.predict(Z, return_std=True)
-        seconds: Array = np.exp(np.column_stack([Z, np.ones(len(Z))]) @ self.weights + mean)
-        return seconds, seconds * deviation
+        covariance = self.kernel(Z, self.Z)
+        for row, shape in enumerate(shapes):
+            if shape in self.places:
+                covariance[row, self.places[shape]] += self.own
+        mean = np.column_stack([Z, np.ones(len(Z))]) @ self.weights + covariance @ self.alpha
+        explained = (solve_triangular(self.factor, covariance.T, lower=True) ** 2).sum(0)
+        variance = self.kernel.diag(Z) + self.own - explained
+        seconds: Array = np.exp(mean)
+        return seconds, seconds * np.sqrt(variance.clip(0))
 
 
 def kind_of(shape: LayerShape) -> str:

@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Pace", "Turns", "interleaved", "spread_of_median", "waiting"]
+__all__ = ["Pace", "Turns", "effects_of_blocks", "interleaved", "spread_of_median", "waiting"]
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 LEAST = 5e-4  # seconds of one sample: shorter things are run several times for it
 MOST_RUNS = 20  # of one sample
 LEAST_ROUNDS = 3
+SWEEPS = 100  # each halves what is wrong, where items are seen twice
 
 
 def waiting(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
@@ -94,8 +96,8 @@ def interleaved(
 class Pace:
     """Whole networks timed in turns, a few rounds at a time, between other measurements.
 
-    A machine changes its speed while it is measured. The networks are timed over as long a while
-    as everything else, and how slow they were around some other measurement puts that right.
+    A machine changes its speed while it is measured, so the networks are timed over as long a
+    while as everything else.
 
     Args:
         runs: The networks.
@@ -109,7 +111,6 @@ class Pace:
     ) -> None:
         self._turns = Turns(runs, seed=seed)
         self._rounds, self._seconds, self._spent = rounds, seconds, 0.0
-        self._ends = [0]  # rounds that were done after each measurement
 
     def after(self, share: float) -> None:
         """Time the networks after a measurement, until a share (0, 1] of the rounds is done."""
@@ -121,24 +122,27 @@ class Pace:
             begun = time.perf_counter()
             self._turns.round()
             self._spent += time.perf_counter() - begun
-        self._ends.append(len(rows))
 
     def seconds(self) -> Array:
         """Medians, (runs,)."""
         medians: Array = np.median(self._turns.times, axis=0)
         return medians
 
-    def slowness(self, number: int) -> float:
-        """How slow the networks were before and after a measurement, against all the while.
 
-        Args:
-            number: Which call of `after` followed the measurement, from 0.
-        """
-        first, last = self._ends[max(0, number - 1)], self._ends[number + 1]
-        times = self._turns.times
-        nearest = min(first, len(times) - 1)
-        around = times[first:last] if last > first else times[nearest : nearest + 1]
-        return float(np.median(np.median(around, axis=0) / self.seconds()))
+def effects_of_blocks(items: Indices, blocks: Indices, values: Array) -> Array:
+    """What blocks add to the values of items that were seen in several of them, (blocks,).
+
+    Value i is that of item items[i] in block blocks[i], (n,) each; the model is item + block +
+    noise. The median effect is 0. Fitted by turns, with medians, so that outliers weigh little.
+    """
+    effects, counts = np.zeros(int(blocks.max()) + 1), np.bincount(items)
+    members = [np.flatnonzero(blocks == k) for k in range(len(effects))]
+    for _ in range(SWEEPS):
+        means = np.bincount(items, values - effects[blocks]) / counts
+        left = values - means[items]
+        effects = np.array([np.median(left[own]) if len(own) else 0.0 for own in members])
+        effects -= np.median(effects)
+    return effects
 
 
 def _timed(run: Callable[[], object], count: int) -> float:
