@@ -220,7 +220,7 @@ def _is_worker(process: Path) -> bool:
         command = (process / "cmdline").read_text()
     except OSError:  # it has ended
         return False
-    return command.startswith("ray::") and "Mailbox" not in command and "IDLE" not in command
+    return command.startswith("ray::ImplicitFunc")  # what Tune calls the trials that are workers
 
 
 def _private(process: Path) -> float:
