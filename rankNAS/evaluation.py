@@ -138,9 +138,8 @@ class Evaluator:
             self._scratch = self._scratch.to(memory_format=torch.channels_last)
         self._stages = None if self.lean else self._traced()
         self._passes = self._make_passes()
-        if self.known_logits is None:
-            self.known_logits = torch.cat(list(self._forward()))
-        self.dense_logits = self.known_logits
+        known = self.known_logits
+        self.dense_logits = torch.cat(list(self._forward())) if known is None else known
         if self.batch_norm:
             self._reference = BatchNormReference(self._scratch, self._calibration, self._at_once)
             self._dense_norms = tracking_layers(self._scratch)
@@ -158,6 +157,7 @@ class Evaluator:
             "factorisation": replace(self.factorisation, model=model),
             "calibration": self._calibration,
             "validation": (self._inputs, self._targets),
+            "known_logits": self.dense_logits,
         }
         return {**state, **placed, "lean": True, "timing": Timing()}
 

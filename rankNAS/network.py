@@ -269,12 +269,12 @@ def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
         own: Parameters of the model that the copy gets its own of.
     """
     except_for = set(map(id, own))
-    memo = {
+    memo: dict[int, Any] = {
         id(p): nn.Parameter(p.detach(), p.requires_grad)
         for p in model.parameters()
         if id(p) not in except_for
     }
-    return copy.deepcopy(model, dict(memo))
+    return copy.deepcopy(model, memo)
 
 
 def is_heavy(model: nn.Module) -> bool:
