@@ -295,7 +295,7 @@ class Host(StageModel):
     def _fit_network(
         self, space: SearchSpace, allocations: Sequence[Allocation], times: Array
     ) -> NetworkFit:
-        """Explain the times of a network under a few allocations by those of its stages."""
+        """Explain the times of a network under a few allocations, dense first, by its stages'."""
         dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
         for k, allocation in enumerate(allocations):
             for name, choice in allocation.items():
@@ -308,7 +308,7 @@ class Host(StageModel):
         found = lsq_linear(np.vstack([A, pull]), target, bounds=(0, np.inf)).x
         residual = float(np.std(A @ found - 1))
         rest, factor, decomposed_factor = (float(v) for v in found)
-        return NetworkFit(rest, factor, decomposed_factor, residual)
+        return NetworkFit(rest, factor, decomposed_factor, residual, timed=float(times[0]))
 
 
 def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Callable[[], object]:

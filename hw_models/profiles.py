@@ -71,12 +71,14 @@ class NetworkFit:
         dense: Factor of the times D of layers that stay dense, in place against alone.
         decomposed: The same of all stages S of decomposed layers.
         residual: Standard deviation of what that leaves, relative to the time.
+        timed: Seconds of the dense network, measured while its stages were; 0 if it was not.
     """
 
     rest: float = 0.0
     dense: float = 1.0
     decomposed: float = 1.0
     residual: float = 0.0
+    timed: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ class Agreement:
 
     Args:
         within: Share of the allocations predicted within 10 %.
+        slowness: How much longer the dense network takes now than when the machine was profiled;
+            NaN if it was not timed then.
+        matched: Share within 10 % once that is divided out of the measurements: of what is
+            predicted in seconds, at the speed that the machine had then.
         relative: Share of those whose time as a fraction of the dense network's is; it stays right
             where the machine as a whole has become slower or faster since it was profiled.
         mape: Mean absolute relative error.
@@ -43,6 +47,8 @@ class Agreement:
     """
 
     within: float
+    slowness: float
+    matched: float
     relative: float
     mape: float
     bias: float
@@ -161,8 +167,12 @@ def _row(
     }
 
 
-def agreement(rows: pd.DataFrame) -> Agreement:
+def agreement(rows: pd.DataFrame, timed: float = math.nan) -> Agreement:
     """Figures of a validation, over all rows but the two of the dense network.
+
+    Args:
+        rows: From `validate`.
+        timed: Seconds of the dense network when the machine was profiled; see `NetworkFit`.
 
     >>> rows = pd.DataFrame(
     ...     {"predicted": [1, 1, 1.0, 2.2, 3], "measured": [1, 1.01, 1, 2, 3], "deviation": 0.0}
@@ -174,14 +184,16 @@ def agreement(rows: pd.DataFrame) -> Agreement:
     from scipy.stats import spearmanr  # not at the top: it takes long to import
 
     dense, others = rows.iloc[:2], rows.iloc[2:]
-    errors = (others.predicted / others.measured - 1).to_numpy()
-    slower = dense.measured.mean() / dense.predicted.mean()
-    relative = (slower * others.predicted / others.measured - 1).to_numpy()
+    ratios = (others.predicted / others.measured).to_numpy()
+    errors = ratios - 1
+    slowness = dense.measured.mean() / (timed or math.nan)
     enough = len(others) > 2 and others.measured.nunique() > 1 and others.predicted.nunique() > 1
     rank = float(spearmanr(others.predicted, others.measured).statistic) if enough else math.nan
     return Agreement(
-        within=float((np.abs(errors) <= WITHIN + 1e-12).mean()),
-        relative=float((np.abs(relative) <= WITHIN + 1e-12).mean()),
+        within=_within(ratios),
+        slowness=slowness,
+        matched=math.nan if math.isnan(slowness) else _within(slowness * ratios),
+        relative=_within(dense.measured.mean() / dense.predicted.mean() * ratios),
         mape=float(np.abs(errors).mean()),
         bias=float(errors.mean()),
         spearman=rank,
@@ -189,6 +201,10 @@ def agreement(rows: pd.DataFrame) -> Agreement:
         floor=float(abs(dense.measured.iloc[1] / dense.measured.iloc[0] - 1)),
         uncertainty=float((1.96 * others.deviation / others.measured).median()),
     )
+
+
+def _within(ratios: np.ndarray) -> float:
+    return float((np.abs(ratios - 1) <= WITHIN + 1e-12).mean())
 
 
 def _perfect(rows: pd.DataFrame) -> tuple[float, float]:

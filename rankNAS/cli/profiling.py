@@ -22,7 +22,7 @@ from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.results import load_result
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.files import save_atomically
-from rankNAS.hw_models import Host, agreement, compile_latency, make_hardware, validate
+from rankNAS.hw_models import Agreement, Host, agreement, compile_latency, make_hardware, validate
 from rankNAS.hw_models.host import random_allocations
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
@@ -129,7 +129,8 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
         document["file"] = str(hardware.path)
         document["shapes_measured"] = len(hardware.profile.stages)
     if rows is not None:
-        document |= _write(rows, options)
+        timed = hardware.fit.timed if isinstance(hardware, Host) else math.nan
+        document |= _write(rows, agreement(rows, timed), options)
     _print(document, rows, options, as_json)
     if interrupted:
         sys.exit(130)
@@ -165,9 +166,8 @@ def _best_of(folder: Path) -> list[tuple[str, Allocation]]:
         ]
 
 
-def _write(rows: pd.DataFrame, options: ProfileOptions) -> dict[str, Any]:
+def _write(rows: pd.DataFrame, found: Agreement, options: ProfileOptions) -> dict[str, Any]:
     """The rows and the picture beside the device file, or here; and the figures."""
-    found = agreement(rows)
     stem = Path(options.out).with_suffix("") if options.out else Path("ranknas-profile")
     table, picture = (stem.with_name(f"{stem.name}-validation.{x}") for x in ("csv", "png"))
     save_atomically(table, lambda path: rows.to_csv(path, index=False))
@@ -228,7 +228,14 @@ def _print(
         lines += [
             ("dense network, measured", f"{1e3 * rows.measured.iloc[:2].mean():.3g} ms"),
             ("allocations within 10 %", f"{100 * found['within']:.1f} % of {len(rows) - 2}"),
-            ("the same, relative to dense", f"{100 * found['relative']:.1f} %"),
+        ]
+        if not math.isnan(found["slowness"]):
+            lines += [
+                ("dense network, now against profiled", f"{found['slowness']:.3f}"),
+                ("within 10 % at the profile's speed", f"{100 * found['matched']:.1f} %"),
+            ]
+        lines += [
+            ("within 10 % relative to dense", f"{100 * found['relative']:.1f} %"),
             ("mean absolute error", f"{100 * found['mape']:.2g} %"),
             ("bias", f"{100 * found['bias']:+.2g} %"),
             ("rank correlation", f"{found['spearman']:.3f}"),

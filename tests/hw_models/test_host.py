@@ -176,6 +176,8 @@ def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
         expected = clock.built(network(), allocation, torch.zeros(1))
         assert tables.predict(allocation)[0] == pytest.approx(expected, rel=0.02)
     assert model.fit.rest == pytest.approx(REST, rel=0.2)
+    dense = clock.built(network(), space().dense, torch.zeros(1))
+    assert model.fit.timed == pytest.approx(dense, rel=1e-9)
 
 
 def ratios(path: Path) -> np.ndarray:

@@ -82,11 +82,29 @@ def test_the_figures_by_hand() -> None:
     found = agreement(rows)
     assert found.within == 0.5
     assert found.relative == 0.25  # 1.01 * 1.1 / 1.0 is just outside
+    assert math.isnan(found.slowness) and math.isnan(found.matched)
     assert found.mape == pytest.approx((0.1 + 0.5 + 0.5 + 0) / 4)
     assert found.bias == pytest.approx((0.1 - 0.5 + 0.5 + 0) / 4)
     assert found.floor == pytest.approx(0.02)
     assert found.uncertainty == pytest.approx(1.96 * 0.015)
     assert math.isnan(agreement(rows.head(4)).spearman)
+
+
+def test_a_machine_that_has_become_slower_is_told_from_a_wrong_prediction() -> None:
+    predicted = np.array([1.0, 1.0, 0.8, 0.6, 0.4])
+    found = agreement(rows := _rows(predicted, 1.25 * predicted), timed=1.0)
+    assert (found.within, found.slowness, found.matched) == (0.0, 1.25, 1.0)
+    # As slow as then, so what is wrong are the predictions; the dense one hides that.
+    found = agreement(rows, timed=1.25)
+    assert (found.within, found.slowness, found.matched, found.relative) == (0.0, 1.0, 0.0, 1.0)
+    # Slower, and one prediction of three is wrong in its own right.
+    found = agreement(_rows(predicted, predicted * [1.25, 1.25, 1.25, 1.25, 1.5]), timed=1.0)
+    assert found.matched == pytest.approx(2 / 3)
+    assert math.isnan(agreement(rows, timed=0.0).slowness)
+
+
+def _rows(predicted: np.ndarray, measured: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame({"predicted": predicted, "measured": measured, "deviation": 0.0})
 
 
 def test_noise_bounds_the_rank_correlation_even_of_a_perfect_prediction() -> None:
