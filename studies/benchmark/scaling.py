@@ -42,7 +42,7 @@ from rankNAS.scheduler import Outcome, Serial, Task, schedule
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.sharing import shared_bytes
 
-IMAGES, WARM, WIDE = 1000, 4, 25
+IMAGES, WARM, WIDE = 1000, 4, 49
 BUDGET = {"macs": 0.5}
 METRICS = {"accuracy": 0.5, "loss": 1.0, "macs": 1.0}
 
