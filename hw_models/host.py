@@ -5,8 +5,9 @@
    are apart says how slow the machine was in each block, and how well a stage is known.
 2. A Gaussian process (`StageRegression`) predicts all, with its uncertainty.
 3. The network itself is timed, dense and under a few random allocations, as it runs: with its
-   normalisations and activations. What the stages do not explain, these and what a layer's
-   neighbours do to its caches, is put into a constant and two factors (`NetworkFit`).
+   normalisations and activations. Each layer is timed there too: what its neighbours do to its
+   caches is a factor for every layer and operator (`in_place`). What that does not explain of the
+   whole is put into a constant and two factors (`NetworkFit`).
 
 The network is timed between the stages, all the while (`Pace`).
 
@@ -15,7 +16,6 @@ Everything measured is kept in a file, and a network that is profiled again cost
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import math
@@ -37,6 +37,15 @@ from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.files import cache_folder
 from rankNAS.hw_models.base import Progress, StageModel, stages
+from rankNAS.hw_models.networks import (
+    Network,
+    Watch,
+    batched,
+    built,
+    in_place,
+    place,
+    random_allocations,
+)
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of
 from rankNAS.hw_models.timing import (
@@ -47,10 +56,9 @@ from rankNAS.hw_models.timing import (
     spread_of_median,
     waiting,
 )
-from rankNAS.network import skeleton
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
-__all__ = ["Host", "batched", "built", "general_shapes", "random_allocations"]
+__all__ = ["Host", "general_shapes"]
 
 logger = logging.getLogger(__name__)
 BLOCK = 16  # stages that are timed in turns
@@ -120,7 +128,8 @@ class Host(StageModel):
         if self.measures and self.general:
             chosen += general_shapes(space.input_shape[0])
         missing = [shape for shape in chosen if shape not in profile.stages]
-        queue, allocations, pace = missing, list[Allocation](), None
+        queue, allocations = missing, list[Allocation]()
+        pace, watched = None, list[Watch]()
         new = self.measures and key not in profile.networks
         if new and network is not None and inputs is not None:
             taken = {*chosen, *profile.stages}
@@ -128,7 +137,10 @@ class Host(StageModel):
             random.Random(self.seed).shuffle(further)
             queue = missing + further  # as long as there is time
             allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
-            pace = self._pace(network, allocations, batched(inputs, space.input_shape[0]))
+            x = batched(inputs, space.input_shape[0]).to(torch.device(self.device))
+            networks = [built(network, allocation, x) for allocation in allocations]
+            watched = [each.watching(space.layers.values()) for each in networks]
+            pace = self._pace(networks, watched)
         steps = TURNS * len(queue) + len(allocations)
         report = on_progress or (lambda done, total: None)
         report(0, steps)
@@ -148,7 +160,9 @@ class Host(StageModel):
             pace.after(1.0)
         model = self._regressed(profile, wanted)
         if pace is not None:
-            fit = model._fit_network(space, allocations, pace.seconds())
+            times = pace.seconds()[: len(allocations)]
+            inside = [watch.seconds() for watch in watched]
+            fit = model._fit_network(space, allocations, times, inside)
             profile = profile.with_network(key, fit)
             self._keep(profile)
             report(steps, steps)
@@ -169,6 +183,7 @@ class Host(StageModel):
     def latency(self, layer: Layer, choice: Choice) -> tuple[float, float]:
         seconds, sigma = super().latency(layer, choice)
         factor = self.fit.dense if choice == DENSE else self.fit.decomposed
+        factor *= self.fit.places.get(place(layer.name, choice), 1.0)
         return factor * seconds, factor * sigma
 
     def rest(self, space: SearchSpace) -> tuple[float, float]:
@@ -283,53 +298,46 @@ class Host(StageModel):
         medians, spread = np.median(times, axis=0).tolist(), spread_of_median(times).tolist()
         return [Measurement(m, s, len(times)) for m, s in zip(medians, spread, strict=True)]
 
-    def _pace(self, network: nn.Module, allocations: Sequence[Allocation], inputs: Tensor) -> Pace:
-        """The network under some allocations, to be timed between stages."""
+    def _pace(self, networks: Sequence[Network], watched: Sequence[Watch]) -> Pace:
+        """Networks, and the same watched, to be timed between stages."""
         device = torch.device(self.device)
-        x = inputs.to(device)
-        runs = [waiting(built(network, a, x), device) for a in allocations]
+        runs: list[Callable[[], object]] = [waiting(network, device) for network in networks]
         # Long enough for a speed that lasts: processors are faster for the first seconds.
-        seconds = 4 * self.seconds * len(runs)
-        return Pace(runs, rounds=20 * self.repeats, seconds=seconds, seed=self.seed)
+        seconds = 4 * self.seconds * len(networks)
+        return Pace([*runs, *watched], rounds=20 * self.repeats, seconds=seconds, seed=self.seed)
 
     def _fit_network(
-        self, space: SearchSpace, allocations: Sequence[Allocation], times: Array
+        self,
+        space: SearchSpace,
+        allocations: Sequence[Allocation],
+        times: Array,
+        inside: Sequence[Array],
     ) -> NetworkFit:
-        """Explain the times of a network under a few allocations, dense first, by its stages'."""
+        """Explain the times of a network under a few allocations, dense first, by its stages'.
+
+        Args:
+            space: Of the network.
+            allocations: Under which it was timed.
+            times: Of the whole, (allocations,).
+            inside: Of the layers in their place, (layers,) each.
+        """
+        found = in_place(space, allocations, inside, lambda *at: StageModel.latency(self, *at)[0])
+        placed = replace(self, fit=NetworkFit(places=found))
         dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
         for k, allocation in enumerate(allocations):
             for name, choice in allocation.items():
-                seconds, _ = StageModel.latency(self, space.layers[name], choice)
+                seconds, _ = placed.latency(space.layers[name], choice)
                 part = dense if choice == DENSE else decomposed
                 part[k] += seconds
         A = np.column_stack([np.ones(len(times)), dense, decomposed]) / times[:, None]
         pull = PULL * np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
         target = np.concatenate([np.ones(len(times)), [PULL, PULL]])
-        found = lsq_linear(np.vstack([A, pull]), target, bounds=(0, np.inf)).x
-        residual = float(np.std(A @ found - 1))
-        rest, factor, decomposed_factor = (float(v) for v in found)
-        return NetworkFit(rest, factor, decomposed_factor, residual, timed=float(times[0]))
-
-
-def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Callable[[], object]:
-    """A forward pass of the network under an allocation, with arbitrary weights."""
-    model = skeleton(copy.deepcopy(network), allocation).eval()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                # Small normal values: denormal and infinite ones would take longer.
-                drawn = 0.05 * torch.randn(parameter.shape).to(parameter.dtype)
-                setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    model, x = model.to(inputs.device), inputs
-    if x.dim() == 4:
-        model = model.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-    return lambda: model(x)
-
-
-def batched(inputs: Tensor, size: int) -> Tensor:
-    """As many inputs, some of them repeated."""
-    return inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))[:size]
+        solved = lsq_linear(np.vstack([A, pull]), target, bounds=(0, np.inf)).x
+        residual = float(np.std(A @ solved - 1))
+        rest, factor, decomposed_factor = (float(v) for v in solved)
+        return NetworkFit(
+            rest, factor, decomposed_factor, residual, timed=float(times[0]), places=found
+        )
 
 
 def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
@@ -355,22 +363,6 @@ def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
     for inputs, outputs in ((64, 64), (256, 64), (64, 256), (768, 768), (768, 96), (96, 768)):
         shapes += [LayerShape(inputs, outputs, calls=((n * batch,),)) for n in (1, 64)]
     return shapes
-
-
-def random_allocations(space: SearchSpace, count: int, seed: int) -> list[Allocation]:
-    """Allocations of every size: each leaves a share of the layers dense, drawn anew."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for i in range(count):
-        dense, low = i / max(1, count), rng.uniform(0, 0.8)
-        choices = {}
-        for name, layer in space.layers.items():
-            rest = len(layer.choices) - 1
-            at = 1 + int(rest * rng.uniform(low, 1.0)) if rest else 0
-            stays = rng.random() < dense or rest == 0
-            choices[name] = DENSE if stays else layer.choices[min(at, rest)]
-        found.append(Allocation.of(choices))
-    return found
 
 
 def _run(shape: LayerShape, device: torch.device) -> Callable[[], object]:

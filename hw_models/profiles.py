@@ -72,6 +72,7 @@ class NetworkFit:
         decomposed: The same of all stages S of decomposed layers.
         residual: Standard deviation of what that leaves, relative to the time.
         timed: Seconds of the dense network, measured while its stages were; 0 if it was not.
+        places: Factors of layers in place, by `place`, before the other two.
     """
 
     rest: float = 0.0
@@ -79,6 +80,7 @@ class NetworkFit:
     decomposed: float = 1.0
     residual: float = 0.0
     timed: float = 0.0
+    places: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ class Profile:
                 f"device file {str(path)!r} is damaged or incomplete: {error!r}; profile again."
             ) from None
         for key, fit in networks.items():
-            if not all(_is_number(v) and v >= 0 for v in asdict(fit).values()):
+            figures = [*(v for k, v in asdict(fit).items() if k != "places"), *fit.places.values()]
+            if not all(_is_number(v) and v >= 0 for v in figures):
                 raise UsageError(
                     f"device file {str(path)!r}: network {key} has the figures {fit}; they must "
                     "be numbers from 0."

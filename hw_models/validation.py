@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.base import LatencyTables, Progress
-from rankNAS.hw_models.host import batched, built
-from rankNAS.hw_models.timing import LEAST_ROUNDS, Turns, spread_of_median, waiting
+from rankNAS.hw_models.networks import batched, built
+from rankNAS.hw_models.timing import Array, interleaved, spread_of_median, waiting
 
 __all__ = ["Agreement", "agreement", "validate"]
 
 WITHIN = 0.1
+BLOCK = 8  # networks that are visited together
+VISIT = 1.0  # seconds of a visit, after three rounds
+MOST_ROUNDS = 200  # of a visit
+LEAST_PASSES = 4  # before a spread of visits counts
 DRAWS = 1000  # of measurements that might have been
 
 
@@ -74,8 +78,10 @@ def validate(
 ) -> pd.DataFrame:
     """Measure networks end to end, with arbitrary weights, beside what is predicted.
 
-    The networks are timed in turns, a few at a time, each time with the dense network twice; all
-    times are scaled by how long the dense network takes then, against its median over all turns.
+    The networks are visited again and again, a few at a time, each time built anew and timed in
+    turns with the dense network twice. How much longer they take than it changes with the state of
+    the machine, so that many rounds at once would say less than they seem to: what counts is the
+    median over the visits, and how far these are apart.
 
     Args:
         tables: Predictions for a space of the network.
@@ -85,10 +91,10 @@ def validate(
         batch: Inputs of a forward pass.
         device: Where to measure.
         precision: Relative half-width of the 95 % interval at which timing ends.
-        seconds: Most time for all together.
+        seconds: Most time for all together; each network is visited once in any case.
         seed: Of the order.
-        on_progress: Called with allocations done and all.
-        on_rows: Called with the result for the allocations so far, whenever there are more.
+        on_progress: Called with how much of the time is over, and 100.
+        on_rows: Called with the result for the allocations so far, whenever there is more.
 
     Returns:
         A row an allocation, after two of the dense network: ``name``, ``predicted``, ``sigma``,
@@ -102,68 +108,72 @@ def validate(
     device = torch.device(device)
     x = batched(inputs, batch).to(device)
     dense = Allocation.of({name: choices[0] for name, choices in tables.choices.items()})
-    dense_runs = [waiting(built(network, dense, x), device) for _ in range(2)]
     names = list(allocations)
-    blocks = [names[i : i + 8] for i in range(0, len(names), 8)]
-    found: list[tuple[list[str], np.ndarray]] = []
+    blocks = [names[i : i + BLOCK] for i in range(0, len(names), BLOCK)]
+    visits: list[tuple[list[str], Array]] = []
     begun = time.perf_counter()
-    for number, block in enumerate(blocks):
-        left = (seconds - (time.perf_counter() - begun)) / (len(blocks) - number)
-        runs = [waiting(built(network, allocations[n], x), device) for n in block]
-        found.append((block, _until(dense_runs + runs, precision, left, seed + number)))
-        if on_progress is not None:
-            on_progress(number * 8 + len(block), len(names))
-        if on_rows is not None:
-            on_rows(_rows(found, tables, dense, allocations))
-    return _rows(found, tables, dense, allocations)
+    while True:
+        for block in blocks:
+            chosen = [dense, dense, *(allocations[name] for name in block)]
+            runs = [waiting(built(network, allocation, x), device) for allocation in chosen]
+            visits.append((block, _visit(runs, seed + len(visits))))
+            rows = _rows(visits, tables, dense, allocations)
+            if on_rows is not None:
+                on_rows(rows)
+            spent = time.perf_counter() - begun
+            if on_progress is not None:
+                on_progress(min(99, int(100 * spent / max(seconds, spent))), 100)
+        passes = len(visits) // len(blocks)
+        known = 1.96 * (rows.deviation / rows.measured).max() <= precision
+        if spent * (1 + 1 / passes) > seconds or (passes >= LEAST_PASSES and known):
+            break
+    if on_progress is not None:
+        on_progress(100, 100)
+    return rows
+
+
+def _visit(runs: Sequence[Callable[[], object]], seed: int) -> Array:
+    """Rounds of a while, and three at least, (rounds, runs)."""
+    with torch.no_grad():
+        return interleaved(runs, rounds=MOST_ROUNDS, seconds=VISIT, seed=seed)
 
 
 def _rows(
-    found: Sequence[tuple[list[str], np.ndarray]],
+    visits: Sequence[tuple[list[str], Array]],
     tables: LatencyTables,
     dense: Allocation,
     allocations: Mapping[str, Allocation],
 ) -> pd.DataFrame:
-    """The result, from the times of each block's networks, (rounds, 2 + n), two dense first."""
-    reference = float(np.median(np.concatenate([t[:, :2].ravel() for _, t in found])))
-    both = np.concatenate([t[:, :2] / np.median(t[:, :2]) for _, t in found]) * reference
-    rows = [_row("dense", dense, tables, both[:, i]) for i in range(2)]
-    for block, times in found:
-        scaled = times * (reference / np.median(times[:, :2]))
-        rows += [_row(n, allocations[n], tables, scaled[:, 2 + i]) for i, n in enumerate(block)]
+    """The result, from the times of each visit's networks, (rounds, 2 + n), two dense first."""
+    references = [float(np.median(times[:, :2])) for _, times in visits]
+    reference = float(np.median(references))
+    both: tuple[list[Array], list[Array]] = ([], [])
+    found: dict[str, list[Array]] = {}
+    for (block, times), slow in zip(visits, references, strict=True):
+        scaled = times * (reference / slow)
+        for i, copy in enumerate(both):
+            copy.append(scaled[:, i])
+        for i, name in enumerate(block, 2):
+            found.setdefault(name, []).append(scaled[:, i])
+    rows = [_row("dense", dense, tables, copy) for copy in both]
+    rows += [_row(name, allocations[name], tables, own) for name, own in found.items()]
     return pd.DataFrame(rows)
 
 
-def _until(
-    runs: Sequence[Callable[[], object]], precision: float, seconds: float, seed: int
-) -> np.ndarray:
-    """Rounds until every median is known to the precision, or the time is over."""
-    begun = time.perf_counter()
-    with torch.no_grad():
-        turns = Turns(runs, seed=seed)
-        while True:
-            turns.round()
-            done = len(turns.rows)
-            if done >= LEAST_ROUNDS and time.perf_counter() - begun >= seconds:
-                return turns.times
-            if done % 10 == 0:
-                times = turns.times
-                widths = 1.96 * spread_of_median(times) / np.median(times, axis=0)
-                if widths.max() <= precision:
-                    return times
-
-
 def _row(
-    name: str, allocation: Allocation, tables: LatencyTables, times: np.ndarray
+    name: str, allocation: Allocation, tables: LatencyTables, visits: Sequence[Array]
 ) -> dict[str, object]:
     predicted, sigma = tables.predict(allocation)
+    medians = np.array([np.median(times) for times in visits])
+    # Few visits do not tell how far they are apart; rounds do, if less honestly.
+    times = medians if len(visits) >= LEAST_PASSES else np.concatenate(visits)
     return {
         "name": name,
         "predicted": predicted,
         "sigma": sigma,
-        "measured": float(np.median(times)),
+        "measured": float(np.median(medians)),
         "deviation": float(spread_of_median(times[:, None])[0]),
-        "rounds": len(times),
+        "rounds": sum(map(len, visits)),
     }
 
 

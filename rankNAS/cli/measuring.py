@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rankNAS.allocation import Allocation
-from rankNAS.hw_models.host import batched, built
+from rankNAS.hw_models.networks import batched, built
 from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
 from rankNAS.study import Study
 

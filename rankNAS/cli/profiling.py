@@ -23,7 +23,7 @@ from rankNAS.cli.results import load_result
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.files import save_atomically
 from rankNAS.hw_models import Agreement, Host, agreement, compile_latency, make_hardware, validate
-from rankNAS.hw_models.host import random_allocations
+from rankNAS.hw_models.networks import random_allocations
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space

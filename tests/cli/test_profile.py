@@ -105,15 +105,15 @@ def test_an_interrupted_validation_keeps_the_allocations_so_far(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    measured, calls = validation._until, []
+    measured, calls = validation._visit, []
 
-    def until(*arguments: Any) -> Any:
+    def visit(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return measured(*arguments)
 
-    monkeypatch.setattr(validation, "_until", until)
+    monkeypatch.setattr(validation, "_visit", visit)
     more = ["--hw", "cpu2", "--validate", "10", "--seconds", "0"]
     assert command(*FIXED, *more) == 130
     rows = pd.read_csv(tmp_path / "ranknas-profile-validation.csv")

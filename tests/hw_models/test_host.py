@@ -20,7 +20,8 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import Host, compile_latency, host, make_hardware
 from rankNAS.hw_models.base import stages
-from rankNAS.hw_models.host import _combined, batched, built, general_shapes, random_allocations
+from rankNAS.hw_models.host import _combined, general_shapes
+from rankNAS.hw_models.networks import place, random_allocations
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of, traffic
 from rankNAS.search_spaces.base import SearchSpace
@@ -68,6 +69,7 @@ class MadeUp:
         self.networks = 0
         self.fails_after = math.inf
         self.blocks = 0
+        self.places: dict[str, float] = {}  # how much longer layers take in the network
         self.slowing = 0.0  # of the machine, from each block of stages to the next
         self.disturbed: dict[
             int, float
@@ -87,23 +89,38 @@ class MadeUp:
         ]
         return [Measurement(t, 0.01 * t, 9) for t in times]
 
-    def pace(self, runs: Sequence[float], **_: object) -> FakePace:
+    def pace(self, runs: Sequence[FakeNetwork], **_: object) -> FakePace:
         return FakePace(runs)
 
-    def built(self, network: nn.Module, allocation: Allocation, x: torch.Tensor) -> float:
+    def built(self, network: nn.Module, allocation: Allocation, x: torch.Tensor) -> FakeNetwork:
         self.networks += 1
-        total = REST
+        times = []
         for name, choice in allocation.items():
             factor = DENSE_FACTOR if choice == DENSE else FACTOR
-            total += factor * sum(map(truth, stages(self.space.layers[name], choice)))
-        return total
+            factor *= self.places.get(place(name, choice), 1.0)
+            times.append(factor * sum(map(truth, stages(self.space.layers[name], choice))))
+        return FakeNetwork(np.array(times))
+
+
+class FakeNetwork:
+    """Its layers take what they take, and it REST more."""
+
+    def __init__(self, times: np.ndarray) -> None:
+        self.times = times
+        self.total = REST + times.sum()
+
+    def watching(self, _: object) -> FakeNetwork:
+        return self
+
+    def seconds(self) -> np.ndarray:
+        return self.times
 
 
 class FakePace:
     """Networks take what they take."""
 
-    def __init__(self, runs: Sequence[float]) -> None:
-        self.runs = runs
+    def __init__(self, runs: Sequence[FakeNetwork]) -> None:
+        self.runs = [run.total for run in runs]
         self.shares = [0.0]
 
     def after(self, share: float) -> None:
@@ -173,11 +190,28 @@ def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
     model = bound(tmp_path / "host.json", shapes=400)
     tables = compile_latency(model, space())
     for allocation in random_allocations(space(), 5, seed=99):
-        expected = clock.built(network(), allocation, torch.zeros(1))
+        expected = clock.built(network(), allocation, torch.zeros(1)).total
         assert tables.predict(allocation)[0] == pytest.approx(expected, rel=0.02)
     assert model.fit.rest == pytest.approx(REST, rel=0.2)
     dense = clock.built(network(), space().dense, torch.zeros(1))
-    assert model.fit.timed == pytest.approx(dense, rel=1e-9)
+    assert model.fit.timed == pytest.approx(dense.total, rel=1e-9)
+
+
+def test_what_layers_take_in_their_place_counts(clock: MadeUp, tmp_path: Path) -> None:
+    first, *_, last = space().layers
+    operator = space().layers[last].choices[-1].operator
+    clock.places = {f"{first} dense": 1.2, f"{last} {operator}": 1.4}
+    model = bound(tmp_path / "host.json", shapes=400, networks=60)
+    for name, layer in space().layers.items():
+        for choice in layer.choices:
+            found = model.latency(layer, choice)[0]
+            expected = (DENSE_FACTOR if choice == DENSE else FACTOR) * sum(
+                map(truth, stages(layer, choice))
+            )
+            expected *= clock.places.get(place(name, choice), 1.0)
+            assert found == pytest.approx(expected, rel=0.08)
+    again = Profile.read(tmp_path / "host.json").networks
+    assert list(again.values()) == [model.fit]
 
 
 def ratios(path: Path) -> np.ndarray:
@@ -418,7 +452,8 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
     shapes = [LayerShape(8, 4, calls=((3,),)), *general_shapes(2)[:3]]
     profile = Profile(Terms.here(torch.device("cpu")))
     profile = profile.with_stages({s: Measurement(1e-3, 1e-5, 7) for s in shapes})
-    profile = profile.with_network("net", NetworkFit(1e-3, 1.1, 0.9, 0.02))
+    fit = NetworkFit(1e-3, 1.1, 0.9, 0.02, timed=1e-2, places={"a svd": 1.1})
+    profile = profile.with_network("net", fit)
     profile.write(tmp_path / "p.json")
     assert Profile.read(tmp_path / "p.json") == profile
 
@@ -434,35 +469,6 @@ def test_without_a_file_each_stage_is_timed_when_asked_for() -> None:
     first = model.latency(layer, layer.choices[1])
     assert model.latency(layer, layer.choices[1]) == first and first[0] > 0
     assert len(model.known) == len(list(stages(layer, layer.choices[1])))
-
-
-def test_built_networks_are_the_allocations() -> None:
-    dense, x = network(), torch.randn(2, 8, 6, 6)
-    before = {k: v.clone() for k, v in dense.state_dict().items()}
-    found = space()
-    for allocation in (found.dense, *random_allocations(found, 3, seed=1)):
-        with torch.no_grad():
-            y = built(dense, allocation, x)()
-        assert isinstance(y, torch.Tensor) and y.shape == (2, 5)
-    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
-
-
-def test_random_allocations_are_of_every_size_and_of_the_space() -> None:
-    found = space()
-    allocations = random_allocations(found, 30, seed=0)
-    kept = []
-    for allocation in allocations:
-        found.check(allocation)
-        kept.append(found.cost(allocation).macs / found.dense_cost.macs)
-    assert min(kept) < 0.3 and max(kept) > 0.7
-    assert random_allocations(found, 30, seed=0) == allocations
-    assert random_allocations(found, 30, seed=1) != allocations
-
-
-def test_batches() -> None:
-    x = torch.arange(6).reshape(3, 2)
-    assert torch.equal(batched(x, 2), x[:2])
-    assert torch.equal(batched(x, 7), torch.cat([x, x, x[:1]]))
 
 
 def test_measurements_count_by_how_well_they_are_known() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import CallableModel, agreement, compile_latency, validate, validation
-from rankNAS.hw_models.host import random_allocations
+from rankNAS.hw_models.networks import random_allocations
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 
@@ -34,25 +34,50 @@ TABLES = compile_latency(CallableModel(lambda layer, choice: 1e-6 * layer[choice
 def test_times_are_relative_to_the_dense_network(
     drift: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that gets slower from one block to the next does not change what is found."""
-    blocks = []
+    """A machine that gets slower from one visit to the next does not change what is found."""
+    visits = []
 
-    def until(runs: list[float], *_: object) -> np.ndarray:
-        blocks.append(len(runs))
-        return np.array([runs] * 5) * (1 + drift * (len(blocks) - 2))
+    def visit(runs: list[float], _: int) -> np.ndarray:
+        visits.append(len(runs))
+        return np.array([runs] * 5) * (1 + drift * (len(visits) - 2))
 
     monkeypatch.setattr(validation, "waiting", lambda run, device: run)
     monkeypatch.setattr(validation, "built", lambda _, a, x: 1.1 * TABLES.predict(a)[0])
-    monkeypatch.setattr(validation, "_until", until)
+    monkeypatch.setattr(validation, "_visit", visit)
     found = random_allocations(space(), 20, seed=0)
     named = {str(i): a for i, a in enumerate(found)}
-    rows = validate(TABLES, network(), torch.randn(1, 32), named)
-    assert blocks == [10, 10, 6] and rows.name.tolist() == ["dense", "dense", *named]
+    rows = validate(TABLES, network(), torch.randn(1, 32), named, seconds=0)
+    assert visits == [10, 10, 6] and rows.name.tolist() == ["dense", "dense", *named]
     np.testing.assert_allclose(rows.measured, 1.1 * rows.predicted, rtol=1e-9)
     figures = agreement(rows)
     assert figures.within == 1.0 and figures.bias == pytest.approx(1 / 1.1 - 1)
     assert figures.mape == pytest.approx(1 - 1 / 1.1) and figures.spearman > 0.999
     assert figures.floor == 0 and figures.uncertainty == 0 and figures.relative == 1.0
+
+
+def test_visits_that_differ_count_more_than_rounds_that_agree(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The state of the machine: it changes some networks' times more than others'."""
+    rng = np.random.default_rng(0)
+    named = {str(i): a for i, a in enumerate(random_allocations(space(), 8, seed=0))}
+    visits = []
+
+    def visit(runs: list[float], _: int) -> np.ndarray:
+        visits.append(1)
+        own = np.array([1, 1, *np.exp(0.05 * rng.standard_normal(8))])
+        return np.array(runs) * own * np.exp(0.001 * rng.standard_normal((50, 10)))
+
+    monkeypatch.setattr(validation, "waiting", lambda run, device: run)
+    monkeypatch.setattr(validation, "built", lambda _, a, x: TABLES.predict(a)[0])
+    monkeypatch.setattr(validation, "_visit", visit)
+    rows = validate(TABLES, network(), torch.randn(1, 32), named, precision=0.02)
+    # Of a median: 1.25 times that of a mean.
+    expected = 1.96 * 1.25 * 0.05 / math.sqrt(len(visits))
+    assert agreement(rows).uncertainty == pytest.approx(expected, rel=0.3) and len(visits) > 20
+    errors = (np.log(rows.measured / rows.predicted))[2:]
+    assert errors.std() < 0.02
+    assert (rows.rounds == 50 * len(visits)).all()
 
 
 def test_real_networks_are_measured_in_the_time_that_is_given() -> None:
@@ -68,7 +93,8 @@ def test_real_networks_are_measured_in_the_time_that_is_given() -> None:
         on_progress=lambda *done: seen.append(done),
     )
     assert rows.name.tolist() == ["dense", "dense", "a", "b"]
-    assert (rows.measured > 0).all() and (rows.rounds >= 3).all() and seen == [(2, 2)]
+    assert (rows.measured > 0).all() and (rows.rounds >= 3).all()
+    assert seen == [(99, 100), (100, 100)]
 
 
 def test_the_figures_by_hand() -> None:

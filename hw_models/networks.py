@@ -1,0 +1,168 @@
+"""Whole networks with arbitrary weights: drawn, built, run, and watched layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.hw_models.timing import Array
+from rankNAS.network import skeleton
+from rankNAS.search_spaces.base import Layer, SearchSpace
+
+__all__ = ["Network", "Watch", "batched", "built", "in_place", "place", "random_allocations"]
+
+OWN = 4  # observations that the mean of an operator counts as, against a layer's own
+
+
+class Network:
+    """A network on its inputs; calling it is a forward pass.
+
+    Args:
+        model: In evaluation mode, where its inputs are.
+        inputs: Of every pass.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self.model, self.inputs = model, inputs
+
+    def __call__(self) -> Any:
+        return self.model(self.inputs)
+
+    def watching(self, layers: Iterable[Layer]) -> Watch:
+        """The same as something to run that notes how long each of the layers takes."""
+        return Watch(self, [layer.paths for layer in layers])
+
+
+class Watch:
+    """Runs a network and notes how long layers take where they are.
+
+    Nothing is left in the network between runs.
+
+    Args:
+        network: To run.
+        layers: The paths of each; what several calls or paths take is added up.
+    """
+
+    def __init__(self, network: Network, layers: Sequence[Sequence[str]]) -> None:
+        self._network = network
+        found = [{id(m): m for m in map(network.model.get_submodule, paths)} for paths in layers]
+        self._modules = [(i, m) for i, modules in enumerate(found) for m in modules.values()]
+        self._spent = np.zeros(len(layers))
+        self._rows: list[Array] = []
+
+    def __call__(self) -> None:
+        self._spent = np.zeros(len(self._spent))
+        handles = []
+        for i, module in self._modules:
+            handles.append(module.register_forward_pre_hook(partial(self._add, i, -1)))
+            handles.append(module.register_forward_hook(partial(self._add, i, 1)))
+        try:
+            self._network()
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._rows.append(self._spent)
+
+    def _add(self, i: int, sign: int, *_: object) -> None:
+        device = self._network.inputs.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._spent[i] += sign * time.perf_counter()
+
+    def seconds(self) -> Array:
+        """Medians over the runs, (layers,); 0 for a layer that was not called as a module."""
+        medians: Array = np.median(self._rows, axis=0)
+        return medians
+
+
+def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Network:
+    """The network under an allocation, with arbitrary weights."""
+    model = skeleton(copy.deepcopy(network), allocation).eval()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                # Small normal values: denormal and infinite ones would take longer.
+                drawn = 0.05 * torch.randn(parameter.shape).to(parameter.dtype)
+                setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+    model, x = model.to(inputs.device), inputs
+    if x.dim() == 4:
+        model = model.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    return Network(model, x)
+
+
+def batched(inputs: Tensor, size: int) -> Tensor:
+    """As many inputs, some of them repeated."""
+    return inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))[:size]
+
+
+def random_allocations(space: SearchSpace, count: int, seed: int) -> list[Allocation]:
+    """Allocations of every size: each leaves a share of the layers dense, drawn anew."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        dense, low = i / max(1, count), rng.uniform(0, 0.8)
+        choices = {}
+        for name, layer in space.layers.items():
+            rest = len(layer.choices) - 1
+            at = 1 + int(rest * rng.uniform(low, 1.0)) if rest else 0
+            stays = rng.random() < dense or rest == 0
+            choices[name] = DENSE if stays else layer.choices[min(at, rest)]
+        found.append(Allocation.of(choices))
+    return found
+
+
+def place(layer: str, choice: Choice) -> str:
+    """What a layer's time in its network, against alone, depends on: where it is, and as what."""
+    return f"{layer} {choice.operator}"
+
+
+def in_place(
+    space: SearchSpace,
+    allocations: Sequence[Allocation],
+    seconds: Sequence[Array],
+    alone: Callable[[Layer, Choice], float],
+) -> dict[str, float]:
+    """How much longer layers take in their network than alone, for every `place` of a space.
+
+    A layer finds its inputs in other caches there, and its neighbours leave their work in them.
+    Where a place was seen a few times, what is between it and its operator's mean counts in part.
+
+    Args:
+        space: Of the network.
+        allocations: Under which it was watched.
+        seconds: Of its layers in place, (layers,) each, in the space's order.
+        alone: Seconds of a layer's choice, timed by itself.
+    """
+    seen: dict[tuple[str, str], list[float]] = {}
+    for allocation, times in zip(allocations, seconds, strict=True):
+        for (name, layer), spent in zip(space.layers.items(), times.tolist(), strict=True):
+            if spent > 0:
+                choice = allocation[name]
+                ratio = math.log(spent / alone(layer, choice))
+                seen.setdefault((name, choice.operator), []).append(ratio)
+    if not seen:
+        return {}
+    means = {
+        operator: float(
+            np.mean([v for (_, o), found in seen.items() if o == operator for v in found])
+        )
+        for operator in {o for _, o in seen}
+    }
+    overall = float(np.mean([v for found in seen.values() for v in found]))
+    factors: dict[str, float] = {}
+    for name, layer in space.layers.items():
+        for choice in layer.choices:
+            mean = means.get(choice.operator, overall)
+            own = [v - mean for v in seen.get((name, choice.operator), [])]
+            factors[place(name, choice)] = math.exp(mean + sum(own) / (len(own) + OWN))
+    return factors
