@@ -38,7 +38,6 @@ from rankNAS.exceptions import UsageError
 from rankNAS.files import cache_folder
 from rankNAS.hw_models.base import Progress, StageModel, stages
 from rankNAS.hw_models.networks import (
-    Network,
     Watch,
     batched,
     built,
@@ -49,7 +48,6 @@ from rankNAS.hw_models.networks import (
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of
 from rankNAS.hw_models.timing import (
-    Array,
     Pace,
     effects_of_blocks,
     interleaved,
@@ -128,42 +126,29 @@ class Host(StageModel):
         if self.measures and self.general:
             chosen += general_shapes(space.input_shape[0])
         missing = [shape for shape in chosen if shape not in profile.stages]
-        queue, allocations = missing, list[Allocation]()
-        pace, watched = None, list[Watch]()
+        queue, whole = missing, None
         new = self.measures and key not in profile.networks
         if new and network is not None and inputs is not None:
             taken = {*chosen, *profile.stages}
             further = [shape for shape in wanted if shape not in taken]
             random.Random(self.seed).shuffle(further)
             queue = missing + further  # as long as there is time
-            allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
-            x = batched(inputs, space.input_shape[0]).to(torch.device(self.device))
-            networks = [built(network, allocation, x) for allocation in allocations]
-            watched = [each.watching(space.layers.values()) for each in networks]
-            pace = self._pace(networks, watched)
-        steps = TURNS * len(queue) + len(allocations)
+            whole = self._whole(network, space, batched(inputs, space.input_shape[0]))
+        steps = TURNS * len(queue) + (0 if whole is None else len(whole.allocations))
         report = on_progress or (lambda done, total: None)
         report(0, steps)
-        blocks: list[dict[LayerShape, Measurement]] = []
-        for found, share in self._in_blocks(queue, len(missing)):
-            blocks.append(found)
-            if share <= 1 / TURNS:
-                profile = profile.with_stages(found)
-                self._keep(profile)
-            if pace is not None:
-                pace.after(share)
+
+        def on_share(share: float) -> None:
+            if whole is not None:
+                whole.pace.after(share)
             report(round(share * TURNS * len(queue)), steps)
-        if blocks:
-            profile = profile.with_stages(_combined(blocks))
-            self._keep(profile)
-        if pace is not None:
-            pace.after(1.0)
+
+        profile = self._with_stages(profile, queue, len(missing), on_share)
+        if whole is not None:
+            whole.pace.after(1.0)
         model = self._regressed(profile, wanted)
-        if pace is not None:
-            times = pace.seconds()[: len(allocations)]
-            inside = [watch.seconds() for watch in watched]
-            fit = model._fit_network(space, allocations, times, inside)
-            profile = profile.with_network(key, fit)
+        if whole is not None:
+            profile = profile.with_network(key, model._fit_network(space, whole))
             self._keep(profile)
             report(steps, steps)
         fit = profile.networks.get(key, NetworkFit())
@@ -262,6 +247,26 @@ class Host(StageModel):
             raise UsageError(f"{text}; profile them, for example with `ranknas profile`.")
         logger.warning("%s; their times are extrapolated", text)
 
+    def _with_stages(
+        self,
+        profile: Profile,
+        queue: Sequence[LayerShape],
+        needed: int,
+        on_share: Callable[[float], object],
+    ) -> Profile:
+        """A profile with times of more stages; see `_in_blocks`. It is kept as it grows."""
+        blocks: list[dict[LayerShape, Measurement]] = []
+        for found, share in self._in_blocks(queue, needed):
+            blocks.append(found)
+            if share <= 1 / TURNS:
+                profile = profile.with_stages(found)
+                self._keep(profile)
+            on_share(share)
+        if blocks:
+            profile = profile.with_stages(_combined(blocks))
+            self._keep(profile)
+        return profile
+
     def _in_blocks(
         self, queue: Sequence[LayerShape], needed: int
     ) -> Iterator[tuple[dict[LayerShape, Measurement], float]]:
@@ -298,29 +303,25 @@ class Host(StageModel):
         medians, spread = np.median(times, axis=0).tolist(), spread_of_median(times).tolist()
         return [Measurement(m, s, len(times)) for m, s in zip(medians, spread, strict=True)]
 
-    def _pace(self, networks: Sequence[Network], watched: Sequence[Watch]) -> Pace:
-        """Networks, and the same watched, to be timed between stages."""
+    def _whole(self, network: nn.Module, space: SearchSpace, inputs: Tensor) -> _Whole:
+        """The network under some allocations, to be timed between stages."""
         device = torch.device(self.device)
-        runs: list[Callable[[], object]] = [waiting(network, device) for network in networks]
+        x = inputs.to(device)
+        allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
+        networks = [built(network, allocation, x) for allocation in allocations]
+        watched = [each.watching(space.layers.values()) for each in networks]
+        runs: list[Callable[[], object]] = [waiting(each, device) for each in networks]
         # Long enough for a speed that lasts: processors are faster for the first seconds.
         seconds = 4 * self.seconds * len(networks)
-        return Pace([*runs, *watched], rounds=20 * self.repeats, seconds=seconds, seed=self.seed)
+        rounds = 20 * self.repeats
+        pace = Pace([*runs, *watched], rounds=rounds, seconds=seconds, seed=self.seed)
+        return _Whole(allocations, watched, pace)
 
-    def _fit_network(
-        self,
-        space: SearchSpace,
-        allocations: Sequence[Allocation],
-        times: Array,
-        inside: Sequence[Array],
-    ) -> NetworkFit:
-        """Explain the times of a network under a few allocations, dense first, by its stages'.
-
-        Args:
-            space: Of the network.
-            allocations: Under which it was timed.
-            times: Of the whole, (allocations,).
-            inside: Of the layers in their place, (layers,) each.
-        """
+    def _fit_network(self, space: SearchSpace, whole: _Whole) -> NetworkFit:
+        """Explain the times of a network under a few allocations, dense first, by its stages'."""
+        allocations = whole.allocations
+        times = whole.pace.seconds()[: len(allocations)]
+        inside = [watch.seconds() for watch in whole.watched]
         found = in_place(space, allocations, inside, lambda *at: StageModel.latency(self, *at)[0])
         placed = replace(self, fit=NetworkFit(places=found))
         dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
@@ -338,6 +339,15 @@ class Host(StageModel):
         return NetworkFit(
             rest, factor, decomposed_factor, residual, timed=float(times[0]), places=found
         )
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A network under some allocations: they are timed first, and then watched."""
+
+    allocations: Sequence[Allocation]
+    watched: Sequence[Watch]
+    pace: Pace
 
 
 def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
