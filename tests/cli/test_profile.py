@@ -65,7 +65,7 @@ def test_a_profile_is_measured_validated_and_used(
     assert rows.name.tolist() == ["dense", "dense", "random 0", "random 1", "random 2"]
     found = document["validation"]
     assert 0 <= found["within"] <= 1 and 0 <= found["matched"] <= 1
-    assert 0.1 < found["slowness"] < 10
+    assert found["slowness"] > 0
     with Image.open(tmp_path / "board-validation.png") as picture:
         assert picture.size[0] > 300
     # Again, on the table: nothing is measured, and predictions are the same.

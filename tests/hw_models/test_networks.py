@@ -91,7 +91,7 @@ def test_layers_are_timed_where_they_are() -> None:
     for _ in range(3):
         watch()
     both, one = watch.seconds()
-    assert 0.04 <= both < 0.2 and 0.005 <= one < both
+    assert both >= 0.04 and 0.005 <= one < both
     assert not any(module._forward_hooks for module in model.modules())
 
 
