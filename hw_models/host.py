@@ -144,8 +144,6 @@ class Host(StageModel):
             report(round(share * TURNS * len(queue)), steps)
 
         profile = self._with_stages(profile, queue, len(missing), on_share)
-        if whole is not None:
-            whole.pace.after(1.0)
         model = self._regressed(profile, wanted)
         if whole is not None:
             profile = profile.with_network(key, model._fit_network(space, whole))
@@ -320,6 +318,7 @@ class Host(StageModel):
     def _fit_network(self, space: SearchSpace, whole: _Whole) -> NetworkFit:
         """Explain the times of a network under a few allocations, dense first, by its stages'."""
         allocations = whole.allocations
+        whole.pace.after(1.0)  # what is left of its rounds
         times = whole.pace.seconds()[: len(allocations)]
         inside = [watch.seconds() for watch in whole.watched]
         found = in_place(space, allocations, inside, lambda *at: StageModel.latency(self, *at)[0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.hw_models.timing import Array
+from rankNAS.hw_models.timing import Array, wait_for
 from rankNAS.network import skeleton
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
@@ -73,9 +73,7 @@ class Watch:
         self._rows.append(self._spent)
 
     def _add(self, i: int, sign: int, *_: object) -> None:
-        device = self._network.inputs.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(self._network.inputs.device)
         self._spent[i] += sign * time.perf_counter()
 
     def seconds(self) -> Array:
@@ -144,21 +142,18 @@ def in_place(
         alone: Seconds of a layer's choice, timed by itself.
     """
     seen: dict[tuple[str, str], list[float]] = {}
+    of_operator: dict[str, list[float]] = {}
     for allocation, times in zip(allocations, seconds, strict=True):
         for (name, layer), spent in zip(space.layers.items(), times.tolist(), strict=True):
             if spent > 0:
                 choice = allocation[name]
                 ratio = math.log(spent / alone(layer, choice))
                 seen.setdefault((name, choice.operator), []).append(ratio)
+                of_operator.setdefault(choice.operator, []).append(ratio)
     if not seen:
         return {}
-    means = {
-        operator: float(
-            np.mean([v for (_, o), found in seen.items() if o == operator for v in found])
-        )
-        for operator in {o for _, o in seen}
-    }
-    overall = float(np.mean([v for found in seen.values() for v in found]))
+    means = {operator: float(np.mean(found)) for operator, found in of_operator.items()}
+    overall = float(np.mean([v for found in of_operator.values() for v in found]))
     factors: dict[str, float] = {}
     for name, layer in space.layers.items():
         for choice in layer.choices:

@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Pace", "Turns", "effects_of_blocks", "interleaved", "spread_of_median", "waiting"]
+__all__ = [
+    "Pace",
+    "Turns",
+    "effects_of_blocks",
+    "interleaved",
+    "spread_of_median",
+    "wait_for",
+    "waiting",
+]
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -25,10 +33,15 @@ def waiting(run: Callable[[], object], device: torch.device) -> Callable[[], Non
 
     def synchronised() -> None:
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
 
     return synchronised
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Turns:
@@ -133,15 +146,17 @@ def effects_of_blocks(items: Indices, blocks: Indices, values: Array) -> Array:
     """What blocks add to the values of items that were seen in several of them, (blocks,).
 
     Value i is that of item items[i] in block blocks[i], (n,) each; the model is item + block +
-    noise. The median effect is 0. Fitted by turns, with medians, so that outliers weigh little.
+    noise. The median effect is 0. Fitted by turns, with means and then, so that
+    outliers weigh little, with medians: from elsewhere these can end where no single one improves.
     """
     effects, counts = np.zeros(int(blocks.max()) + 1), np.bincount(items)
     members = [np.flatnonzero(blocks == k) for k in range(len(effects))]
-    for _ in range(SWEEPS):
-        means = np.bincount(items, values - effects[blocks]) / counts
-        left = values - means[items]
-        effects = np.array([np.median(left[own]) if len(own) else 0.0 for own in members])
-        effects -= np.median(effects)
+    for centre in (np.mean, np.median):
+        for _ in range(SWEEPS):
+            means = np.bincount(items, values - effects[blocks]) / counts
+            left = values - means[items]
+            effects = np.array([centre(left[own]) if len(own) else 0.0 for own in members])
+            effects -= np.median(effects)
     return effects
 
 
