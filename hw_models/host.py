@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.files import cache_folder
 from rankNAS.hw_models.base import Progress, StageModel, stages
 from rankNAS.hw_models.networks import (
     Watch,
@@ -54,6 +53,7 @@ from rankNAS.hw_models.timing import (
     spread_of_median,
     waiting,
 )
+from rankNAS.io.files import cache_folder
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 __all__ = ["Host", "general_shapes"]

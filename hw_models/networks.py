@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.compression.factorisation import skeleton
 from rankNAS.hw_models.timing import Array, wait_for
-from rankNAS.network import skeleton
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 __all__ = ["Network", "Watch", "batched", "built", "in_place", "place", "random_allocations"]

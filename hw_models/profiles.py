@@ -19,7 +19,7 @@ import torch
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.files import read_json, write_json
+from rankNAS.io.files import read_json, write_json
 
 __all__ = ["Measurement", "NetworkFit", "Profile", "Terms"]
 

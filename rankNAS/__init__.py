@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankNAS.allocation import DENSE, Allocation, Choice
-    from rankNAS.artifact import load
     from rankNAS.comparison import compare
-    from rankNAS.data import Data, load_data
+    from rankNAS.data.loading import Data, load_data
     from rankNAS.decompositions import Operator
     from rankNAS.engine import Settings, search
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.hw_models import CallableModel, HardwareModel
+    from rankNAS.models.artifact import load
     from rankNAS.objectives import Objective
     from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
     from rankNAS.strategies import Strategy, Trial
@@ -28,7 +28,7 @@ _HOMES = {
     "Allocation": "allocation",
     "CallableModel": "hw_models",
     "Choice": "allocation",
-    "Data": "data",
+    "Data": "data.loading",
     "HardwareModel": "hw_models",
     "Objective": "objectives",
     "Operator": "decompositions",
@@ -42,8 +42,8 @@ _HOMES = {
     "UsageError": "exceptions",
     "compare": "comparison",
     "compile_space": "search_spaces",
-    "load": "artifact",
-    "load_data": "data",
+    "load": "models.artifact",
+    "load_data": "data.loading",
     "search": "engine",
 }
 

@@ -24,20 +24,20 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import check_budgets, label
-from rankNAS.data import Data, drawn, load_data, size_of
+from rankNAS.data.loading import Data, drawn, load_data, size_of
 from rankNAS.engine import Settings, Source, prepare, requests, run
-from rankNAS.evaluation import predictions, test_metrics
+from rankNAS.evaluation.context import Progress, Workbench, silent
+from rankNAS.evaluation.evaluator import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.objectives.quality import accuracy, agreement
-from rankNAS.record import Record
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.storage.record import Record
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Strategy, Trial
 from rankNAS.study import Study
-from rankNAS.workbench import Progress, Workbench, silent
 
 __all__ = ["COLUMNS", "DENSE_MODEL", "OK", "Row", "compare", "summarise"]
 

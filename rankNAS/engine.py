@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.budget import BUDGET_COSTS, check_budgets
-from rankNAS.calibration import calibrate
-from rankNAS.data import (
+from rankNAS.compression.calibration import calibrate
+from rankNAS.compression.factorisation import Factorisation, Select, factorise
+from rankNAS.data.loading import (
     Data,
     Splits,
     check_labels,
@@ -31,28 +32,27 @@ from rankNAS.data import (
 )
 from rankNAS.decompositions.metrics import METRICS, MetricName
 from rankNAS.decompositions.shapes import COSTS
-from rankNAS.early_stopping import PARTS, SuccessiveHalving
-from rankNAS.evaluation import Evaluator
+from rankNAS.evaluation.context import Progress, Workbench, silent
+from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import RankNASError, UsageError
-from rankNAS.files import cache_folder
-from rankNAS.fingerprints import fingerprint
+from rankNAS.execution.early_stopping import PARTS, SuccessiveHalving
+from rankNAS.execution.parallel import Parallel, Workers
+from rankNAS.execution.scheduler import Executor, Serial, schedule
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
-from rankNAS.network import Factorisation, Select, factorise
+from rankNAS.io.files import cache_folder
+from rankNAS.io.fingerprints import fingerprint
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
-from rankNAS.parallel import Parallel, Workers
-from rankNAS.pareto import worthwhile
-from rankNAS.record import Record
 from rankNAS.recovery.training import Recovery, TrainingConfig
-from rankNAS.scheduler import Executor, Serial, schedule
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy, hardware_choices
+from rankNAS.solver.pareto import worthwhile
+from rankNAS.storage.record import Record
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Request, Strategy, Trial
+from rankNAS.strategies.tables import make_problem
 from rankNAS.study import Study
-from rankNAS.tables import make_problem
-from rankNAS.workbench import Progress, Workbench, silent
 
 __all__ = ["Settings", "prepare", "requests", "run", "search"]
 

@@ -12,15 +12,15 @@ import pandas as pd
 from torch import nn
 from torch.utils.data import Dataset
 
-from rankNAS import artifact
 from rankNAS.allocation import Allocation
-from rankNAS.data import Data, Splits
-from rankNAS.evaluation import Evaluator, test_metrics
-from rankNAS.pareto import non_dominated
-from rankNAS.record import Record
+from rankNAS.data.loading import Data, Splits
+from rankNAS.evaluation.context import Workbench
+from rankNAS.evaluation.evaluator import Evaluator, test_metrics
+from rankNAS.models import artifact
 from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.solver.pareto import non_dominated
+from rankNAS.storage.record import Record
 from rankNAS.strategies.base import History, Problem, Strategy, Trial
-from rankNAS.workbench import Workbench
 
 __all__ = ["Study", "front"]
 

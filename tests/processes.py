@@ -6,4 +6,6 @@ import multiprocessing
 
 FORKS = multiprocessing.get_context("forkserver")
 # Not the modules of the tests: the server has no path to them.
-FORKS.set_forkserver_preload(["rankNAS.record", "optuna", "sqlalchemy", "alembic", "psycopg"])
+FORKS.set_forkserver_preload(
+    ["rankNAS.storage.record", "optuna", "sqlalchemy", "alembic", "psycopg"]
+)

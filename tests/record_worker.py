@@ -11,9 +11,9 @@ import traceback
 from pathlib import Path
 
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.locks import study_lock
-from rankNAS.record import Claim, Record
-from rankNAS.storage import open_storage
+from rankNAS.storage.backends import open_storage
+from rankNAS.storage.locks import study_lock
+from rankNAS.storage.record import Claim, Record
 from rankNAS.strategies.base import Trial
 
 TARGET = "macs<=0.5"

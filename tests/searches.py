@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
-from rankNAS.record import Record
+from rankNAS.storage.record import Record
 
 
 def linear_search(**options: Any) -> rankNAS.Study:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
-from rankNAS import evaluation
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
-from rankNAS.data import take
-from rankNAS.evaluation import predictions
+from rankNAS.data.loading import take
+from rankNAS.evaluation import evaluator as evaluation
+from rankNAS.evaluation.evaluator import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.objectives.quality import agreement
 from rankNAS.recovery.training import TrainingConfig, train

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import rankNAS
 from rankNAS.engine import run
 from rankNAS.objectives import Objective
-from rankNAS.trial_format import METRICS
+from rankNAS.storage.trial_format import METRICS
 
 KILLS, TRIALS = 50, 120
 SECONDS = 0.03  # of an evaluation, beyond what it takes

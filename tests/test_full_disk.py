@@ -20,18 +20,19 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from rankNAS import artifact, cli
+from rankNAS import cli
 from rankNAS.allocation import DENSE, Allocation
-from rankNAS.calibration import calibrate
+from rankNAS.compression.calibration import calibrate
 from rankNAS.exceptions import WriteError
-from rankNAS.export import export
-from rankNAS.files import save_atomically, save_bytes, write_json
 from rankNAS.hw_models.host import general_shapes
 from rankNAS.hw_models.profiles import Measurement, Profile, Terms
+from rankNAS.io.files import save_atomically, save_bytes, write_json
+from rankNAS.models import artifact
+from rankNAS.models.export import export
+from rankNAS.models.weights import trained_model
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.weights import trained_model
 
 resource = pytest.importorskip("resource")
 CONFIG = TrainingConfig(epochs=3, batch_size=8, augment=False)

@@ -19,25 +19,25 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
-from rankNAS import artifact
 from rankNAS.allocation import Allocation
-from rankNAS.calibration import calibrate
 from rankNAS.cli import main
 from rankNAS.cli.options import CompareOptions, SearchOptions, check_name
 from rankNAS.comparison import COLUMNS
-from rankNAS.data import load_data
+from rankNAS.compression.calibration import calibrate
+from rankNAS.data.loading import load_data
 from rankNAS.exceptions import DataError, UsageError, WeightsError
-from rankNAS.files import cache_folder, write_json
 from rankNAS.hw_models import Host, device_names, make_hardware
 from rankNAS.hw_models.profiles import Profile, Terms
+from rankNAS.io.files import cache_folder, write_json
+from rankNAS.io.tensors import read_tensors, write_tensors
+from rankNAS.models import artifact
+from rankNAS.models.weights import load_weights, peek_metadata, trained_model
 from rankNAS.objectives import make_objective
-from rankNAS.record import Record
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.storage.record import Record
 from rankNAS.strategies import make_strategy
-from rankNAS.tensor_files import read_tensors, write_tensors
-from rankNAS.weights import load_weights, peek_metadata, trained_model
 
 # ------------------------------------------------------------------------------- the sources
 

@@ -564,7 +564,7 @@ def _root(
 def main() -> None:
     """Run the command line; mistakes of the user exit with 2 and one line, no traceback."""
     from rankNAS.exceptions import RankNASError, UsageError
-    from rankNAS.files import is_full
+    from rankNAS.io.files import is_full
 
     _own_stdout()
     try:

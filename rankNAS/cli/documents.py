@@ -11,9 +11,9 @@ from optuna.storages import BaseStorage
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.results import describe_trial, load_result
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.record import CHOICES, CONFIGURATION, Record
-from rankNAS.redaction import redacted
-from rankNAS.storage import open_storage, storage_name
+from rankNAS.storage.backends import open_storage, storage_name
+from rankNAS.storage.record import CHOICES, CONFIGURATION, Record
+from rankNAS.storage.redaction import redacted
 
 __all__ = ["load_study", "open_recorded", "study_document", "without_passwords"]
 

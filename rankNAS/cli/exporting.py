@@ -8,12 +8,12 @@ from pathlib import Path
 
 import typer
 
-from rankNAS.artifact import load
 from rankNAS.cli.options import study_folder, understanding
 from rankNAS.cli.output import print_json
 from rankNAS.cli.results import answer_to, load_result
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.export import FORMATS, export
+from rankNAS.models.artifact import load
+from rankNAS.models.export import FORMATS, export
 from rankNAS.plugins import is_plugin
 from rankNAS.search_spaces.zoo import build_model
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rankNAS.pareto import hypervolume
+from rankNAS.solver.pareto import hypervolume
 from rankNAS.strategies.base import History, Problem
 from rankNAS.study import front
 

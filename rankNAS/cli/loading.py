@@ -12,25 +12,25 @@ from torch import nn
 
 from rankNAS.cli.options import ModelOptions, SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.data import Data, load_data, size_of, split
+from rankNAS.data.loading import Data, load_data, size_of, split
 from rankNAS.engine import Settings
 from rankNAS.exceptions import UsageError
+from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
+from rankNAS.models.weights import (
+    load_weights,
+    pretrained_weights,
+    recorded_normalization,
+    trained_model,
+)
 from rankNAS.objectives import make_objective
-from rankNAS.parallel import Workers
 from rankNAS.plugins import is_plugin
 from rankNAS.recovery.training import TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.tables import make_problem
-from rankNAS.weights import (
-    load_weights,
-    pretrained_weights,
-    recorded_normalization,
-    trained_model,
-)
+from rankNAS.strategies.tables import make_problem
 
 __all__ = [
     "check_options",

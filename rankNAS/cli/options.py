@@ -13,8 +13,8 @@ from typing import Any, get_args, get_type_hints
 
 from rankNAS.budget import parse_budgets
 from rankNAS.exceptions import RankNASError, StudyError, UsageError
-from rankNAS.files import read_json
-from rankNAS.redaction import without_password
+from rankNAS.io.files import read_json
+from rankNAS.storage.redaction import without_password
 
 __all__ = [
     "CompareOptions",

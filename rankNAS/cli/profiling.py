@@ -21,9 +21,9 @@ from rankNAS.cli.options import study_folder, understanding
 from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.results import load_result
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.files import save_atomically
 from rankNAS.hw_models import Agreement, Host, agreement, compile_latency, make_hardware, validate
 from rankNAS.hw_models.networks import random_allocations
+from rankNAS.io.files import save_atomically
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space

@@ -12,9 +12,9 @@ from rankNAS.cli.documents import study_document, without_passwords
 from rankNAS.cli.options import SearchOptions, read_options, study_folder, understanding
 from rankNAS.cli.output import print_json
 from rankNAS.exceptions import UsageError
-from rankNAS.files import save_atomically
-from rankNAS.redaction import redacted
-from rankNAS.report import render
+from rankNAS.io.files import save_atomically
+from rankNAS.reporting.html import render
+from rankNAS.storage.redaction import redacted
 
 __all__ = ["reproduction", "run_report"]
 

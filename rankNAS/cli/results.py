@@ -13,16 +13,16 @@ from typing import Any
 from torch import nn
 
 from rankNAS.budget import parse_budget
+from rankNAS.cli.environment import machine, versions
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
 from rankNAS.cli.loading import training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.environment import machine, versions
-from rankNAS.evaluation import test_metrics
+from rankNAS.evaluation.evaluator import test_metrics
 from rankNAS.exceptions import UsageError
-from rankNAS.files import save_atomically, write_json
+from rankNAS.io.files import save_atomically, write_json
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study

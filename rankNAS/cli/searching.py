@@ -30,14 +30,14 @@ from rankNAS.cli.options import (
 )
 from rankNAS.cli.output import Reporter, number, percent, print_json, print_table, reporting
 from rankNAS.cli.results import keep
-from rankNAS.data import Data
+from rankNAS.data.loading import Data
 from rankNAS.engine import Settings, requests, search
 from rankNAS.exceptions import StudyError
-from rankNAS.files import write_json
+from rankNAS.io.files import write_json
 from rankNAS.objectives import make_objective
-from rankNAS.record import study_names
-from rankNAS.redaction import redacted, without_password
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.storage.record import study_names
+from rankNAS.storage.redaction import redacted, without_password
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Trial
 from rankNAS.study import Study

@@ -15,7 +15,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 import optuna
 import typer
 
-from rankNAS import figures
 from rankNAS.cli.documents import (
     load_study,
     open_recorded,
@@ -24,6 +23,7 @@ from rankNAS.cli.documents import (
 )
 from rankNAS.cli.options import read_options, study_folder, understanding
 from rankNAS.exceptions import UsageError
+from rankNAS.reporting import figures
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankNAS.recovery.batch_norm import has_batch_norm, reestimate_batch_norm
+from rankNAS.compression.batch_norm import has_batch_norm, reestimate_batch_norm
 from rankNAS.recovery.training import (
     RECIPE_VERSION,
     TrainingConfig,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from rankNAS.checkpoints import read_checkpoint, write_checkpoint
-from rankNAS.data import augment, batches, size_of
+from rankNAS.data.loading import augment, batches, size_of
 from rankNAS.exceptions import RankNASError, UsageError
+from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 
 __all__ = [
     "RECIPE_VERSION",

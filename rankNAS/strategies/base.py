@@ -16,11 +16,11 @@ from rankNAS.allocation import Allocation, Choice
 from rankNAS.budget import label
 from rankNAS.exceptions import BudgetError, StudyError
 from rankNAS.objectives.base import Direction
-from rankNAS.pareto import worthwhile
-from rankNAS.solver import SLACK, least_cost, min_max
+from rankNAS.solver.pareto import worthwhile
+from rankNAS.solver.programmes import SLACK, least_cost, min_max
 
 if TYPE_CHECKING:
-    from rankNAS.workbench import Workbench
+    from rankNAS.evaluation.context import Workbench
 
 __all__ = ["History", "Problem", "Request", "Strategy", "Trial"]
 
@@ -309,9 +309,9 @@ class Strategy(ABC):
         name: As given to ``--strategy``.
         operators: Whose choices it uses; None for all.
         needs_latency: Whether it needs the problem's latency table, budgeted or not.
-        refits: Whether its proposals are measured as the networks that would be handed out, with
-            factors refitted to each other (`rankNAS.sequential`), where the settings have that.
-            A trial then takes several times longer. Probes never are.
+        refits: Whether proposals are evaluated after sequential refitting
+            (`rankNAS.compression.reconstruction`), where the settings have that. A trial then
+            takes several times longer. Probes are never refitted.
 
     Example:
         >>> class Dense(Strategy):

@@ -42,13 +42,14 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.checkpoints import read_checkpoint, write_checkpoint
-from rankNAS.data import augment, batches, channels_last, size_of, take
+from rankNAS.compression.factorisation import Factorisation
+from rankNAS.data.loading import augment, batches, channels_last, size_of, take
 from rankNAS.decompositions import LayerShape
+from rankNAS.evaluation.context import Workbench, silent
 from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
-from rankNAS.network import Factorisation
-from rankNAS.pareto import worthwhile
-from rankNAS.solver import min_sum
+from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
+from rankNAS.solver.pareto import worthwhile
+from rankNAS.solver.programmes import min_sum
 from rankNAS.strategies.base import Array, History, Problem, Request, Strategy
 from rankNAS.strategies.supernet import (
     FactoredWeight,
@@ -60,7 +61,6 @@ from rankNAS.strategies.supernet import (
     gumbel_softmax,
     penalised,
 )
-from rankNAS.workbench import Workbench, silent
 
 __all__ = ["Haloc", "coarse", "picked"]
 

@@ -34,10 +34,10 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.allocation import DENSE, Choice
+from rankNAS.compression.factorisation import Factorisation, LayerFactors, factorise
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.decompositions.base import balanced
 from rankNAS.decompositions.shapes import is_hf_conv1d
-from rankNAS.network import Factorisation, LayerFactors, factorise
 from rankNAS.search_spaces.base import SearchSpace
 
 __all__ = [

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.evaluation import Evaluator
-from rankNAS.network import factorise
+from rankNAS.compression.factorisation import factorise
+from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.solver import min_max, min_sum
+from rankNAS.solver.programmes import min_max, min_sum
 from rankNAS.strategies import BayesianOptimisation, History, Random, Trial
 from rankNAS.strategies.base import Problem
-from rankNAS.tables import make_problem
+from rankNAS.strategies.tables import make_problem
 
 TRIALS, IMAGES, OBSERVATIONS, LAYERS, CHOICES, TABLES = 20, 1000, 50, 20, 64, 5
 

@@ -35,12 +35,12 @@ from torch.utils.data import TensorDataset
 import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.engine import run
-from rankNAS.evaluation import Evaluator
-from rankNAS.parallel import Parallel, Workers
-from rankNAS.record import Record
-from rankNAS.scheduler import Outcome, Serial, Task, schedule
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.execution.parallel import Parallel, Workers
+from rankNAS.execution.scheduler import Outcome, Serial, Task, schedule
+from rankNAS.execution.sharing import shared_bytes
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.sharing import shared_bytes
+from rankNAS.storage.record import Record
 
 IMAGES, WARM, WIDE = 1000, 4, 49
 BUDGET = {"macs": 0.5}
@@ -126,7 +126,7 @@ def samples(rounds: int) -> None:
     state, random_ = study.evaluator.__getstate__(), Random(0)
     evaluators = {}
     for count in (64, 128, 256):
-        with mock.patch("rankNAS.evaluation.CPU_SAMPLES", count):
+        with mock.patch("rankNAS.evaluation.evaluator.CPU_SAMPLES", count):
             evaluators[count] = Evaluator(**state)
     seconds: dict[int, list[float]] = {count: [] for count in evaluators}
     for _ in range(rounds):

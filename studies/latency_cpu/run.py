@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rankNAS
-from rankNAS.files import save_atomically
 from rankNAS.hw_models import Host, compile_latency, validate
+from rankNAS.io.files import save_atomically
 from rankNAS.recovery import TrainingConfig, default_config, train
 from rankNAS.search_spaces.zoo import build_model
 

@@ -20,9 +20,9 @@ import pandas as pd
 
 import rankNAS
 from rankNAS.comparison import DENSE_MODEL, Row, summarise
+from rankNAS.models.weights import load_weights, recorded_normalization
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.strategies import Auto, Energy, Solve, Strategy
-from rankNAS.weights import load_weights, recorded_normalization
 
 BUDGETS = (0.7, 0.55, 0.5, 0.37)
 TRIALS = 16
@@ -75,7 +75,7 @@ def measured_anew(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    with mock.patch("rankNAS.evaluation.BatchNormReference.correct", lambda *_: None):
+    with mock.patch("rankNAS.evaluation.evaluator.BatchNormReference.correct", lambda *_: None):
         yield
 
 

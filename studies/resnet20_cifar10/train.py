@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save
 
 import rankNAS
-from rankNAS.evaluation import test_metrics
-from rankNAS.files import save_bytes
+from rankNAS.evaluation.evaluator import test_metrics
+from rankNAS.io.files import save_bytes
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.zoo import build_model
 

@@ -12,7 +12,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.cli.layers import describe_layers
 from rankNAS.hw_models import CallableModel, compile_latency
 from rankNAS.search_spaces import compile_space
-from rankNAS.tables import make_problem
+from rankNAS.strategies.tables import make_problem
 
 
 def test_layers_have_their_rank_its_limits_and_their_costs(small_net: nn.Module) -> None:

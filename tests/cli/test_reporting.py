@@ -18,7 +18,7 @@ import pytest
 from rankNAS.cli import main
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.reporting import reproduction
-from rankNAS.report import render
+from rankNAS.reporting.html import render
 
 
 class Page(HTMLParser):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.decompositions import (
     Factors,
     GroupSvd,
@@ -29,9 +30,8 @@ from rankNAS.decompositions import (
     Target,
     make_metric,
 )
-from rankNAS.network import Factorisation, factorise
 from rankNAS.search_spaces.base import Layer, SearchSpace
-from rankNAS.testing import definition_of_error, random_statistics
+from rankNAS.testing.contracts import definition_of_error, random_statistics
 
 seeds = st.integers(0, 10**6)
 

@@ -26,7 +26,7 @@ from rankNAS.objectives import (
     make_objective,
 )
 from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
-from rankNAS.testing import ObjectiveContract
+from rankNAS.testing.contracts import ObjectiveContract
 
 
 def candidate(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Candidate:

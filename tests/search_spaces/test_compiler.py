@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankNAS.allocation import Allocation
+from rankNAS.compression.factorisation import skeleton
 from rankNAS.exceptions import UsageError
-from rankNAS.network import skeleton
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space, count_macs
 from rankNAS.search_spaces.zoo import SPACES, build_model

@@ -28,13 +28,14 @@ from torch.utils.data import Dataset, TensorDataset
 
 import rankNAS
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.data import Splits
+from rankNAS.compression.factorisation import Factorisation, factorise
+from rankNAS.data.loading import Splits
 from rankNAS.decompositions import OPERATORS, Metric, Target
-from rankNAS.evaluation import Evaluator
+from rankNAS.evaluation.context import Workbench
+from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import ObjectiveError, UsageError
-from rankNAS.files import cache_folder
 from rankNAS.hw_models import CallableModel, compile_latency
-from rankNAS.network import Factorisation, factorise
+from rankNAS.io.files import cache_folder
 from rankNAS.search_spaces import RankPolicy, compile_space
 from rankNAS.strategies.base import History, Problem, Request, Trial
 from rankNAS.strategies.haloc import Haloc, coarse, picked
@@ -48,9 +49,8 @@ from rankNAS.strategies.supernet import (
     multiply,
     penalised,
 )
-from rankNAS.tables import make_problem
-from rankNAS.testing import LAYERS, StrategyContract, random_problem
-from rankNAS.workbench import Workbench
+from rankNAS.strategies.tables import make_problem
+from rankNAS.testing.contracts import LAYERS, StrategyContract, random_problem
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
-from rankNAS.pareto import non_dominated
+from rankNAS.solver.pareto import non_dominated
 from rankNAS.strategies import (
     STRATEGIES,
     BayesianOptimisation,
@@ -29,8 +29,8 @@ from rankNAS.strategies import (
     Uniform,
     make_strategy,
 )
-from rankNAS.strategies.shares import within_shares
-from rankNAS.testing import StrategyContract, random_problem, random_trial
+from rankNAS.strategies.sampling.shares import within_shares
+from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
 
 
 class TestUniform(StrategyContract):

@@ -1,0 +1,1 @@
+"""Model and space to statistics, factors and compressed networks."""

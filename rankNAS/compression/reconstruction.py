@@ -1,0 +1,246 @@
+"""Layer after layer, the factors that suit the inputs a compressed network really has.
+
+Factors are first made from the dense network's inputs. In the compressed network a layer's inputs
+x' differ from the dense ones x, by what was lost before it. The weight that best maps x' to the
+dense layer's outputs W x is, in least squares, W E[x x'^T] E[x' x'^T]^-1; its decomposition in the
+metric of x' loses the least, and makes up for part of what was lost before. Layers are done in
+the order of the forward pass, each seeing those before it as they have become. Neither labels nor
+gradients are needed.
+
+Reference: asymmetric reconstruction, Zhang, Zou, He and Sun, TPAMI 2016 (arXiv 1505.06798),
+section 3.3, there with the responses of one operator; here for every operator, in every metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.compression.batch_norm import even_chunks, is_tracking
+from rankNAS.compression.calibration import folded, patches
+from rankNAS.compression.factorisation import (
+    Factorisation,
+    LayerFactors,
+    changeable_copy,
+    shared_copy,
+)
+from rankNAS.compression.incremental import Stages
+from rankNAS.decompositions import OPERATORS, Metric, Target
+from rankNAS.decompositions.metrics import ridged
+
+__all__ = ["sequential"]
+
+SAMPLES = 2  # patches for each input of a layer, below which its moments say too little
+POSITIONS = 32  # of one input, see `patches`; that many more inputs say more than more positions
+SHRINKAGE = 1e-2  # towards the dense weight, in units of the mean square of an input
+Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, compressed network's
+
+
+@torch.no_grad()
+def sequential(
+    factorisation: Factorisation,
+    allocation: Mapping[str, Choice],
+    inputs: Tensor,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Factorisation:
+    """Factors for one allocation, each layer's for the inputs that the ones before leave it.
+
+    Args:
+        factorisation: Factors from the dense network's inputs; left as it is.
+        allocation: The choices.
+        inputs: Calibration inputs (samples, …).
+        batch_size: Samples a forward pass. Batch norms use the statistics of the batch, in both
+            networks.
+        seed: Of the positions drawn from large feature maps.
+        on_layer: Called with (layers done, layers in all).
+
+    Returns:
+        A factorisation that offers this allocation alone. Layers that are called several times in
+        a forward pass keep their factors, and so do those with fewer than two patches an input.
+    """
+    space = factorisation.space
+    dense = _training_statistics(shared_copy(factorisation.model))
+    compressed = changeable_copy(factorisation.model, factorisation.layers)
+    compressed = _training_statistics(compressed)
+    walk = _walk(factorisation, dense, compressed, inputs, batch_size)
+    layers = {}
+    for done, (name, pairs) in enumerate(walk, 1):
+        choice, layer = allocation[name], factorisation.layers[name].restrict([allocation[name]])
+        if len(layer.layer.shape.calls) == 1:
+            moments = _Moments.of(layer, pairs, seed)
+            if moments.count >= SAMPLES * layer.layer.shape.width:
+                layer = moments.refit(layer, choice)
+        layers[name] = layer
+        layer.write(compressed, choice)
+        if on_layer is not None:
+            on_layer(done, len(space.layers))
+    layers = {name: layers[name] for name in space.layers}
+    kept = [found for name, found in layers.items() if allocation[name] == DENSE]
+    modules = [factorisation.model.get_submodule(p) for found in kept for p in found.layer.paths]
+    model = shared_copy(factorisation.model, own=[p for m in modules for p in m.parameters()])
+    for found in kept:
+        found.write(model, DENSE)
+    restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
+    return Factorisation(model, restricted, layers)
+
+
+def _training_statistics(model: nn.Module) -> nn.Module:
+    """The model; its batch norms now use the statistics of the batch."""
+    model.eval()
+    for module in model.modules():
+        if is_tracking(module):
+            module.train()
+    return model
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Means over patches p of the dense network and q of the compressed one.
+
+    Args:
+        mean_dense: E[p], (g, n).
+        mean: E[q], (g, n).
+        cross: E[p q^T], (g, n, n).
+        moment: E[q q^T], (g, n, n).
+        count: Number of patches.
+    """
+
+    mean_dense: Tensor
+    mean: Tensor
+    cross: Tensor
+    moment: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, layer: LayerFactors, pairs: Pairs, seed: int) -> _Moments:
+        """Means over all batches."""
+        shape = layer.layer.shape
+        sums: list[Tensor] = []
+        count = 0
+        for number, pair in enumerate(pairs):
+            # The same positions in both.
+            P, Q = (
+                patches(shape, x, torch.Generator().manual_seed(seed + number), POSITIONS)
+                for x in pair
+            )
+            parts = [P.sum(1), Q.sum(1), P.mT @ Q, Q.mT @ Q]
+            parts = [part.double() for part in parts]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+            count += P.shape[1]
+        order = folded(shape)
+        mean_dense, mean = (s[:, order] / count for s in sums[:2])
+        cross, moment = (s[:, order][:, :, order] / count for s in sums[2:])
+        return cls(mean_dense, mean, cross, moment, count)
+
+    def refit(self, layer: LayerFactors, choice: Choice) -> LayerFactors:
+        """The layer's factors for the choice, from the best weight for the compressed inputs."""
+        centred = layer.metric.mean is not None
+        cross, moment = self.cross, self.moment
+        if centred:
+            cross = cross - self.mean_dense.unsqueeze(-1) * self.mean.unsqueeze(-2)
+            moment = moment - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        scale = SHRINKAGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+        eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+        shrinkage = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None, None] * eye
+        W = layer.weight.double().flatten(2)
+        best = W @ torch.linalg.solve(moment + shrinkage, (cross + shrinkage).mT).mT
+        bias = layer.bias
+        if centred and bias is not None:
+            shift = (W @ self.mean_dense.unsqueeze(-1) - best @ self.mean.unsqueeze(-1)).flatten()
+            bias = (bias.double() + shift).to(bias.dtype)
+        weight = best.reshape(layer.weight.shape)
+        metric = Metric(ridged(moment), layer.metric.H, self.mean if centred else None)
+        factors = {}
+        if choice != DENSE:
+            operator = OPERATORS[choice.operator]
+            target = Target(weight, metric)
+            found = operator.factorise(layer.layer.shape, target, [choice.rank])
+            factors = {choice.operator: found}
+        weight = weight.to(layer.weight.dtype)
+        metric = replace(metric, C=None)
+        refitted = replace(layer, weight=weight, bias=bias, metric=metric, factors=factors)
+        if choice == DENSE:
+            return refitted
+        # With its bias corrected, one choice needs no dense weight of its own.
+        _, bias = refitted.folded(choice)
+        return replace(refitted, weight=layer.weight, bias=bias, metric=replace(metric, mean=None))
+
+
+def _walk(
+    factorisation: Factorisation,
+    dense: nn.Module,
+    compressed: nn.Module,
+    inputs: Tensor,
+    batch_size: int,
+) -> Iterator[tuple[str, Pairs]]:
+    """Each layer in the order of the forward pass, with the inputs that it has in both networks.
+
+    The compressed network is to be changed layer by layer as the walk goes on.
+    """
+    layers = factorisation.space.layers
+    paths = {name: layer.paths for name, layer in layers.items()}
+    batches = even_chunks(inputs, batch_size) if len(inputs) > 1 else (inputs,)
+    staged = [Stages.of(model, paths, [batches[0][:2]]) for model in (dense, compressed)]
+    if staged[0] is not None and staged[1] is not None:
+        yield from _staged(staged[0], staged[1], layers, batches)
+        return
+    for name in layers:
+        yield name, _hooked(name, dense, compressed, batches)
+
+
+def _staged(
+    dense: Stages, compressed: Stages, layers: Mapping[str, Any], batches: tuple[Tensor, ...]
+) -> Iterator[tuple[str, Pairs]]:
+    """Both forward passes advance from layer to layer, for all batches."""
+    both = dense, compressed
+    alive: list[list[dict[Any, Any]]] = [[{} for _ in batches] for _ in both]
+    at = 0
+    for name in sorted(layers, key=lambda name: dense.cuts[name]):
+        cut = dense.cuts[name]
+        for i, x in enumerate(batches):
+            for stages, values in zip(both, alive, strict=True):
+                values[i] = stages.advance(values[i], at, cut, x)
+        at = cut
+        yield (
+            name,
+            (
+                (dense.input_of(cut, a), compressed.input_of(cut, b))
+                for a, b in zip(*alive, strict=True)
+                if len(layers[name].shape.calls) == 1
+            ),
+        )
+
+
+class _ReachedError(Exception):
+    """The layer that was waited for is called."""
+
+
+def _hooked(
+    name: str, dense: nn.Module, compressed: nn.Module, batches: tuple[Tensor, ...]
+) -> Pairs:
+    """Forward passes up to a layer, for networks that cannot be traced."""
+    for x in batches:
+        found = []
+        for model in (dense, compressed):
+
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                found.append((*args, *kwargs.values())[0].detach())  # noqa: B023
+                raise _ReachedError
+
+            handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            try:
+                model(x)
+            except _ReachedError:
+                pass
+            finally:
+                handle.remove()
+        if len(found) == 2:
+            yield found[0], found[1]

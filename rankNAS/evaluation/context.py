@@ -1,0 +1,64 @@
+"""What a search works with: the model, its factors and its data, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rankNAS.compression.factorisation import Factorisation
+from rankNAS.data.loading import Splits
+from rankNAS.evaluation.evaluator import Evaluator, quality
+from rankNAS.io.files import cache_folder
+from rankNAS.io.fingerprints import fingerprint
+
+__all__ = ["Progress", "Workbench", "silent"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything that is made once and shared by all trials, strategies and budgets.
+
+    Args:
+        factorisation: The dense model, its space and its factors.
+        splits: Training, calibration, validation and test data.
+        evaluator: Evaluates allocations.
+        device: Where to run.
+        seed: Of everything that is drawn.
+        flip: Whether a mirrored input keeps its class.
+        report: Called with a stage's name, steps done, and steps in all.
+    """
+
+    factorisation: Factorisation
+    splits: Splits
+    evaluator: Evaluator
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    flip: bool = False
+    report: Progress = silent
+
+    def dense(self) -> dict[str, float]:
+        """Quality of the dense model on the validation data, and its costs."""
+        space, targets = self.factorisation.space, self.splits.validation[1].to(self.device)
+        return {
+            **quality(self.evaluator.dense_logits, targets),
+            **self.evaluator.costs(space.dense),
+        }
+
+    def checkpoint(self, key: str) -> Path:
+        """Where a long computation may keep its state; equal for equal models, data and keys.
+
+        Args:
+            key: Whatever else the computation depends on, in words.
+        """
+        inputs, targets = self.splits.calibration
+        tensors = {**self.factorisation.model.state_dict(), "inputs": inputs, "targets": targets}
+        return cache_folder() / "checkpoints" / f"{fingerprint(tensors, f'{self.seed} {key}')}.pt"

@@ -1,0 +1,1 @@
+"""Trials at run time: scheduling, worker processes, early stopping."""

@@ -1,0 +1,97 @@
+"""Which trials are not worth finishing: asynchronous successive halving.
+
+An evaluation is a sequence of steps: epochs of training where trials are trained, otherwise more
+and more validation samples. At each step but the last, a trial goes on only if it is among the
+best of all that came as far. No trial waits for another one, so workers are never idle.
+
+References:
+    Li et al., MLSys 2020 (ASHA), in the variant that stops trials instead of promoting them
+    (as in Ray Tune's scheduler and in Syne Tune), here for several objectives as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rankNAS.decompositions.shapes import COSTS
+from rankNAS.exceptions import UsageError
+from rankNAS.objectives.base import Direction
+from rankNAS.strategies.base import Array, History
+from rankNAS.strategies.sensitivity.harm import QUALITY
+
+__all__ = ["PARTS", "SuccessiveHalving"]
+
+PARTS = (0.25, 0.5, 1.0)  # of the epochs, or of the validation samples
+
+
+@dataclass
+class SuccessiveHalving:
+    """Says whether a trial goes on.
+
+    A trial goes on from a step if fewer than 1 / `reduction` of the trials that came to this step
+    for the same budget, itself included, are better than it in every objective; the first one
+    always does.
+
+    Args:
+        objectives: Their names; those that are measured at the end alone play no part.
+        directions: Their directions.
+        reduction: How many trials come to a step for each one that goes on.
+
+    Raises:
+        UsageError: A reduction below 2, or no objective is known before the end.
+
+    Example:
+        >>> rule = SuccessiveHalving(["accuracy"], ["maximize"], reduction=2)
+        >>> [rule("macs<=0.5", 256, {"accuracy": a}) for a in (0.5, 0.4, 0.6, 0.55)]
+        [True, False, True, True]
+    """
+
+    objectives: Sequence[str]
+    directions: Sequence[Direction]
+    reduction: int = 3
+    _seen: dict[tuple[str, int], list[Array]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.reduction < 2:
+            raise UsageError(f"`reduction` must be at least 2, got {self.reduction}.")
+        known = QUALITY | set(COSTS)
+        pairs = zip(self.objectives, self.directions, strict=True)
+        self._signs = {n: 1.0 if d == "maximize" else -1.0 for n, d in pairs if n in known}
+        if not any(name in QUALITY for name in self._signs):
+            raise UsageError(
+                "early stopping compares trials that are not finished, but none of the "
+                f"objectives {', '.join(self.objectives)} is known then; add one of "
+                f"{', '.join(sorted(QUALITY))} or leave early stopping out."
+            )
+
+    def __call__(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a trial goes on, given its metrics at a step; remembered."""
+        own = np.array([sign * metrics.get(n, 0.0) for n, sign in self._signs.items()])
+        others = self._seen.setdefault((target, step), [])
+        better = sum(bool((other > own).all()) for other in others)
+        others.append(own)
+        return better < max(1, math.ceil(len(others) / self.reduction))
+
+    def learn(self, history: History) -> None:
+        """Take in the steps of the trials of an earlier session."""
+        for trial in history.trials:
+            for step, metrics in steps(trial.metrics).items():
+                self(trial.target, step, metrics)
+
+
+def steps(metrics: Mapping[str, float]) -> dict[int, dict[str, float]]:
+    """The metrics before the last step, by step, as a trial's record names them.
+
+    >>> steps({"accuracy@256": 0.5, "accuracy": 0.4})
+    {256: {'accuracy': 0.5}}
+    """
+    found: dict[int, dict[str, float]] = {}
+    for name, value in metrics.items():
+        stem, _, step = name.partition("@")
+        if step.isdecimal():
+            found.setdefault(int(step), {})[stem] = value
+    return found

@@ -1,0 +1,311 @@
+"""Who evaluates what next: proposals are claimed, handed to an executor, and recorded.
+
+The loop is the same for one process and for many. What is being evaluated, here and by other
+processes on the same study, is pending in the history that the strategy sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from rankNAS.allocation import Allocation
+from rankNAS.evaluation.evaluator import Evaluator, PrunedError
+from rankNAS.exceptions import ObjectiveError, RankNASError
+from rankNAS.storage.record import Claim
+from rankNAS.strategies.base import History, Problem, Trial
+
+if TYPE_CHECKING:
+    from rankNAS.study import Study
+
+__all__ = ["Executor", "Outcome", "Rule", "Serial", "Task", "execute", "schedule"]
+
+logger = logging.getLogger(__name__)
+FAILURES = 3  # in a row, and the search stops
+ATTEMPTS = 5  # proposals that other processes were quicker with, before waiting
+POLL = 0.5  # seconds between looks at what other processes have done
+PATIENCE = 0.2  # seconds between looks for the best trial, which takes longer with every one
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+
+#: Takes a target, a step, and the metrics then; whether to go on. A step is the number of
+#: validation samples seen, or of epochs trained.
+Rule = Callable[[str, int, Mapping[str, float]], bool]
+OnTrial = Callable[[Trial, Trial | None], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """An evaluation to do.
+
+    Args:
+        claim: What to evaluate, and for which budget.
+        final: As for `Evaluator.evaluate`.
+    """
+
+    claim: Claim
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a task.
+
+    Args:
+        task: The task.
+        state: ``complete``, ``failed`` or ``pruned``.
+        metrics: What was measured; at the steps before the last, as ``NAME@STEP``.
+        seconds: How long it took.
+        reason: Why it failed or was stopped.
+    """
+
+    task: Task
+    state: Literal["complete", "failed", "pruned"]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+
+
+class Executor(ABC):
+    """Does tasks, one or several at a time.
+
+    Attributes:
+        slots: How many tasks it takes before `wait` must be called.
+    """
+
+    slots: int
+
+    @abstractmethod
+    def submit(self, task: Task) -> None:
+        """Begin a task."""
+
+    @abstractmethod
+    def wait(self) -> Sequence[Outcome]:
+        """Wait for at least one task to end, or for a short while."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what the executor holds; tasks that have not ended are dropped."""
+
+
+class Serial(Executor):
+    """Evaluates here and now, one task after the other.
+
+    Args:
+        evaluator: Evaluates.
+        rule: Says which evaluations are not worth finishing.
+    """
+
+    slots = 1
+
+    def __init__(self, evaluator: Evaluator, rule: Rule | None = None) -> None:
+        self.evaluator, self.rule = evaluator, rule
+        self._waiting: list[Task] = []
+
+    def submit(self, task: Task) -> None:
+        self._waiting.append(task)
+
+    def wait(self) -> Sequence[Outcome]:
+        return [execute(self.evaluator, self._waiting.pop(0), self.rule)]
+
+
+def execute(evaluator: Evaluator, task: Task, rule: Rule | None = None) -> Outcome:
+    """Evaluate an allocation; what goes wrong with it alone is a failed outcome."""
+    started = time.perf_counter()
+    steps: dict[str, float] = {}
+    costs = set(evaluator.costs(task.claim.allocation))
+
+    def verdict(step: int, metrics: Mapping[str, float]) -> bool:
+        steps.update({f"{k}@{step}": v for k, v in metrics.items() if k not in costs})
+        return rule is None or rule(task.claim.target, step, metrics)
+
+    def outcome(state: Literal["complete", "failed", "pruned"], reason: str = "") -> Outcome:
+        return Outcome(task, state, {**metrics, **steps}, time.perf_counter() - started, reason)
+
+    metrics: Mapping[str, float] = {}
+    asked = None if rule is None or task.claim.probe else verdict
+    try:
+        metrics = evaluator.evaluate(task.claim.allocation, final=task.final, verdict=asked)
+    except PrunedError as stopped:
+        metrics = evaluator.costs(task.claim.allocation)
+        return outcome("pruned", str(stopped))
+    except (ObjectiveError, MemoryError, torch.OutOfMemoryError) as error:
+        return outcome("failed", str(error) or "out of memory")
+    except RuntimeError as error:
+        if any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            return outcome("failed", f"out of memory: {error}")
+        raise
+    return outcome("complete")
+
+
+def schedule(
+    study: Study, n_trials: int, executor: Executor, on_trial: OnTrial | None = None
+) -> None:
+    """Propose, evaluate and record until every budget has its number of trials.
+
+    Args:
+        study: What is known so far; its strategy is bound.
+        n_trials: Trials proposed for each budget, failed ones included. Probes come on top.
+        executor: Evaluates; left open.
+        on_trial: Called with each trial of this process and the best one for its budget.
+
+    Raises:
+        ObjectiveError: Three trials in a row failed, or a proposal itself.
+    """
+    for problem in study.problems:
+        _Loop(study, problem, n_trials, executor, on_trial).run()
+
+
+@dataclass
+class _Loop:
+    """The trials for one budget."""
+
+    study: Study
+    problem: Problem
+    n_trials: int
+    executor: Executor
+    on_trial: OnTrial | None
+    running: list[Claim] = field(default_factory=list)
+    probes: Sequence[Allocation] = ()
+    refused: int = 0
+    best: Trial | None = None
+    looked: float = -np.inf
+
+    def run(self) -> None:
+        self.study.record.history()
+        try:
+            while not self.is_done():
+                if self.running:
+                    for outcome in self.executor.wait():
+                        self.finish(outcome)
+                else:
+                    time.sleep(POLL)  # what is left is being evaluated by other processes
+                    self.study.record.history()
+        except BaseException:
+            self.study.record.interrupt(self.running)
+            raise
+
+    def history(self) -> History:
+        """All trials, as of the last claim: a claim for what is out of date is not granted."""
+        record = self.study.record
+        return record.known().awaiting([c.allocation for c in (*self.running, *record.others())])
+
+    def is_done(self) -> bool:
+        """Begin as many tasks as there is room for; whether there is nothing left to do."""
+        while True:
+            history = self.history()
+            enough = len(history.candidates(self.problem)) >= self.n_trials
+            if enough and not self.running:
+                return True
+            free = self.executor.slots - len(self.running)
+            if free <= 0 or enough:
+                return False
+            wanted = self.wanted(history, free)
+            if not wanted:
+                return not history.pending
+            granted = self.study.record.claim(wanted, self.running, self.n_trials)
+            if not granted:
+                # Another process was quicker; what it has is pending now, so ask for others.
+                self.refused += 1
+                if self.refused % ATTEMPTS:
+                    continue
+                return False
+            self.refused = 0
+            for claim in granted:
+                self.running.append(claim)
+                self.executor.submit(Task(claim, self.study.final and not claim.probe))
+
+    def wanted(self, history: History, free: int) -> list[Claim]:
+        """What to evaluate next; nothing as long as probes are being evaluated elsewhere."""
+        strategy, problem = self.study.strategy, self.problem
+        left = [a for a in self.probes if a not in history.found]
+        if not left:
+            self.probes = tuple(dict.fromkeys(strategy.probes(problem, history)))
+            left = [a for a in self.probes if a not in history.found]
+        if left:
+            fresh = [a for a in left if a not in history.proposed]
+            return [Claim(a, problem.label, probe=True) for a in fresh[:free]]
+        busy = (*self.running, *self.study.record.others())
+        busy_here = sum(c.target == problem.label and not c.probe for c in busy)
+        room = self.n_trials - len(history.candidates(problem)) - busy_here
+        if room <= 0:
+            return []
+        drawn = [self.study.bench.seed, len(history.trials) + len(history.pending)]
+        # Processes that count alike would propose alike.
+        rng = np.random.default_rng(drawn + [self.refused] * bool(self.refused))
+        try:
+            proposals = strategy.propose(problem, history, min(free, room), rng)
+        except ObjectiveError as error:  # a training, for example
+            dense = problem.allocation([0] * len(problem.errors))
+            self.record(Claim(dense, problem.label), "failed", {}, 0.0, str(error))
+            raise
+        for allocation in proposals:
+            self.check(allocation)
+        return [Claim(a, problem.label) for a in proposals]
+
+    def check(self, allocation: Allocation) -> None:
+        self.study.bench.factorisation.space.check(allocation)
+        indices = self.problem.indices(allocation)
+        if not self.problem.meets(indices):
+            raise RankNASError(
+                f"strategy {self.study.strategy.name!r} proposed an allocation that breaks the "
+                f"budget {dict(self.problem.budget)}: {self.problem.fractions(indices)}."
+            )
+
+    def finish(self, outcome: Outcome) -> None:
+        """Record what came of a task, and stop if nothing works."""
+        claim = outcome.task.claim
+        self.running.remove(claim)
+        if outcome.state == "failed":
+            logger.warning("a trial failed: %s", outcome.reason)
+        elif outcome.state == "complete":
+            self.study.evaluator.remember(
+                claim.allocation, outcome.metrics, final=outcome.task.final
+            )
+        self.record(claim, outcome.state, outcome.metrics, outcome.seconds, outcome.reason)
+        history = self.study.record.known()
+        if self.on_trial is not None and claim.allocation in history.found:
+            self.on_trial(history.found[claim.allocation], self.best_of(history))
+        last = history.trials[-FAILURES:]
+        if len(last) == FAILURES and all(t.state == "failed" for t in last):
+            raise ObjectiveError(
+                f"{FAILURES} trials in a row failed, so the search stops; the last: "
+                f"{last[-1].reason}"
+            )
+
+    def record(
+        self,
+        claim: Claim,
+        state: Literal["complete", "failed", "pruned"],
+        metrics: Mapping[str, float],
+        seconds: float,
+        reason: str,
+    ) -> None:
+        names = self.problem.objectives
+        values = tuple(metrics[name] for name in names) if state == "complete" else ()
+        trial = Trial(
+            -1,  # the storage numbers it
+            claim.allocation,
+            state,
+            values,
+            metrics,
+            seconds,
+            reason,
+            claim.probe,
+            claim.target,
+        )
+        self.study.record.add(trial, names)
+
+    def best_of(self, history: History) -> Trial | None:
+        """The best trial so far, or a short while ago."""
+        now, finished = time.monotonic(), len(history.candidates(self.problem))
+        if now - self.looked > PATIENCE or finished >= self.n_trials:
+            some = bool(history.feasible(self.problem))
+            self.best = self.study.strategy.select(self.problem, history) if some else None
+            self.looked = time.monotonic()
+        return self.best

@@ -1,0 +1,134 @@
+"""What runs in workers, and the mailbox between them and the driver."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.execution.scheduler import Outcome, Rule, Task, execute
+
+__all__ = ["Mailbox", "work"]
+
+REPORT = 1.0  # seconds between what a worker tells Tune
+
+
+class Mailbox:
+    """Where workers find tasks and leave outcomes; an actor."""
+
+    def __init__(self, rule: Rule | None) -> None:
+        self._rule = rule
+        self._tasks: asyncio.Queue[tuple[int, Task] | None] = asyncio.Queue()
+        self._events: list[tuple[str, int, Any]] = []
+        self._news = asyncio.Event()
+        self._home = False
+        self._lives: dict[int, int] = {}  # of each worker, how often it has begun
+
+    def _tell(self, *event: Any) -> None:
+        self._events.append(event)
+        self._news.set()
+
+    async def go_home(self) -> None:
+        """There is nothing more to do."""
+        self._home = True
+        self._tasks.put_nowait(None)
+
+    async def hello(self, worker: int, actor: Any) -> tuple[int, bool]:
+        """A worker has begun; which of its lives that is, and whether to ask for verdicts."""
+        self._lives[worker] = self._lives.get(worker, 0) + 1
+        self._tell("hello", worker, actor)
+        return self._lives[worker], self._rule is not None
+
+    async def unable(self, worker: int, reason: str) -> None:
+        """A worker cannot begin."""
+        self._tell("unable", worker, reason)
+
+    async def take(self, worker: int, life: int) -> tuple[int, Task] | None:
+        """The next task; None to go home."""
+        found = await self._tasks.get()
+        if found is None or self._home:
+            self._tasks.put_nowait(None)  # for the next worker
+            return None
+        if life != self._lives[worker]:  # whoever asked has died while it waited
+            self._tasks.put_nowait(found)
+            return None
+        self._events.append(("took", worker, found[0]))  # no reason to wake the driver
+        return found
+
+    async def done(
+        self, worker: int, life: int, number: int, outcome: Outcome
+    ) -> tuple[int, Task] | None:
+        """Leave an outcome and take the next task."""
+        self._tell("done", worker, (number, outcome))
+        return await self.take(worker, life)
+
+    async def verdict(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation goes on."""
+        return self._rule is None or self._rule(target, step, metrics)
+
+    async def exchange(
+        self, tasks: Sequence[tuple[int, Task]], seconds: float
+    ) -> list[tuple[str, int, Any]]:
+        """Leave tasks to do; what has happened since the last call, as soon as something has."""
+        for task in tasks:
+            self._tasks.put_nowait(task)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+        self._news.clear()
+        events, self._events = self._events, []
+        return events
+
+
+def work(
+    config: dict[str, Any], shared: list[Any], mailbox: Any, threads: int, path: list[str]
+) -> None:
+    """A worker: evaluates until it is sent home."""
+    import ray
+    from ray import tune
+
+    sys.path += [entry for entry in path if entry not in sys.path]  # for the model's own module
+    torch.set_num_threads(threads)
+    worker = int(config["worker"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        try:
+            evaluator: Evaluator = ray.get(shared[0])
+        except Exception as error:
+            ray.get(mailbox.unable.remote(worker, f"{type(error).__name__}: {error}"))
+            return
+    _give_back()
+    life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
+
+    def rule(target: str, step: int, metrics: Mapping[str, float]) -> bool:
+        return bool(ray.get(mailbox.verdict.remote(target, step, metrics)))
+
+    finished, reported = 0, 0.0
+    found = ray.get(mailbox.take.remote(worker, life))
+    while found is not None:
+        number, task = found
+        try:
+            outcome = execute(evaluator, task, rule if stops else None)
+        except Exception as error:
+            # The driver has no use for the exception, which may not even unpickle there.
+            reason = f"{type(error).__name__}: {error}"
+            outcome = Outcome(task, "failed", reason=reason)
+        finished += 1
+        if time.monotonic() - reported > REPORT:
+            reported = time.monotonic()
+            tune.report({"finished": finished})
+            _give_back()
+        found = ray.get(mailbox.done.remote(worker, life, number, outcome))
+
+
+def _give_back() -> None:
+    """Return to the system what evaluations no longer use, which the C library would keep."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another library than glibc
+        ctypes.CDLL(None).malloc_trim(0)

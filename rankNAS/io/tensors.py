@@ -1,0 +1,90 @@
+"""Tensors as safetensors files with a checksum, which that format does not have.
+
+The checksum stands in the metadata and is of the tensors and of the other metadata. Files without
+one, such as those of other programs, are read as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rankNAS.exceptions import WeightsError
+from rankNAS.io.files import save_bytes
+from rankNAS.io.fingerprints import fingerprint
+
+__all__ = ["CHECKSUM", "damaged", "encoded", "read_tensors", "write_tensors"]
+
+CHECKSUM = "ranknas:sha256"
+
+
+def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a safetensors file, with a checksum.
+
+    Args:
+        tensors: By name; none shares memory with another.
+        metadata: Texts by name.
+
+    >>> content = encoded({"a": torch.zeros(2)}, {"made": "today"})
+    >>> b"ranknas:sha256" in content and b"today" in content
+    True
+    """
+    given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = {name: text for name, text in (metadata or {}).items() if name != CHECKSUM}
+    content: bytes = save(given, texts | {CHECKSUM: _checksum(given, texts)})
+    return content
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with a checksum, atomically.
+
+    Raises:
+        WriteError: It cannot be written; an earlier file is intact.
+    """
+    save_bytes(path, encoded(tensors, metadata))
+
+
+def read_tensors(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        WeightsError: The file is missing, damaged or of another kind, or its checksum is wrong.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except Exception as error:  # a damaged header can make the reader fail anywhere
+        raise damaged(path, error) from error
+    expected = metadata.get(CHECKSUM)
+    texts = {name: text for name, text in metadata.items() if name != CHECKSUM}
+    if expected is not None and _checksum(tensors, texts) != expected:
+        raise WeightsError(
+            f"{path} does not match its checksum: it was damaged, or changed by a program that "
+            f"kept the entry {CHECKSUM!r} of its metadata; make or fetch the file again."
+        )
+    return tensors, metadata
+
+
+def damaged(path: Path, error: Exception) -> WeightsError:
+    """The error for a file of weights that cannot be read."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return WeightsError(
+        f"{path} is truncated or no weights file ({reason}); expected safetensors or a torch "
+        "state dict, so fetch or save it again."
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    # In order: files list the names as the alignment of the types demands.
+    return fingerprint(dict(sorted(tensors.items())), json.dumps(texts, sort_keys=True))

@@ -1,0 +1,1 @@
+"""Trained models and compressed networks on disk."""

@@ -1,0 +1,191 @@
+"""A compressed network as one file: safetensors, with what rebuilds it in the metadata.
+
+Nothing in the file is code: loading builds the dense model by name (or by the caller's factory),
+puts empty decomposed layers where the allocation says so, and fills in the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rankNAS.allocation import Allocation
+from rankNAS.compression.factorisation import skeleton
+from rankNAS.exceptions import UsageError, WeightsError
+from rankNAS.io.tensors import read_tensors, write_tensors
+from rankNAS.models.weights import load_state
+
+__all__ = ["load", "read_metadata", "save"]
+
+FORMAT = "1"
+
+
+def save(
+    network: nn.Module,
+    allocation: Allocation,
+    path: Path | str,
+    *,
+    model: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> Path:
+    """Write a compressed network; an earlier file stays intact until the new one is complete.
+
+    Args:
+        network: The network.
+        allocation: The allocation it was made from.
+        path: The file.
+        model: How to build the dense model: ``space``, ``num_classes`` and ``input_shape``.
+            Without it, `load` needs a factory.
+        metrics: Kept for the reader.
+
+    Raises:
+        WriteError: The file cannot be written, for example on a full disk.
+    """
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in network.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in first:
+            shared[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "allocation": allocation.to_json(),
+        "model": json.dumps(dict(model or {})),
+        "metrics": json.dumps(dict(metrics or {})),
+        "shared": json.dumps(shared),
+    }
+    path = Path(path)
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The network of a file written by `save`, in evaluation mode.
+
+    Args:
+        path: The file.
+        model_factory: Returns the dense model, weights of any value; not needed for built-in
+            spaces.
+
+    Raises:
+        WeightsError: Missing or damaged file, or weights that do not fit the model.
+        UsageError: The file needs a factory and none is given, or it gives another model.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> from rankNAS.compression.factorisation import factorise
+        >>> from rankNAS.search_spaces import compile_space
+        >>> def model_factory():
+        ...     return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+        >>> model, x = model_factory(), torch.randn(3, 64)
+        >>> space = compile_space(model, x)
+        >>> allocation = Allocation.from_json('{"0": "svd:8"}')
+        >>> small = factorise(model, space).materialise(allocation)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save(small, allocation, folder + "/small.safetensors")
+        ...     again = load(file, model_factory)
+        >>> bool(torch.equal(again(x), small(x)))
+        True
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    state, _ = read_tensors(path)
+    allocation, model, shared = _described(path, metadata, state)
+    network = _filled(_dense(model, path, model_factory), allocation)
+    state |= {name: state[kept] for name, kept in shared.items()}
+    load_state(network, state, source=str(path))
+    return network.eval()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a file written by `save`.
+
+    Raises:
+        WeightsError: Missing or damaged file, or not one of ours.
+    """
+    if not os.path.isfile(path):  # unlike Path's, it takes any text
+        raise WeightsError(f"there is no file {str(path)!r}.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{str(path)!r} is damaged or no safetensors file: {error}") from None
+    if "allocation" not in metadata:
+        raise WeightsError(f"{str(path)!r} holds weights, but no allocation of RankNAS.")
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(
+            f"{str(path)!r} has format {metadata.get('format')!r}; this version reads {FORMAT!r}."
+        )
+    return dict(metadata)
+
+
+def _described(
+    path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]
+) -> tuple[Allocation, dict[str, Any], dict[str, str]]:
+    """The allocation, how the dense model is built, and the names of shared tensors; checked."""
+    try:
+        allocation = Allocation.from_json(metadata["allocation"])
+        model, shared = (json.loads(metadata.get(key, "{}")) for key in ("model", "shared"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"the metadata of {str(path)!r} is damaged: {error}") from None
+    if not isinstance(shared, dict) or not all(
+        isinstance(kept, str) and kept in state for kept in shared.values()
+    ):
+        raise WeightsError(f"the metadata of {str(path)!r} shares tensors that it does not have.")
+    wrong = not isinstance(model, dict) or (
+        model
+        and not (
+            isinstance(model.get("space"), str)
+            and isinstance(model.get("num_classes"), int)
+            and isinstance(model.get("input_shape"), list)
+            and all(isinstance(size, int) for size in model["input_shape"])
+        )
+    )
+    if wrong:
+        raise WeightsError(
+            f"the metadata of {str(path)!r} does not say how its model is built: expected "
+            f"`space`, `num_classes` and `input_shape`, got {model!r}."
+        )
+    return allocation, model, shared
+
+
+def _dense(
+    model: Mapping[str, Any], path: Path, model_factory: Callable[[], nn.Module] | None
+) -> nn.Module:
+    if model_factory is not None:
+        return model_factory()
+    from rankNAS.plugins import is_plugin
+    from rankNAS.search_spaces.zoo import build_model
+
+    if not model or is_plugin(model["space"]):
+        raise UsageError(
+            f"{str(path)!r} was made from a model of your own; give the function that builds it: "
+            "load(path, model_factory)."
+        )
+    return build_model(
+        model["space"],
+        num_classes=model["num_classes"],
+        input_shape=tuple(model["input_shape"]),
+    )
+
+
+def _filled(dense: nn.Module, allocation: Allocation) -> nn.Module:
+    """The skeleton with its decomposed layers on the CPU instead of the meta device."""
+    network = skeleton(dense, allocation)
+    for module in network.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    return network

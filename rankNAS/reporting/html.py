@@ -1,0 +1,205 @@
+"""The report of a search: one HTML file that needs nothing else, and no network.
+
+Plotly's library is written into it. The page's own security policy allows no script but the two
+that it comes with, and no request at all; what users name is escaped besides.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from rankNAS.reporting import figures
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["render"]
+
+Document = Mapping[str, Any]
+COSTS = {"macs": "MACs", "params": "parameters", "weight_bytes": "bytes of weights"}
+QUALITIES = {"accuracy": "accuracy", "test_accuracy": "test accuracy"}
+
+
+def render(result: Document, options: Mapping[str, Any], command: str = "") -> str:
+    """The report as HTML.
+
+    Args:
+        result: The result document, as in ``result.json``; of a search that has not ended,
+            ``answers`` and ``dense`` may be empty.
+        options: By name, what the search was given; no passwords.
+        command: What makes the study again.
+
+    Raises:
+        KeyError: The document lacks what every result has.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    library, script = _Script(get_plotlyjs()), _Script(_resource("report.js"))
+    trials, answers = result["trials"], result["answers"]
+    labels = [a["label"] if a["budget"] else "no budget" for a in answers]
+    return page.from_string(_resource("report.html")).render(
+        result=result,
+        hashes=f"'{library.hash}' '{script.hash}'",
+        about=_about(result),
+        figures=_Figures(),
+        summary={"labels": labels, "rows": _summary(result)},
+        progress=figures.progress(result),
+        lost=[{"reason": "", **t} for t in trials if t["state"] != "complete"],
+        pareto=figures.pareto(result),
+        pareto_note=_pareto_note(result),
+        labels=labels,
+        ranks=[figures.ranks(answer) for answer in answers],
+        latency=figures.latency(result),
+        latency_note=_latency_note(result, options),
+        options=options,
+        command=command,
+        made_with=_made_with(result),
+        plotly=library,
+        script=script,
+    )
+
+
+@dataclass(frozen=True)
+class _Script:
+    """A script of ours, which goes into the page as it is."""
+
+    text: str
+
+    def __html__(self) -> str:
+        return self.text
+
+    @property
+    def hash(self) -> str:
+        """As in a content security policy."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """The figures that the page has asked for, in its order."""
+
+    found: list[str] = field(default_factory=list)
+
+    def add(self, figure: Figure) -> int:
+        self.found.append(figure.to_json())
+        return len(self.found) - 1
+
+    def json(self) -> _Script:
+        """Harmless inside a script element: without ``<`` nothing can end it."""
+        return _Script(f"[{','.join(self.found)}]".replace("<", "\\u003c"))
+
+
+def _resource(name: str) -> str:
+    return files("rankNAS.reporting").joinpath(name).read_text(encoding="utf-8")
+
+
+def _about(result: Document) -> str:
+    trials = result["trials"]
+    probes = sum(t["probe"] for t in trials)
+    lost = sum(t["state"] != "complete" for t in trials)
+    parts = [f"{len(trials) - probes} trials"]
+    parts += [f"{probes} probes"] * bool(probes) + [f"{lost} failed or pruned"] * bool(lost)
+    parts += [f"{result['seconds']:,.0f} s"] if "seconds" in result else []
+    return f"{result['space']}, searched by {result['strategy']}: {', '.join(parts)}"
+
+
+def _summary(result: Document) -> list[dict[str, Any]]:
+    """Rows of the summary: a name, and a cell for the dense network and each answer."""
+    answers = result["answers"]
+    if not answers:
+        return []
+    networks = [result["dense"], *(a["best"] for a in answers)]
+    rows = [_row(title, networks, key, _four) for key, title in QUALITIES.items()]
+    tuned: list[Document] = [{}, *(a.get("finetuned", {}) for a in answers)]
+    rows += [_row(f"{title}, fine-tuned", tuned, k, _four) for k, title in QUALITIES.items()]
+    rows += [_row(title, networks, key, "{:,.0f}".format, True) for key, title in COSTS.items()]
+    rows.append(_row("predicted latency", networks, "predicted_latency", _milliseconds, True))
+    measured = [
+        {"seconds": n["measured_latency"]["seconds"]} if "measured_latency" in n else {}
+        for n in networks
+    ]
+    rows.append(_row("measured latency", measured, "seconds", _milliseconds, True))
+    shown = {*QUALITIES, *COSTS, "predicted_latency"}
+    rows += [
+        _row(name.replace("_", " "), networks, name, "{:.5g}".format)
+        for name in result["objectives"]
+        if name not in shown
+    ]
+    return [row for row in rows if any(cell["main"] for cell in row["cells"])]
+
+
+def _row(
+    name: str, networks: Sequence[Document], key: str, form: Any, cost: bool = False
+) -> dict[str, Any]:
+    """A row of the summary; of a cost, the share that is kept with both numbers."""
+    whole = networks[0].get(key)
+    cells = []
+    for network in networks:
+        value = network.get(key)
+        if value is None:
+            cells.append({"main": "", "detail": ""})
+        elif cost and whole and network is not networks[0]:
+            share = f"{100 * value / whole:.1f} %"
+            cells.append({"main": share, "detail": f"{form(value)} of {form(whole)}"})
+        else:
+            cells.append({"main": form(value), "detail": ""})
+    return {"name": name, "cells": cells}
+
+
+def _four(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g} ms"
+
+
+def _pareto_note(result: Document) -> str:
+    if len(result["objectives"]) == 1:
+        return (
+            "No trial on the line is worse than another one in both; it is that of all trials "
+            "that succeeded, whatever the budget."
+        )
+    volumes = [
+        f"{a['label']}: {a['hypervolume']:.5g}" for a in result["answers"] if "hypervolume" in a
+    ]
+    note = "No trial on a line is dominated by another one within the budget."
+    return note + (f" Hypervolume: {'; '.join(volumes)}." if volumes else "")
+
+
+def _latency_note(result: Document, options: Mapping[str, Any]) -> str:
+    dense = result["dense"]
+    predicted = "predicted_latency" in dense
+    found = dense.get("measured_latency")
+    notes = [
+        f"Predicted for {options.get('hardware', 'the hardware')}, whole network."
+        if predicted
+        else "Latency was not predicted: no budget or objective asked for it."
+    ]
+    notes.append(
+        f"Measured on the machine of the search, end to end, the networks in turns over "
+        f"{found['rounds']} rounds: medians, with the standard deviation of the median."
+        if found
+        else "Not measured."
+    )
+    return " ".join(notes)
+
+
+def _made_with(result: Document) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in result.get("versions", {}).items())
+    machine = result.get("machine")
+    parts = [f"Made with {versions}."] if versions else []
+    if machine:
+        parts.append(
+            f"{machine['system']} on {machine['architecture']}, {machine['processors']} "
+            f"processors, {machine['threads']} threads."
+        )
+    return " ".join(parts)

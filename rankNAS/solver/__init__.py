@@ -1,0 +1,1 @@
+"""Exact allocation under budgets: mixed-integer programmes and Pareto filters."""

@@ -1,0 +1,290 @@
+"""Exact allocation: pick one choice per layer, within budgets, at the least total or worst value.
+
+Notation: L layers, C_l choices of layer l, K budgets; value[l] (C_l,), cost[k][l] (C_l,),
+limit[k]. Every function returns one index per layer.
+
+References:
+    Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack (`min_sum`).
+    Pisinger, European Journal of Operational Research 1995: solving it on a core of few choices.
+    HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``, solves it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_matrix, eye
+
+from rankNAS.exceptions import BudgetError, RankNASError
+from rankNAS.solver.pareto import worthwhile
+
+__all__ = ["Solution", "least_cost", "min_max", "min_sum"]
+
+Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+Table = Sequence[Array]  # one array of C_l values a layer
+SLACK = 1e-9  # relative: budgets are met to rounding error, never beyond
+SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
+PRECISION = 1e4  # the largest value in HiGHS's eyes, which proves optima to 1e-6 in absolute terms
+CORE = 5  # choices a layer in the first programme, on average
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An optimal allocation and how well its optimality is proven.
+
+    Args:
+        indices: The choice of each layer, (L,).
+        value: Total (or worst) value.
+        gap: Proven relative distance to the optimum; 0 is exact.
+    """
+
+    indices: tuple[int, ...]
+    value: float
+    gap: float
+
+
+def least_cost(cost: Table) -> float:
+    """The smallest total cost that any allocation has."""
+    return float(sum(c.min() for c in cost))
+
+
+def min_sum(
+    value: Table,
+    costs: Sequence[Table],
+    limits: Sequence[float],
+    *,
+    largest: float = np.inf,
+    gap: float = 1e-4,
+    seconds: float = 30.0,
+) -> Solution:
+    """The allocation of the least total value, as a mixed-integer programme.
+
+    The duals of the linear relaxation bound the optimum from below, and bound what each choice
+    adds to it. So a programme of the few choices that add little (the core) gives an allocation;
+    choices that add more than its distance to the bound cannot improve on it, and if the core has
+    all others, its optimum is that of the whole. At most a few cores are needed.
+
+    Args:
+        value: What is summed; finite.
+        costs: One table a budget.
+        limits: One bound a budget.
+        largest: Choices with a greater value are not allowed.
+        gap: Relative optimality gap at which the solver may stop.
+        seconds: Time limit; the best allocation found by then is returned with its proven gap.
+
+    Raises:
+        BudgetError: No allocation meets the budgets.
+        RankNASError: None was found in time.
+    """
+    deadline = time.monotonic() + seconds
+    kept = [
+        _worthwhile(v, [cost[i] for cost in costs], largest) for i, v in enumerate(value)
+    ]  # indices of choices, one array a layer
+    if not all(map(len, kept)) or any(
+        least_cost(cost) > limit * (1 + SLACK) for cost, limit in zip(costs, limits, strict=True)
+    ):
+        raise _infeasible(costs, limits)
+    least, extra = _relaxation(value, costs, limits, kept)
+    bound = least
+    sizes = np.sort(np.concatenate(extra))
+    width = float(sizes[min(CORE * len(value), len(sizes)) - 1])
+    best = None
+    while True:
+        core = [k[e <= width] for k, e in zip(kept, extra, strict=True)]
+        whole = width >= sizes[-1]
+        try:
+            solved = _programme(value, costs, limits, core, gap, deadline)
+        except BudgetError:
+            if whole:
+                raise
+            width = 4 * width if width > 0 else float(sizes[-1])
+            continue
+        if solved is None:
+            if best is None:
+                raise RankNASError(f"the solver found no allocation in {seconds:g} seconds.")
+            return best
+        indices, lower = solved
+        # What lies outside the core adds at least its width to the bound.
+        bound = max(bound, lower if whole else min(lower, least + width))
+        if best is None or _total(value, indices) < best.value:
+            best = Solution(indices, _total(value, indices), 0.0)
+        best = replace(best, gap=max(0.0, best.value - bound) / (abs(best.value) or 1.0))
+        needed = best.value - gap * abs(best.value) - least
+        if best.gap <= gap or whole or needed <= width:
+            return best
+        width = needed
+
+
+def _worthwhile(value: Array, costs: Sequence[Array], largest: float) -> Indices:
+    """The choices of a layer that are allowed and that no other beats in value and every cost."""
+    allowed = np.flatnonzero(value <= largest)
+    columns = [cost[allowed] for cost in costs] or [np.zeros(len(allowed))]
+    kept: Indices = allowed[worthwhile(value[allowed], columns, max(1, len(allowed)))]
+    return kept
+
+
+def _relaxation(
+    value: Table, costs: Sequence[Table], limits: Sequence[float], kept: Sequence[Indices]
+) -> tuple[float, list[Array]]:
+    """A lower bound of the total, and by how much each kept choice raises it.
+
+    For any multipliers m >= 0, sum_l min_c (value + m cost) - m limit bounds the total from below
+    (weak duality), so the proof does not depend on how well the linear programme was solved.
+    """
+    objective, rows, bounds, one = _matrices(value, costs, limits, kept)
+    scale = float(np.abs(objective).max()) or 1.0
+    multipliers = np.zeros(len(limits))
+    if limits and np.ptp(objective) > 0:
+        result = linprog(
+            objective / scale, A_ub=rows, b_ub=bounds, A_eq=one, b_eq=np.ones(len(kept))
+        )
+        if result.status == 0:
+            multipliers = np.maximum(-result.ineqlin.marginals, 0) * scale
+    priced = objective + multipliers @ rows
+    parts = np.split(priced, np.cumsum([len(k) for k in kept])[:-1])
+    bound = float(sum(p.min() for p in parts) - multipliers @ bounds)
+    return bound, [p - p.min() for p in parts]
+
+
+def _programme(
+    value: Table,
+    costs: Sequence[Table],
+    limits: Sequence[float],
+    kept: Sequence[Indices],
+    gap: float,
+    deadline: float,
+) -> tuple[tuple[int, ...], float] | None:
+    """The best allocation among kept choices, and a lower bound of all; None if out of time.
+
+    The variables are the steps from a layer's choice to the next more expensive one, each taken
+    only after the one before it, the first always. Branching on a step halves a layer's choices;
+    branching on a choice decides hardly anything where it is not taken.
+
+    Raises:
+        BudgetError: None of them meets the budgets.
+    """
+    objective, rows, bounds, _ = _matrices(value, costs, limits, kept)
+    N, starts = len(objective), np.cumsum([0, *(len(k) for k in kept)])[:-1]
+    scale = float(np.abs(objective).max()) / PRECISION or 1.0
+    inner = np.delete(np.arange(N), starts)
+    previous = eye(N, format="csr")[inner - 1]
+    constraints = [LinearConstraint(previous - eye(N, format="csr")[inner], 0, np.inf)]
+    if limits:
+        relative = SHARPNESS * _steps(rows, starts)
+        constraints.append(LinearConstraint(relative, -np.inf, SHARPNESS * bounds))
+    while True:
+        result = milp(
+            _steps(objective, starts) / scale,
+            constraints=constraints,
+            integrality=np.ones(N, dtype=np.int64),
+            bounds=Bounds(np.isin(np.arange(N), starts).astype(float), 1),
+            options={
+                "mip_rel_gap": gap,
+                "time_limit": max(0.0, deadline - time.monotonic()),
+            },
+        )
+        if result.status == 2:
+            raise _infeasible(costs, limits)
+        if result.x is None:
+            return None
+        last = [int((y > 0.5).sum()) - 1 for y in np.split(result.x, starts[1:])]
+        indices = tuple(int(k[j]) for k, j in zip(kept, last, strict=True))
+        if _meets(costs, limits, indices):
+            return indices, float(result.mip_dual_bound) * scale
+        # Rounding inside the solver let it pass a limit by a hair: never that allocation again.
+        again = np.zeros(N)
+        for i, j, k in zip(starts, last, kept, strict=True):
+            again[i + j] = 1
+            if j + 1 < len(k):
+                again[i + j + 1] = -1
+        constraints.append(LinearConstraint(again[np.newaxis], -np.inf, len(kept) - 1))
+
+
+def _steps(table: Array, starts: Indices) -> Array:  # (..., N) -> (..., N)
+    """What each choice adds to the one before it in its layer, the first choice to nothing."""
+    steps: Array = np.diff(table, axis=-1, prepend=0)
+    steps[..., starts] = table[..., starts]
+    return steps
+
+
+def _matrices(
+    value: Table, costs: Sequence[Table], limits: Sequence[float], kept: Sequence[Indices]
+) -> tuple[Array, Array, Array, csr_matrix]:
+    """Values (N,), costs (K, N) relative to the limits, bounds (K,), and one choice a layer."""
+
+    def flat(table: Table) -> Array:
+        joined: Array = np.concatenate([t[k] for t, k in zip(table, kept, strict=True)])
+        return joined
+
+    layer = np.repeat(np.arange(len(kept)), [len(k) for k in kept])
+    one = csr_matrix((np.ones(len(layer)), (layer, np.arange(len(layer)))))
+    units = [limit if limit > 0 else 1.0 for limit in limits]
+    rows = [flat(cost) / unit for cost, unit in zip(costs, units, strict=True)]
+    bounds = np.array([limit / unit for limit, unit in zip(limits, units, strict=True)])
+    return flat(value), np.reshape(rows, (len(limits), len(layer))), bounds, one
+
+
+def min_max(value: Table, costs: Sequence[Table], limits: Sequence[float]) -> Solution:
+    """The allocation whose worst value is least, exactly; ties go to the least total value.
+
+    Raises:
+        BudgetError: No allocation meets the budgets.
+    """
+    thresholds = np.unique(np.concatenate(value))
+    thresholds = thresholds[thresholds >= max(v.min() for v in value)]
+    low, high = 0, len(thresholds) - 1
+    if not _feasible(value, costs, limits, thresholds[high]):
+        raise _infeasible(costs, limits)
+    while low < high:
+        middle = (low + high) // 2
+        if _feasible(value, costs, limits, thresholds[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    best = min_sum(value, costs, limits, largest=float(thresholds[high]))
+    worst = max(float(v[i]) for v, i in zip(value, best.indices, strict=True))
+    return Solution(best.indices, worst, 0.0)
+
+
+def _feasible(
+    value: Table, costs: Sequence[Table], limits: Sequence[float], threshold: float
+) -> bool:
+    """Whether choices of at most this value can meet all budgets."""
+    allowed = [v <= threshold for v in value]
+    for cost, limit in zip(costs, limits, strict=True):
+        if least_cost([c[a] for c, a in zip(cost, allowed, strict=True)]) > limit * (1 + SLACK):
+            return False
+    if len(limits) < 2:
+        return True
+    zero = [np.zeros(int(a.sum())) for a in allowed]
+    narrowed = [[c[a] for c, a in zip(cost, allowed, strict=True)] for cost in costs]
+    try:
+        min_sum(zero, narrowed, limits)
+    except BudgetError:
+        return False
+    return True
+
+
+def _meets(costs: Sequence[Table], limits: Sequence[float], indices: Sequence[int]) -> bool:
+    return all(
+        _total(cost, indices) <= limit * (1 + SLACK)
+        for cost, limit in zip(costs, limits, strict=True)
+    )
+
+
+def _total(table: Table, indices: Sequence[int]) -> float:
+    return float(sum(t[i] for t, i in zip(table, indices, strict=True)))
+
+
+def _infeasible(costs: Sequence[Table], limits: Sequence[float]) -> BudgetError:
+    least = ", ".join(
+        f"{least_cost(cost):.6g} (limit {limit:.6g})"
+        for cost, limit in zip(costs, limits, strict=True)
+    )
+    return BudgetError(f"no allocation meets the budgets; the least possible costs are {least}.")

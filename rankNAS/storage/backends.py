@@ -1,0 +1,337 @@
+"""Where studies are kept: SQLite, a journal file, or the database of any URL.
+
+Files are checked when they are opened: what is damaged is refused by name, and a line of a journal
+that a killed process left unfinished is taken away. Passwords never reach a message.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sqlite3
+import time
+import weakref
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from sqlalchemy.engine import URL, Engine, make_url
+from sqlalchemy.pool import NullPool
+
+from rankNAS.exceptions import StudyError
+from rankNAS.storage.locks import database_lock, file_lock, file_of
+from rankNAS.storage.redaction import redacted, remember
+from rankNAS.storage.retries import explained, watch
+
+__all__ = ["PASSWORD", "open_storage", "storage_name"]
+
+logger = logging.getLogger(__name__)
+PASSWORD = "RANKNAS_STORAGE_PASSWORD"  # the environment variable, not a password
+FORMS = (
+    "sqlite:///FILE.db, journal:FILE.log (for network file systems), "
+    "postgresql://USER@HOST/DATABASE or another URL of SQLAlchemy"
+)
+JOURNAL = "journal:"
+BUSY = 60.0  # seconds that SQLite waits for another process's transaction
+BEGINNING = b'{"op_code":'  # of every line of a journal
+STALE = 5  # seconds after which a journal's lock of a killed process is broken
+DRIVERS = {  # by dialect: modules that SQLAlchemy may use, best first, and what to install
+    "postgresql": (("psycopg", "psycopg2"), "'ranknas[postgresql]'"),
+    "mysql": (("pymysql", "MySQLdb"), "pymysql"),
+    "mariadb": (("pymysql", "MySQLdb"), "pymysql"),
+}
+NAMES = {"MySQLdb": "mysqldb"}  # modules whose driver has another name in SQLAlchemy
+
+
+def open_storage(spec: str | BaseStorage | None, *, create: bool = True) -> BaseStorage:
+    """Open the storage of a study.
+
+    Args:
+        spec: ``sqlite:///FILE``, ``journal:FILE``, the URL of a database, or the path of a file
+            that ends in ``.db``, ``.sqlite``, ``.journal`` or ``.log``. A URL without a password
+            takes it from the environment variable ``RANKNAS_STORAGE_PASSWORD``, if that is set.
+            None is a new storage in memory; an Optuna storage is taken as it is.
+        create: Whether a file that does not exist may be made.
+
+    Raises:
+        StudyError: The text is none of these, a driver is missing, the database does not let us
+            in, or the file is damaged.
+
+    Example:
+        >>> storage_name(open_storage(None))
+        'in memory'
+    """
+    if spec is None:
+        return InMemoryStorage()
+    if isinstance(spec, BaseStorage):
+        engine = getattr(spec, "engine", None)
+        if isinstance(engine, Engine):
+            watch(engine)
+        return spec
+    if spec.startswith(JOURNAL):
+        return _open_journal(_file(spec.removeprefix(JOURNAL), create))
+    if "://" not in spec and spec.endswith((".journal", ".log")):
+        return _open_journal(_file(spec, create))
+    if "://" not in spec and spec.endswith((".db", ".sqlite")):
+        spec = f"sqlite:///{spec}"
+    url = _url(spec)
+    if url.get_backend_name() == "sqlite":
+        if url.database in (None, "", ":memory:"):
+            return InMemoryStorage()
+        if "uri" in url.query:
+            raise StudyError(f"a study in SQLite must be sqlite:///FILE.db, got {_shown(url)}.")
+        url = url.set(database=str(_file(str(url.database), create)))
+    return _open_database(url)
+
+
+def storage_name(storage: BaseStorage) -> str:
+    """A storage in words, for messages: its file, or its URL without a password."""
+    path = file_of(storage)
+    if path is not None:
+        return repr(str(path))
+    engine = getattr(storage, "engine", None)
+    if isinstance(engine, Engine):
+        return _shown(engine.url)
+    return "in memory" if isinstance(storage, InMemoryStorage) else type(storage).__name__
+
+
+def _shown(url: URL) -> str:
+    return redacted(url.render_as_string(hide_password=True))
+
+
+def _file(text: str, create: bool) -> Path:
+    """The path, if a file can be there."""
+    path = Path(text).expanduser().absolute()
+    if not text or path.is_dir():
+        raise StudyError(f"the study storage {text!r} is no file; expected {FORMS}.")
+    if not path.exists():
+        if not create:
+            raise StudyError(f"the study storage {str(path)!r} does not exist.")
+        if not path.parent.is_dir():
+            raise StudyError(
+                f"the study storage {str(path)!r} cannot be used: there is no folder "
+                f"{str(path.parent)!r}; make it first."
+            )
+    elif not create and path.stat().st_size == 0:
+        raise StudyError(_damaged(path, "it is empty"))
+    return path
+
+
+def _damaged(path: Path, why: str) -> str:
+    return (
+        f"the study storage {str(path)!r} cannot be used, it is damaged or no such file: {why}. "
+        "Bring it back from a copy, or start a new study in another file."
+    )
+
+
+# ------------------------------------------------------------------------------- databases
+
+
+def _url(spec: str) -> URL:
+    """The URL of a text, with its driver and password."""
+    # A password that is not percent-encoded would be read as a part of the host, and be shown.
+    scheme, found, rest = spec.partition("://")
+    if not found:
+        shown = redacted(spec) if "@" not in spec else "a text with an @, but without ://"
+        raise StudyError(f"the study storage must be {FORMS}; got {shown}.")
+    _, _, host = rest.partition("@")
+    if "@" in host.partition("?")[0]:
+        raise StudyError(
+            f"the study storage {scheme}://… has more than one @; in a user name or password "
+            "write it as %40 (and / : ? # % as %2F %3A %3F %23 %25)."
+        )
+    if scheme == "postgres":
+        spec = f"postgresql://{rest}"
+    try:
+        url = make_url(spec)
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        raise StudyError(
+            f"the study storage {scheme}://… is no URL; expected {FORMS}. Write special "
+            "characters of a user name or password percent-encoded, as %2F for a slash."
+        ) from None
+    kind = url.get_backend_name()
+    if url.password is None and url.host and (password := os.environ.get(PASSWORD)):
+        url = url.set(password=password)
+    remember(None if url.password is None else str(url.password))
+    if url.drivername in DRIVERS:  # the dialect alone: take the driver that is there
+        modules, package = DRIVERS[kind]
+        there = [m for m in modules if importlib.util.find_spec(m) is not None]
+        if not there:
+            raise StudyError(f"a study in {kind} needs a driver: pip install {package}")
+        url = url.set(drivername=f"{kind}+{NAMES.get(there[0], there[0])}")
+    return url
+
+
+def _open_database(url: URL) -> BaseStorage:
+    shown = _shown(url)
+    path = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if path is not None:
+        shown, options = repr(str(path)), {"connect_args": {"timeout": BUSY}}
+    try:
+        # Optuna fills in a template; braces of a password are none.
+        text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+        first = sqlalchemy.create_engine(url, poolclass=NullPool)
+        # Two processes that make the tables at the same moment would trip over each other.
+        with file_lock(path) if path is not None else database_lock(first, "ranknas open"):
+            if path is not None:
+                _check_database(path)
+            storage = _made(text, options)
+    except ImportError as error:
+        raise StudyError(
+            f"the study storage {shown} needs a driver: pip install {error.name}"
+        ) from None
+    except sqlalchemy.exc.NoSuchModuleError:
+        raise StudyError(
+            f"the study storage {shown} is of an unknown kind; expected {FORMS}."
+        ) from None
+    except Exception as error:
+        raise explained(error, shown) from None
+    watch(storage.engine)
+    weakref.finalize(storage, storage.engine.dispose)  # closes its connections
+    if path is not None:
+        sqlalchemy.event.listen(storage.engine, "connect", _set_up)
+        storage.engine.dispose()  # connections that were made before are not set up
+    return storage
+
+
+def _made(text: str, options: dict[str, Any]) -> RDBStorage:
+    """The storage, with its tables; another program than ours may make them at the same moment."""
+    for _ in range(3):
+        try:
+            return RDBStorage(text, engine_kwargs=options)
+        except Exception as error:
+            if "already exists" not in str(error):
+                raise
+        time.sleep(0.5)  # until the other one is done
+    return RDBStorage(text, engine_kwargs=options)
+
+
+def _set_up(connection: Any, record: object) -> None:
+    # A finished trial outlives a power cut too; it costs a write to disk, once a trial.
+    connection.execute("PRAGMA synchronous=FULL")
+
+
+def _check_database(path: Path) -> None:
+    """Raise a StudyError unless a file is a sound SQLite database; switch it to WAL."""
+    if path.exists() and (size := path.stat().st_size):
+        with path.open("rb") as file:
+            header = file.read(100)
+        page = int.from_bytes(header[16:18], "big")
+        log = path.with_name(f"{path.name}-wal")
+        # SQLite takes what is missing of the last page for zeros. While there is a log, a process
+        # may have been killed that was about to write this page.
+        if not (log.exists() and log.stat().st_size) and (
+            len(header) < 100 or (page and size % (65536 if page == 1 else page))
+        ):
+            raise StudyError(_damaged(path, "it is cut off, or no database"))
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY)) as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if found != ("ok",):
+                raise StudyError(_damaged(path, str(found[0]).replace("\n", " ")))
+            # Readers and a writer do not wait for each other, and a commit is one write.
+            connection.execute("PRAGMA journal_mode=WAL")
+    except sqlite3.OperationalError:
+        raise  # locked, or not readable; the file itself may be sound
+    except sqlite3.DatabaseError as error:
+        raise StudyError(_damaged(path, str(error))) from None
+
+
+# -------------------------------------------------------------------------------- journals
+
+
+class _JournalLock(JournalFileOpenLock):
+    """The lock of a journal, which also takes a line away that was not written to its end.
+
+    Optuna leaves its lock behind when it is killed, and waits 30 s for it. We hold a lock that
+    dies with the process as well, so what is found of Optuna's is most likely a dead one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), grace_period=STALE)
+        self._path = path
+        # Not the lock of the study, which may be held longer, and by another thread.
+        self.guard = file_lock(path.with_name(f"{path.name}.append"))
+
+    def acquire(self) -> bool:
+        self.guard.acquire()
+        try:
+            super().acquire()
+            _cut(self._path)
+        except BaseException:
+            self.guard.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        try:
+            super().release()
+        finally:
+            self.guard.release()
+
+
+def _cut(path: Path) -> None:
+    """Take the end of a journal away that is no whole line: its writer was killed meanwhile.
+
+    Optuna would append to it, and so spoil the next line and all later readings.
+    """
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        file.seek(size - 1)
+        if file.read(1) == b"\n":
+            return
+        kept, block = size, 1 << 16
+        while kept > 0:
+            start = max(0, kept - block)
+            file.seek(start)
+            newline = file.read(kept - start).rfind(b"\n")
+            kept = start + newline + 1 if newline >= 0 else start
+            if newline >= 0:
+                break
+        file.truncate(kept)
+        os.fsync(file.fileno())
+    logger.warning(
+        "the journal %r ended in the middle of a line; its last %d bytes are taken away",
+        str(path),
+        size - kept,
+    )
+
+
+def _open_journal(path: Path) -> BaseStorage:
+    lock = _JournalLock(path)
+    try:
+        if path.exists():
+            with lock.guard:
+                _check_journal(path)
+            lock.acquire()
+            lock.release()
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    except (StudyError, OSError) as error:
+        raise explained(error, repr(str(path))) from None
+    except Exception as error:  # lines that are JSON, but tell no consistent story
+        raise StudyError(_damaged(path, f"{type(error).__name__}: {error}")) from None
+
+
+def _check_journal(path: Path) -> None:
+    """Raise a StudyError unless each whole line of a journal is one that Optuna writes."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                if number == 1 and not BEGINNING.startswith(line[: len(BEGINNING)]):
+                    raise StudyError(_damaged(path, "line 1 is no line of a journal"))
+                return
+            try:
+                entry = json.loads(line)
+                whole = isinstance(entry["op_code"], int) and isinstance(entry["worker_id"], str)
+            except (ValueError, TypeError, KeyError):
+                whole = False
+            if not whole:
+                raise StudyError(_damaged(path, f"line {number} is no line of a journal"))

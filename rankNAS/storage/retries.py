@@ -1,0 +1,144 @@
+"""A storage that goes away and comes back: what was asked of it is asked again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import sqlite3
+import time
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import sqlalchemy
+from optuna.exceptions import OptunaError, StorageInternalError
+from sqlalchemy.engine import Engine, ExceptionContext
+from sqlalchemy.exc import (
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    OperationalError,
+    SQLAlchemyError,
+)
+
+from rankNAS.exceptions import RankNASError, StudyError
+from rankNAS.storage.redaction import redacted
+
+__all__ = ["ConnectionLostError", "explained", "reason", "retrying", "watch"]
+
+logger = logging.getLogger(__name__)
+PATIENCE = 600.0  # seconds of an outage
+FIRST, LONGEST = 0.2, 30.0  # seconds between two attempts
+FINAL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+PASSING = ("locked", "busy", "disk i/o error", "is full", "unable to open")  # in SQLite's words
+T = TypeVar("T")
+
+
+class ConnectionLostError(Exception):
+    """The database does not answer; what was asked of it is done or not done, nobody knows."""
+
+
+def watch(engine: Engine) -> None:
+    """Let an engine raise `ConnectionLostError` when its server is gone.
+
+    SQLAlchemy's own error Optuna takes for a conflict: it repeats the transaction without a look
+    at whether it was carried out before the connection broke, and the trial would be there twice.
+    """
+    if engine.dialect.name != "sqlite" and not sqlalchemy.event.contains(
+        engine, "handle_error", _lost
+    ):
+        sqlalchemy.event.listen(engine, "handle_error", _lost)
+
+
+def _lost(context: ExceptionContext) -> ConnectionLostError | None:
+    error = context.sqlalchemy_exception
+    if context.is_disconnect or isinstance(error, OperationalError | InterfaceError):
+        return ConnectionLostError(reason(error or context.original_exception))
+    return None
+
+
+def retrying(action: Callable[[], T], name: str) -> T:
+    """The result of an action on a storage, which is repeated while the storage does not answer.
+
+    The pauses double from 0.2 s to 30 s, for up to ten minutes. The action must be one that may
+    be done twice: after a lost connection nobody knows whether it was carried out.
+
+    Args:
+        action: Without arguments.
+        name: The storage, for messages.
+
+    Raises:
+        StudyError: The storage answered with an error, or not at all in ten minutes.
+
+    Example:
+        >>> answers = iter([True])
+        >>> retrying(lambda: next(answers), "study.db")
+        True
+    """
+    began, delay = None, FIRST
+    while True:
+        try:
+            result = action()
+        except Exception as error:
+            if not _passes(error):
+                raise explained(error, name) from None
+            now = time.monotonic()
+            if began is None:
+                began = now
+                logger.warning(
+                    "the study storage %s does not answer (%s); trying again for up to %.0f s",
+                    name,
+                    reason(error),
+                    PATIENCE,
+                )
+            elif now - began > PATIENCE:
+                raise StudyError(
+                    f"the study storage {name} has not answered for {PATIENCE:.0f} s: "
+                    f"{reason(error)}. What was finished before is kept: resume the study when "
+                    "the storage is there again."
+                ) from None
+        else:
+            if began is not None:
+                seconds = time.monotonic() - began
+                logger.warning("the study storage %s answers again, after %.1f s", name, seconds)
+            return result
+        # Not all waiting processes at the same moment.
+        time.sleep(delay * random.uniform(0.5, 1.0))
+        delay = min(2 * delay, LONGEST)
+
+
+def explained(error: Exception, name: str) -> Exception:
+    """An error of a storage as a StudyError without passwords; what is no such error, itself."""
+    if isinstance(error, RankNASError):
+        return error
+    known = (ConnectionLostError, SQLAlchemyError, OptunaError, OSError, ValueError, RuntimeError)
+    if not isinstance(error, (*known, KeyError)):
+        return error
+    logger.debug("%s", redacted("".join(traceback.format_exception(error))))
+    return StudyError(f"the study storage {name} cannot be used: {reason(error)}")
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line, without statements, parameters and passwords."""
+    while isinstance(error, StorageInternalError | DBAPIError):
+        deeper = error.orig if isinstance(error, DBAPIError) else error.__cause__
+        if deeper is None:
+            break
+        error = deeper
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return redacted(f"{type(error).__name__} {text}" if isinstance(error, KeyError) else text)
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error may be gone at the next attempt."""
+    if isinstance(error, StorageInternalError):
+        return _passes(error.__cause__)
+    if isinstance(error, ConnectionLostError | DisconnectionError | sqlalchemy.exc.TimeoutError):
+        return True
+    if isinstance(error, OperationalError | InterfaceError):
+        if isinstance(error.orig, sqlite3.Error):
+            return any(word in str(error.orig).lower() for word in PASSING)
+        return True
+    return isinstance(error, OSError) and error.errno not in FINAL

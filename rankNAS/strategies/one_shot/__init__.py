@@ -1,0 +1,1 @@
+"""Strategies that solve for their allocation at once."""

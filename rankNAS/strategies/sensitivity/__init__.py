@@ -1,0 +1,1 @@
+"""Strategies that measure layers one at a time."""

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.compression.calibration import calibrate
+from rankNAS.compression.factorisation import (
+    Factorisation,
+    changeable_copy,
+    factorise,
+    shared_copy,
+    skeleton,
+)
+from rankNAS.decompositions import OPERATORS
+from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+
+
+class Mixed(nn.Module):
+    """Every kind of layer: grouped, strided, one- and two-dimensional, and a tied pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, 12, 3, padding=1, padding_mode="reflect")
+        self.conv2 = nn.Conv2d(12, 12, 3, stride=2, groups=2, padding="valid", bias=False)
+        self.conv3 = nn.Conv1d(12, 16, 3, padding="same", dilation=2)
+        self.norm = nn.BatchNorm1d(16)
+        self.shared = nn.Linear(9, 9)
+        self.again = self.shared
+        self.tied = nn.Linear(9, 9)
+        self.tied.weight, self.tied.bias = self.shared.weight, self.shared.bias
+        self.block = nn.Sequential(nn.Linear(9, 20), nn.ReLU(inplace=True))
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu())
+        x = self.norm(self.conv3(x.flatten(2)))
+        x = self.tied(torch.tanh(self.again(torch.tanh(self.shared(x)))))
+        return self.head(self.block(x).mean(1))
+
+
+def mixed() -> tuple[nn.Module, SearchSpace, Tensor]:
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(12, 4, 8, 8)
+    return model, compile_space(model, x[:1], min_weights=1, keep_output_dense=False), x
+
+
+def fold_in(factorisation: Factorisation, allocation: Mapping[str, Choice]) -> nn.Module:
+    """The dense architecture with the weights that each choice multiplies out to."""
+    model = copy.deepcopy(factorisation.model)
+    with torch.no_grad():
+        for name, choice in allocation.items():
+            weight, bias = factorisation.layers[name].folded(choice)
+            module: Any = model.get_submodule(name)
+            module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+    return model
+
+
+def drawn(space: SearchSpace, seed: int) -> Allocation:
+    rng = random.Random(seed)
+    return Allocation.of({n: rng.choice(layer.choices) for n, layer in space.layers.items()})
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("metric", ["weight", "input", "fisher", "pooled"])
+def test_networks_equal_the_model_with_folded_weights(metric: Any) -> None:
+    model, space, x = mixed()
+    factorisation = factorise(
+        model, space, calibrate(model, space, x, metric=metric), metric=metric
+    )
+    for seed in range(6):
+        allocation = drawn(space, seed)
+        network = factorisation.materialise(allocation)
+        assert_close(network(x), fold_in(factorisation, allocation)(x))
+        params = sum(p.numel() for p in network.parameters())
+        assert params == space.cost(allocation).params
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_on_every_layer(operator: str) -> None:
+    model, space, x = mixed()
+    factorisation = factorise(model, space, calibrate(model, space, x), metric="fisher")
+    used = 0
+    for name, layer in space.layers.items():
+        choices = [c for c in layer if c.operator == operator]
+        if not choices:
+            continue
+        used += 1
+        for choice in (choices[0], choices[len(choices) // 2], choices[-1]):
+            allocation = {**space.dense, name: choice}
+            network = factorisation.materialise(allocation)
+            assert_close(network(x), fold_in(factorisation, allocation)(x))
+            assert not torch.allclose(network(x), model(x))
+    assert used >= 2
+
+
+def test_errors_are_those_of_the_folded_weights() -> None:
+    model, space, _ = mixed()
+    factorisation = factorise(model, space)
+    errors = factorisation.errors()
+    for name, layer in space.layers.items():
+        weight = model.get_submodule(name).weight.double()
+        for choice, error in zip(layer, errors[name], strict=True):
+            W, _ = factorisation.layers[name].folded(choice)
+            relative = ((W.double() - weight).square().sum() / weight.square().sum()).item()
+            assert error == pytest.approx(relative, abs=1e-6)
+        assert errors[name][0] == 0
+
+
+def test_dense_is_the_model() -> None:
+    model, space, x = mixed()
+    network = factorise(model, space).materialise(space.dense)
+    assert network is not model and torch.equal(network(x), model(x))
+    assert list(network.state_dict()) == list(model.state_dict())
+    for name in space.layers:
+        weight, bias = factorise(model, space).layers[name].folded(DENSE)
+        module = model.get_submodule(name)
+        assert torch.equal(weight, module.weight)
+        assert bias is None or torch.equal(bias, module.bias)
+
+
+def test_tied_layers_stay_tied() -> None:
+    model, space, x = mixed()
+    assert space.layers["shared"].paths == ("shared", "again", "tied")
+    allocation = {**space.dense, "shared": Choice("svd", (3,))}
+    network = factorise(model, space).materialise(allocation)
+    assert network.shared is network.again is network.tied
+    assert [type(m).__name__ for m in network.shared] == ["Linear", "Linear"]
+    empty = skeleton(mixed()[0], allocation)
+    assert empty.shared is empty.again is empty.tied
+    dense = factorise(model, space).materialise(space.dense)
+    assert dense.shared is dense.again and dense.tied.weight is dense.shared.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_a_network_changes_nothing_else(dtype: torch.dtype) -> None:
+    model, space, x = mixed()
+    model, x = model.to(dtype), x.to(dtype)
+    space = compile_space(model, x[:1], min_weights=1)
+    factorisation = factorise(model, space)
+    reference = [model(x)]
+    allocation = drawn(space, 1)
+    first = factorisation.materialise(allocation)
+    before = first(x)
+    for trained in (first, factorisation.materialise(space.dense)):
+        trained.train()
+        trained(x).sum().backward()
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(1)
+    assert torch.equal(model(x), reference[0])
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(factorisation.materialise(allocation)(x), before)
+    assert not torch.allclose(first.eval()(x), before)
+    pointers = {t.data_ptr() for t in model.state_dict().values()}
+    for network in (first, trained):
+        assert not pointers & {t.data_ptr() for t in network.state_dict().values()}
+
+
+def test_double_precision_is_kept() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16)).double()
+    x = torch.randn(5, 16, dtype=torch.float64)
+    space = compile_space(model, x, min_weights=1, keep_output_dense=False)
+    factorisation = factorise(model, space)
+    allocation = {name: layer.choices[1] for name, layer in space.layers.items()}
+    network = factorisation.materialise(allocation)
+    assert {p.dtype for p in network.parameters()} == {torch.float64}
+    expected = fold_in(factorisation, allocation)(x)
+    torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_half_precision_is_kept() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16)).bfloat16()
+    x = torch.randn(5, 16).bfloat16()
+    space = compile_space(model, x, min_weights=1, keep_output_dense=False)
+    network = factorise(model, space).materialise(drawn(space, 0))
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    assert network(x).dtype == torch.bfloat16
+
+
+def test_a_skeleton_takes_the_weights_of_a_network() -> None:
+    model, space, x = mixed()
+    factorisation = factorise(model, space)
+    for seed in range(3):
+        allocation = drawn(space, seed)
+        network = factorisation.materialise(allocation)
+        for empty in (skeleton(Mixed(), allocation), _on_meta(allocation)):
+            assert list(empty.state_dict()) == list(network.state_dict())
+            empty.load_state_dict(network.state_dict(), assign=True)
+            assert torch.equal(empty.eval()(x), network(x))
+
+
+def _on_meta(allocation: Allocation) -> nn.Module:
+    with torch.device("meta"):
+        return skeleton(Mixed(), allocation)
+
+
+def test_attention_is_decomposed_and_takes_its_weights_back() -> None:
+    torch.manual_seed(0)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)).eval()
+
+    model, x = build(), torch.randn(3, 5, 16)
+    space = compile_space(model, x, min_weights=1)
+    factorisation = factorise(model, space)
+    allocation = drawn(space, 0)
+    network = factorisation.materialise(allocation)
+    assert_close(network(x), fold_in(factorisation, allocation)(x))
+    torch.testing.assert_close(factorisation.materialise(space.dense)(x), model(x))
+    empty = skeleton(build(), allocation)
+    empty.load_state_dict(network.state_dict(), assign=True)
+    assert torch.equal(empty(x), network(x))
+    assert isinstance(model[0].self_attn, nn.MultiheadAttention)
+
+
+def test_hugging_face_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model = nn.Sequential(conv1d(24, 16), nn.ReLU(), conv1d(8, 24))
+    with torch.no_grad():
+        model[0].weight.normal_()
+    x = torch.randn(4, 3, 16)
+    space = compile_space(model, x, min_weights=1, keep_output_dense=False)
+    statistics = calibrate(model, space, x, metric="input")
+    factorisation = factorise(model, space, statistics, metric="input")
+    for seed in range(4):
+        allocation = drawn(space, seed)
+        network = factorisation.materialise(allocation)
+        assert_close(network(x), fold_in(factorisation, allocation)(x))
+        empty = skeleton(copy.deepcopy(model), allocation)
+        empty.load_state_dict(network.state_dict(), assign=True)
+        assert torch.equal(empty(x), network(x))
+    monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
+    heavy = changeable_copy(model, factorisation.layers)
+    for name, choice in allocation.items():
+        factorisation.layers[name].write(heavy, choice)
+    assert torch.equal(heavy(x), fold_in(factorisation, allocation)(x))
+
+
+def test_a_shared_copy_has_the_parameters_of_the_model_and_its_own_buffers() -> None:
+    model, _, x = mixed()
+    own: Any = model.head.bias
+    copied = shared_copy(model, own=[own])
+    assert torch.equal(copied(x), model(x))
+    theirs = dict(copied.named_parameters())
+    assert all(
+        (p.data_ptr() == theirs[n].data_ptr()) == (p is not own)
+        for n, p in model.named_parameters()
+    )
+    assert copied.tied.weight is copied.shared.weight
+    copied.train()(x)
+    assert not torch.equal(copied.norm.running_mean, model.norm.running_mean)
+
+
+@pytest.mark.parametrize("metric", ["weight", "fisher"])
+def test_heavy_weights_are_multiplied_out_where_they_are_read(
+    metric: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, space, x = mixed()
+    statistics = calibrate(model, space, x, metric=metric)
+    factorisation = factorise(model, space, statistics, metric=metric)
+    before = copy.deepcopy(model.state_dict())
+    light = changeable_copy(model, factorisation.layers)
+    assert type(light.head) is nn.Linear
+    monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
+    heavy = changeable_copy(model, factorisation.layers)
+    assert torch.equal(heavy(x), model(x))
+    for seed in range(4):
+        for name, choice in drawn(space, seed).items():
+            for network in (light, heavy):
+                factorisation.layers[name].write(network, choice)
+        assert torch.equal(heavy(x), light(x)) and not torch.allclose(heavy(x), model(x))
+    lie = {p.data_ptr() for p in model.parameters()}
+    biases = {p.numel() for n, p in model.named_parameters() if n.endswith("bias")}
+    assert all(p.data_ptr() in lie or p.numel() in biases for p in heavy.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("metric", ["weight", "fisher"])
+def test_layers_that_are_made_when_called_are_those_of_the_network(metric: Any) -> None:
+    model, space, x = mixed()
+    statistics = calibrate(model, space, x, metric=metric)
+    factorisation = factorise(model, space, statistics, metric=metric)
+    for allocation in (space.dense, *(drawn(space, seed) for seed in range(4))):
+        network = factorisation.made_when_called(allocation)
+        assert_close(network(x), factorisation.materialise(allocation)(x))
+        lie = {p.data_ptr() for p in model.parameters()}
+        assert all(p.data_ptr() in lie for p in network.parameters())
+    with pytest.raises(UsageError, match="no choice for layer"):
+        factorisation.made_when_called({})
+
+
+def test_allocations_of_other_models() -> None:
+    model, space, _ = mixed()
+    factorisation = factorise(model, space)
+    with pytest.raises(UsageError, match="no layer 'other'"):
+        factorisation.materialise({**space.dense, "other": DENSE})
+    with pytest.raises(UsageError, match="no choice for layer"):
+        factorisation.materialise({})
+    with pytest.raises(UsageError, match="has no choice 'svd:77'"):
+        factorisation.materialise({**space.dense, "head": Choice("svd", (77,))})
+    with pytest.raises(UsageError, match="no layer 'other'; is it another model"):
+        skeleton(Mixed(), {"other": Choice("svd", (3,))})
+    with pytest.raises(UsageError, match="'head' needs the unknown operator 'cp'"):
+        skeleton(Mixed(), {"head": Choice("cp", (3,))})
+
+
+def linear(bias: bool = True) -> tuple[nn.Module, SearchSpace, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16, bias=bias))
+    x = torch.randn(200, 20) @ torch.randn(20, 20) + 3 * torch.randn(20)
+    return model, compile_space(model, x[:1], keep_output_dense=False, min_weights=1), x
+
+
+@pytest.mark.parametrize("metric", ["input", "fisher"])
+def test_a_corrected_bias_keeps_the_mean_output(metric: Any) -> None:
+    model, space, x = linear()
+    statistics = calibrate(model, space, x, metric=metric)
+    factorisation = factorise(model, space, statistics, metric=metric)
+    uncentred = factorise(model, space, statistics, metric=metric, centred=False)
+    y = model(x).detach()
+    mean, scale = y.mean(0), float(y.abs().max())
+    for choice in space.layers["0"].choices[1:]:
+        network = factorisation.materialise({"0": choice})
+        torch.testing.assert_close(network(x).mean(0), mean, rtol=0, atol=2e-6 * scale)
+    smallest = {"0": Choice("svd", (1,))}
+    shifted = uncentred.materialise(smallest)(x).mean(0)
+    assert (shifted - mean).abs().max() > 1e-3 * scale
+
+    # and what remains is the variance alone, which a centred fit makes smaller
+    def mse(network: nn.Module) -> float:
+        return float((network(x) - y).detach().double().square().sum())
+
+    if metric == "input":
+        best, other = (mse(f.materialise(smallest)) for f in (factorisation, uncentred))
+        assert best <= other * (1 + 1e-6)
+
+
+def test_the_relative_error_is_that_of_the_outputs() -> None:
+    model, space, x = linear(bias=False)
+    factorisation = factorise(
+        model, space, calibrate(model, space, x, metric="input"), metric="input"
+    )
+    y = model(x).detach().double()
+    for choice, error in zip(space.layers["0"], factorisation.errors()["0"], strict=True):
+        z = factorisation.materialise({"0": choice})(x).detach().double()
+        assert error == pytest.approx(
+            float((z - y).square().sum() / y.square().sum()), rel=1e-2, abs=2e-6
+        )
+
+
+def test_which_layers_are_centred_by_default() -> None:
+    def means(model: nn.Module, shape: tuple[int, ...], **options: Any) -> list[bool]:
+        x = torch.randn(9, *shape)
+        space = compile_space(model.eval(), x, min_weights=1, keep_output_dense=False)
+        statistics = calibrate(model, space, x, metric="input")
+        layers = factorise(model, space, statistics, metric="input", **options).layers
+        return [layer.metric.mean is not None for layer in layers.values()]
+
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12, bias=False))
+
+    assert means(plain(), (12,)) == [True, False]
+    assert means(plain().append(nn.BatchNorm1d(12)), (12,)) == [True, True]
+    assert means(plain(), (12,), centred=False) == [False, False]
+    assert means(plain(), (12,), centred=True) == [True, True]
+
+
+def test_progress_and_missing_statistics() -> None:
+    model, space, _ = mixed()
+    seen: list[tuple[int, int]] = []
+    factorise(model, space, on_layer=lambda *done: seen.append(done))
+    assert seen == [(i + 1, len(space.layers)) for i in range(len(space.layers))]
+    with pytest.raises(UsageError, match="needs calibration statistics"):
+        factorise(model, space, metric="fisher")
+
+
+@pytest.mark.parametrize("build", [skeleton, lambda m, a: factorise(m, _space(m)).materialise(a)])
+def test_nested_paths(build: Callable[[nn.Module, Allocation], nn.Module]) -> None:
+    block = nn.ModuleDict({"deep": nn.Sequential(nn.Linear(16, 16), nn.ReLU())})
+    model = nn.Sequential(nn.Sequential(block["deep"]), block["deep"], nn.Linear(16, 2))
+    allocation = Allocation.of({"0.0.0": Choice("svd", (2,))})
+    network = build(model, allocation)
+    assert network[0][0] is network[1] and isinstance(network[1][0], nn.Sequential)
+    assert separate_attention(network) is network
+
+
+def _space(model: nn.Module) -> SearchSpace:
+    return compile_space(model, torch.randn(1, 16), min_weights=1)
