@@ -42,7 +42,8 @@ class HardwareModel(ABC):
 
     Predictions are additive over layers. They must be positive, and equal for equal arguments
     within one process. Three more methods may be overridden: `bind` makes the model ready for a
-    network, `rest` is the time outside its decomposable layers, `energy` what a layer takes.
+    network, `remainder_cost` is the time outside its decomposable layers, `energy` is the energy
+    of a layer.
 
     Example:
         >>> class Board(HardwareModel):
@@ -63,7 +64,7 @@ class HardwareModel(ABC):
         """Joules of all calls of the layer in one forward pass; None if it is not known."""
         return None
 
-    def rest(self, space: SearchSpace) -> tuple[float, float]:
+    def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
         """Seconds of everything outside the layers of a space, and their standard deviation."""
         return 0.0, 0.0
 
@@ -169,14 +170,14 @@ class LatencyTables:
         choices: Of each layer by name.
         seconds: The same order.
         sigma: Their standard deviations.
-        rest: Seconds outside the layers, and their standard deviation.
+        remainder_cost: Seconds outside the layers, and their standard deviation.
         energy: Joules; None where they are not known.
     """
 
     choices: Mapping[str, tuple[Choice, ...]]
     seconds: Mapping[str, Array]
     sigma: Mapping[str, Array]
-    rest: tuple[float, float] = (0.0, 0.0)
+    remainder_cost: tuple[float, float] = (0.0, 0.0)
     energy: Mapping[str, Array] | None = None
 
     @cached_property
@@ -185,7 +186,7 @@ class LatencyTables:
 
     def predict(self, allocation: Mapping[str, Choice]) -> tuple[float, float]:
         """Seconds of the whole network under an allocation, and their standard deviation."""
-        total, variance = self.rest[0], self.rest[1] ** 2
+        total, variance = self.remainder_cost[0], self.remainder_cost[1] ** 2
         for name, choice in allocation.items():
             i = self._places[name][choice]
             total += self.seconds[name][i]
@@ -206,7 +207,9 @@ class LatencyTables:
             return {name: table[name][rows] for name, rows in kept.items()}
 
         energy = None if self.energy is None else cut(self.energy)
-        return LatencyTables(choices, cut(self.seconds), cut(self.sigma), self.rest, energy)
+        return LatencyTables(
+            choices, cut(self.seconds), cut(self.sigma), self.remainder_cost, energy
+        )
 
 
 def compile_latency(
@@ -249,7 +252,7 @@ def _checked(model: HardwareModel, layer: Layer, choice: Choice) -> tuple[float,
 
 
 def _checked_rest(model: HardwareModel, space: SearchSpace) -> tuple[float, float]:
-    seconds, sigma = model.rest(space)
+    seconds, sigma = model.remainder_cost(space)
     if not (math.isfinite(seconds) and seconds >= 0 and math.isfinite(sigma) and sigma >= 0):
         raise UsageError(
             f"hardware model {model.name!r} gave {seconds} ± {sigma} seconds for what is outside "

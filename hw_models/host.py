@@ -5,11 +5,11 @@
    are apart says how slow the machine was in each block, and how well a stage is known.
 2. A Gaussian process (`StageRegression`) predicts all, with its uncertainty.
 3. The network itself is timed, dense and under a few random allocations, as it runs: with its
-   normalisations and activations. Each layer is timed there too: what its neighbours do to its
-   caches is a factor for every layer and operator (`in_place`). What that does not explain of the
-   whole is put into a constant and two factors (`NetworkFit`).
+   normalisations and activations. Each layer is timed there too: the cache state that its
+   neighbours leave gives a factor for every layer and operator (`in_network_factors`). A constant
+   and two factors absorb the remaining difference to the whole (`NetworkFit`).
 
-The network is timed between the stages, all the while (`Pace`).
+The network is timed between the stages, all the while (`DriftMonitor`).
 
 Everything measured is kept in a file, and a network that is profiled again costs nothing.
 """
@@ -40,14 +40,14 @@ from rankNAS.hw_models.networks import (
     Watch,
     batched,
     built,
-    in_place,
+    in_network_factors,
     place,
     random_allocations,
 )
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of
 from rankNAS.hw_models.timing import (
-    Pace,
+    DriftMonitor,
     effects_of_blocks,
     interleaved,
     spread_of_median,
@@ -169,10 +169,10 @@ class Host(StageModel):
         factor *= self.fit.places.get(place(layer.name, choice), 1.0)
         return factor * seconds, factor * sigma
 
-    def rest(self, space: SearchSpace) -> tuple[float, float]:
+    def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
         """What is outside the layers; its deviation is what the stages leave unexplained."""
         dense = sum(self.latency(layer, DENSE)[0] for layer in space.layers.values())
-        return self.fit.rest, self.fit.residual * (dense + self.fit.rest)
+        return self.fit.remainder_cost, self.fit.residual * (dense + self.fit.remainder_cost)
 
     @property
     def path(self) -> Path:
@@ -312,7 +312,7 @@ class Host(StageModel):
         # Long enough for a speed that lasts: processors are faster for the first seconds.
         seconds = 4 * self.seconds * len(networks)
         rounds = 20 * self.repeats
-        pace = Pace([*runs, *watched], rounds=rounds, seconds=seconds, seed=self.seed)
+        pace = DriftMonitor([*runs, *watched], rounds=rounds, seconds=seconds, seed=self.seed)
         return _Whole(allocations, watched, pace)
 
     def _fit_network(self, space: SearchSpace, whole: _Whole) -> NetworkFit:
@@ -321,7 +321,9 @@ class Host(StageModel):
         whole.pace.after(1.0)  # what is left of its rounds
         times = whole.pace.seconds()[: len(allocations)]
         inside = [watch.seconds() for watch in whole.watched]
-        found = in_place(space, allocations, inside, lambda *at: StageModel.latency(self, *at)[0])
+        found = in_network_factors(
+            space, allocations, inside, lambda *at: StageModel.latency(self, *at)[0]
+        )
         placed = replace(self, fit=NetworkFit(places=found))
         dense, decomposed = (np.zeros(len(allocations)) for _ in range(2))
         for k, allocation in enumerate(allocations):
@@ -334,9 +336,14 @@ class Host(StageModel):
         target = np.concatenate([np.ones(len(times)), [PULL, PULL]])
         solved = lsq_linear(np.vstack([A, pull]), target, bounds=(0, np.inf)).x
         residual = float(np.std(A @ solved - 1))
-        rest, factor, decomposed_factor = (float(v) for v in solved)
+        remainder_cost, factor, decomposed_factor = (float(v) for v in solved)
         return NetworkFit(
-            rest, factor, decomposed_factor, residual, timed=float(times[0]), places=found
+            remainder_cost,
+            factor,
+            decomposed_factor,
+            residual,
+            timed=float(times[0]),
+            places=found,
         )
 
 
@@ -346,7 +353,7 @@ class _Whole:
 
     allocations: Sequence[Allocation]
     watched: Sequence[Watch]
-    pace: Pace
+    pace: DriftMonitor
 
 
 def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
@@ -429,7 +436,7 @@ def _key(shape: LayerShape) -> LayerShape:
 
 def _network_key(space: SearchSpace) -> str:
     shapes = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
-    text = "\n".join([*shapes, str(space.rest), str(space.input_shape)])
+    text = "\n".join([*shapes, str(space.remainder_cost), str(space.input_shape)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

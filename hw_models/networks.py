@@ -18,7 +18,15 @@ from rankNAS.compression.factorisation import skeleton
 from rankNAS.hw_models.timing import Array, wait_for
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
-__all__ = ["Network", "Watch", "batched", "built", "in_place", "place", "random_allocations"]
+__all__ = [
+    "Network",
+    "Watch",
+    "batched",
+    "built",
+    "in_network_factors",
+    "place",
+    "random_allocations",
+]
 
 OWN = 4  # observations that the mean of an operator counts as, against a layer's own
 
@@ -124,7 +132,7 @@ def place(layer: str, choice: Choice) -> str:
     return f"{layer} {choice.operator}"
 
 
-def in_place(
+def in_network_factors(
     space: SearchSpace,
     allocations: Sequence[Allocation],
     seconds: Sequence[Array],

@@ -67,7 +67,7 @@ class NetworkFit:
     """How a whole network's time follows from its stages': rest + dense D + decomposed S.
 
     Args:
-        rest: Seconds of everything else.
+        remainder_cost: Seconds of everything else.
         dense: Factor of the times D of layers that stay dense, in place against alone.
         decomposed: The same of all stages S of decomposed layers.
         residual: Standard deviation of what that leaves, relative to the time.
@@ -75,7 +75,7 @@ class NetworkFit:
         places: Factors of layers in place, by `place`, before the other two.
     """
 
-    rest: float = 0.0
+    remainder_cost: float = 0.0
     dense: float = 1.0
     decomposed: float = 1.0
     residual: float = 0.0
@@ -154,8 +154,8 @@ class Profile:
                     f"device file {str(path)!r}: {shape} takes {found.seconds} ± {found.sigma} "
                     "seconds; expected positive numbers."
                 )
-        rest = {key: value for key, value in content.items() if key != CHECKSUM}
-        if content.get(CHECKSUM, expected := _checksum(rest)) != expected:
+        signed = {key: value for key, value in content.items() if key != CHECKSUM}
+        if content.get(CHECKSUM, expected := _checksum(signed)) != expected:
             raise UsageError(
                 f"device file {str(path)!r} does not match its checksum, so it was damaged or "
                 f"edited; profile again, or remove {CHECKSUM!r} from it if it was you."

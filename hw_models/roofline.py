@@ -50,11 +50,11 @@ class Roofline(StageModel):
             return None
         return shape.cost().macs * energy[dtype] + traffic(shape) * energy["byte"]
 
-    def rest(self, space: SearchSpace) -> tuple[float, float]:
+    def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
         """The skipped layers' arithmetic and overhead; what is no layer is taken to be fused."""
         shapes = [layer.shape for layer in space.layers.values()]
         peak = self.device.peak[self._dtype(shapes[0])] if shapes else math.inf
-        seconds = 2 * space.rest.macs / peak + self.device.launch * len(space.skipped)
+        seconds = 2 * space.remainder_cost.macs / peak + self.device.launch * len(space.skipped)
         return seconds, self.uncertainty * seconds
 
     def _dtype(self, shape: LayerShape) -> str:

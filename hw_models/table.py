@@ -1,8 +1,8 @@
 """Layers measured elsewhere: a CSV with the columns ``layer, choice, seconds``.
 
 Further columns may say what the figures hold for: ``batch`` and ``dtype``, the same in every row,
-are checked; ``sigma`` is a row's standard deviation; ``rest`` as a layer is what is outside the
-layers. Other columns are left alone.
+are checked; ``sigma`` is a row's standard deviation. A row whose layer is ``remainder`` holds the
+time outside the layers (``rest`` in older tables). Other columns are left alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["MeasuredTable"]
 
 logger = logging.getLogger(__name__)
-REST = "rest"
+REMAINDER = "remainder", "rest"  # the second is the name of version 0.1
 Key = tuple[str, str]
 
 
@@ -144,8 +144,8 @@ class MeasuredTable(HardwareModel):
         slope, intercept, residual = self.slope
         return intercept + slope * layer[choice].macs, residual
 
-    def rest(self, space: SearchSpace) -> tuple[float, float]:
-        found = [(s, self.sigma.get(k, 0.0)) for k, s in self.seconds.items() if k[0] == REST]
+    def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
+        found = [(s, self.sigma.get(k, 0.0)) for k, s in self.seconds.items() if k[0] in REMAINDER]
         return found[0] if found else (0.0, 0.0)
 
     def _warn(self, layer: Layer, choice: Choice) -> None:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 __all__ = [
-    "Pace",
-    "Turns",
+    "DriftMonitor",
+    "InterleavedTimer",
     "effects_of_blocks",
     "interleaved",
     "spread_of_median",
@@ -44,7 +44,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Turns:
+class InterleavedTimer:
     """Several things timed in turns, for as many rounds as are asked for.
 
     Args:
@@ -88,7 +88,7 @@ def interleaved(
     warm_up: int = 2,
     seed: int = 0,
 ) -> Array:
-    """Seconds that each run takes, (rounds done, runs); see `Turns`.
+    """Seconds that each run takes, (rounds done, runs); see `InterleavedTimer`.
 
     Args:
         runs: What to time.
@@ -97,7 +97,7 @@ def interleaved(
         warm_up: Runs of each before the first round.
         seed: Of the order.
     """
-    turns = Turns(runs, warm_up=warm_up, seed=seed)
+    turns = InterleavedTimer(runs, warm_up=warm_up, seed=seed)
     begun = time.perf_counter()
     while len(turns.rows) < LEAST_ROUNDS or (
         len(turns.rows) < rounds and time.perf_counter() - begun < seconds
@@ -106,7 +106,7 @@ def interleaved(
     return turns.times
 
 
-class Pace:
+class DriftMonitor:
     """Whole networks timed in turns, a few rounds at a time, between other measurements.
 
     A machine changes its speed while it is measured, so the networks are timed over as long a
@@ -122,7 +122,7 @@ class Pace:
     def __init__(
         self, runs: Sequence[Callable[[], object]], *, rounds: int, seconds: float, seed: int = 0
     ) -> None:
-        self._turns = Turns(runs, seed=seed)
+        self._turns = InterleavedTimer(runs, seed=seed)
         self._rounds, self._seconds, self._spent = rounds, seconds, 0.0
 
     def after(self, share: float) -> None:

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import cast
 
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.objectives.base import Candidate, Direction, Objective, ObjectiveBase
+from rankNAS.objectives.base import Direction, EvaluationResult, Objective, ObjectiveBase
 from rankNAS.objectives.costs import CostObjective, Latency
-from rankNAS.objectives.quality import Accuracy, Agreement, Loss, ReverseAgreement
+from rankNAS.objectives.quality import Accuracy, KLDivergence, Loss, ReverseKL
 from rankNAS.plugins import load_callable
 
 __all__ = [
     "OBJECTIVES",
     "Accuracy",
-    "Agreement",
-    "Candidate",
+    "KLDivergence",
+    "EvaluationResult",
     "CostObjective",
     "Direction",
     "Latency",
     "Loss",
     "Objective",
     "ObjectiveBase",
-    "ReverseAgreement",
+    "ReverseKL",
     "make_objective",
 ]
 
@@ -30,8 +30,8 @@ OBJECTIVES: dict[str, ObjectiveBase] = {
     for objective in (
         Accuracy(),
         Loss(),
-        Agreement(),
-        ReverseAgreement(),
+        KLDivergence(),
+        ReverseKL(),
         CostObjective("macs"),
         CostObjective("params"),
         CostObjective("weight_bytes"),

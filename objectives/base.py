@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import ObjectiveError, UsageError
 
-__all__ = ["Candidate", "Direction", "Objective", "ObjectiveBase"]
+__all__ = ["EvaluationResult", "Direction", "Objective", "ObjectiveBase"]
 
 Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvaluationResult:
     """One allocation under evaluation, with everything an objective may measure.
 
     Args:
@@ -53,11 +53,11 @@ class ObjectiveBase(ABC):
     direction: Direction
 
     @abstractmethod
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         """The value for one candidate."""
 
     @final
-    def __call__(self, candidate: Candidate) -> float:
+    def __call__(self, candidate: EvaluationResult) -> float:
         """The value, checked; measured without recording gradients.
 
         Raises:
@@ -112,5 +112,5 @@ class Objective(ObjectiveBase):
         if not self.name:
             object.__setattr__(self, "name", getattr(self.fn, "__name__", "objective"))
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         return self.fn(candidate.build(), (candidate.inputs, candidate.targets))

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from rankNAS.objectives.base import Candidate, Direction, ObjectiveBase
+from rankNAS.objectives.base import Direction, EvaluationResult, ObjectiveBase
 
 __all__ = ["CostObjective", "Latency", "median_seconds"]
 
@@ -23,7 +23,7 @@ class CostObjective(ObjectiveBase):
     name: str
     direction: Direction = "minimize"
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         return candidate.costs[self.name]
 
 
@@ -42,7 +42,7 @@ class Latency(ObjectiveBase):
     name: str = "latency"
     direction: Direction = "minimize"
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         return median_seconds(candidate.build(), candidate.inputs[: self.batch_size], self.repeats)
 
 

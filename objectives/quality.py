@@ -8,17 +8,17 @@ from typing import final
 from torch import Tensor
 from torch.nn import functional
 
-from rankNAS.objectives.base import Candidate, Direction, ObjectiveBase
+from rankNAS.objectives.base import Direction, EvaluationResult, ObjectiveBase
 
 __all__ = [
     "Accuracy",
-    "Agreement",
+    "KLDivergence",
     "Loss",
-    "ReverseAgreement",
+    "ReverseKL",
     "accuracy",
-    "agreement",
+    "kl_divergence",
     "loss",
-    "reverse_agreement",
+    "reverse_kl",
 ]
 
 
@@ -35,16 +35,16 @@ def loss(logits: Tensor, targets: Tensor) -> float:
     return float(functional.cross_entropy(flat, targets.reshape(-1)))
 
 
-def agreement(logits: Tensor, dense_logits: Tensor) -> float:
+def kl_divergence(logits: Tensor, dense_logits: Tensor) -> float:
     """Mean KL(dense || compressed) in nats; 0 when both give the same distribution."""
     log_p = functional.log_softmax(dense_logits.double(), -1)
     log_q = functional.log_softmax(logits.double(), -1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def reverse_agreement(logits: Tensor, dense_logits: Tensor) -> float:
+def reverse_kl(logits: Tensor, dense_logits: Tensor) -> float:
     """Mean KL(compressed || dense) in nats: large where mass goes to what dense rules out."""
-    return agreement(dense_logits, logits)
+    return kl_divergence(dense_logits, logits)
 
 
 @final
@@ -55,7 +55,7 @@ class Accuracy(ObjectiveBase):
     name: str = "accuracy"
     direction: Direction = "maximize"
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         return accuracy(candidate.logits, candidate.targets)
 
 
@@ -67,29 +67,29 @@ class Loss(ObjectiveBase):
     name: str = "loss"
     direction: Direction = "minimize"
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         return loss(candidate.logits, candidate.targets)
 
 
 @final
 @dataclass(frozen=True)
-class Agreement(ObjectiveBase):
+class KLDivergence(ObjectiveBase):
     """Divergence from the dense model's outputs, KL(dense || compressed) in nats."""
 
-    name: str = "agreement"
+    name: str = "kl_divergence"
     direction: Direction = "minimize"
 
-    def measure(self, candidate: Candidate) -> float:
-        return agreement(candidate.logits, candidate.dense_logits)
+    def measure(self, candidate: EvaluationResult) -> float:
+        return kl_divergence(candidate.logits, candidate.dense_logits)
 
 
 @final
 @dataclass(frozen=True)
-class ReverseAgreement(ObjectiveBase):
+class ReverseKL(ObjectiveBase):
     """Divergence from the dense model's outputs, KL(compressed || dense) in nats."""
 
-    name: str = "reverse_agreement"
+    name: str = "reverse_kl"
     direction: Direction = "minimize"
 
-    def measure(self, candidate: Candidate) -> float:
-        return reverse_agreement(candidate.logits, candidate.dense_logits)
+    def measure(self, candidate: EvaluationResult) -> float:
+        return reverse_kl(candidate.logits, candidate.dense_logits)

@@ -11,7 +11,7 @@ __all__ = [
     "BUDGET_COSTS",
     "check_budget",
     "check_budgets",
-    "label",
+    "budget_key",
     "parse_budget",
     "parse_budgets",
 ]
@@ -116,6 +116,6 @@ def check_budgets(
     return checked or [{}]
 
 
-def label(budget: Mapping[str, float]) -> str:
+def budget_key(budget: Mapping[str, float]) -> str:
     """A budget in words: ``macs<=0.5``, or ``dense`` without any bound."""
     return ",".join(f"{name}<={bound:g}" for name, bound in budget.items()) or "dense"

@@ -23,18 +23,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
-from rankNAS.budget import check_budgets, label
-from rankNAS.data.loading import Data, drawn, load_data, size_of
+from rankNAS.budget import budget_key, check_budgets
+from rankNAS.data.loading import Data, len_of, load_data, subsample
 from rankNAS.engine import Settings, Source, prepare, requests, run
-from rankNAS.evaluation.context import Progress, Workbench, silent
+from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
-from rankNAS.objectives.quality import accuracy, agreement
+from rankNAS.objectives.quality import accuracy, kl_divergence
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.storage.record import Record
+from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Strategy, Trial
 from rankNAS.study import Study
@@ -242,7 +242,7 @@ class _Plan:
 
     def keys(self, seed: int) -> list[Key]:
         """What there is to know under a seed."""
-        pairs = [(name, label(budget)) for name in self.strategies for budget in self.budgets]
+        pairs = [(name, budget_key(budget)) for name in self.strategies for budget in self.budgets]
         return [(*pair, seed) for pair in [(DENSE_MODEL, DENSE_MODEL), *pairs]]
 
     def rows(self, seed: int, missing: set[Key]) -> Iterator[Row]:
@@ -259,7 +259,7 @@ class _Plan:
             return
         model = self.model if isinstance(self.model, nn.Module) else self.model(seed)
         started = time.perf_counter()
-        bench, problems = prepare(
+        context, problems = prepare(
             model,
             self.data,
             # All of them, so that a continued comparison has the choices of a whole one.
@@ -273,7 +273,7 @@ class _Plan:
             seed=seed,
             on_progress=self.report,
         )
-        at = _Seed(self, seed, model, bench, problems, time.perf_counter() - started)
+        at = _Seed(self, seed, model, context, problems, time.perf_counter() - started)
         if (DENSE_MODEL, DENSE_MODEL, seed) in missing:
             yield at.dense_row()
         for name, strategy in accepted.items():
@@ -310,7 +310,7 @@ class _Seed:
     plan: _Plan
     seed: int
     model: nn.Module
-    bench: Workbench
+    context: SearchContext
     problems: Sequence[Problem]
     setup_seconds: float
     tested: dict[Allocation, _Tested] = field(default_factory=dict)
@@ -318,7 +318,7 @@ class _Seed:
     @cached_property
     def dense_predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the dense model on the test data, and the targets."""
-        model, test = copy.deepcopy(self.model), self.bench.splits.test
+        model, test = copy.deepcopy(self.model), self.context.splits.test
         return predictions(model, test, device=self.plan.device)
 
     def dense_row(self) -> Row:
@@ -327,7 +327,7 @@ class _Seed:
             DENSE_MODEL,
             DENSE_MODEL,
             self.seed,
-            validation_accuracy=self.bench.dense()["accuracy"],
+            validation_accuracy=self.context.dense()["accuracy"],
             test_accuracy=accuracy(*self.dense_predictions),
             test_divergence=0.0,
             macs_fraction=1.0,
@@ -338,8 +338,8 @@ class _Seed:
 
     def study(self, name: str, strategy: Strategy, missing: set[Key]) -> Iterator[Row]:
         """Search the budgets one after the other; a row each, if it is missing."""
-        keys = [(name, problem.label, self.seed) for problem in self.problems]
-        self.bench.evaluator.forget()
+        keys = [(name, problem.budget_key, self.seed) for problem in self.problems]
+        self.context.evaluator.forget()
         seconds = 0.0
         started = time.perf_counter()
         try:
@@ -351,10 +351,10 @@ class _Seed:
             try:
                 try:
                     run(replace(study, problems=(problem,)), self.plan.n_trials, self._on_trial())
-                    answer = study.answer(problem)
+                    solution = study.solution(problem)
                 finally:
                     seconds += time.perf_counter() - started
-                row = self._row(key, study, answer, seconds) if key in missing else None
+                row = self._row(key, study, solution, seconds) if key in missing else None
             except Exception as error:
                 row = _failed(key, error)
             if row is not None and key in missing:
@@ -365,7 +365,7 @@ class _Seed:
 
     def _open(self, name: str, strategy: Strategy) -> Study:
         first = self.problems[0]
-        record = Record.open(
+        store = StudyStore.open(
             None,
             name,
             configuration={},
@@ -373,9 +373,9 @@ class _Seed:
             directions=first.directions,
             resume=False,
         )
-        dense = self.bench.dense()
-        bound = strategy.bind(self.bench)
-        return Study(name, record, tuple(self.problems), bound, self.bench, self.plan.data, dense)
+        dense = self.context.dense()
+        bound = strategy.bind(self.context)
+        return Study(name, store, tuple(self.problems), bound, self.context, self.plan.data, dense)
 
     def _on_trial(self) -> Callable[[Trial, Trial | None], None]:
         total = self.plan.n_trials * len(self.problems)
@@ -387,17 +387,17 @@ class _Seed:
 
         return on_trial
 
-    def _row(self, key: Key, study: Study, answer: Trial, seconds: float) -> Row:
-        if answer.allocation not in self.tested:
-            self.tested[answer.allocation] = self._tested(study, answer.allocation)
-        tested = self.tested[answer.allocation]
+    def _row(self, key: Key, study: Study, solution: Trial, seconds: float) -> Row:
+        if solution.allocation not in self.tested:
+            self.tested[solution.allocation] = self._tested(study, solution.allocation)
+        tested = self.tested[solution.allocation]
         return Row(
             *key,
             validation_accuracy=tested.validation,
             test_accuracy=tested.test,
             test_divergence=tested.divergence,
-            macs_fraction=answer.metrics["macs"] / study.dense["macs"],
-            params_fraction=answer.metrics["params"] / study.dense["params"],
+            macs_fraction=solution.metrics["macs"] / study.dense["macs"],
+            params_fraction=solution.metrics["params"] / study.dense["params"],
             search_seconds=seconds,
             setup_seconds=self.setup_seconds,
             evaluations=len(study.trials),
@@ -407,12 +407,12 @@ class _Seed:
     def _tested(self, study: Study, allocation: Allocation) -> _Tested:
         """What the network of an allocation does; equal ones are trained once."""
         network, config = study.materialise(allocation), self.plan.training
-        test, targets = predictions(network, self.bench.splits.test, device=self.plan.device)
-        validation = test_metrics(network, self.bench.splits.validation, device=self.plan.device)
+        test, targets = predictions(network, self.context.splits.test, device=self.plan.device)
+        validation = test_metrics(network, self.context.splits.validation, device=self.plan.device)
         before = _Tested(
             validation["accuracy"],
             accuracy(test, targets),
-            agreement(test, self.dense_predictions[0]),
+            kl_divergence(test, self.dense_predictions[0]),
         )
         if config is None:
             return before
@@ -426,8 +426,8 @@ class _Seed:
         return replace(before, finetuned=study.test(network)["accuracy"])
 
     def _training_data(self) -> Dataset[tuple[torch.Tensor, torch.Tensor]]:
-        data = self.bench.splits.training
-        return drawn(data, self.plan.training_samples or size_of(data), self.seed)
+        data = self.context.splits.training
+        return subsample(data, self.plan.training_samples or len_of(data), self.seed)
 
 
 def _failed(key: Key, error: Exception) -> Row:

@@ -23,16 +23,16 @@ from rankNAS.data.loading import (
     Data,
     Splits,
     check_labels,
-    drawn,
     held_out,
     in_memory,
+    len_of,
     load_data,
-    size_of,
     split,
+    subsample,
 )
-from rankNAS.decompositions.metrics import METRICS, MetricName
+from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.decompositions.shapes import COSTS
-from rankNAS.evaluation.context import Progress, Workbench, silent
+from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.execution.early_stopping import PARTS, SuccessiveHalving
@@ -47,11 +47,11 @@ from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy, hardware_choices
-from rankNAS.solver.pareto import worthwhile
-from rankNAS.storage.record import Record
+from rankNAS.solver.pareto import pareto_filter
+from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Request, Strategy, Trial
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 from rankNAS.study import Study
 
 __all__ = ["Settings", "prepare", "requests", "run", "search"]
@@ -65,7 +65,7 @@ class Settings:
     """How candidates are made and measured; part of a study's configuration.
 
     Args:
-        metric: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``.
+        norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``.
         calibration: Training samples for statistics and batch norms, at most.
         validation: Further training samples that metrics are measured on, at most.
         batch_norm: Correct batch-norm statistics after truncation.
@@ -86,11 +86,11 @@ class Settings:
         UsageError: An unknown metric, or a number below one.
 
     Example:
-        >>> Settings(metric="input", policy=RankPolicy(multiple_of=8)).validation
+        >>> Settings(norm="input", policy=RankPolicy(multiple_of=8)).validation
         1024
     """
 
-    metric: MetricName = "fisher"
+    norm: NormName = "fisher"
     calibration: int = 1024
     validation: int = 1024
     batch_norm: bool = True
@@ -105,8 +105,8 @@ class Settings:
     recovery_samples: int = 2048
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, got {self.metric!r}.")
+        if self.norm not in NORMS:
+            raise UsageError(f"`norm` must be one of {', '.join(NORMS)}, got {self.norm!r}.")
         counts = ("calibration", "validation", "choices", "batch_size", "latency_batch")
         for name in (*counts, "recovery_samples"):
             if getattr(self, name) < 1:
@@ -194,7 +194,7 @@ def search(
     if settings.early_stopping:
         SuccessiveHalving([o.name for o in measured], [o.direction for o in measured])
     loaded = load_data(data)
-    bench, problems = prepare(
+    context, problems = prepare(
         model,
         loaded,
         strategies=[chosen],
@@ -207,11 +207,11 @@ def search(
         seed=seed,
         on_progress=on_progress,
     )
-    record = Record.open(
+    store = StudyStore.open(
         storage,
         name,
         configuration=_configuration(
-            model, loaded, chosen, measured, budgets, settings, seed, bench.factorisation
+            model, loaded, chosen, measured, budgets, settings, seed, context.factorisation
         ),
         choices=problems[0].labels(),
         directions=problems[0].directions,
@@ -219,12 +219,12 @@ def search(
     )
     if on_record is not None:
         on_record()
-    _check_choices(problems[0], record)
-    study = Study(name, record, problems, chosen.bind(bench), bench, loaded, bench.dense())
+    _check_choices(problems[0], store)
+    study = Study(name, store, problems, chosen.bind(context), context, loaded, context.dense())
     try:
         run(study, n_trials, on_trial, workers)
     finally:
-        record.close()
+        store.close()
     study.seconds = time.perf_counter() - started
     return study
 
@@ -242,7 +242,7 @@ def prepare(
     device: str | torch.device = "cpu",
     seed: int = 0,
     on_progress: Progress | None = None,
-) -> tuple[Workbench, tuple[Problem, ...]]:
+) -> tuple[SearchContext, tuple[Problem, ...]]:
     """Everything that is done once: the splits, the space, its factors, its tables.
 
     Args:
@@ -280,7 +280,7 @@ def prepare(
     space = space or compile_space(model, inputs[:1], policy=settings.policy)
     named = [(o.name, o.direction) for o in objectives]
     for budget in budgets:
-        make_problem(space, None, {k: v for k, v in budget.items() if k != "latency"}).check()
+        build_problem(space, None, {k: v for k, v in budget.items() if k != "latency"}).check()
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
@@ -297,7 +297,7 @@ def prepare(
         model,
         space,
         inputs,
-        metric=settings.metric,
+        norm=settings.norm,
         seed=seed,
         cache=cache_folder() / "calibration",
         on_batch=lambda done, total: report("calibrate", done, total),
@@ -307,7 +307,7 @@ def prepare(
         model,
         space,
         statistics,
-        metric=settings.metric,
+        norm=settings.norm,
         centred=None if settings.batch_norm else False,
         select=_selection({*costs, *(n for n, _ in named)}, latency, settings.choices, needs),
         on_layer=lambda done, total: report("factorise", done, total),
@@ -317,7 +317,7 @@ def prepare(
             {name: layer.choices for name, layer in factorisation.space.layers.items()}
         )
     problems = tuple(
-        make_problem(
+        build_problem(
             factorisation.space, factorisation.errors(), budget, latency=latency, objectives=named
         )
         for budget in budgets
@@ -337,7 +337,9 @@ def prepare(
         recovery=recovery,
         parts=PARTS if settings.early_stopping else (1.0,),
     )
-    return Workbench(factorisation, splits, evaluator, device, seed, data.flip, report), problems
+    return SearchContext(
+        factorisation, splits, evaluator, device, seed, data.flip, report
+    ), problems
 
 
 def _recovery(data: Data, splits: Splits, settings: Settings, seed: int) -> Recovery | None:
@@ -346,7 +348,7 @@ def _recovery(data: Data, splits: Splits, settings: Settings, seed: int) -> Reco
         return None
     if data.num_classes is None:
         raise UsageError(f"{data.name} has no class labels; networks cannot be trained on it.")
-    samples = in_memory(drawn(splits.training, settings.recovery_samples, seed))
+    samples = in_memory(subsample(splits.training, settings.recovery_samples, seed))
     return Recovery(samples, replace(settings.recovery, seed=seed, flip=data.flip))
 
 
@@ -358,7 +360,7 @@ def requests(
 ) -> list[Request]:
     """What a strategy is asked for, one request a budget; known before any work is done."""
     names = [o.name for o in objectives]
-    training = size_of(data.train) - held_out(size_of(data.train), settings.validation)
+    training = len_of(data.train) - held_out(len_of(data.train), settings.validation)
     return [Request(b, names, training, data.num_classes is not None) for b in budgets]
 
 
@@ -388,22 +390,22 @@ def _selection(
                 if operators is None or c == DENSE or c.operator in operators
             ]
             columns = [[cost[i] for i in rows] for cost in costs]
-            found = worthwhile([errors[i] for i in rows], columns, most)
+            found = pareto_filter([errors[i] for i in rows], columns, most)
             kept |= {layer.choices[rows[i]] for i in found}
         return [c for c in layer.choices if c in kept]
 
     return select
 
 
-def _check_choices(problem: Problem, record: Record) -> None:
+def _check_choices(problem: Problem, store: StudyStore) -> None:
     """Raise a RankNASError unless a resumed study has the choices that it was made with."""
     if all(
-        [str(c) for c in choices] == list(record.choices[name])
+        [str(c) for c in choices] == list(store.choices[name])
         for name, choices in problem.choices.items()
     ):
         return
     raise RankNASError(
-        f"study {record.study.study_name!r} was made with other choices of ranks than this "
+        f"study {store.study.study_name!r} was made with other choices of ranks than this "
         "machine and these versions give; start a new study."
     )
 
@@ -429,15 +431,15 @@ def run(
     for trial in history.complete:
         final = study.final and not trial.probe
         study.evaluator.remember(trial.allocation, trial.metrics, final=final)
-    problem, rule = study.problem, None
+    problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
-        rule = SuccessiveHalving(problem.objectives, problem.directions)
-        rule.learn(history)
+        pruner = SuccessiveHalving(problem.objectives, problem.directions)
+        pruner.learn(history)
     executor: Executor
     if workers is not None and workers.parallel:
-        executor = Parallel(study.evaluator, workers, rule)
+        executor = Parallel(study.evaluator, workers, pruner)
     else:
-        executor = Serial(study.evaluator, rule)
+        executor = Serial(study.evaluator, pruner)
     try:
         schedule(study, n_trials, executor, on_trial)
     finally:

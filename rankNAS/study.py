@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.data.loading import Data, Splits
-from rankNAS.evaluation.context import Workbench
+from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator, test_metrics
 from rankNAS.models import artifact
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.solver.pareto import non_dominated
-from rankNAS.storage.record import Record
+from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import History, Problem, Strategy, Trial
 
 __all__ = ["Study", "front"]
@@ -31,10 +31,10 @@ class Study:
 
     Args:
         name: The study's name in its storage.
-        record: The Optuna study behind it.
+        store: The Optuna study behind it.
         problems: Tables, budgets and directions; one a budget, with the same tables.
         strategy: What proposed the trials.
-        bench: The model, its factors, the evaluator and the parts of the data.
+        context: The model, its factors, the evaluator and the parts of the data.
         data: The data.
         dense: Metrics of the dense model on the validation data, and its costs.
         model: How the dense model is built, for `save`; empty for a model of the caller's.
@@ -56,10 +56,10 @@ class Study:
     """
 
     name: str
-    record: Record
+    store: StudyStore
     problems: tuple[Problem, ...]
     strategy: Strategy
-    bench: Workbench
+    context: SearchContext
     data: Data
     dense: dict[str, float]
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Study:
     @property
     def history(self) -> History:
         """All finished trials."""
-        return self.record.history()
+        return self.store.history()
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -83,12 +83,12 @@ class Study:
     @property
     def evaluator(self) -> Evaluator:
         """Evaluates further allocations on the same terms."""
-        return self.bench.evaluator
+        return self.context.evaluator
 
     @property
     def splits(self) -> Splits:
         """The parts of the data."""
-        return self.bench.splits
+        return self.context.splits
 
     @property
     def final(self) -> bool:
@@ -102,9 +102,9 @@ class Study:
         Raises:
             StudyError: No trial has succeeded yet.
         """
-        return self.answer(self.problem)
+        return self.solution(self.problem)
 
-    def answer(self, problem: Problem) -> Trial:
+    def solution(self, problem: Problem) -> Trial:
         """The strategy's answer to one of the budgets.
 
         Raises:
@@ -122,7 +122,7 @@ class Study:
     def to_pandas(self) -> pd.DataFrame:
         """One row a trial: number, state, metrics, and a column ``layer:NAME`` per layer."""
         rows = [
-            {"number": t.number, "state": t.state, "probe": t.probe, "target": t.target}
+            {"number": t.number, "state": t.state, "probe": t.probe, "budget_key": t.budget_key}
             | {"seconds": t.seconds, **t.metrics}
             | {f"layer:{name}": label for name, label in t.allocation.labels().items()}
             for t in self.trials

@@ -78,7 +78,7 @@ class SearchSpace:
     Args:
         layers: Name to layer, in the order of the forward pass.
         skipped: Layers that could be decomposed in principle and are left dense.
-        rest: Cost of everything outside `layers`, skipped layers included.
+        remainder_cost: Cost of everything outside `layers`, skipped layers included.
         input_shape: Shape of the example input, batch included; costs are for this input.
 
     Example:
@@ -94,7 +94,7 @@ class SearchSpace:
 
     layers: dict[str, Layer]
     skipped: tuple[Skipped, ...]
-    rest: Cost
+    remainder_cost: Cost
     input_shape: tuple[int, ...]
 
     @cached_property
@@ -114,7 +114,7 @@ class SearchSpace:
             UsageError: The allocation names a layer or a choice that the space does not have.
         """
         self.check(allocation)
-        return sum((self.layers[name][c] for name, c in allocation.items()), self.rest)
+        return sum((self.layers[name][c] for name, c in allocation.items()), self.remainder_cost)
 
     def check(self, allocation: Mapping[str, Choice]) -> None:
         """Raise a UsageError unless the allocation gives every layer one of its choices."""
@@ -143,7 +143,7 @@ class SearchSpace:
         layers = {name: layer.repeated(factor) for name, layer in self.layers.items()}
         skipped = tuple(replace(s, cost=s.cost.repeated(factor)) for s in self.skipped)
         shape = (size, *self.input_shape[1:])
-        return SearchSpace(layers, skipped, self.rest.repeated(factor), shape)
+        return SearchSpace(layers, skipped, self.remainder_cost.repeated(factor), shape)
 
     def restrict(self, keep: Mapping[str, Sequence[Choice]]) -> SearchSpace:
         """The space with only some choices of each layer; dense always stays."""

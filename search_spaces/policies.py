@@ -21,7 +21,7 @@ __all__ = [
     "candidate_choices",
     "hardware_choices",
     "rank_limits",
-    "step_ranks",
+    "latency_pareto_ranks",
 ]
 
 if TYPE_CHECKING:
@@ -46,9 +46,10 @@ class RankPolicy:
         cost: The cost on which a choice must not be dominated: ``macs``, ``params`` or
             ``weight_bytes``.
         operators: The operators to use, in this order.
-        latency_steps: Where latency is known, drop a rank if a larger one of its family takes no
-            longer than this fraction more; None keeps all. See `step_ranks`.
-        only_faster: Where latency is known, drop choices that take as long as the dense layer.
+        latency_tolerance: Where latency is known, drop ranks dominated in latency: a larger rank
+            of the family takes at most (1 + tolerance) times as long. None keeps all. See
+            `latency_pareto_ranks`.
+        require_speedup: Where latency is known, drop choices that take as long as the dense layer.
 
     Raises:
         UsageError: A number below one, a negative tolerance, or an unknown cost or operator.
@@ -64,16 +65,17 @@ class RankPolicy:
     multiple_of: int = 1
     cost: str = "macs"
     operators: tuple[str, ...] = tuple(OPERATORS)
-    latency_steps: float | None = None
-    only_faster: bool = False
+    latency_tolerance: float | None = None
+    require_speedup: bool = False
 
     def __post_init__(self) -> None:
         for name in ("candidates", "multiple_of"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.latency_steps is not None and not 0 <= self.latency_steps < math.inf:
+        if self.latency_tolerance is not None and not 0 <= self.latency_tolerance < math.inf:
             raise UsageError(
-                f"`latency_steps` must be a fraction from 0, or None, got {self.latency_steps}."
+                "`latency_tolerance` must be a fraction from 0, or None, "
+                f"got {self.latency_tolerance}."
             )
         if self.cost not in COSTS:
             raise UnknownNameError("cost", self.cost, COSTS)
@@ -161,7 +163,7 @@ def _non_dominated(family: list[tuple[Rank, Cost]], cost: str) -> list[tuple[Ran
     return kept[::-1]
 
 
-def step_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> list[int]:
+def latency_pareto_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> list[int]:
     """The ranks that are worth their time: none larger is as fast.
 
     Latency against rank is a staircase where a device works on tiles; only the upper end of each
@@ -176,7 +178,7 @@ def step_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> list[int]:
         Positions, increasing; the last is always among them.
 
     >>> ranks = range(1, 310)
-    >>> [ranks[i] for i in step_ranks([-(-r // 64) for r in ranks])]
+    >>> [ranks[i] for i in latency_pareto_ranks([-(-r // 64) for r in ranks])]
     [64, 128, 192, 256, 309]
     """
     smooth = isotonic_regression([float(s) for s in seconds]).x.tolist() if len(seconds) else []
@@ -201,13 +203,14 @@ def hardware_choices(
     """
     time = dict(zip(layer.choices, seconds, strict=True))
     kept = set(layer.choices)
-    if policy.latency_steps is not None:
+    if policy.latency_tolerance is not None:
         for family in _families(layer, policy, time):
             steps = {
-                family[i] for i in step_ranks([time[c] for c in family], policy.latency_steps)
+                family[i]
+                for i in latency_pareto_ranks([time[c] for c in family], policy.latency_tolerance)
             }
             kept -= set(family) - steps
-    if policy.only_faster:
+    if policy.require_speedup:
         kept = {c for c in kept if time[c] < time[DENSE]}
     return tuple(c for c in layer.choices if c == DENSE or c in kept)
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread a process, before torch is imported; subprocesses and Ray's workers inherit it. The
+# matrices of the tests are small, and threads that wait for each other on a busy machine cost more
+# than they compute.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path

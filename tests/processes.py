@@ -7,5 +7,5 @@ import multiprocessing
 FORKS = multiprocessing.get_context("forkserver")
 # Not the modules of the tests: the server has no path to them.
 FORKS.set_forkserver_preload(
-    ["rankNAS.storage.record", "optuna", "sqlalchemy", "alembic", "psycopg"]
+    ["rankNAS.storage.store", "optuna", "sqlalchemy", "alembic", "psycopg"]
 )

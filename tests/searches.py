@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
-from rankNAS.storage.record import Record
+from rankNAS.storage.store import StudyStore
 
 
 def linear_search(**options: Any) -> rankNAS.Study:
@@ -28,9 +28,9 @@ def linear_search(**options: Any) -> rankNAS.Study:
     )
 
 
-def opened(study: rankNAS.Study, storage: str | None) -> Record:
+def opened(study: rankNAS.Study, storage: str | None) -> StudyStore:
     """A record of trials of a study, without those that the study has, in a storage."""
-    return Record.open(
+    return StudyStore.open(
         storage,
         "study",
         configuration={},

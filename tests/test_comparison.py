@@ -17,11 +17,11 @@ from torch.utils.data import TensorDataset
 import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
-from rankNAS.data.loading import take
+from rankNAS.data.loading import subset
 from rankNAS.evaluation import evaluator as evaluation
 from rankNAS.evaluation.evaluator import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
-from rankNAS.objectives.quality import agreement
+from rankNAS.objectives.quality import kl_divergence
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import History, Problem, Request, Strategy
@@ -98,7 +98,7 @@ class Unbound(Strategy):
 
     name = "unbound"
 
-    def bind(self, bench: object) -> Strategy:
+    def bind(self, context: object) -> Strategy:
         raise RuntimeError("nothing to see")
 
     def propose(
@@ -123,25 +123,25 @@ def test_rows_are_what_a_search_of_all_budgets_finds(
             settings=SETTINGS,
             seed=seed,
         )
-        dense, *answers = rows[rows.seed == seed].to_dict("records")
+        dense, *solutions = rows[rows.seed == seed].to_dict("records")
         assert dense["validation_accuracy"] == study.dense["accuracy"]
         assert dense["test_accuracy"] == accuracy(small_net, small_data)
         assert dense["test_divergence"] == 0
-        for i, (row, problem) in enumerate(zip(answers, study.problems, strict=True)):
+        for i, (row, problem) in enumerate(zip(solutions, study.problems, strict=True)):
             # When the first budget is answered, the trials for the second do not exist yet.
             then = History(study.trials[: 3 * (i + 1)])
-            answer = study.strategy.select(problem, then)
-            assert row["budget"] == problem.label
+            solution = study.strategy.select(problem, then)
+            assert row["budget"] == problem.budget_key
             assert row["evaluations"] == 3 * (i + 1)
-            network = study.materialise(answer.allocation)
+            network = study.materialise(solution.allocation)
             validation = evaluation.test_metrics(network, study.splits.validation)
             assert row["validation_accuracy"] == validation["accuracy"]
             assert row["test_accuracy"] == study.test(network)["accuracy"]
             outputs = [predictions(m, study.splits.test)[0] for m in (network, small_net)]
-            assert row["test_divergence"] == pytest.approx(agreement(*outputs), rel=1e-6)
+            assert row["test_divergence"] == pytest.approx(kl_divergence(*outputs), rel=1e-6)
             assert row["test_divergence"] > 0
             for name in ("macs", "params"):
-                fraction = answer.metrics[name] / study.dense[name]
+                fraction = solution.metrics[name] / study.dense[name]
                 assert row[f"{name}_fraction"] == pytest.approx(fraction, rel=1e-12)
             assert row["macs_fraction"] <= problem.budget["macs"]
 
@@ -273,11 +273,11 @@ def test_fine_tuning_is_the_training_of_the_answer_on_samples_of_the_seed(
     network, data = study.materialise(), study.splits.training
     if samples == 40:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-        data = take(data, order[:40].sort().values)
+        data = subset(data, order[:40].sort().values)
     train(network, data, replace(config, seed=1), teacher=small_net)
-    answer = rows[rows.strategy == "energy"].iloc[0]
-    assert answer.finetuned_test_accuracy == study.test(network)["accuracy"]
-    assert answer.finetuned_test_accuracy != answer.test_accuracy
+    solution = rows[rows.strategy == "energy"].iloc[0]
+    assert solution.finetuned_test_accuracy == study.test(network)["accuracy"]
+    assert solution.finetuned_test_accuracy != solution.test_accuracy
     assert rows[rows.strategy == "dense"].finetuned_test_accuracy.isna().all()
 
 

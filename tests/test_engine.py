@@ -158,9 +158,9 @@ def test_a_study_goes_on_under_another_budget(
 def test_several_answers_share_trials(small_net: nn.Module, small_data: Pair) -> None:
     budgets = [{"macs": 0.7}, {"macs": 0.5}]
     study = search(small_net, small_data, budget=budgets, n_trials=3)
-    assert [t.target for t in study.trials] == ["macs<=0.7"] * 3 + ["macs<=0.5"] * 3
+    assert [t.budget_key for t in study.trials] == ["macs<=0.7"] * 3 + ["macs<=0.5"] * 3
     for problem, budget in zip(study.problems, budgets, strict=True):
-        best = study.answer(problem)
+        best = study.solution(problem)
         met = [
             t for t in study.trials if t.metrics["macs"] <= budget["macs"] * study.dense["macs"]
         ]
@@ -239,7 +239,7 @@ def test_probes_come_first_once_and_are_no_answers(
     assert [t.probe for t in study.trials] == [True] * layers + [False]
     assert study.best == study.trials[-1]
     assert any(t.metrics["macs"] > 0.5 * study.dense["macs"] for t in study.trials[:layers])
-    assert study.record.study.best_trials[0].number == layers  # Optuna too knows what counts
+    assert study.store.study.best_trials[0].number == layers  # Optuna too knows what counts
     again = search(small_net, small_data, **(options | {"resume": True, "budget": {"macs": 0.6}}))
     assert [t.probe for t in again.trials[layers + 1 :]] == [False]
 

@@ -37,8 +37,8 @@ def prepared() -> rankNAS.Study:
 
 def go_on(study: rankNAS.Study, storage: str, told: int) -> None:
     """What a process that resumes the search does; it tells of each trial that it recorded."""
-    with opened(study, storage) as record:
-        study.record = record
+    with opened(study, storage) as store:
+        study.store = store
         study.evaluator.forget()
         run(study, TRIALS, lambda trial, best: _tell(told, trial.number))
 
@@ -85,17 +85,17 @@ def test_nothing_is_lost_or_doubled_by_kills_at_any_moment(
     assert len(set(numbers)) == len(numbers)
     survived = optuna_trials(storage)
     assert set(numbers) <= set(survived)  # whatever was called recorded is there
-    record = opened(study, storage)
-    own = [t.allocation for t in record.history().trials]
+    store = opened(study, storage)
+    own = [t.allocation for t in store.history().trials]
     assert len(set(own)) == len(own) == len(survived)
     again = opened(study, None)
-    study.record = record
+    study.store = store
     run(study, TRIALS)
-    record.close()
-    finished = record.history().trials
+    store.close()
+    finished = store.history().trials
     assert len(finished) == TRIALS
     # The same search without a kill proposes the same.
-    study.record = again
+    study.store = again
     study.evaluator.forget()
     run(study, TRIALS)
     assert [t.allocation for t in finished] == [t.allocation for t in again.history().trials]

@@ -182,7 +182,7 @@ def test_a_cached_calibration_that_does_not_fit_is_a_warning(
     assert "could not be cached" in caplog.text and str(tmp_path) in caplog.text
     assert not os.listdir(tmp_path)
     for name, statistics in expected.items():
-        assert torch.equal(statistics.moment, found[name].moment)
+        assert torch.equal(statistics.input_second_moment, found[name].input_second_moment)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's exporters warn about their own internals
@@ -264,7 +264,7 @@ def study(folder: Path, model: nn.Module | None = None) -> Path:
     built = {"space": "resnet20", "num_classes": 10, "input_shape": [3, 32, 32]}
     path = artifact.save(model, Allocation.of({}), folder / "best.safetensors", model=built)
     write_json(folder / "config.json", {"space": "resnet20"})
-    write_json(folder / "result.json", built | {"answers": [{"artifact": str(path)}]})
+    write_json(folder / "result.json", built | {"solutions": [{"artifact": str(path)}]})
     return folder
 
 

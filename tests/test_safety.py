@@ -36,7 +36,7 @@ from rankNAS.objectives import make_objective
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.storage.record import Record
+from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 
 # ------------------------------------------------------------------------------- the sources
@@ -200,7 +200,10 @@ def test_as_a_cached_calibration(
     with caplog.at_level(logging.WARNING):
         found = calibrate(model, space, x, cache=tmp_path / "cache")
     assert str(path) in caplog.text and not trace.exists()
-    assert all(torch.equal(found[name].moment, expected[name].moment) for name in expected)
+    assert all(
+        torch.equal(found[name].input_second_moment, expected[name].input_second_moment)
+        for name in expected
+    )
 
 
 @writers
@@ -441,7 +444,7 @@ def test_neither_an_artifact_nor_a_result_names_code_that_runs(
     bad = BUILT | {"space": spec.format(evil=evil)}
     folder = stored(tmp_path / "study")
     path = network_file(folder, BUILT if where == "result" else bad)
-    result = (BUILT if where == "artifact" else bad) | {"answers": [{"artifact": str(path)}]}
+    result = (BUILT if where == "artifact" else bad) | {"solutions": [{"artifact": str(path)}]}
     write_json(folder / "result.json", result)
     code, error = run("export", str(folder))
     assert code == 2
@@ -483,16 +486,16 @@ def test_an_artifact_that_says_nonsense_about_its_model(
     [
         [],
         {},
-        {"answers": []},
-        {"answers": [{}]},
-        {"answers": [{"artifact": 3}]},
-        {"answers": [{"artifact": "../best.safetensors"}]},
-        {"answers": [{"artifact": "best.safetensors"}], "space": "resnet20"},
-        {"answers": [{"artifact": "best.safetensors"}], **BUILT, "input_shape": 3},
-        {"answers": [{"artifact": "best.safetensors"}], **BUILT, "num_classes": "x"},
-        {"answers": [{"artifact": ".."}], **BUILT},
-        {"answers": [{"artifact": "a\0b"}], **BUILT},
-        {"answers": [{"artifact": "/etc/passwd"}], **BUILT},
+        {"solutions": []},
+        {"solutions": [{}]},
+        {"solutions": [{"artifact": 3}]},
+        {"solutions": [{"artifact": "../best.safetensors"}]},
+        {"solutions": [{"artifact": "best.safetensors"}], "space": "resnet20"},
+        {"solutions": [{"artifact": "best.safetensors"}], **BUILT, "input_shape": 3},
+        {"solutions": [{"artifact": "best.safetensors"}], **BUILT, "num_classes": "x"},
+        {"solutions": [{"artifact": ".."}], **BUILT},
+        {"solutions": [{"artifact": "a\0b"}], **BUILT},
+        {"solutions": [{"artifact": "/etc/passwd"}], **BUILT},
         {"trials": [3]},
         {"trials": [{"state": "complete", "probe": False}]},
         {"trials": [{"state": "complete", "probe": False, "metrics": {}, "allocation": [1]}]},
@@ -611,7 +614,7 @@ def test_names_of_studies_in_a_storage_are_no_paths(
     place: Callable[[], list[Path]], name: str
 ) -> None:
     before = place()
-    record = Record.open(
+    store = StudyStore.open(
         optuna.storages.InMemoryStorage(),
         name or "empty",
         configuration={},
@@ -619,7 +622,7 @@ def test_names_of_studies_in_a_storage_are_no_paths(
         directions=["maximize"],
         resume=False,
     )
-    assert record.study.study_name == (name or "empty") and place() == before
+    assert store.study.study_name == (name or "empty") and place() == before
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -684,7 +687,7 @@ def test_names_of_layers_are_no_paths(
     assert name in space.layers
     first = calibrate(model, space, x, cache=cache_folder())
     again = calibrate(model, space, x, cache=cache_folder())
-    assert torch.equal(first[name].moment, again[name].moment)
+    assert torch.equal(first[name].input_second_moment, again[name].input_second_moment)
     config = TrainingConfig(1, batch_size=8, augment=False)
     trained_model(name, model, samples(), fingerprint=name, seed=0, config=config)
     for path in cache_folder().rglob("*"):

@@ -61,7 +61,7 @@ Distill = Annotated[
     float, typer.Option(help="Weight of distillation from the dense model in trainings.")
 ]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate of trainings.")]
-Metric = Annotated[
+ErrorNorm = Annotated[
     str, typer.Option(help="Norm of the decompositions: fisher, input, pooled or weight.")
 ]
 Operators = Annotated[
@@ -172,7 +172,7 @@ def search(
     finetune: Finetune = 0,
     distill: Distill = 0.5,
     learning_rate: LearningRate = 0.01,
-    metric: Metric = "fisher",
+    norm: ErrorNorm = "fisher",
     operators: Operators = None,
     candidates: Candidates = 256,
     multiple_of: MultipleOf = 1,
@@ -184,8 +184,8 @@ def search(
     hardware: Hardware = "host",
     latency_batch: LatencyBatch = 1,
     strict_hw: StrictHw = False,
-    latency_steps: LatencySteps = None,
-    only_faster: OnlyFaster = False,
+    latency_tolerance: LatencySteps = None,
+    require_speedup: OnlyFaster = False,
     device: Device = "cpu",
     workers: Workers = 1,
     ray_address: RayAddress = None,
@@ -219,7 +219,7 @@ def search(
         finetune=finetune,
         distill=distill,
         learning_rate=learning_rate,
-        metric=metric,
+        norm=norm,
         operators=operators,
         candidates=candidates,
         multiple_of=multiple_of,
@@ -231,8 +231,8 @@ def search(
         hardware=hardware,
         latency_batch=latency_batch,
         strict_hw=strict_hw,
-        latency_steps=latency_steps,
-        only_faster=only_faster,
+        latency_tolerance=latency_tolerance,
+        require_speedup=require_speedup,
         device=device,
         workers=workers or 1,
         ray_address=ray_address,
@@ -269,7 +269,7 @@ def compare(
     ] = None,
     distill: Distill = 0.5,
     learning_rate: LearningRate = 0.01,
-    metric: Metric = "fisher",
+    norm: ErrorNorm = "fisher",
     operators: Operators = None,
     candidates: Candidates = 256,
     multiple_of: MultipleOf = 1,
@@ -281,8 +281,8 @@ def compare(
     hardware: Hardware = "host",
     latency_batch: LatencyBatch = 1,
     strict_hw: StrictHw = False,
-    latency_steps: LatencySteps = None,
-    only_faster: OnlyFaster = False,
+    latency_tolerance: LatencySteps = None,
+    require_speedup: OnlyFaster = False,
     device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
@@ -311,7 +311,7 @@ def compare(
         finetune_samples=finetune_samples,
         distill=distill,
         learning_rate=learning_rate,
-        metric=metric,
+        norm=norm,
         operators=operators,
         candidates=candidates,
         multiple_of=multiple_of,
@@ -323,8 +323,8 @@ def compare(
         hardware=hardware,
         latency_batch=latency_batch,
         strict_hw=strict_hw,
-        latency_steps=latency_steps,
-        only_faster=only_faster,
+        latency_tolerance=latency_tolerance,
+        require_speedup=require_speedup,
         device=device,
     )
     run_compare(options, as_json=json, quiet=quiet)

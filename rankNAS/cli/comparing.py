@@ -135,7 +135,7 @@ def _finish(rows: pd.DataFrame, options: CompareOptions, *, as_json: bool) -> No
     """Write what follows from the rows, and print them."""
     folder = Path(options.out)
     about = (
-        f"{options.space} on {options.data}, metric {options.metric}, {options.seeds} seeds, "
+        f"{options.space} on {options.data}, metric {options.norm}, {options.seeds} seeds, "
         f"{options.trials} trials a budget."
     )
     if options.finetune:

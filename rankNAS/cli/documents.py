@@ -12,8 +12,8 @@ from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.results import describe_trial, load_result
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.storage.backends import open_storage, storage_name
-from rankNAS.storage.record import CHOICES, CONFIGURATION, Record
 from rankNAS.storage.redaction import redacted
+from rankNAS.storage.store import CHOICES, CONFIGURATION, StudyStore
 
 __all__ = ["load_study", "open_recorded", "study_document", "without_passwords"]
 
@@ -33,7 +33,7 @@ def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, 
     storage = open_recorded(options, trust=trust)
     study = load_study(options, storage)
     attributes = study.user_attrs
-    record = Record(study, storage, attributes[CHOICES])
+    store = StudyStore(study, storage, attributes[CHOICES])
     objectives = [o.rpartition("=") for o in attributes[CONFIGURATION]["objectives"]]
     return {
         "study": options.study,
@@ -43,8 +43,8 @@ def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, 
         "objectives": [name for name, _, _ in objectives],
         "directions": [direction for _, _, direction in objectives],
         "dense": {},
-        "answers": [],
-        "trials": [describe_trial(t) for t in record.history().trials],
+        "solutions": [],
+        "trials": [describe_trial(t) for t in store.history().trials],
     }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from rankNAS.cli.options import study_folder, understanding
+from rankNAS.cli.options import parsing_context, study_folder
 from rankNAS.cli.output import print_json
-from rankNAS.cli.results import answer_to, load_result
+from rankNAS.cli.results import load_result, solution_for
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.models.artifact import load
 from rankNAS.models.export import FORMATS, export
@@ -35,9 +35,9 @@ def run_export(
         raise UnknownNameError("format", format, FORMATS)
     folder = study_folder(study, out)
     result = load_result(folder)
-    with understanding(folder / "result.json"):
+    with parsing_context(folder / "result.json"):
         # Its name alone: wherever the folder is now, and nowhere else.
-        artifact = folder / Path(answer_to(result, list(budget))["artifact"]).name
+        artifact = folder / Path(solution_for(result, list(budget))["artifact"]).name
         searched = str(result["space"])
         classes, shape = int(result["num_classes"]), tuple(map(int, result["input_shape"]))
     factory = None

@@ -132,7 +132,9 @@ def _print_space(name: str, space: SearchSpace) -> None:
     columns = ("layer", "shape", "MACs", "params", "least MACs", "choices, or why dense")
     print_table(f"{name} at {'x'.join(map(str, space.input_shape))}", columns, rows, left=2)
     total = space.dense_cost
-    least = space.rest.macs + sum(min(c.macs for c in x.costs) for x in space.layers.values())
+    least = space.remainder_cost.macs + sum(
+        min(c.macs for c in x.costs) for x in space.layers.values()
+    )
     typer.echo(
         f"{len(space.layers)} layers to decompose, {len(space.skipped)} left dense; "
         f"{number(total.macs)} MACs, {number(total.params)} params; "

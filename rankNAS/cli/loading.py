@@ -12,7 +12,7 @@ from torch import nn
 
 from rankNAS.cli.options import ModelOptions, SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.data.loading import Data, load_data, size_of, split
+from rankNAS.data.loading import Data, len_of, load_data, split
 from rankNAS.engine import Settings
 from rankNAS.exceptions import UsageError
 from rankNAS.execution.parallel import Workers
@@ -30,7 +30,7 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 
 __all__ = [
     "check_options",
@@ -61,8 +61,8 @@ def check_options(options: ModelOptions) -> Settings:
     own: dict[str, Any] = {}
     policy = replace(
         rank_policy(options.operators, options.candidates, options.multiple_of),
-        latency_steps=options.latency_steps,
-        only_faster=options.only_faster,
+        latency_tolerance=options.latency_tolerance,
+        require_speedup=options.require_speedup,
     )
     if isinstance(options, SearchOptions):
         own = {
@@ -71,7 +71,7 @@ def check_options(options: ModelOptions) -> Settings:
             "recovery_samples": options.trial_samples,
         }
     return Settings(
-        metric=options.metric,  # type: ignore[arg-type]
+        norm=options.norm,  # type: ignore[arg-type]
         calibration=options.calibration,
         validation=options.validation,
         batch_norm=options.batch_norm,
@@ -150,7 +150,7 @@ def load_space(options: ModelOptions, data: Data, settings: Settings) -> SearchS
     space = compile_space(model, example, policy=settings.policy, exclude=options.exclude)
     for budget in options.budgets:
         exact = {name: bound for name, bound in budget.items() if name != "latency"}
-        make_problem(space, None, exact).check()
+        build_problem(space, None, exact).check()
     return space
 
 
@@ -176,7 +176,7 @@ def load_model(
     splits = split(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
-    images = size_of(splits.training)
+    images = len_of(splits.training)
     return trained_model(
         options.space,
         model,

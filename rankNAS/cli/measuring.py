@@ -45,7 +45,7 @@ def measure(
         waiting(built(factorisation.model, allocation, x), torch.device(evaluator.device))
         for allocation in (dense, *allocations)
     ]
-    times = interleaved(runs, rounds=ROUNDS, seconds=SECONDS, seed=study.bench.seed)
+    times = interleaved(runs, rounds=ROUNDS, seconds=SECONDS, seed=study.context.seed)
     return [
         {"seconds": float(median), "spread": float(spread), "rounds": len(times)}
         for median, spread in zip(np.median(times, axis=0), spread_of_median(times), strict=True)

@@ -24,7 +24,7 @@ __all__ = [
     "check_trusted",
     "read_options",
     "study_folder",
-    "understanding",
+    "parsing_context",
 ]
 
 CONFIGURATION = "config.json"
@@ -48,7 +48,7 @@ class ModelOptions:
     finetune: int = 0
     distill: float = 0.5
     learning_rate: float = 0.01
-    metric: str = "fisher"
+    norm: str = "fisher"
     operators: str | None = None
     candidates: int = 256
     multiple_of: int = 1
@@ -60,8 +60,8 @@ class ModelOptions:
     hardware: str = "host"
     latency_batch: int = 1
     strict_hw: bool = False
-    latency_steps: float | None = None
-    only_faster: bool = False
+    latency_tolerance: float | None = None
+    require_speedup: bool = False
     device: str = "cpu"
 
     @property
@@ -221,7 +221,7 @@ def read_options(folder: Path) -> SearchOptions:
 
 
 @contextmanager
-def understanding(path: Path) -> Iterator[None]:
+def parsing_context(path: Path) -> Iterator[None]:
     """While a parsed file is made sense of, its gaps and wrong types are a StudyError."""
     try:
         yield

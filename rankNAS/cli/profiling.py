@@ -17,11 +17,18 @@ import typer
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.cli.listing import side_of
 from rankNAS.cli.loading import rank_policy
-from rankNAS.cli.options import study_folder, understanding
+from rankNAS.cli.options import parsing_context, study_folder
 from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.results import load_result
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.hw_models import Agreement, Host, agreement, compile_latency, make_hardware, validate
+from rankNAS.hw_models import (
+    Agreement,
+    Host,
+    agreement,
+    compile_latency,
+    make_hardware,
+    validate,
+)
 from rankNAS.hw_models.networks import random_allocations
 from rankNAS.io.files import save_atomically
 from rankNAS.search_spaces.attention import separate_attention
@@ -154,7 +161,7 @@ def _allocations(options: ProfileOptions, space: SearchSpace) -> dict[str, Alloc
 def _best_of(folder: Path) -> list[tuple[str, Allocation]]:
     """The most accurate trials of a study, by name."""
     result = load_result(folder)
-    with understanding(folder / "result.json"):
+    with parsing_context(folder / "result.json"):
         complete = [t for t in result["trials"] if t["state"] == "complete" and not t["probe"]]
         complete.sort(key=lambda t: -t["metrics"].get("accuracy", 0.0))
         return [

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 from rankNAS.cli.documents import study_document, without_passwords
-from rankNAS.cli.options import SearchOptions, read_options, study_folder, understanding
+from rankNAS.cli.options import SearchOptions, parsing_context, read_options, study_folder
 from rankNAS.cli.output import print_json
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically
@@ -31,7 +31,7 @@ def run_report(
     path = Path(output) if output else options.folder / "report.html"
     given = without_passwords({k: v for k, v in options.to_json().items() if k != "out"})
     shown = {name.replace("_", " "): _words(value) for name, value in given.items()}
-    with understanding(options.folder / "result.json"):
+    with parsing_context(options.folder / "result.json"):
         document = without_passwords(study_document(options, trust=trust_study))
         text = render(document, shown, redacted(reproduction(options)))
     try:

@@ -27,7 +27,7 @@ from rankNAS.recovery.training import TrainingConfig
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study
 
-__all__ = ["answer_to", "describe_trial", "keep", "load_result"]
+__all__ = ["solution_for", "describe_trial", "keep", "load_result"]
 
 
 def keep(
@@ -35,19 +35,19 @@ def keep(
 ) -> dict[str, Any]:
     """Write the artifacts and return the result document.
 
-    The document holds one of ``answers`` for each budget. Those of the first budget are at its
+    The document holds one of ``solutions`` for each budget. Those of the first budget are at its
     top level too.
     """
     trials = study.to_pandas()
     save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
     dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
-    answers = [_answer(options, study, p, model, reporter) for p in study.problems]
+    solutions = [_solution(options, study, p, model, reporter) for p in study.problems]
     dense = _summary(study.dense, dense_test)
     if concerns_latency(study):
         reporter.say("timing the dense network and the compressed ones")
-        chosen = [study.answer(p).allocation for p in study.problems]
+        chosen = [study.solution(p).allocation for p in study.problems]
         times = measure(study, chosen, options.latency_batch)
-        for summary, found in zip([dense, *(a["best"] for a in answers)], times, strict=True):
+        for summary, found in zip([dense, *(a["best"] for a in solutions)], times, strict=True):
             summary["measured_latency"] = found
     return {
         "study": options.study,
@@ -59,29 +59,29 @@ def keep(
         "objectives": list(study.problem.objectives),
         "directions": list(study.problem.directions),
         "dense": dense,
-        **answers[0],
-        "answers": answers,
+        **solutions[0],
+        "solutions": solutions,
         "trials": [describe_trial(t) for t in study.trials],
         "versions": versions(),
         "machine": machine(),
     }
 
 
-def _answer(
+def _solution(
     options: SearchOptions, study: Study, problem: Problem, model: nn.Module, reporter: Reporter
 ) -> dict[str, Any]:
     """The trial chosen for one budget, its network kept, tested and fine-tuned."""
-    suffix = f"-{_safe(problem.label)}" if len(study.problems) > 1 else ""
-    chosen = study.answer(problem)
+    suffix = f"-{_safe(problem.budget_key)}" if len(study.problems) > 1 else ""
+    chosen = study.solution(problem)
     network = study.materialise(chosen.allocation)
     labels = chosen.allocation.labels()
     write_json(options.folder / f"best{suffix}.json", labels)
     path = options.folder / f"best{suffix}.safetensors"
     artifact = study.save(path, chosen.allocation, network)
     layers = study.evaluator.factorisation.space.layers
-    answer: dict[str, Any] = {
+    solution: dict[str, Any] = {
         "budget": dict(problem.budget),
-        "label": problem.label,
+        "budget_key": problem.budget_key,
         "trial": chosen.number,
         "best": _summary(chosen.metrics, study.test(network)) | {"allocation": labels},
         **describe_front(problem, study.history),
@@ -94,9 +94,9 @@ def _answer(
         tuned = _finetune(config, study, model, network, reporter)
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
-        answer["finetuned"] = tuned | {"artifact": str(artifact)}
-        answer["artifact"] = str(artifact)
-    return answer
+        solution["finetuned"] = tuned | {"artifact": str(artifact)}
+        solution["artifact"] = str(artifact)
+    return solution
 
 
 def _safe(label: str) -> str:
@@ -142,7 +142,7 @@ def describe_trial(trial: Trial) -> dict[str, Any]:
         "number": trial.number,
         "state": trial.state,
         "probe": trial.probe,
-        "target": trial.target,
+        "budget_key": trial.budget_key,
         "values": list(trial.values),
         "metrics": dict(trial.metrics),
         "allocation": trial.allocation.labels(),
@@ -167,20 +167,20 @@ def load_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def answer_to(result: Mapping[str, Any], budget: list[str]) -> dict[str, Any]:
+def solution_for(result: Mapping[str, Any], budget: list[str]) -> dict[str, Any]:
     """The answer of a study to one of its budgets; to the first if none is given.
 
     Raises:
         UsageError: The study has no such budget.
     """
-    answers: list[dict[str, Any]] = result["answers"]
+    solutions: list[dict[str, Any]] = result["solutions"]
     if not budget:
-        return answers[0]
+        return solutions[0]
     wanted = parse_budget(budget, result["cost"])
-    for answer in answers:
-        if answer["budget"] == wanted:
-            return answer
-    known = "; ".join(answer["label"] for answer in answers)
+    for solution in solutions:
+        if solution["budget"] == wanted:
+            return solution
+    known = "; ".join(solution["budget_key"] for solution in solutions)
     raise UsageError(
         f"`--budget` must be one of the study's budgets, {known}; got {' '.join(budget)}."
     )

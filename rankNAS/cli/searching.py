@@ -36,8 +36,8 @@ from rankNAS.exceptions import StudyError
 from rankNAS.io.files import write_json
 from rankNAS.objectives import make_objective
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.storage.record import study_names
 from rankNAS.storage.redaction import redacted, without_password
+from rankNAS.storage.store import study_names
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Trial
 from rankNAS.study import Study
@@ -185,9 +185,9 @@ def _counting(
         total += trial.probe
         done = trial.number + 1
         if best is not None:
-            found.trials[trial.target] = best
+            found.trials[trial.budget_key] = best
         note = "" if best is None else f"best {options.objective[0]} {best.values[0]:.4f}"
-        note += f" at {trial.target}" if len(options.budgets) > 1 else ""
+        note += f" at {trial.budget_key}" if len(options.budgets) > 1 else ""
         # A resumed study has probes and trials of other budgets that were not counted above.
         reporter.stage("trials", done, max(done, total), note)
 
@@ -195,32 +195,32 @@ def _counting(
 
 
 def _print(options: SearchOptions, result: dict[str, Any]) -> None:
-    dense, answers = result["dense"], result["answers"]
+    dense, solutions = result["dense"], result["solutions"]
     rows = [
         [
             name.replace("_", " "),
             f"{dense[name]:.4f}",
-            *(f"{a['best'][name]:.4f}" for a in answers),
+            *(f"{a['best'][name]:.4f}" for a in solutions),
         ]
         for name in ("accuracy", "test_accuracy")
     ]
     if options.finetune:
         rows += [
             [f"fine-tuned, {name.replace('_', ' ')}", ""]
-            + [f"{a['finetuned'][name]:.4f}" for a in answers]
+            + [f"{a['finetuned'][name]:.4f}" for a in solutions]
             for name in ("accuracy", "test_accuracy")
         ]
     costs = ("macs", "params", "weight_bytes", "predicted_latency")
     rows += [
-        [name, percent(dense, dense, name), *(percent(a["best"], dense, name) for a in answers)]
+        [name, percent(dense, dense, name), *(percent(a["best"], dense, name) for a in solutions)]
         for name in costs
         if name in dense
     ]
-    columns = ["", "dense", *(a["label"] if a["budget"] else "no budget" for a in answers)]
+    columns = ["", "dense", *(a["budget_key"] if a["budget"] else "no budget" for a in solutions)]
     print_table(str(result["study"]), columns, rows)
     probes = sum(t["probe"] for t in result["trials"])
     trials = f"{len(result['trials']) - probes} trials" + f" and {probes} probes" * bool(probes)
     typer.echo(f"{trials}, {result['seconds']:.0f} s")
-    for answer in answers:
-        typer.echo(f"network  {answer['artifact']}")
+    for solution in solutions:
+        typer.echo(f"network  {solution['artifact']}")
     typer.echo(f"details  ranknas show {result['study']} --out {options.out}")

@@ -21,7 +21,7 @@ from rankNAS.cli.documents import (
     study_document,
     without_passwords,
 )
-from rankNAS.cli.options import read_options, study_folder, understanding
+from rankNAS.cli.options import parsing_context, read_options, study_folder
 from rankNAS.exceptions import UsageError
 from rankNAS.reporting import figures
 
@@ -67,7 +67,7 @@ def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bo
             raise UsageError(
                 "`ranknas dashboard` needs optuna-dashboard: pip install 'ranknas[dashboard]'"
             ) from None
-        with understanding(options.folder / "result.json"):
+        with parsing_context(options.folder / "result.json"):
             publish(found, without_passwords(study_document(options, trust=trust_study)))
         app: WSGIApplication = optuna_dashboard.wsgi(storage)
         address = f"[{host}]" if ":" in host else host
@@ -98,7 +98,7 @@ def guarded(app: WSGIApplication, host: str) -> WSGIApplication:
         host: A further name to answer to.
     """
 
-    def answer(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
+    def solution(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         try:
             name = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
             known = name in ("localhost", host) or _is_loopback(name)
@@ -109,7 +109,7 @@ def guarded(app: WSGIApplication, host: str) -> WSGIApplication:
         start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
         return [b"Ask for localhost, not for another name of this machine.\n"]
 
-    return answer
+    return solution
 
 
 def publish(study: optuna.Study, document: dict[str, Any]) -> None:
@@ -142,18 +142,21 @@ def publish(study: optuna.Study, document: dict[str, Any]) -> None:
 def note(document: dict[str, Any]) -> str:
     """What a study has found, in Markdown."""
     lines = [f"{_plain(document['space'])} by {_plain(document['strategy'])}", ""]
-    if not document["answers"]:
+    if not document["solutions"]:
         lines += ["The search has not ended.", ""]
     else:
         lines += ["| | test accuracy | MACs kept | trial |", "|---|---|---|---|"]
         dense = document["dense"]
         lines.append(f"| dense | {dense['test_accuracy']:.4f} | 100 % | |")
-        for answer in document["answers"]:
-            best, label = answer["best"], answer["label"] if answer["budget"] else "no budget"
+        for solution in document["solutions"]:
+            best, label = (
+                solution["best"],
+                solution["budget_key"] if solution["budget"] else "no budget",
+            )
             kept = 100 * best["macs"] / dense["macs"]
             lines.append(
                 f"| {_plain(label)} | {best['test_accuracy']:.4f} | {kept:.1f} % | "
-                f"{answer['trial']} |"
+                f"{solution['trial']} |"
             )
         lines.append("")
     lines += ["Each parameter is a layer, its values are the choices of operator and rank.", ""]

@@ -30,48 +30,53 @@ def run_show(study: str, out: str, top: int, *, as_json: bool) -> None:
         + f" and {probes} probes, measured whatever their cost" * bool(probes)
         + f", {failed} failed" * bool(failed)
     )
-    for answer in result["answers"]:
-        _print_answer(result, answer)
-        _print_trials(result, answer, top)
-        _print_layers(answer)
+    for solution in result["solutions"]:
+        _print_answer(result, solution)
+        _print_trials(result, solution, top)
+        _print_layers(solution)
 
 
-def _print_answer(result: Document, answer: Document) -> None:
-    dense, best = result["dense"], answer["best"]
+def _print_answer(result: Document, solution: Document) -> None:
+    dense, best = result["dense"], solution["best"]
     typer.echo(
-        f"\n{answer['label'] if answer['budget'] else 'no budget'}: trial {answer['trial']}"
+        f"\n{solution['budget_key'] if solution['budget'] else 'no budget'}: "
+        f"trial {solution['trial']}"
     )
-    tuned = answer.get("finetuned")
+    tuned = solution.get("finetuned")
     typer.echo(
         f"test accuracy {best['test_accuracy']:.4f} (dense {dense['test_accuracy']:.4f}"
         + (f", fine-tuned {tuned['test_accuracy']:.4f}" if tuned else "")
         + f"), MACs {percent(best, dense, 'macs')}, params {percent(best, dense, 'params')}"
     )
-    if "hypervolume" in answer:
-        pairs = zip(result["objectives"], answer["reference"], strict=True)
+    if "hypervolume" in solution:
+        pairs = zip(result["objectives"], solution["reference"], strict=True)
         worst = ", ".join(f"{name} {value:.5g}" for name, value in pairs)
         typer.echo(
-            f"Pareto front of {len(answer['pareto_front'])} trials, hypervolume "
-            f"{answer['hypervolume']:.5g} from the worst values seen ({worst})"
+            f"Pareto front of {len(solution['pareto_front'])} trials, hypervolume "
+            f"{solution['hypervolume']:.5g} from the worst values seen ({worst})"
         )
 
 
-def _print_trials(result: Document, answer: Document, top: int) -> None:
+def _print_trials(result: Document, solution: Document, top: int) -> None:
     """The trials within the budget, without the probes that were not chosen for anything."""
-    names, front, several = result["objectives"], answer["pareto_front"], "hypervolume" in answer
+    names, front, several = (
+        result["objectives"],
+        solution["pareto_front"],
+        "hypervolume" in solution,
+    )
     sign = 1 if result["directions"][0] == "maximize" else -1
     trials = {t["number"]: t for t in result["trials"]}
     listed = [
         trials[n]
-        for n in answer["feasible"]
-        if not trials[n]["probe"] or n in front or n == answer["trial"]
+        for n in solution["feasible"]
+        if not trials[n]["probe"] or n in front or n == solution["trial"]
     ]
     # Of equals, the chosen one first.
     listed.sort(
         key=lambda t: (
             several and t["number"] not in front,
             -sign * t["values"][0],
-            t["number"] != answer["trial"],
+            t["number"] != solution["trial"],
         )
     )
     rows = []
@@ -79,21 +84,21 @@ def _print_trials(result: Document, answer: Document, top: int) -> None:
         row = [t["number"], *(f"{v:.5g}" for v in t["values"])]
         row += [percent(t["metrics"], result["dense"], "macs"), f"{t['seconds']:.1f}"]
         if several:
-            by = answer["dominated_by"].get(str(t["number"]))
+            by = solution["dominated_by"].get(str(t["number"]))
             row.append("*" if by is None else f"dominated by {by}")
         rows.append(row)
     columns = ["trial", *names, "MACs", "seconds", *(["front"] if several else [])]
     print_table(f"best {len(rows)} of {len(listed)} trials", columns, rows, left=0)
 
 
-def _print_layers(answer: Document) -> None:
+def _print_layers(solution: Document) -> None:
     rows = [
         (
             name,
-            answer["best"]["allocation"][name],
+            solution["best"]["allocation"][name],
             number(costs["macs"]),
             f"{100 * costs['best_macs'] / costs['macs']:.1f} %",
         )
-        for name, costs in answer["layers"].items()
+        for name, costs in solution["layers"].items()
     ]
     print_table("chosen ranks", ("layer", "choice", "dense MACs", "kept"), rows, left=2)

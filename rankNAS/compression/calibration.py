@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankNAS.decompositions.metrics import MetricName, Statistics
+from rankNAS.decompositions.norms import NormName, Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError, WeightsError, WriteError
 from rankNAS.io.fingerprints import fingerprint
@@ -42,7 +42,7 @@ def calibrate(
     space: SearchSpace,
     inputs: Tensor,
     *,
-    metric: MetricName = "fisher",
+    norm: NormName = "fisher",
     batch_size: int = 128,
     seed: int = 0,
     cache: Path | None = None,
@@ -54,7 +54,7 @@ def calibrate(
         model: The dense model that was compiled, in evaluation mode.
         space: Its space.
         inputs: Calibration inputs, (samples, …).
-        metric: ``weight`` needs no statistics and returns none; ``fisher`` needs a backward pass
+        norm: ``weight`` needs no statistics and returns none; ``fisher`` needs a backward pass
             and class logits as the model's output. ``pooled`` averages the means and the unbiased
             covariances of consecutive groups of 32 samples, or a few more where these would not
             divide the samples.
@@ -66,23 +66,21 @@ def calibrate(
     Raises:
         RankNASError: The statistics are not finite.
     """
-    if metric == "weight":
+    if norm == "weight":
         return {}
     model = separate_attention(model)
     path = (
-        None
-        if cache is None
-        else cache / f"{_key(model, space, inputs, metric, seed)}.safetensors"
+        None if cache is None else cache / f"{_key(model, space, inputs, norm, seed)}.safetensors"
     )
     if path is not None and (cached := _read(path, space, inputs.device)) is not None:
         return cached
     sums = _Sums(space, seed)
-    pooled = metric == "pooled"
+    pooled = norm == "pooled"
     groups = max(1, len(inputs) // POOLED)
     chunks = inputs.tensor_split(groups) if pooled else inputs.split(batch_size)
-    with sums.recording(model, gradients=metric == "fisher"):
+    with sums.recording(model, gradients=norm == "fisher"):
         for done, batch in enumerate(chunks, 1):
-            _pass(model, batch, sums, backward=metric == "fisher")
+            _pass(model, batch, sums, backward=norm == "fisher")
             if pooled:
                 sums.close_group()
             if on_batch is not None:
@@ -210,7 +208,7 @@ class _Sums:
                 *self._moments(name),
                 None if gradient is None else gradient / self.gradients[name],
             )
-            for tensor in (result.moment, result.gradient):
+            for tensor in (result.input_second_moment, result.output_gradient_second_moment):
                 if tensor is not None and not tensor.isfinite().all():
                     raise RankNASError(
                         f"the calibration statistics of layer {name!r} are not finite; look for "
@@ -292,19 +290,19 @@ def _pad(shape: LayerShape, x: Tensor) -> Tensor:
     return functional.pad(x, sides, mode=mode)
 
 
-def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, metric: str, seed: int) -> str:
+def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, norm: str, seed: int) -> str:
     """Content key: layers, weights, inputs and settings."""
     layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
-    salt = "\n".join([f"2 {metric} {seed} {MAX_POSITIONS} {model}", *layers])
+    salt = "\n".join([f"2 {norm} {seed} {MAX_POSITIONS} {model}", *layers])
     return fingerprint({**model.state_dict(), "inputs": inputs}, salt)
 
 
 def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:
     tensors = {}
     for name, s in statistics.items():
-        tensors[f"moment:{name}"], tensors[f"mean:{name}"] = s.moment, s.mean
-        if s.gradient is not None:
-            tensors[f"gradient:{name}"] = s.gradient
+        tensors[f"moment:{name}"], tensors[f"mean:{name}"] = s.input_second_moment, s.mean
+        if s.output_gradient_second_moment is not None:
+            tensors[f"gradient:{name}"] = s.output_gradient_second_moment
     try:
         write_tensors(path, tensors)
     except WriteError as error:

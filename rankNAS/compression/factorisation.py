@@ -15,12 +15,12 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
 from rankNAS.decompositions import (
     OPERATORS,
+    ErrorNorm,
     Factors,
-    Metric,
-    MetricName,
+    NormName,
     Statistics,
     Target,
-    make_metric,
+    make_norm,
 )
 from rankNAS.decompositions.shapes import LayerShape, is_hf_conv1d
 from rankNAS.exceptions import UsageError
@@ -35,7 +35,7 @@ __all__ = [
     "LayerFactors",
     "changeable_copy",
     "factorise",
-    "is_heavy",
+    "exceeds_memory_limit",
     "shared_copy",
     "skeleton",
 ]
@@ -52,7 +52,7 @@ class LayerFactors:
     layer: Layer
     weight: Tensor
     bias: Tensor | None
-    metric: Metric
+    norm: ErrorNorm
     factors: dict[str, Factors]
     outputs: Tensor
 
@@ -106,16 +106,16 @@ class LayerFactors:
 
     def bias_of(self, choice: Choice) -> Tensor | None:
         """The bias of the decomposed layer."""
-        if self.bias is None or self.metric.mean is None:
+        if self.bias is None or self.norm.mean is None:
             return self.bias
         return self._corrected_bias(self.factors[choice.operator].weight(choice.rank))
 
     def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
         """The bias b + (W - What) E[x], which takes out the mean of the error."""
-        if self.bias is None or self.metric.mean is None:
+        if self.bias is None or self.norm.mean is None:
             return self.bias
         D = self.weight.double().flatten(2) - approximation
-        shift = (D @ self.metric.mean.unsqueeze(-1)).flatten()
+        shift = (D @ self.norm.mean.unsqueeze(-1)).flatten()
         return (self.bias.double() + shift).to(self.bias.dtype)
 
 
@@ -169,12 +169,12 @@ class Factorisation:
         network = shared_copy(self.model)
         for name, choice in allocation.items():
             if choice != DENSE:
-                module = _MadeWhenCalled(self.layers[name], choice)
+                module = _LazyFactorised(self.layers[name], choice)
                 replace_module(network, self.space.layers[name].paths, module)
         return network
 
 
-class _MadeWhenCalled(nn.Module):
+class _LazyFactorised(nn.Module):
     """A decomposed layer that exists while it is called."""
 
     def __init__(self, layer: LayerFactors, choice: Choice) -> None:
@@ -192,7 +192,7 @@ def factorise(
     space: SearchSpace,
     statistics: Mapping[str, Statistics] | None = None,
     *,
-    metric: MetricName = "weight",
+    norm: NormName = "weight",
     centred: bool | None = None,
     select: Select | None = None,
     on_layer: Callable[[int, int], None] | None = None,
@@ -202,8 +202,8 @@ def factorise(
     Args:
         model: The model that was compiled.
         space: Its space.
-        statistics: From `calibrate`; not needed for ``metric="weight"``.
-        metric: The norm in which truncations are optimal.
+        statistics: From `calibrate`; not needed for ``norm="weight"``.
+        norm: The norm in which truncations are optimal.
         centred: Optimise the variance of the error and correct its mean: through the bias, or,
             in layers without one, through a following batch norm that is re-estimated. By default
             on for layers with a bias, and for all if the model has batch norms.
@@ -218,8 +218,8 @@ def factorise(
         module = model.get_submodule(name)
         has_bias = module.bias is not None
         layer_centred = centred_all or (centred is None and has_bias)
-        layer_metric = make_metric(metric, (statistics or {}).get(name), centred=layer_centred)
-        found = _factorise_layer(layer, module, layer_metric)
+        layer_norm = make_norm(norm, (statistics or {}).get(name), centred=layer_centred)
+        found = _factorise_layer(layer, module, layer_norm)
         if select is not None:
             found = found.restrict(select(layer, found.errors()))
         layers[name] = found
@@ -229,10 +229,10 @@ def factorise(
     return Factorisation(model, space, layers)
 
 
-def _factorise_layer(layer: Layer, module: nn.Module, metric: Metric) -> LayerFactors:
+def _factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFactors:
     shape = layer.shape
     weight = shape.fold(_oriented(module))
-    target = Target(weight, metric)
+    target = Target(weight, norm)
     factors = {
         name: OPERATORS[name].factorise(shape, target, ranks)
         for name, ranks in _ranks(layer.choices).items()
@@ -241,7 +241,7 @@ def _factorise_layer(layer: Layer, module: nn.Module, metric: Metric) -> LayerFa
     bias = None if bias is None else bias.detach()
     # C is as large as all factors together, and no longer needed.
     outputs = target.WC @ target.W.mT
-    return LayerFactors(layer, weight, bias, replace(metric, C=None), factors, outputs)
+    return LayerFactors(layer, weight, bias, replace(norm, C=None), factors, outputs)
 
 
 def _ranks(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:
@@ -277,7 +277,7 @@ def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def is_heavy(model: nn.Module) -> bool:
+def exceeds_memory_limit(model: nn.Module) -> bool:
     """Whether the weights take so much memory that they should not be copied without need."""
     return sum(p.nbytes for p in model.parameters()) > LIGHT
 
@@ -288,7 +288,7 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
     In a heavy model, a layer's weight is multiplied out whenever it is read, and gone after that;
     all other parameters, and the factors, are read where they lie.
     """
-    if not is_heavy(model):
+    if not exceeds_memory_limit(model):
         return copy.deepcopy(model)
     paths = {path for found in layers.values() for path in found.layer.paths}
     biases = [getattr(model.get_submodule(path), "bias", None) for path in paths]

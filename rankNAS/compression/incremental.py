@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Pass", "Stages"]
+__all__ = ["CachedPass", "IncrementalExecutor"]
 
 logger = logging.getLogger(__name__)
 MEMORY = 1 << 30  # bytes of activations that one pass may keep
@@ -29,20 +29,20 @@ OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 
 
-class Stages:
+class IncrementalExecutor:
     """The operations of a network, in order, and where each searched layer is first used.
 
     Args:
         nodes: Without the output node.
         result: What the network returns.
         network: The traced network, without in-place operations; it shares its modules.
-        cuts: By layer, the number of the first operation that depends on it.
+        cut_points: By layer, the number of the first operation that depends on it.
     """
 
     def __init__(
-        self, nodes: list[fx.Node], result: Any, network: nn.Module, cuts: dict[str, int]
+        self, nodes: list[fx.Node], result: Any, network: nn.Module, cut_points: dict[str, int]
     ) -> None:
-        self.nodes, self.result, self.network, self.cuts = nodes, result, network, cuts
+        self.nodes, self.result, self.network, self.cut_points = nodes, result, network, cut_points
         self._interpreter = fx.Interpreter(network)
         place = {node: i for i, node in enumerate(nodes)}
         last_use = [i for i, _ in enumerate(nodes)]
@@ -51,14 +51,14 @@ class Stages:
                 last_use[place[other]] = i
         for other in _nodes_in(result):
             last_use[place[other]] = len(nodes)
-        self.dying: list[list[fx.Node]] = [[] for _ in range(len(nodes) + 1)]
+        self.last_use: list[list[fx.Node]] = [[] for _ in range(len(nodes) + 1)]
         for node, last in zip(nodes, last_use, strict=True):
-            self.dying[last].append(node)
+            self.last_use[last].append(node)
 
     @classmethod
     def of(
         cls, model: nn.Module, layers: Mapping[str, Sequence[str]], examples: Iterable[Tensor]
-    ) -> Stages | None:
+    ) -> IncrementalExecutor | None:
         """Trace a model, which loses its in-place activations.
 
         Args:
@@ -102,11 +102,11 @@ class Stages:
         Returns:
             The network's output (None if stopped) and what was kept.
         """
-        alive = dict(values)
+        live_values = dict(values)
         kept: dict[int, dict[fx.Node, Any]] = {}
         end = len(self.nodes) if stop is None else stop
-        self._compute(alive, start, end, x, kept, set(keep))
-        output = fx.node.map_arg(self.result, alive.__getitem__) if stop is None else None
+        self._compute(live_values, start, end, x, kept, set(keep))
+        output = fx.node.map_arg(self.result, live_values.__getitem__) if stop is None else None
         return output, kept
 
     def advance(
@@ -115,9 +115,9 @@ class Stages:
         """What is alive before operation `stop`, given what is alive before `start`."""
         if start == stop:
             return values
-        alive = dict(values)
-        self._compute(alive, start, stop, x, {}, set())
-        return alive
+        live_values = dict(values)
+        self._compute(live_values, start, stop, x, {}, set())
+        return live_values
 
     def input_of(self, number: int, values: dict[fx.Node, Any]) -> Tensor:
         """The first argument of an operation, given what is alive before it."""
@@ -129,38 +129,38 @@ class Stages:
 
     def _compute(
         self,
-        alive: dict[fx.Node, Any],
+        live_values: dict[fx.Node, Any],
         start: int,
         stop: int,
         x: Tensor,
         kept: dict[int, dict[fx.Node, Any]],
         keep: set[int],
     ) -> None:
-        """Run operations, in place of `alive`, noting in `kept` what is alive before some."""
+        """Run operations, updating `live_values`; `kept` gets the live values at some."""
         for i in range(start, stop):
             if i in keep:
-                kept[i] = dict(alive)
+                kept[i] = dict(live_values)
             node = self.nodes[i]
             if node.op == "placeholder":
-                alive[node] = x
+                live_values[node] = x
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), alive.__getitem__)
-                alive[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
-            for dead in self.dying[i]:
-                del alive[dead]
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), live_values.__getitem__)
+                live_values[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
+            for dead in self.last_use[i]:
+                del live_values[dead]
 
 
-class Pass:
+class CachedPass:
     """Repeated forward passes over the same inputs, each from the first change on.
 
     Args:
         stages: The traced network.
         batches: Its inputs.
-        stop: As in `Stages.run`.
+        stop: As in `IncrementalExecutor.run`.
     """
 
     def __init__(
-        self, stages: Stages, batches: Sequence[Tensor], *, stop: int | None = None
+        self, stages: IncrementalExecutor, batches: Sequence[Tensor], *, stop: int | None = None
     ) -> None:
         self.stages, self.batches, self.stop = stages, batches, stop
         self._kept: dict[int, list[dict[fx.Node, Any]]] = {}
@@ -186,27 +186,27 @@ class Pass:
         """The outputs of all batches; nothing is computed that has not changed."""
         if self._outputs is None:
             start = self.start
-            cuts = [c for c in self._cuts if c > start]
+            cut_points = [c for c in self._cuts if c > start]
             before = self._kept.get(start) or [{} for _ in self.batches]
             runs = [
-                self.stages.run(values, start, x, cuts, self.stop)
+                self.stages.run(values, start, x, cut_points, self.stop)
                 for values, x in zip(before, self.batches, strict=True)
             ]
-            self._kept |= {cut: [kept[cut] for _, kept in runs] for cut in cuts}
+            self._kept |= {cut: [kept[cut] for _, kept in runs] for cut in cut_points}
             self._outputs = [output for output, _ in runs]
         return self._outputs
 
     def _affordable(self) -> list[int]:
         """As many evenly spaced cuts as the memory allows."""
-        cuts = sorted(set(self.stages.cuts.values()) - {0})
+        cut_points = sorted(set(self.stages.cut_points.values()) - {0})
         few = self.batches[0][:2]
-        _, kept = self.stages.run({}, 0, few, cuts, self.stop)
+        _, kept = self.stages.run({}, 0, few, cut_points, self.stop)
         sampled = sum(_bytes(values.values()) for values in kept.values())
         total = sampled * sum(map(len, self.batches)) / len(few)
         return list(kept)[:: max(1, math.ceil(total / MEMORY))]
 
 
-def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Stages | None:
+def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> IncrementalExecutor | None:
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
@@ -232,7 +232,7 @@ def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Stages | No
     (output,) = (node for node in nodes if node.op == "output")
     if nodes[-1] is not output:
         return None
-    return Stages(nodes[:-1], output.args[0], traced, users)
+    return IncrementalExecutor(nodes[:-1], output.args[0], traced, users)
 
 
 def _made_out_of_place(node: fx.Node) -> bool:

@@ -29,11 +29,11 @@ from rankNAS.compression.factorisation import (
     changeable_copy,
     shared_copy,
 )
-from rankNAS.compression.incremental import Stages
-from rankNAS.decompositions import OPERATORS, Metric, Target
-from rankNAS.decompositions.metrics import ridged
+from rankNAS.compression.incremental import IncrementalExecutor
+from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
+from rankNAS.decompositions.norms import ridged
 
-__all__ = ["sequential"]
+__all__ = ["refit_sequentially"]
 
 SAMPLES = 2  # patches for each input of a layer, below which its moments say too little
 POSITIONS = 32  # of one input, see `patches`; that many more inputs say more than more positions
@@ -42,7 +42,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, c
 
 
 @torch.no_grad()
-def sequential(
+def refit_sequentially(
     factorisation: Factorisation,
     allocation: Mapping[str, Choice],
     inputs: Tensor,
@@ -142,7 +142,7 @@ class _Moments:
 
     def refit(self, layer: LayerFactors, choice: Choice) -> LayerFactors:
         """The layer's factors for the choice, from the best weight for the compressed inputs."""
-        centred = layer.metric.mean is not None
+        centred = layer.norm.mean is not None
         cross, moment = self.cross, self.moment
         if centred:
             cross = cross - self.mean_dense.unsqueeze(-1) * self.mean.unsqueeze(-2)
@@ -157,21 +157,21 @@ class _Moments:
             shift = (W @ self.mean_dense.unsqueeze(-1) - best @ self.mean.unsqueeze(-1)).flatten()
             bias = (bias.double() + shift).to(bias.dtype)
         weight = best.reshape(layer.weight.shape)
-        metric = Metric(ridged(moment), layer.metric.H, self.mean if centred else None)
+        norm = ErrorNorm(ridged(moment), layer.norm.H, self.mean if centred else None)
         factors = {}
         if choice != DENSE:
             operator = OPERATORS[choice.operator]
-            target = Target(weight, metric)
+            target = Target(weight, norm)
             found = operator.factorise(layer.layer.shape, target, [choice.rank])
             factors = {choice.operator: found}
         weight = weight.to(layer.weight.dtype)
-        metric = replace(metric, C=None)
-        refitted = replace(layer, weight=weight, bias=bias, metric=metric, factors=factors)
+        norm = replace(norm, C=None)
+        refitted = replace(layer, weight=weight, bias=bias, norm=norm, factors=factors)
         if choice == DENSE:
             return refitted
         # With its bias corrected, one choice needs no dense weight of its own.
         _, bias = refitted.folded(choice)
-        return replace(refitted, weight=layer.weight, bias=bias, metric=replace(metric, mean=None))
+        return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
 
 
 def _walk(
@@ -188,7 +188,9 @@ def _walk(
     layers = factorisation.space.layers
     paths = {name: layer.paths for name, layer in layers.items()}
     batches = even_chunks(inputs, batch_size) if len(inputs) > 1 else (inputs,)
-    staged = [Stages.of(model, paths, [batches[0][:2]]) for model in (dense, compressed)]
+    staged = [
+        IncrementalExecutor.of(model, paths, [batches[0][:2]]) for model in (dense, compressed)
+    ]
     if staged[0] is not None and staged[1] is not None:
         yield from _staged(staged[0], staged[1], layers, batches)
         return
@@ -197,23 +199,26 @@ def _walk(
 
 
 def _staged(
-    dense: Stages, compressed: Stages, layers: Mapping[str, Any], batches: tuple[Tensor, ...]
+    dense: IncrementalExecutor,
+    compressed: IncrementalExecutor,
+    layers: Mapping[str, Any],
+    batches: tuple[Tensor, ...],
 ) -> Iterator[tuple[str, Pairs]]:
     """Both forward passes advance from layer to layer, for all batches."""
     both = dense, compressed
-    alive: list[list[dict[Any, Any]]] = [[{} for _ in batches] for _ in both]
+    live_values: list[list[dict[Any, Any]]] = [[{} for _ in batches] for _ in both]
     at = 0
-    for name in sorted(layers, key=lambda name: dense.cuts[name]):
-        cut = dense.cuts[name]
+    for name in sorted(layers, key=lambda name: dense.cut_points[name]):
+        cut = dense.cut_points[name]
         for i, x in enumerate(batches):
-            for stages, values in zip(both, alive, strict=True):
+            for stages, values in zip(both, live_values, strict=True):
                 values[i] = stages.advance(values[i], at, cut, x)
         at = cut
         yield (
             name,
             (
                 (dense.input_of(cut, a), compressed.input_of(cut, b))
-                for a, b in zip(*alive, strict=True)
+                for a, b in zip(*live_values, strict=True)
                 if len(layers[name].shape.calls) == 1
             ),
         )

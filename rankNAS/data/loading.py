@@ -35,14 +35,14 @@ __all__ = [
     "batches",
     "channels_last",
     "check_labels",
-    "drawn",
+    "subsample",
     "held_out",
     "in_memory",
     "load_data",
     "normalization_from_metadata",
-    "size_of",
+    "len_of",
     "split",
-    "take",
+    "subset",
 ]
 
 #: Inputs (n, ...) and targets (n, ...) in memory.
@@ -238,7 +238,7 @@ def _item(dataset: Dataset[Any], row: int, where: str) -> Pair:
 
 def _sampled_bytes(dataset: Dataset[Any], where: str) -> list[bytes]:
     """The length and up to 64 evenly spaced items, among them the first and the last."""
-    last = size_of(dataset) - 1
+    last = len_of(dataset) - 1
     parts = [str(last).encode()]
     # Random transforms that draw from torch must give the same items each time.
     with torch.random.fork_rng(devices=[]):
@@ -310,7 +310,7 @@ def _stored_labels(dataset: Dataset[Any]) -> Tensor | None:
         return _as_labels(dataset.tensors[-1])
     for name in ("targets", "labels"):
         labels = _as_labels(getattr(dataset, name, None))
-        if labels is not None and len(labels) == size_of(dataset):
+        if labels is not None and len(labels) == len_of(dataset):
             return labels
     return None
 
@@ -337,7 +337,7 @@ def _scanned_labels(dataset: Dataset[Any], where: str) -> Tensor | None:
     if _integer(dataset[0][1]) is None:
         return None
     labels = []
-    for row in range(size_of(dataset)):
+    for row in range(len_of(dataset)):
         target = dataset[row][1]
         label = _integer(target)
         if label is None:
@@ -372,7 +372,7 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
     Raises:
         DataError: If a count is not positive or the training set has less than 5 items.
     """
-    size = size_of(data.train)
+    size = len_of(data.train)
     if calibration < 1 or validation < 1:
         raise DataError(
             f"{calibration} calibration and {validation} validation items were asked for; "
@@ -384,7 +384,7 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
     end = validated + min(calibration, size * CALIBRATION_PERCENT // 100)
     order = _permutation(size, seed)
     return Splits(
-        training=take(data.train, order[validated:].sort().values),
+        training=subset(data.train, order[validated:].sort().values),
         calibration=_gather(data.train, order[validated:end]),
         validation=_gather(data.train, order[:validated]),
         test=data.test,
@@ -400,23 +400,23 @@ def _permutation(size: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
-def size_of(dataset: Dataset[Any]) -> int:
+def len_of(dataset: Dataset[Any]) -> int:
     """The number of items of a map-style dataset; torch does not declare ``len`` for it."""
     return len(dataset)  # type: ignore[arg-type]
 
 
-def take(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
+def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
     """The dataset of the items ``indices`` (n,) only, in this order."""
     if isinstance(dataset, Images):
-        return dataset.take(indices)
+        return dataset.subset(indices)
     return Subset(dataset, indices.tolist())
 
 
-def drawn(dataset: Dataset[Any], count: int, seed: int) -> Dataset[Any]:
+def subsample(dataset: Dataset[Any], count: int, seed: int) -> Dataset[Any]:
     """At most so many items, chosen by the seed, in the order of the dataset."""
-    if count >= size_of(dataset):
+    if count >= len_of(dataset):
         return dataset
-    return take(dataset, _permutation(size_of(dataset), seed)[:count].sort().values)
+    return subset(dataset, _permutation(len_of(dataset), seed)[:count].sort().values)
 
 
 # ---------------------------------------------------------------------------- batches
@@ -448,7 +448,7 @@ def batches(
             raise DataError(f"{lengths[0]} inputs have {lengths[1]} targets; give one for each.")
         size = lengths[0]
     else:
-        size = size_of(inputs_targets)
+        size = len_of(inputs_targets)
     order = torch.arange(size) if shuffle_seed is None else _permutation(size, shuffle_seed)
     starts = range(0, size, batch_size)
     return (_gather(inputs_targets, order[i : i + batch_size], device) for i in starts)
@@ -475,7 +475,7 @@ def _gather(source: Pair | Dataset[Any], rows: Tensor, device: str | torch.devic
 
 def in_memory(dataset: Dataset[Any]) -> TensorDataset:
     """All items as tensors."""
-    return TensorDataset(*_gather(dataset, torch.arange(size_of(dataset))))
+    return TensorDataset(*_gather(dataset, torch.arange(len_of(dataset))))
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -278,7 +278,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         """All labels, int64 (len,); no image is decoded."""
         return self._labels[self._rows]
 
-    def take(self, indices: Tensor) -> Images:
+    def subset(self, indices: Tensor) -> Images:
         """The set with these items only, in this order; pixels are shared, not copied."""
         return Images(self._fetch, self._labels, self.normalization, self._rows[indices])
 
@@ -340,7 +340,7 @@ def read_digits(_: str, normalization: Normalization, image_size: int | None) ->
     images = Images(_Memory(pixels, image_size or 32), labels, normalization)
     train, test = _stratified(labels, fraction=0.2)
     content = digest([b"digits", _bytes_of(grey), _bytes_of(labels), _bytes_of(test)])
-    return Source(images.take(train), images.take(test), False, content)
+    return Source(images.subset(train), images.subset(test), False, content)
 
 
 def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.metrics import (
-    METRICS,
-    Metric,
-    MetricName,
-    Statistics,
-    Target,
-    make_metric,
-)
+from rankNAS.decompositions.norms import NORMS, ErrorNorm, NormName, Statistics, Target, make_norm
 from rankNAS.decompositions.shapes import Cost, GroupedLinear, LayerShape
 from rankNAS.decompositions.svd import GroupSvd, SpatialSvd, Svd
 from rankNAS.decompositions.tucker import Tucker2
 
 __all__ = [
-    "METRICS",
+    "NORMS",
     "OPERATORS",
     "Cost",
     "Factors",
     "GroupSvd",
     "GroupedLinear",
     "LayerShape",
-    "Metric",
-    "MetricName",
+    "ErrorNorm",
+    "NormName",
     "Operator",
     "Rank",
     "SpatialSvd",
@@ -32,7 +25,7 @@ __all__ = [
     "Svd",
     "Target",
     "Tucker2",
-    "make_metric",
+    "make_norm",
 ]
 
 OPERATORS: dict[str, Operator] = {

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from rankNAS.decompositions.metrics import Target
+from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import Cost, LayerShape
 
 __all__ = ["Factors", "Operator", "Rank"]

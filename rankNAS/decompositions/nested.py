@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.metrics import Target, matrix_root
+from rankNAS.decompositions.norms import Target, matrix_root
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
@@ -110,7 +110,7 @@ def nested_basis(target: Target, basis: Tensor, columns: Tensor) -> NestedBasis:
     """
     g, b, R, w = basis.shape
     cross = torch.einsum("gobw,gbrw->gorb", target.WC[:, :, columns], basis).flatten(2)
-    gram = _gram(target.metric.C, basis, columns)
+    gram = _gram(target.norm.C, basis, columns)
     norms = gram.diagonal(dim1=-2, dim2=-1)
     alive = norms > 0
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
@@ -120,7 +120,7 @@ def nested_basis(target: Target, basis: Tensor, columns: Tensor) -> NestedBasis:
     M = torch.linalg.solve_triangular(
         L.mT, cross * scale.unsqueeze(-2), upper=True, left=False
     )  # (g, o, K)
-    return NestedBasis(basis, columns, scale, L, M, target.metric.left(M), target.energy)
+    return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy)
 
 
 def _gram(C: Tensor | None, basis: Tensor, columns: Tensor) -> Tensor:  # (g, K, K)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.metrics import Target
 from rankNAS.decompositions.nested import (
     NestedBasis,
     diagonal_blocks,
     leading_rows,
     nested_basis,
 )
+from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
 __all__ = ["GroupSvd", "SpatialSvd", "Svd"]
@@ -104,7 +104,7 @@ class Svd(Operator):
 
     def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
         columns = torch.arange(shape.width, device=target.W.device).unsqueeze(0)
-        basis = leading_rows(target.HW, target.metric.C, max(r for (r,) in ranks))
+        basis = leading_rows(target.HW, target.norm.C, max(r for (r,) in ranks))
         return _two_stage(self, shape, {1: nested_basis(target, basis.unsqueeze(1), columns)})
 
 
@@ -153,7 +153,7 @@ class SpatialSvd(Operator):
         index = torch.arange(shape.width, device=target.W.device).reshape(c * kh, kw)
         columns = index.T.contiguous()  # (kw, c kh)
         stacked = target.HW.unflatten(2, (c * kh, kw)).transpose(2, 3)
-        blocks = diagonal_blocks(target.metric.C, columns)
+        blocks = diagonal_blocks(target.norm.C, columns)
         shared = None if blocks is None else blocks.mean(1)
         basis = leading_rows(stacked.reshape(g, o * kw, c * kh), shared, max(r for (r,) in ranks))
         basis = basis.unsqueeze(1).expand(-1, kw, -1, -1)
@@ -197,7 +197,7 @@ class GroupSvd(Operator):
         bases = {}
         for k, R in _largest((k, r) for k, r in ranks).items():
             columns = torch.arange(shape.width, device=target.W.device).reshape(k, -1)
-            blocks = diagonal_blocks(target.metric.C, columns)
+            blocks = diagonal_blocks(target.norm.C, columns)
             basis = leading_rows(target.HW[:, :, columns].transpose(1, 2), blocks, R)
             bases[k] = nested_basis(target, basis, columns)
         return _two_stage(self, shape, bases)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.metrics import Target
 from rankNAS.decompositions.nested import (
     NestedBasis,
     diagonal_blocks,
     leading_rows,
     nested_basis,
 )
+from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
 __all__ = ["Tucker2", "TuckerFactors"]
@@ -121,14 +121,14 @@ class Tucker2(Operator):
             rank: _refine(target, columns, nested, U, rank, self.sweeps)
             for rank in (ranks if self.sweeps else [])
         }
-        return TuckerFactors(self, shape, nested, target.metric.H, U, refined, _errors(nested, U))
+        return TuckerFactors(self, shape, nested, target.norm.H, U, refined, _errors(nested, U))
 
 
 def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBasis:
     """Channel factor of rank R from the rows of T (g, rows, n), and the least squares for it."""
     s, c = columns.shape
     stacked = T[:, :, columns].transpose(1, 2).reshape(T.shape[0], -1, c)  # (g, s rows, c)
-    blocks = diagonal_blocks(target.metric.C, columns)
+    blocks = diagonal_blocks(target.norm.C, columns)
     shared = None if blocks is None else blocks.mean(1)
     rank = min(R, *stacked.shape[-2:])
     basis = leading_rows(stacked, shared, rank)

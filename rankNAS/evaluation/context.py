@@ -14,7 +14,7 @@ from rankNAS.evaluation.evaluator import Evaluator, quality
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 
-__all__ = ["Progress", "Workbench", "silent"]
+__all__ = ["Progress", "SearchContext", "silent"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -24,7 +24,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Workbench:
+class SearchContext:
     """Everything that is made once and shared by all trials, strategies and budgets.
 
     Args:

@@ -31,19 +31,19 @@ from rankNAS.compression.batch_norm import (
     reestimate_batch_norm,
     tracking_layers,
 )
-from rankNAS.compression.factorisation import Factorisation, is_heavy, shared_copy
-from rankNAS.compression.incremental import Pass, Stages
-from rankNAS.compression.reconstruction import sequential
+from rankNAS.compression.factorisation import Factorisation, exceeds_memory_limit, shared_copy
+from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
+from rankNAS.compression.reconstruction import refit_sequentially
 from rankNAS.data.loading import batches, channels_last
 from rankNAS.exceptions import ObjectiveError, RankNASError
-from rankNAS.objectives.base import Candidate, ObjectiveBase
-from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
+from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
+from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl
 from rankNAS.recovery.training import Recovery
 
 __all__ = ["Evaluator", "PrunedError", "Timing", "predictions", "quality", "test_metrics"]
 
 #: Takes the validation samples seen, or epochs trained, and the metrics then; whether to go on.
-Verdict = Callable[[int, Mapping[str, float]], bool]
+PruneCallback = Callable[[int, Mapping[str, float]], bool]
 
 # Of a forward pass, for each CPU thread: activations of more leave its caches. On ResNet-20, 256
 # samples at once take 1.13 times as long as 64 (studies/benchmark).
@@ -54,16 +54,16 @@ class PrunedError(Exception):
     """An evaluation that was stopped early.
 
     Args:
-        after: What was done until then, in words.
+        step: What was done until then, in words.
         metrics: What was measured then.
     """
 
-    def __init__(self, after: str, metrics: Mapping[str, float]) -> None:
-        super().__init__(f"stopped after {after}")
-        self.after, self.metrics = after, dict(metrics)
+    def __init__(self, step: str, metrics: Mapping[str, float]) -> None:
+        super().__init__(f"stopped after {step}")
+        self.step, self.metrics = step, dict(metrics)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.after, self.metrics)
+        return type(self), (self.step, self.metrics)
 
 
 @dataclass
@@ -91,9 +91,9 @@ class Evaluator:
         device: Where to run.
         sequential: Give the networks that are built factors that suit their own inputs, layer
             after layer (`sequential`). Evaluations are without, for speed, unless asked for.
-        lean: Take little memory: keep no activations, which would spare computing again what did
-            not change, and, on the CPU, copy no weights of a heavy network (`is_heavy`), whose
-            thin layers are then made whenever they are called. Copies that are pickled are lean.
+        low_memory: Keep no activations and, on the CPU, copy no weights of a network that exceeds
+            the memory limit (`exceeds_memory_limit`): its thin layers are made whenever they are
+            called. Slower. Pickled copies have it on.
         known_logits: The dense network's outputs on the validation inputs, where known.
         recovery: A training of the networks that are built; evaluations are without unless asked
             for.
@@ -110,7 +110,7 @@ class Evaluator:
     batch_size: int = 256
     device: torch.device | str = "cpu"
     sequential: bool = False
-    lean: bool = False
+    low_memory: bool = False
     recovery: Recovery | None = None
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
@@ -125,7 +125,11 @@ class Evaluator:
             self._at_once = min(self.batch_size, CPU_SAMPLES * torch.get_num_threads())
         model = self.factorisation.model
         # On another device, a copy must be made in any case.
-        self._shares = self.lean and torch.device(self.device).type == "cpu" and is_heavy(model)
+        self._shares = (
+            self.low_memory
+            and torch.device(self.device).type == "cpu"
+            and exceeds_memory_limit(model)
+        )
         self._scratch = shared_copy(model) if self._shares else copy.deepcopy(model)
         self._scratch = self._scratch.to(self.device).eval()
         self._applied = {n: (layer, DENSE) for n, layer in self.factorisation.layers.items()}
@@ -136,7 +140,7 @@ class Evaluator:
         self._targets = self.validation[1].to(self.device)
         if self._inputs.dim() == 4:
             self._scratch = self._scratch.to(memory_format=torch.channels_last)
-        self._stages = None if self.lean else self._traced()
+        self._stages = None if self.low_memory else self._traced()
         self._passes = self._make_passes()
         known = self.known_logits
         self.dense_logits = torch.cat(list(self._forward())) if known is None else known
@@ -159,7 +163,7 @@ class Evaluator:
             "validation": (self._inputs, self._targets),
             "known_logits": self.dense_logits,
         }
-        return {**state, **placed, "lean": True, "timing": Timing()}
+        return {**state, **placed, "low_memory": True, "timing": Timing()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -175,7 +179,11 @@ class Evaluator:
         return allocation, final and (self.sequential or self.recovery is not None)
 
     def evaluate(
-        self, allocation: Allocation, *, final: bool = False, verdict: Verdict | None = None
+        self,
+        allocation: Allocation,
+        *,
+        final: bool = False,
+        should_continue: PruneCallback | None = None,
     ) -> dict[str, float]:
         """Metrics of an allocation: accuracy and loss, agreement, costs, and the objectives.
 
@@ -183,8 +191,8 @@ class Evaluator:
             allocation: One choice a layer.
             final: As `network` makes it, with refitted factors and trained, if the evaluator does
                 that; it takes several times longer.
-            verdict: Asked after each of the evaluator's parts but the last. The metrics that it is
-                given lack the objectives that must be measured.
+            should_continue: Asked after each of the evaluator's parts but the last. The metrics
+                that it is given lack the objectives that must be measured.
 
         Raises:
             ObjectiveError: An objective raised or returned something that is not finite, or the
@@ -195,7 +203,7 @@ class Evaluator:
         key = self._key(allocation, final)
         if key not in self._known:
             started, forward = time.perf_counter(), self.timing.forward
-            self._known[key] = self._evaluate(*key, verdict)
+            self._known[key] = self._evaluate(*key, should_continue)
             elapsed = time.perf_counter() - started
             self.timing.other += elapsed - (self.timing.forward - forward)
         return dict(self._known[key])
@@ -227,15 +235,15 @@ class Evaluator:
         return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
 
     def _evaluate(
-        self, allocation: Allocation, final: bool, verdict: Verdict | None
+        self, allocation: Allocation, final: bool, should_continue: PruneCallback | None
     ) -> dict[str, float]:
         costs = self.costs(allocation)
         if final and self.recovery is not None:
             network = self._untrained(allocation)
-            logits = self._trained_outputs(network, self.recovery, costs, verdict)
+            logits = self._trained_outputs(network, self.recovery, costs, should_continue)
             return self._measure(allocation, logits, costs, lambda: copy.deepcopy(network))
         with self._applying(allocation, final) as factorisation:
-            logits = self._outputs(costs, verdict)
+            logits = self._outputs(costs, should_continue)
             return self._measure(
                 allocation, logits, costs, lambda: self._build(allocation, factorisation)
             )
@@ -247,30 +255,37 @@ class Evaluator:
         costs: Mapping[str, float],
         build: Callable[[], nn.Module],
     ) -> dict[str, float]:
-        candidate = Candidate(
+        candidate = EvaluationResult(
             allocation, logits, self.dense_logits, self._targets, self._inputs, costs, build
         )
         # A predicted cost stands in for a measured one; any other objective is measured.
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
         return {**self._metrics(logits), **costs, **measured}
 
-    def _outputs(self, costs: Mapping[str, float], verdict: Verdict | None) -> Tensor:
+    def _outputs(
+        self, costs: Mapping[str, float], should_continue: PruneCallback | None
+    ) -> Tensor:
         """The outputs on all validation samples, as long as the verdict is to go on."""
         found: list[Tensor] = []
         for part in self._forward():
             found.append(part)
             seen = sum(map(len, found))
-            if verdict is not None and seen < len(self._targets):
+            if should_continue is not None and seen < len(self._targets):
                 words = f"{seen} validation samples"
-                self._ask(verdict, seen, words, torch.cat(found), costs)
+                self._ask(should_continue, seen, words, torch.cat(found), costs)
         return torch.cat(found)
 
     def _ask(
-        self, verdict: Verdict, step: int, words: str, logits: Tensor, costs: Mapping[str, float]
+        self,
+        should_continue: PruneCallback,
+        step: int,
+        words: str,
+        logits: Tensor,
+        costs: Mapping[str, float],
     ) -> None:
         """Raise a PrunedError unless the verdict at a step is to go on."""
         metrics = {**self._metrics(logits), **costs}
-        if not verdict(step, metrics):
+        if not should_continue(step, metrics):
             raise PrunedError(words, metrics)
 
     def _trained_outputs(
@@ -278,7 +293,7 @@ class Evaluator:
         network: nn.Module,
         recovery: Recovery,
         costs: Mapping[str, float],
-        verdict: Verdict | None,
+        should_continue: PruneCallback | None,
     ) -> Tensor:
         """Train a network as long as the verdict is to go on; its outputs in the end."""
         epochs = recovery.config.epochs
@@ -289,8 +304,8 @@ class Evaluator:
             return predictions(network, samples, batch_size=size, device=self.device)[0]
 
         def on_epoch(epoch: int) -> None:
-            if verdict is not None and epoch < epochs and epoch in self._ends(epochs):
-                self._ask(verdict, epoch, f"{epoch} of {epochs} epochs", outputs(), costs)
+            if should_continue is not None and epoch < epochs and epoch in self._ends(epochs):
+                self._ask(should_continue, epoch, f"{epoch} of {epochs} epochs", outputs(), costs)
 
         self._train(network, recovery, on_epoch)
         return outputs()
@@ -312,8 +327,8 @@ class Evaluator:
         targets, dense = self._targets[: len(logits)], self.dense_logits[: len(logits)]
         metrics = quality(logits, targets)
         if logits.dim() > 1 and not targets.is_floating_point():
-            metrics["agreement"] = agreement(logits, dense)
-            metrics["reverse_agreement"] = reverse_agreement(logits, dense)
+            metrics["kl_divergence"] = kl_divergence(logits, dense)
+            metrics["reverse_kl"] = reverse_kl(logits, dense)
         return metrics
 
     @contextmanager
@@ -332,7 +347,7 @@ class Evaluator:
         self.factorisation.space.check(allocation)
         if not (refit and self.sequential):
             return self.factorisation
-        return sequential(
+        return refit_sequentially(
             self.factorisation, allocation, self._calibration, batch_size=self.batch_size
         )
 
@@ -360,7 +375,7 @@ class Evaluator:
                 self._applied[name] = layer, choice
                 changed.append(name)
         if self._stages is not None and changed:
-            self._invalidate(min(self._stages.cuts[name] for name in changed))
+            self._invalidate(min(self._stages.cut_points[name] for name in changed))
 
     def _reestimate(self) -> None:
         """Batch-norm statistics of everything that has changed."""
@@ -392,28 +407,28 @@ class Evaluator:
             self.timing.forward += time.perf_counter() - started
             yield logits
 
-    def _own_passes(self) -> Sequence[Pass | None]:
+    def _own_passes(self) -> Sequence[CachedPass | None]:
         """Those over the validation inputs, one a part."""
         return self._passes[-len(self._sizes) :] or [None] * len(self._sizes)
 
-    def _traced(self) -> Stages | None:
+    def _traced(self) -> IncrementalExecutor | None:
         layers = {n: layer.paths for n, layer in self.factorisation.space.layers.items()}
         examples = [self._inputs[:2], self._inputs[:3]]
-        return Stages.of(self._scratch, layers, examples)
+        return IncrementalExecutor.of(self._scratch, layers, examples)
 
-    def _make_passes(self) -> list[Pass]:
+    def _make_passes(self) -> list[CachedPass]:
         """Over the calibration inputs, up to the last batch norm, and the validation inputs."""
         self._norms: list[tuple[int, _BatchNorm]] = []
         if self._stages is None:
             return []
         parts = self._inputs.split(self._sizes)
-        passes = [Pass(self._stages, part.split(self._at_once)) for part in parts]
+        passes = [CachedPass(self._stages, part.split(self._at_once)) for part in parts]
         if self.batch_norm:
             modules = dict(self._stages.network.named_modules())
             calls = [(i, modules.get(str(n.target))) for i, n in enumerate(self._stages.nodes)]
             self._norms = [(i, m) for i, m in calls if is_tracking(m)]
             chunks = even_chunks(self._calibration, self._at_once)
-            passes.insert(0, Pass(self._stages, chunks, stop=self._norms[-1][0] + 1))
+            passes.insert(0, CachedPass(self._stages, chunks, stop=self._norms[-1][0] + 1))
         return passes
 
     def _invalidate(self, first: int) -> None:

@@ -21,7 +21,7 @@ from rankNAS.decompositions.shapes import COSTS
 from rankNAS.exceptions import UsageError
 from rankNAS.objectives.base import Direction
 from rankNAS.strategies.base import Array, History
-from rankNAS.strategies.sensitivity.harm import QUALITY
+from rankNAS.strategies.sensitivity.tables import QUALITY
 
 __all__ = ["PARTS", "SuccessiveHalving"]
 
@@ -45,8 +45,8 @@ class SuccessiveHalving:
         UsageError: A reduction below 2, or no objective is known before the end.
 
     Example:
-        >>> rule = SuccessiveHalving(["accuracy"], ["maximize"], reduction=2)
-        >>> [rule("macs<=0.5", 256, {"accuracy": a}) for a in (0.5, 0.4, 0.6, 0.55)]
+        >>> pruner = SuccessiveHalving(["accuracy"], ["maximize"], reduction=2)
+        >>> [pruner("macs<=0.5", 256, {"accuracy": a}) for a in (0.5, 0.4, 0.6, 0.55)]
         [True, False, True, True]
     """
 
@@ -68,10 +68,10 @@ class SuccessiveHalving:
                 f"{', '.join(sorted(QUALITY))} or leave early stopping out."
             )
 
-    def __call__(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
+    def __call__(self, budget_key: str, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether a trial goes on, given its metrics at a step; remembered."""
         own = np.array([sign * metrics.get(n, 0.0) for n, sign in self._signs.items()])
-        others = self._seen.setdefault((target, step), [])
+        others = self._seen.setdefault((budget_key, step), [])
         better = sum(bool((other > own).all()) for other in others)
         others.append(own)
         return better < max(1, math.ceil(len(others) / self.reduction))
@@ -80,7 +80,7 @@ class SuccessiveHalving:
         """Take in the steps of the trials of an earlier session."""
         for trial in history.trials:
             for step, metrics in steps(trial.metrics).items():
-                self(trial.target, step, metrics)
+                self(trial.budget_key, step, metrics)
 
 
 def steps(metrics: Mapping[str, float]) -> dict[int, dict[str, float]]:

@@ -28,7 +28,7 @@ import torch
 
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import RankNASError, UsageError
-from rankNAS.execution.scheduler import Executor, Outcome, Rule, Task
+from rankNAS.execution.scheduler import Evaluation, Executor, Outcome, Pruner
 from rankNAS.execution.sharing import sending, shared_bytes
 from rankNAS.execution.worker import Mailbox, work
 from rankNAS.storage.retries import reason
@@ -88,17 +88,19 @@ class Parallel(Executor):
     Args:
         evaluator: What each worker gets; its factors and data are shared.
         workers: How many, and where.
-        rule: Says which evaluations are not worth finishing; it lives beside the mailbox.
+        pruner: Says which evaluations are not worth finishing; it lives beside the mailbox.
 
     Raises:
         UsageError: The cluster cannot be reached, or something of the user's cannot be sent.
     """
 
-    def __init__(self, evaluator: Evaluator, workers: Workers, rule: Rule | None = None) -> None:
+    def __init__(
+        self, evaluator: Evaluator, workers: Workers, pruner: Pruner | None = None
+    ) -> None:
         self.workers, self.slots = workers, workers.count
-        self._tasks: dict[int, Task] = {}
+        self._tasks: dict[int, Evaluation] = {}
         self._tries: dict[int, int] = {}
-        self._outbox: list[tuple[int, Task]] = []  # goes along when news are asked for
+        self._outbox: list[tuple[int, Evaluation]] = []  # goes along when news are asked for
         self._held: dict[int, tuple[int, float]] = {}  # worker: its task, and since when
         self._actors: dict[int, Any] = {}
         self._deaths: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -109,17 +111,17 @@ class Parallel(Executor):
         self._folder = tempfile.mkdtemp(prefix="ranknas-tune-")
         self._joined = _connect(workers, evaluator)
         try:
-            self._start(evaluator, rule)
+            self._start(evaluator, pruner)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, evaluator: Evaluator, rule: Rule | None) -> None:
+    def _start(self, evaluator: Evaluator, pruner: Pruner | None) -> None:
         import ray
         from ray import tune
 
         mailbox: Any = ray.remote(Mailbox)
-        self._mailbox = mailbox.options(num_cpus=0, max_concurrency=1000).remote(rule)
+        self._mailbox = mailbox.options(num_cpus=0, max_concurrency=1000).remote(pruner)
         threads = _threads(self.workers)
         resources = {"CPU": float(threads if self.workers.address else 1)}
         if self.workers.gpus:
@@ -155,10 +157,10 @@ class Parallel(Executor):
         except BaseException as error:
             self._failure = error
 
-    def submit(self, task: Task) -> None:
-        self._tasks[self._next] = task
+    def submit(self, evaluation: Evaluation) -> None:
+        self._tasks[self._next] = evaluation
         self._tries[self._next] = 0
-        self._outbox.append((self._next, task))
+        self._outbox.append((self._next, evaluation))
         self._next += 1
 
     def wait(self) -> Sequence[Outcome]:
@@ -199,7 +201,7 @@ class Parallel(Executor):
     def _ended(self, number: int, outcome: Outcome) -> Outcome:
         del self._tries[number]
         # The task that was submitted, whose allocation is the one that the caller knows.
-        return replace(outcome, task=self._tasks.pop(number))
+        return replace(outcome, evaluation=self._tasks.pop(number))
 
     def _lost(self, worker: int) -> list[Outcome]:
         """A worker died, or begins again: what it held before is to be done again."""

@@ -19,13 +19,13 @@ import torch
 from rankNAS.allocation import Allocation
 from rankNAS.evaluation.evaluator import Evaluator, PrunedError
 from rankNAS.exceptions import ObjectiveError, RankNASError
-from rankNAS.storage.record import Claim
+from rankNAS.storage.store import Claim
 from rankNAS.strategies.base import History, Problem, Trial
 
 if TYPE_CHECKING:
     from rankNAS.study import Study
 
-__all__ = ["Executor", "Outcome", "Rule", "Serial", "Task", "execute", "schedule"]
+__all__ = ["Executor", "Outcome", "Pruner", "Serial", "Evaluation", "execute", "schedule"]
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # in a row, and the search stops
@@ -36,12 +36,12 @@ OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 #: Takes a target, a step, and the metrics then; whether to go on. A step is the number of
 #: validation samples seen, or of epochs trained.
-Rule = Callable[[str, int, Mapping[str, float]], bool]
+Pruner = Callable[[str, int, Mapping[str, float]], bool]
 OnTrial = Callable[[Trial, Trial | None], None]
 
 
 @dataclass(frozen=True)
-class Task:
+class Evaluation:
     """An evaluation to do.
 
     Args:
@@ -58,14 +58,14 @@ class Outcome:
     """What came of a task.
 
     Args:
-        task: The task.
+        evaluation: The task.
         state: ``complete``, ``failed`` or ``pruned``.
         metrics: What was measured; at the steps before the last, as ``NAME@STEP``.
         seconds: How long it took.
         reason: Why it failed or was stopped.
     """
 
-    task: Task
+    evaluation: Evaluation
     state: Literal["complete", "failed", "pruned"]
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -82,7 +82,7 @@ class Executor(ABC):
     slots: int
 
     @abstractmethod
-    def submit(self, task: Task) -> None:
+    def submit(self, evaluation: Evaluation) -> None:
         """Begin a task."""
 
     @abstractmethod
@@ -98,41 +98,45 @@ class Serial(Executor):
 
     Args:
         evaluator: Evaluates.
-        rule: Says which evaluations are not worth finishing.
+        pruner: Says which evaluations are not worth finishing.
     """
 
     slots = 1
 
-    def __init__(self, evaluator: Evaluator, rule: Rule | None = None) -> None:
-        self.evaluator, self.rule = evaluator, rule
-        self._waiting: list[Task] = []
+    def __init__(self, evaluator: Evaluator, pruner: Pruner | None = None) -> None:
+        self.evaluator, self.pruner = evaluator, pruner
+        self._waiting: list[Evaluation] = []
 
-    def submit(self, task: Task) -> None:
-        self._waiting.append(task)
+    def submit(self, evaluation: Evaluation) -> None:
+        self._waiting.append(evaluation)
 
     def wait(self) -> Sequence[Outcome]:
-        return [execute(self.evaluator, self._waiting.pop(0), self.rule)]
+        return [execute(self.evaluator, self._waiting.pop(0), self.pruner)]
 
 
-def execute(evaluator: Evaluator, task: Task, rule: Rule | None = None) -> Outcome:
+def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None = None) -> Outcome:
     """Evaluate an allocation; what goes wrong with it alone is a failed outcome."""
     started = time.perf_counter()
     steps: dict[str, float] = {}
-    costs = set(evaluator.costs(task.claim.allocation))
+    costs = set(evaluator.costs(evaluation.claim.allocation))
 
-    def verdict(step: int, metrics: Mapping[str, float]) -> bool:
+    def should_continue(step: int, metrics: Mapping[str, float]) -> bool:
         steps.update({f"{k}@{step}": v for k, v in metrics.items() if k not in costs})
-        return rule is None or rule(task.claim.target, step, metrics)
+        return pruner is None or pruner(evaluation.claim.budget_key, step, metrics)
 
     def outcome(state: Literal["complete", "failed", "pruned"], reason: str = "") -> Outcome:
-        return Outcome(task, state, {**metrics, **steps}, time.perf_counter() - started, reason)
+        return Outcome(
+            evaluation, state, {**metrics, **steps}, time.perf_counter() - started, reason
+        )
 
     metrics: Mapping[str, float] = {}
-    asked = None if rule is None or task.claim.probe else verdict
+    asked = None if pruner is None or evaluation.claim.probe else should_continue
     try:
-        metrics = evaluator.evaluate(task.claim.allocation, final=task.final, verdict=asked)
+        metrics = evaluator.evaluate(
+            evaluation.claim.allocation, final=evaluation.final, should_continue=asked
+        )
     except PrunedError as stopped:
-        metrics = evaluator.costs(task.claim.allocation)
+        metrics = evaluator.costs(evaluation.claim.allocation)
         return outcome("pruned", str(stopped))
     except (ObjectiveError, MemoryError, torch.OutOfMemoryError) as error:
         return outcome("failed", str(error) or "out of memory")
@@ -177,7 +181,7 @@ class _Loop:
     looked: float = -np.inf
 
     def run(self) -> None:
-        self.study.record.history()
+        self.study.store.history()
         try:
             while not self.is_done():
                 if self.running:
@@ -185,14 +189,14 @@ class _Loop:
                         self.finish(outcome)
                 else:
                     time.sleep(POLL)  # what is left is being evaluated by other processes
-                    self.study.record.history()
+                    self.study.store.history()
         except BaseException:
-            self.study.record.interrupt(self.running)
+            self.study.store.interrupt(self.running)
             raise
 
     def history(self) -> History:
         """All trials, as of the last claim: a claim for what is out of date is not granted."""
-        record = self.study.record
+        record = self.study.store
         return record.known().awaiting([c.allocation for c in (*self.running, *record.others())])
 
     def is_done(self) -> bool:
@@ -208,7 +212,7 @@ class _Loop:
             wanted = self.wanted(history, free)
             if not wanted:
                 return not history.pending
-            granted = self.study.record.claim(wanted, self.running, self.n_trials)
+            granted = self.study.store.claim(wanted, self.running, self.n_trials)
             if not granted:
                 # Another process was quicker; what it has is pending now, so ask for others.
                 self.refused += 1
@@ -218,7 +222,7 @@ class _Loop:
             self.refused = 0
             for claim in granted:
                 self.running.append(claim)
-                self.executor.submit(Task(claim, self.study.final and not claim.probe))
+                self.executor.submit(Evaluation(claim, self.study.final and not claim.probe))
 
     def wanted(self, history: History, free: int) -> list[Claim]:
         """What to evaluate next; nothing as long as probes are being evaluated elsewhere."""
@@ -229,27 +233,27 @@ class _Loop:
             left = [a for a in self.probes if a not in history.found]
         if left:
             fresh = [a for a in left if a not in history.proposed]
-            return [Claim(a, problem.label, probe=True) for a in fresh[:free]]
-        busy = (*self.running, *self.study.record.others())
-        busy_here = sum(c.target == problem.label and not c.probe for c in busy)
+            return [Claim(a, problem.budget_key, probe=True) for a in fresh[:free]]
+        busy = (*self.running, *self.study.store.others())
+        busy_here = sum(c.budget_key == problem.budget_key and not c.probe for c in busy)
         room = self.n_trials - len(history.candidates(problem)) - busy_here
         if room <= 0:
             return []
-        drawn = [self.study.bench.seed, len(history.trials) + len(history.pending)]
+        drawn = [self.study.context.seed, len(history.trials) + len(history.pending)]
         # Processes that count alike would propose alike.
         rng = np.random.default_rng(drawn + [self.refused] * bool(self.refused))
         try:
             proposals = strategy.propose(problem, history, min(free, room), rng)
         except ObjectiveError as error:  # a training, for example
             dense = problem.allocation([0] * len(problem.errors))
-            self.record(Claim(dense, problem.label), "failed", {}, 0.0, str(error))
+            self.record(Claim(dense, problem.budget_key), "failed", {}, 0.0, str(error))
             raise
         for allocation in proposals:
             self.check(allocation)
-        return [Claim(a, problem.label) for a in proposals]
+        return [Claim(a, problem.budget_key) for a in proposals]
 
     def check(self, allocation: Allocation) -> None:
-        self.study.bench.factorisation.space.check(allocation)
+        self.study.context.factorisation.space.check(allocation)
         indices = self.problem.indices(allocation)
         if not self.problem.meets(indices):
             raise RankNASError(
@@ -259,16 +263,16 @@ class _Loop:
 
     def finish(self, outcome: Outcome) -> None:
         """Record what came of a task, and stop if nothing works."""
-        claim = outcome.task.claim
+        claim = outcome.evaluation.claim
         self.running.remove(claim)
         if outcome.state == "failed":
             logger.warning("a trial failed: %s", outcome.reason)
         elif outcome.state == "complete":
             self.study.evaluator.remember(
-                claim.allocation, outcome.metrics, final=outcome.task.final
+                claim.allocation, outcome.metrics, final=outcome.evaluation.final
             )
         self.record(claim, outcome.state, outcome.metrics, outcome.seconds, outcome.reason)
-        history = self.study.record.known()
+        history = self.study.store.known()
         if self.on_trial is not None and claim.allocation in history.found:
             self.on_trial(history.found[claim.allocation], self.best_of(history))
         last = history.trials[-FAILURES:]
@@ -297,9 +301,9 @@ class _Loop:
             seconds,
             reason,
             claim.probe,
-            claim.target,
+            claim.budget_key,
         )
-        self.study.record.add(trial, names)
+        self.study.store.add(trial, names)
 
     def best_of(self, history: History) -> Trial | None:
         """The best trial so far, or a short while ago."""

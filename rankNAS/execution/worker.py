@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rankNAS.evaluation.evaluator import Evaluator
-from rankNAS.execution.scheduler import Outcome, Rule, Task, execute
+from rankNAS.execution.scheduler import Evaluation, Outcome, Pruner, execute
 
 __all__ = ["Mailbox", "work"]
 
@@ -24,9 +24,9 @@ REPORT = 1.0  # seconds between what a worker tells Tune
 class Mailbox:
     """Where workers find tasks and leave outcomes; an actor."""
 
-    def __init__(self, rule: Rule | None) -> None:
-        self._rule = rule
-        self._tasks: asyncio.Queue[tuple[int, Task] | None] = asyncio.Queue()
+    def __init__(self, pruner: Pruner | None) -> None:
+        self._rule = pruner
+        self._tasks: asyncio.Queue[tuple[int, Evaluation] | None] = asyncio.Queue()
         self._events: list[tuple[str, int, Any]] = []
         self._news = asyncio.Event()
         self._home = False
@@ -51,7 +51,7 @@ class Mailbox:
         """A worker cannot begin."""
         self._tell("unable", worker, reason)
 
-    async def take(self, worker: int, life: int) -> tuple[int, Task] | None:
+    async def take(self, worker: int, life: int) -> tuple[int, Evaluation] | None:
         """The next task; None to go home."""
         found = await self._tasks.get()
         if found is None or self._home:
@@ -65,21 +65,23 @@ class Mailbox:
 
     async def done(
         self, worker: int, life: int, number: int, outcome: Outcome
-    ) -> tuple[int, Task] | None:
+    ) -> tuple[int, Evaluation] | None:
         """Leave an outcome and take the next task."""
         self._tell("done", worker, (number, outcome))
         return await self.take(worker, life)
 
-    async def verdict(self, target: str, step: int, metrics: Mapping[str, float]) -> bool:
+    async def should_continue(
+        self, budget_key: str, step: int, metrics: Mapping[str, float]
+    ) -> bool:
         """Whether an evaluation goes on."""
-        return self._rule is None or self._rule(target, step, metrics)
+        return self._rule is None or self._rule(budget_key, step, metrics)
 
     async def exchange(
-        self, tasks: Sequence[tuple[int, Task]], seconds: float
+        self, evaluations: Sequence[tuple[int, Evaluation]], seconds: float
     ) -> list[tuple[str, int, Any]]:
         """Leave tasks to do; what has happened since the last call, as soon as something has."""
-        for task in tasks:
-            self._tasks.put_nowait(task)
+        for evaluation in evaluations:
+            self._tasks.put_nowait(evaluation)
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._news.wait(), seconds)
         self._news.clear()
@@ -107,19 +109,19 @@ def work(
     _give_back()
     life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
 
-    def rule(target: str, step: int, metrics: Mapping[str, float]) -> bool:
-        return bool(ray.get(mailbox.verdict.remote(target, step, metrics)))
+    def pruner(budget_key: str, step: int, metrics: Mapping[str, float]) -> bool:
+        return bool(ray.get(mailbox.should_continue.remote(budget_key, step, metrics)))
 
     finished, reported = 0, 0.0
     found = ray.get(mailbox.take.remote(worker, life))
     while found is not None:
-        number, task = found
+        number, evaluation = found
         try:
-            outcome = execute(evaluator, task, rule if stops else None)
+            outcome = execute(evaluator, evaluation, pruner if stops else None)
         except Exception as error:
             # The driver has no use for the exception, which may not even unpickle there.
             reason = f"{type(error).__name__}: {error}"
-            outcome = Outcome(task, "failed", reason=reason)
+            outcome = Outcome(evaluation, "failed", reason=reason)
         finished += 1
         if time.monotonic() - reported > REPORT:
             reported = time.monotonic()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from rankNAS.data.loading import augment, batches, size_of
+from rankNAS.data.loading import augment, batches, len_of
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 
@@ -164,7 +164,7 @@ def train(
     """
     device = torch.device(device)
     loss_function = _loss_function(config, teacher, device)
-    per_epoch = _steps_per_epoch(size_of(dataset), config.batch_size)
+    per_epoch = _steps_per_epoch(len_of(dataset), config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)
     run = _Run(network, dataset, config, device, loss_function, int(total), on_step)
     with _training_mode(network, device):
@@ -248,7 +248,7 @@ class _Run:
         size = self.config.batch_size
         for inputs, targets in batches(self.dataset, size, device=self.device, shuffle_seed=seed):
             # A batch norm over 1 x 1 pixels can not be trained on a last batch of one image.
-            if len(inputs) > 1 or size_of(self.dataset) == 1:
+            if len(inputs) > 1 or len_of(self.dataset) == 1:
                 yield inputs, targets
 
     def _update(self, inputs: Tensor, targets: Tensor) -> None:
@@ -294,7 +294,7 @@ class _Run:
         if self.config.clip is None:  # as before there was a limit
             del config["clip"]
         return config | {
-            "images": size_of(self.dataset),
+            "images": len_of(self.dataset),
             "recipe": RECIPE_VERSION,
             "shapes": shapes,
         }

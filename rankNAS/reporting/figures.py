@@ -40,7 +40,7 @@ def progress(result: Document) -> Figure:
     figure = _figure("trial", _name(name))
     for i, target in enumerate(_targets(result)):
         for probe in (False, True):
-            some = [t for t in complete if t["target"] == target and t["probe"] == probe]
+            some = [t for t in complete if t["budget_key"] == target and t["probe"] == probe]
             kind = "probes" if probe else "trials"
             style = {"symbol": "circle-open" if probe else "circle", "size": 6 if probe else 7}
             colour = GREY if probe else _colour(i)
@@ -48,14 +48,14 @@ def progress(result: Document) -> Figure:
             _points(
                 figure, result, some, numbers, heights, f"{_label(target)}, {kind}", colour, style
             )
-    for i, answer in enumerate(result["answers"]):
-        steps = _running_best(result, answer, sign)
+    for i, solution in enumerate(result["solutions"]):
+        steps = _running_best(result, solution, sign)
         figure.add_scatter(
             x=[number for number, _ in steps],
             y=[value for _, value in steps],
             mode="lines",
             line={"shape": "hv", "width": 1.5, "color": _colour(i)},
-            name=f"best so far, {_label(answer['label'])}",
+            name=f"best so far, {_label(solution['budget_key'])}",
             hovertemplate="%{y:.5g} after trial %{x}<extra></extra>",
         )
     if (dense := result["dense"].get(name)) is not None:
@@ -80,11 +80,11 @@ def pareto(result: Document) -> list[Figure]:
     return [_against(result, name) for name in others] or [_against(result, None)]
 
 
-def ranks(answer: Document) -> Figure:
+def ranks(solution: Document) -> Figure:
     """What each layer of an answer keeps of its MACs, against break-even and the full rank."""
     from plotly.subplots import make_subplots
 
-    layers = answer["layers"]
+    layers = solution["layers"]
     shown = {name: escape(_short(name)) for name in layers}
     figure = make_subplots(
         cols=2, shared_yaxes=True, column_widths=[0.62, 0.38], horizontal_spacing=0.03
@@ -104,7 +104,7 @@ def ranks(answer: Document) -> Figure:
             textposition="auto",
             textangle=0,
             insidetextanchor="end",
-            hovertext=[_layer_hover(answer, name, layer) for name, layer in chosen],
+            hovertext=[_layer_hover(solution, name, layer) for name, layer in chosen],
             hovertemplate="%{hovertext}<extra></extra>",
             col=1,
             row=1,
@@ -164,7 +164,9 @@ def ranks(answer: Document) -> Figure:
 def latency(result: Document) -> Figure | None:
     """Predicted and measured milliseconds of the networks; None if nothing is known of them."""
     networks = {"dense": result["dense"]}
-    networks |= {_label(answer["label"]): answer["best"] for answer in result["answers"]}
+    networks |= {
+        _label(solution["budget_key"]): solution["best"] for solution in result["solutions"]
+    }
     sources = {
         "predicted": ("predicted_latency", "predicted_latency_std"),
         "measured": ("measured_latency", None),
@@ -210,7 +212,7 @@ def _against(result: Document, other: str | None) -> Figure:
     complete = [t for t in result["trials"] if t["state"] == "complete" and across(t) is not None]
     for i, target in enumerate(_targets(result)):
         for probe in (False, True):
-            some = [t for t in complete if t["target"] == target and t["probe"] == probe]
+            some = [t for t in complete if t["budget_key"] == target and t["probe"] == probe]
             style = {"symbol": "circle-open" if probe else "circle", "size": 7, "opacity": 0.75}
             colour = GREY if probe else _colour(i)
             label = f"{_label(target)}, {'probes' if probe else 'trials'}"
@@ -256,14 +258,14 @@ def _fronts(
 ) -> list[tuple[str, list[Document]]]:
     """The fronts with their names, each sorted along the horizontal axis."""
     trials = {t["number"]: t for t in complete}
-    if other is not None and result["answers"]:
-        several = len(result["answers"]) > 1
+    if other is not None and result["solutions"]:
+        several = len(result["solutions"]) > 1
         found = [
             (
-                "Pareto front" + (f", {_label(a['label'])}" if several else ""),
+                "Pareto front" + (f", {_label(a['budget_key'])}" if several else ""),
                 [trials[n] for n in a["pareto_front"] if n in trials],
             )
-            for a in result["answers"]
+            for a in result["solutions"]
         ]
     elif complete:
         signs = _signs(result)
@@ -279,11 +281,11 @@ def _fronts(
     return [(label, sorted(front, key=across)) for label, front in found if front]
 
 
-def _running_best(result: Document, answer: Document, sign: float) -> list[tuple[int, float]]:
+def _running_best(result: Document, solution: Document, sign: float) -> list[tuple[int, float]]:
     """(number, best value so far) of the trials within the budget of an answer."""
     trials = {t["number"]: t["values"][0] for t in result["trials"] if t["values"]}
     steps: list[tuple[int, float]] = []
-    for number in sorted(n for n in answer["feasible"] if n in trials):
+    for number in sorted(n for n in solution["feasible"] if n in trials):
         value = trials[number]
         best = value if not steps or sign * value > sign * steps[-1][1] else steps[-1][1]
         steps.append((number, best))
@@ -326,8 +328,8 @@ def _trial_hover(result: Document, trial: Document) -> str:
     return "<br>".join(lines)
 
 
-def _layer_hover(answer: Document, name: str, layer: Document) -> str:
-    label = answer["best"]["allocation"][name]
+def _layer_hover(solution: Document, name: str, layer: Document) -> str:
+    label = solution["best"]["allocation"][name]
     lines = [f"<b>{escape(name)}</b>", escape(str(layer.get("shape", ""))), escape(label)]
     for title, key in (("break-even rank", "break_even_rank"), ("full rank", "full_rank")):
         if layer.get(key):
@@ -379,8 +381,8 @@ def _signs(result: Document) -> list[float]:
 
 def _targets(result: Document) -> list[str]:
     """The labels of the budgets, those of the answers first."""
-    answered = [answer["label"] for answer in result["answers"]]
-    return list(dict.fromkeys([*answered, *(t["target"] for t in result["trials"])]))
+    answered = [solution["budget_key"] for solution in result["solutions"]]
+    return list(dict.fromkeys([*answered, *(t["budget_key"] for t in result["trials"])]))
 
 
 def _operator(layer: Document) -> str:

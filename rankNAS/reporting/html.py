@@ -30,7 +30,7 @@ def render(result: Document, options: Mapping[str, Any], command: str = "") -> s
 
     Args:
         result: The result document, as in ``result.json``; of a search that has not ended,
-            ``answers`` and ``dense`` may be empty.
+            ``solutions`` and ``dense`` may be empty.
         options: By name, what the search was given; no passwords.
         command: What makes the study again.
 
@@ -42,8 +42,8 @@ def render(result: Document, options: Mapping[str, Any], command: str = "") -> s
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     library, script = _Script(get_plotlyjs()), _Script(_resource("report.js"))
-    trials, answers = result["trials"], result["answers"]
-    labels = [a["label"] if a["budget"] else "no budget" for a in answers]
+    trials, solutions = result["trials"], result["solutions"]
+    labels = [a["budget_key"] if a["budget"] else "no budget" for a in solutions]
     return page.from_string(_resource("report.html")).render(
         result=result,
         hashes=f"'{library.hash}' '{script.hash}'",
@@ -55,7 +55,7 @@ def render(result: Document, options: Mapping[str, Any], command: str = "") -> s
         pareto=figures.pareto(result),
         pareto_note=_pareto_note(result),
         labels=labels,
-        ranks=[figures.ranks(answer) for answer in answers],
+        ranks=[figures.ranks(solution) for solution in solutions],
         latency=figures.latency(result),
         latency_note=_latency_note(result, options),
         options=options,
@@ -113,12 +113,12 @@ def _about(result: Document) -> str:
 
 def _summary(result: Document) -> list[dict[str, Any]]:
     """Rows of the summary: a name, and a cell for the dense network and each answer."""
-    answers = result["answers"]
-    if not answers:
+    solutions = result["solutions"]
+    if not solutions:
         return []
-    networks = [result["dense"], *(a["best"] for a in answers)]
+    networks = [result["dense"], *(a["best"] for a in solutions)]
     rows = [_row(title, networks, key, _four) for key, title in QUALITIES.items()]
-    tuned: list[Document] = [{}, *(a.get("finetuned", {}) for a in answers)]
+    tuned: list[Document] = [{}, *(a.get("finetuned", {}) for a in solutions)]
     rows += [_row(f"{title}, fine-tuned", tuned, k, _four) for k, title in QUALITIES.items()]
     rows += [_row(title, networks, key, "{:,.0f}".format, True) for key, title in COSTS.items()]
     rows.append(_row("predicted latency", networks, "predicted_latency", _milliseconds, True))
@@ -169,7 +169,9 @@ def _pareto_note(result: Document) -> str:
             "that succeeded, whatever the budget."
         )
     volumes = [
-        f"{a['label']}: {a['hypervolume']:.5g}" for a in result["answers"] if "hypervolume" in a
+        f"{a['budget_key']}: {a['hypervolume']:.5g}"
+        for a in result["solutions"]
+        if "hypervolume" in a
     ]
     note = "No trial on a line is dominated by another one within the budget."
     return note + (f" Hypervolume: {'; '.join(volumes)}." if volumes else "")

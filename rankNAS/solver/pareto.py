@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["hypervolume", "non_dominated", "worthwhile"]
+__all__ = ["hypervolume", "non_dominated", "pareto_filter"]
 
 Array = npt.NDArray[np.float64]
 
@@ -54,7 +54,7 @@ def hypervolume(values: npt.ArrayLike | Sequence[Any], reference: npt.ArrayLike)
     return float(Hypervolume(floor).compute(front))
 
 
-def worthwhile(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: int) -> list[int]:
+def pareto_filter(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: int) -> list[int]:
     """The choices of a layer that no other beats in error and in every cost, cheapest first.
 
     The others can never be part of an optimal allocation.
@@ -64,7 +64,7 @@ def worthwhile(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: int)
         costs: One sequence a cost that matters.
         most: Keep at most this many, evenly spaced in the first cost.
 
-    >>> worthwhile([0.0, 0.2, 0.3, 0.1], [[9, 4, 5, 6]], most=64)
+    >>> pareto_filter([0.0, 0.2, 0.3, 0.1], [[9, 4, 5, 6]], most=64)
     [1, 3, 0]
     """
     columns = np.stack([np.asarray(errors), *(np.asarray(c, dtype=float) for c in costs)], axis=1)

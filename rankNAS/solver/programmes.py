@@ -21,7 +21,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, eye
 
 from rankNAS.exceptions import BudgetError, RankNASError
-from rankNAS.solver.pareto import worthwhile
+from rankNAS.solver.pareto import pareto_filter
 
 __all__ = ["Solution", "least_cost", "min_max", "min_sum"]
 
@@ -125,7 +125,7 @@ def _worthwhile(value: Array, costs: Sequence[Array], largest: float) -> Indices
     """The choices of a layer that are allowed and that no other beats in value and every cost."""
     allowed = np.flatnonzero(value <= largest)
     columns = [cost[allowed] for cost in costs] or [np.zeros(len(allowed))]
-    kept: Indices = allowed[worthwhile(value[allowed], columns, max(1, len(allowed)))]
+    kept: Indices = allowed[pareto_filter(value[allowed], columns, max(1, len(allowed)))]
     return kept
 
 

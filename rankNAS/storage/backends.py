@@ -26,7 +26,7 @@ from sqlalchemy.pool import NullPool
 from rankNAS.exceptions import StudyError
 from rankNAS.storage.locks import database_lock, file_lock, file_of
 from rankNAS.storage.redaction import redacted, remember
-from rankNAS.storage.retries import explained, watch
+from rankNAS.storage.retries import format_error, watch
 
 __all__ = ["PASSWORD", "open_storage", "storage_name"]
 
@@ -191,7 +191,7 @@ def _open_database(url: URL) -> BaseStorage:
             f"the study storage {shown} is of an unknown kind; expected {FORMS}."
         ) from None
     except Exception as error:
-        raise explained(error, shown) from None
+        raise format_error(error, shown) from None
     watch(storage.engine)
     weakref.finalize(storage, storage.engine.dispose)  # closes its connections
     if path is not None:
@@ -212,7 +212,7 @@ def _made(text: str, options: dict[str, Any]) -> RDBStorage:
     return RDBStorage(text, engine_kwargs=options)
 
 
-def _set_up(connection: Any, record: object) -> None:
+def _set_up(connection: Any, store: object) -> None:
     # A finished trial outlives a power cut too; it costs a write to disk, once a trial.
     connection.execute("PRAGMA synchronous=FULL")
 
@@ -315,7 +315,7 @@ def _open_journal(path: Path) -> BaseStorage:
             lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except (StudyError, OSError) as error:
-        raise explained(error, repr(str(path))) from None
+        raise format_error(error, repr(str(path))) from None
     except Exception as error:  # lines that are JSON, but tell no consistent story
         raise StudyError(_damaged(path, f"{type(error).__name__}: {error}")) from None
 

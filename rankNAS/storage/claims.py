@@ -32,12 +32,12 @@ class Claim:
 
     Args:
         allocation: What is evaluated.
-        target: The label of the budget that it was proposed for.
+        budget_key: The key of the budget that it was proposed for.
         probe: Whether it does not count as one of the budget's trials.
     """
 
     allocation: Allocation
-    target: str
+    budget_key: str
     probe: bool = False
 
 
@@ -63,7 +63,7 @@ class Owner:
 
     def document(self, claims: Sequence[Claim]) -> dict[str, Any]:
         """What is written into the slot, as JSON values; it counts for `LEASE` seconds."""
-        rows = [[self._indices(c.allocation), c.target, c.probe] for c in claims]
+        rows = [[self._indices(c.allocation), c.budget_key, c.probe] for c in claims]
         if not rows:
             return {}
         pid = os.getpid()
@@ -118,10 +118,10 @@ class Owner:
 
     def _read(self, document: Mapping[str, Any]) -> list[Claim]:
         found = []
-        for indices, target, probe in document["claims"]:
+        for indices, budget_key, probe in document["claims"]:
             pairs = zip(self.choices.items(), indices, strict=True)
             labels = {name: Choice.parse(labels[i]) for (name, labels), i in pairs}
-            found.append(Claim(Allocation.of(labels), str(target), bool(probe)))
+            found.append(Claim(Allocation.of(labels), str(budget_key), bool(probe)))
         return found
 
 

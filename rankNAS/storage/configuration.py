@@ -6,29 +6,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
-__all__ = ["described", "differences"]
+__all__ = ["canonical", "differences"]
 
 CLASS = "class"
 UNKNOWN = "not known"  # to this version, or to the one that made the study
 
 
-def described(value: Any) -> Any:
+def canonical(value: Any) -> Any:
     """A value in JSON: a dataclass by its class and the fields that it prints.
 
     Other objects are described by what they print as, functions by their name, and what prints as
     nothing but an address by its class.
 
-    >>> described({"sizes": (1, 2), "by": object()})
+    >>> canonical({"sizes": (1, 2), "by": object()})
     {'sizes': [1, 2], 'by': 'object'}
     """
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): described(item) for key, item in value.items()}
+        return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [described(item) for item in value]
+        return [canonical(item) for item in value]
     if is_dataclass(value) and not isinstance(value, type):
-        own = {f.name: described(getattr(value, f.name)) for f in _printed(value)}
+        own = {f.name: canonical(getattr(value, f.name)) for f in _printed(value)}
         return {CLASS: type(value).__qualname__, **own}
     if isinstance(value, type) or callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
@@ -37,7 +37,7 @@ def described(value: Any) -> Any:
 
 
 def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
-    """In words, where a value differs from what was stored of one by `described`.
+    """In words, where a value differs from what was stored of one by `canonical`.
 
     A field that the stored dataclass did not have yet counts as its default: it is newer than the
     study.
@@ -45,7 +45,7 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
     >>> list(differences({"seed": 0, "sizes": [1]}, {"seed": 1, "sizes": (1,)}))
     ['seed was 0, is 1']
     """
-    now = described(given)
+    now = canonical(given)
     if not (isinstance(stored, dict) and isinstance(now, dict)):
         if stored != now:
             yield f"{name} was {stored!r}, is {now!r}"
@@ -76,5 +76,5 @@ def _printed(value: Any) -> list[Field[Any]]:
 def _default(field: Field[Any]) -> Any:
     """Described; MISSING if it has none."""
     if field.default_factory is not MISSING:
-        return described(field.default_factory())
-    return MISSING if field.default is MISSING else described(field.default)
+        return canonical(field.default_factory())
+    return MISSING if field.default is MISSING else canonical(field.default)

@@ -25,7 +25,7 @@ from sqlalchemy.exc import (
 from rankNAS.exceptions import RankNASError, StudyError
 from rankNAS.storage.redaction import redacted
 
-__all__ = ["ConnectionLostError", "explained", "reason", "retrying", "watch"]
+__all__ = ["ConnectionLostError", "format_error", "reason", "retrying", "watch"]
 
 logger = logging.getLogger(__name__)
 PATIENCE = 600.0  # seconds of an outage
@@ -72,8 +72,8 @@ def retrying(action: Callable[[], T], name: str) -> T:
         StudyError: The storage answered with an error, or not at all in ten minutes.
 
     Example:
-        >>> answers = iter([True])
-        >>> retrying(lambda: next(answers), "study.db")
+        >>> solutions = iter([True])
+        >>> retrying(lambda: next(solutions), "study.db")
         True
     """
     began, delay = None, FIRST
@@ -82,7 +82,7 @@ def retrying(action: Callable[[], T], name: str) -> T:
             result = action()
         except Exception as error:
             if not _passes(error):
-                raise explained(error, name) from None
+                raise format_error(error, name) from None
             now = time.monotonic()
             if began is None:
                 began = now
@@ -108,7 +108,7 @@ def retrying(action: Callable[[], T], name: str) -> T:
         delay = min(2 * delay, LONGEST)
 
 
-def explained(error: Exception, name: str) -> Exception:
+def format_error(error: Exception, name: str) -> Exception:
     """An error of a storage as a StudyError without passwords; what is no such error, itself."""
     if isinstance(error, RankNASError):
         return error

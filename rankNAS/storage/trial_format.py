@@ -59,7 +59,7 @@ class TrialFormat:
             attributes["reason"] = trial.reason
         if trial.probe:
             attributes["probe"] = True
-        attributes["target"] = trial.target
+        attributes["budget_key"] = trial.budget_key
         attributes[CHECK] = [token, _digest(trial)]
         complete = trial.state == "complete"
         return FrozenTrial(
@@ -82,7 +82,7 @@ class TrialFormat:
         return optuna.trial.create_trial(
             state=TrialState.FAIL,
             **self._parameters(claim.allocation),
-            user_attrs={"reason": "interrupted", "target": claim.target},
+            user_attrs={"reason": "interrupted", "budget_key": claim.budget_key},
         )
 
     def read(self, frozen: FrozenTrial) -> tuple[Trial, str] | None:
@@ -107,7 +107,7 @@ class TrialFormat:
                 frozen.duration.total_seconds() if frozen.duration else 0.0,
                 attributes.get("reason", ""),
                 attributes.get("probe", False),
-                attributes.get("target", ""),
+                attributes.get("budget_key", ""),
             )
             token, digest = attributes.get(CHECK, ("", None))
             whole = digest in (None, _digest(trial))
@@ -131,6 +131,6 @@ def _digest(trial: Trial) -> str:
         dict(trial.metrics),
         trial.reason,
         trial.probe,
-        trial.target,
+        trial.budget_key,
     ]
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]

@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.budget import label
+from rankNAS.budget import budget_key
 from rankNAS.exceptions import BudgetError, StudyError
 from rankNAS.objectives.base import Direction
-from rankNAS.solver.pareto import worthwhile
+from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.programmes import SLACK, least_cost, min_max
 
 if TYPE_CHECKING:
-    from rankNAS.evaluation.context import Workbench
+    from rankNAS.evaluation.context import SearchContext
 
 __all__ = ["History", "Problem", "Request", "Strategy", "Trial"]
 
@@ -40,7 +40,7 @@ class Trial:
         seconds: How long the evaluation took.
         reason: Why it failed or was stopped.
         probe: Whether it was evaluated to learn from it, whatever its cost.
-        target: The label of the budget that it was proposed for.
+        budget_key: The label of the budget that it was proposed for.
 
     Example:
         >>> from rankNAS.allocation import DENSE
@@ -56,7 +56,7 @@ class Trial:
     seconds: float = 0.0
     reason: str = ""
     probe: bool = False
-    target: str = ""
+    budget_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,10 @@ class History:
 
     def candidates(self, problem: Problem) -> tuple[Trial, ...]:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
-        target = problem.label
-        return self._filter(target, problem, lambda t: not t.probe and t.target == target)
+        budget_key = problem.budget_key
+        return self._filter(
+            budget_key, problem, lambda t: not t.probe and t.budget_key == budget_key
+        )
 
     def _filter(
         self, key: int | str, problem: Problem, wanted: Callable[[Trial], bool]
@@ -139,7 +141,7 @@ class Problem:
         choices: Choices of each layer by name, in the order of all tables.
         errors: Relative error of each choice, one array a layer.
         costs: By cost name, one array a layer.
-        rest: By cost name, the cost of everything outside the layers.
+        remainder_cost: By cost name, the cost of everything outside the layers.
         budget: By cost name, the fraction kept of the dense model's cost.
         objectives: Names of the objectives.
         directions: Their directions.
@@ -148,15 +150,15 @@ class Problem:
     choices: Mapping[str, tuple[Choice, ...]]
     errors: tuple[Array, ...]
     costs: Mapping[str, tuple[Array, ...]]
-    rest: Mapping[str, float]
+    remainder_cost: Mapping[str, float]
     budget: Mapping[str, float]
     objectives: tuple[str, ...] = ("accuracy",)
     directions: tuple[Direction, ...] = ("maximize",)
 
     @property
-    def label(self) -> str:
+    def budget_key(self) -> str:
         """The budgets in words: ``macs<=0.5``, or ``dense`` without any."""
-        return label(self.budget)
+        return budget_key(self.budget)
 
     @cached_property
     def signs(self) -> Array:
@@ -167,7 +169,7 @@ class Problem:
     def dense(self) -> dict[str, float]:
         """By cost name, what the dense model costs; dense is the first choice of every layer."""
         return {
-            name: self.rest[name] + float(sum(c[0] for c in table))
+            name: self.remainder_cost[name] + float(sum(c[0] for c in table))
             for name, table in self.costs.items()
         }
 
@@ -175,7 +177,7 @@ class Problem:
     def limits(self) -> dict[str, float]:
         """By budgeted cost, what the layers together may cost."""
         return {
-            name: fraction * self.dense[name] - self.rest[name]
+            name: fraction * self.dense[name] - self.remainder_cost[name]
             for name, fraction in self.budget.items()
         }
 
@@ -196,7 +198,7 @@ class Problem:
                 if j == 0 or operators is None or c.operator in operators
             ]
             columns = [self.costs[n][i][allowed] for n in names]
-            found = worthwhile(self.errors[i][allowed], columns, len(allowed))
+            found = pareto_filter(self.errors[i][allowed], columns, len(allowed))
             kept.append(sorted({0, *(allowed[j] for j in found)}))
         return self.restricted(kept)
 
@@ -227,7 +229,7 @@ class Problem:
 
     def least(self, name: str) -> float:
         """The smallest fraction of a cost that any allocation keeps."""
-        return (least_cost(self.costs[name]) + self.rest[name]) / self.dense[name]
+        return (least_cost(self.costs[name]) + self.remainder_cost[name]) / self.dense[name]
 
     def budgeted(self) -> list[tuple[Array, ...]]:
         """The cost tables that are bounded, in the order of `limits`."""
@@ -245,7 +247,10 @@ class Problem:
     def fractions(self, indices: Sequence[int]) -> dict[str, float]:
         """By cost name, the fraction of the dense model's cost that is kept."""
         return {
-            name: (self.rest[name] + float(sum(c[i] for c, i in zip(table, indices, strict=True))))
+            name: (
+                self.remainder_cost[name]
+                + float(sum(c[i] for c, i in zip(table, indices, strict=True)))
+            )
             / self.dense[name]
             for name, table in self.costs.items()
         }
@@ -331,7 +336,7 @@ class Strategy(ABC):
     def check(self, request: Request) -> None:  # noqa: B027
         """Raise a UsageError if the strategy cannot do what is asked; called before any work."""
 
-    def bind(self, bench: Workbench) -> Strategy:
+    def bind(self, context: SearchContext) -> Strategy:
         """The strategy with what it needs to know of the model; called once a search."""
         return self
 
@@ -354,7 +359,7 @@ class Strategy(ABC):
         """
         trials = history.feasible(problem)
         if not trials:
-            raise StudyError(f"no trial of the study has succeeded yet for {problem.label}.")
+            raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
         sign = problem.signs[0]
         return max(
             trials, key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number)

@@ -43,12 +43,12 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
-from rankNAS.data.loading import augment, batches, channels_last, size_of, take
+from rankNAS.data.loading import augment, batches, channels_last, len_of, subset
 from rankNAS.decompositions import LayerShape
-from rankNAS.evaluation.context import Workbench, silent
+from rankNAS.evaluation.context import SearchContext, silent
 from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
-from rankNAS.solver.pareto import worthwhile
+from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.programmes import min_sum
 from rankNAS.strategies.base import Array, History, Problem, Request, Strategy
 from rankNAS.strategies.supernet import (
@@ -145,16 +145,16 @@ class Haloc(Strategy):
                 f"samples, but there are {training}; lower `batch_size` or give more data."
             )
 
-    def bind(self, bench: Workbench) -> Strategy:
+    def bind(self, context: SearchContext) -> Strategy:
         """The strategy with the model and the data that it trains on."""
-        self._check_size(size_of(bench.splits.training))
-        return _Bound(self, bench, self.operators)
+        self._check_size(len_of(context.splits.training))
+        return _Bound(self, context, self.operators)
 
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         raise UsageError(
-            "strategy 'haloc' has no model and no training data yet; call `bind(workbench)` "
+            "strategy 'haloc' has no model and no training data yet; call `bind(context)` "
             "first, as `rankNAS.search` does, and propose with what it returns."
         )
 
@@ -173,14 +173,14 @@ class _Bound(Strategy):
     """`Haloc` on a workbench; equal to another of the same configuration."""
 
     configuration: Haloc
-    bench: Workbench = field(compare=False, repr=False)
+    context: SearchContext = field(compare=False, repr=False)
     operators: tuple[str, ...] | None
     name = "haloc"
 
     def __getstate__(self) -> dict[str, Any]:
         # A progress bar and an evaluator, with its traced network, do not pickle; neither matters.
-        bench = replace(self.bench, report=silent, evaluator=None)  # type: ignore[arg-type]
-        return self.__dict__ | {"bench": bench}
+        context = replace(self.context, report=silent, evaluator=None)  # type: ignore[arg-type]
+        return self.__dict__ | {"context": context}
 
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
@@ -196,10 +196,10 @@ class _Bound(Strategy):
         _check_budget(problem.budget)
         if n < 1 or history.candidates(problem):
             return []
-        layers = self.bench.factorisation.space.layers
+        layers = self.context.factorisation.space.layers
         shapes = {name: layers[name].shape for name in problem.choices}
         searched = coarse(problem, shapes, self.operators, self.configuration.granularity)
-        logits = _Search(self.configuration, self.bench, searched).run()
+        logits = _Search(self.configuration, self.context, searched).run()
         allocation = searched.allocation(picked(searched, logits))
         return [] if allocation in history.proposed else [allocation]
 
@@ -232,7 +232,7 @@ def coarse(
         cheapest = {min(allowed, key=cost.__getitem__, default=0) for cost in costs}
         nearest = _equal_ranks(choices, shapes[name], operators, granularity)
         rows = sorted({0} | cheapest | nearest)
-        found = worthwhile(problem.errors[i][rows], [cost[rows] for cost in costs], len(rows))
+        found = pareto_filter(problem.errors[i][rows], [cost[rows] for cost in costs], len(rows))
         kept.append(sorted({0, *(rows[j] for j in found)}))
     return problem.restricted(kept)
 
@@ -324,16 +324,16 @@ class _Search:
 
     Args:
         configuration: Of the search.
-        bench: The model and the data.
+        context: The model and the data.
         problem: Its choices are the candidates.
     """
 
-    def __init__(self, configuration: Haloc, bench: Workbench, problem: Problem) -> None:
-        self.configuration, self.bench, self.problem = configuration, bench, problem
-        space = bench.factorisation.space.restrict(problem.choices)
-        self.net = SuperNet(bench.factorisation.model, space)
+    def __init__(self, configuration: Haloc, context: SearchContext, problem: Problem) -> None:
+        self.configuration, self.context, self.problem = configuration, context, problem
+        space = context.factorisation.space.restrict(problem.choices)
+        self.net = SuperNet(context.factorisation.model, space)
         self.names = list(problem.choices)
-        device = bench.device
+        device = context.device
         self.logits = [
             torch.full((len(c),), 1 / len(c), device=device, requires_grad=True)
             for c in problem.choices.values()
@@ -342,22 +342,22 @@ class _Search:
             self.logits, lr=configuration.learning_rate, weight_decay=DECAY
         )
         target = np.array([[problem.dense[n] * f] for n, f in problem.budget.items()])
-        rest = np.array([[problem.rest[n]] for n in problem.budget])
+        rest = np.array([[problem.remainder_cost[n]] for n in problem.budget])
         tables = [np.stack(costs) / target for costs in zip(*problem.budgeted(), strict=True)]
         self.tables = [torch.as_tensor(t, dtype=torch.float32, device=device) for t in tables]
         self.rest = torch.as_tensor((rest / target)[:, 0], dtype=torch.float32, device=device)
-        self.held_out, self.training = _halves(bench.splits.training, bench.seed)
+        self.held_out, self.training = _halves(context.splits.training, context.seed)
         self.epoch = 0
         costs = [[costs.tolist() for costs in table] for table in problem.budgeted()]
-        self.key = f"{VERSION} {configuration!r} {problem.label} {problem.labels()} {costs}"
-        self.path = bench.checkpoint(self.key)
+        self.key = f"{VERSION} {configuration!r} {problem.budget_key} {problem.labels()} {costs}"
+        self.path = context.checkpoint(self.key)
 
     def run(self) -> list[Tensor]:
         """Train until the last epoch, from the checkpoint if there is one, and give the logits."""
         if self.path.is_file():
             self._load()
         while self.epoch < self.configuration.epochs:
-            seed = (self.bench.seed * 1_000_003 + self.epoch) % 2**31
+            seed = (self.context.seed * 1_000_003 + self.epoch) % 2**31
             generator = torch.Generator().manual_seed(seed)
             factors = self.net.decompose()
             self._search_logits(factors, generator)
@@ -400,7 +400,7 @@ class _Search:
         falling = c.features * math.cos(math.pi / 2 * self.epoch / c.epochs)
         mu = max(min(SMALLEST, c.features), falling)
         for step, (x, y) in enumerate(self._batches(self.training, generator), c.steps):
-            x = augment(x, generator, flip=self.bench.flip)
+            x = augment(x, generator, flip=self.context.flip)
             targets = self.net.original(x)
             output, maps = self.net.forward(x, {n: w.product() for n, w in chosen.items()})
             loss = _cross_entropy(output, y) + mu * feature_distance(maps, targets)
@@ -423,7 +423,7 @@ class _Search:
         loss.backward()
         optimizer.step()
         steps = 2 * self.configuration.steps
-        self.bench.report(
+        self.context.report(
             "haloc", self.epoch * steps + step + 1, self.configuration.epochs * steps
         )
 
@@ -455,7 +455,7 @@ class _Search:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             seed = int(torch.randint(2**31, (1,), generator=generator))
-            size, device = self.configuration.batch_size, self.bench.device
+            size, device = self.configuration.batch_size, self.context.device
             for x, y in batches(part, size, device=device, shuffle_seed=seed):
                 if len(x) > 1:  # a batch norm cannot train on one sample
                     yield channels_last(x), y
@@ -473,7 +473,7 @@ class _Search:
 
     def _load(self) -> None:
         try:
-            content = read_checkpoint(self.path, self.key, self.bench.device)
+            content = read_checkpoint(self.path, self.key, self.context.device)
         except WeightsError as error:
             logger.warning("strategy 'haloc' starts anew, because of a bad checkpoint: %s", error)
             return
@@ -487,10 +487,10 @@ class _Search:
 
 def _halves(dataset: Dataset[Any], seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
     """Two disjoint random halves: for the logits, and for the weights."""
-    size = size_of(dataset)
+    size = len_of(dataset)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     halves = order[: size // 2], order[size // 2 :]
-    return take(dataset, halves[0].sort().values), take(dataset, halves[1].sort().values)
+    return subset(dataset, halves[0].sort().values), subset(dataset, halves[1].sort().values)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from rankNAS.hw_models.base import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.base import Array, Problem
 
-__all__ = ["make_problem"]
+__all__ = ["build_problem"]
 
 
-def make_problem(
+def build_problem(
     space: SearchSpace,
     errors: Mapping[str, Sequence[float]] | None,
     budget: Mapping[str, float],
@@ -37,16 +37,16 @@ def make_problem(
         )
         for name in COSTS
     }
-    rest = {name: float(space.rest[name]) for name in COSTS}
+    remainder_cost = {name: float(space.remainder_cost[name]) for name in COSTS}
     if latency is not None:
         costs["latency"] = tuple(latency.seconds[name] for name in space.layers)
-        rest["latency"] = latency.rest[0]
+        remainder_cost["latency"] = latency.remainder_cost[0]
     zeros = {name: [0.0] * len(layer) for name, layer in space.layers.items()}
     return Problem(
         choices={name: layer.choices for name, layer in space.layers.items()},
         errors=tuple(np.array((errors or zeros)[name]) for name in space.layers),
         costs=costs,
-        rest=rest,
+        remainder_cost=remainder_cost,
         budget=dict(budget),
         objectives=tuple(name for name, _ in objectives),
         directions=tuple(direction for _, direction in objectives),  # type: ignore[misc]

@@ -35,18 +35,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.decompositions import (
-    METRICS,
+    NORMS,
+    ErrorNorm,
     LayerShape,
-    Metric,
-    MetricName,
+    NormName,
     Operator,
     Rank,
     Statistics,
     Target,
-    make_metric,
+    make_norm,
 )
 from rankNAS.hw_models.base import HardwareModel
-from rankNAS.objectives.base import Candidate, Direction, ObjectiveBase
+from rankNAS.objectives.base import Direction, EvaluationResult, ObjectiveBase
 from rankNAS.search_spaces.base import Layer
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
@@ -149,12 +149,12 @@ def random_statistics(shape: LayerShape, *, samples: int | None = None) -> Stati
     return Statistics(moment(X), X.sum(-1) / max(1, X.shape[-1]), moment(Y))
 
 
-def definition_of_error(metric: Metric, W: Tensor, approximation: Tensor) -> float:
+def definition_of_error(norm: ErrorNorm, W: Tensor, approximation: Tensor) -> float:
     """||H (W - What) C^1/2||_F^2 / ||H W C^1/2||_F^2, written out."""
     g, o, n = W.shape
     eye = torch.eye
-    H = eye(o, dtype=W.dtype).expand(g, o, o) if metric.H is None else metric.H
-    C = eye(n, dtype=W.dtype).expand(g, n, n) if metric.C is None else metric.C
+    H = eye(o, dtype=W.dtype).expand(g, o, o) if norm.H is None else norm.H
+    C = eye(n, dtype=W.dtype).expand(g, n, n) if norm.C is None else norm.C
 
     def squared(X: Tensor) -> float:
         HX = H @ X
@@ -191,10 +191,10 @@ class OperatorContract:
         """A layer that the operator does not refuse."""
         return self.layers[request.param]
 
-    @pytest.fixture(params=METRICS)
-    def metric(self, request: pytest.FixtureRequest, layer: LayerCase) -> Metric:
+    @pytest.fixture(params=NORMS)
+    def norm(self, request: pytest.FixtureRequest, layer: LayerCase) -> ErrorNorm:
         """Each metric, with statistics of random inputs."""
-        return make_metric(cast(MetricName, request.param), random_statistics(layer.shape()))
+        return make_norm(cast(NormName, request.param), random_statistics(layer.shape()))
 
     def families(self, shape: LayerShape) -> list[list[Rank]]:
         """A few families, each thinned to a few ranks; first and last are kept."""
@@ -238,7 +238,9 @@ class OperatorContract:
     def test_truncating_fills_what_build_builds(self, layer: LayerCase) -> None:
         shape, module = layer.shape(), layer.module()
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, Target(_folded(shape, module), Metric()), ranks)
+        factors = self.operator.factorise(
+            shape, Target(_folded(shape, module), ErrorNorm()), ranks
+        )
         for rank in ranks:
             filled = factors.truncate(rank, _bias(module))
             empty = self.operator.build(shape, rank)
@@ -249,11 +251,11 @@ class OperatorContract:
             }
 
     def test_the_chain_computes_the_multiplied_out_weight(
-        self, layer: LayerCase, metric: Metric
+        self, layer: LayerCase, norm: ErrorNorm
     ) -> None:
         shape, module, x = layer.shape(), layer.module(), layer.input()
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, Target(_folded(shape, module), metric), ranks)
+        factors = self.operator.factorise(shape, Target(_folded(shape, module), norm), ranks)
         for rank in ranks:
             reference = layer.module()
             reference.weight = nn.Parameter(
@@ -266,31 +268,31 @@ class OperatorContract:
             tolerance = (1e-4 if single else 1e-9) * float(expected.abs().max())
             torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
-    def test_error_is_its_definition(self, layer: LayerCase, metric: Metric) -> None:
+    def test_error_is_its_definition(self, layer: LayerCase, norm: ErrorNorm) -> None:
         shape = layer.shape()
         weight = _folded(shape, layer.module())
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, Target(weight, metric), ranks)
+        factors = self.operator.factorise(shape, Target(weight, norm), ranks)
         for rank in ranks:
-            direct = definition_of_error(metric, weight.flatten(2), factors.weight(rank))
+            direct = definition_of_error(norm, weight.flatten(2), factors.weight(rank))
             assert factors.error(rank) == pytest.approx(direct, rel=1e-6, abs=1e-9)
 
-    def test_full_rank_is_exact(self, layer: LayerCase, metric: Metric) -> None:
+    def test_full_rank_is_exact(self, layer: LayerCase, norm: ErrorNorm) -> None:
         shape = layer.shape()
         weight = _folded(shape, layer.module())
         full = self.operator.families(shape)[-1][-1]
-        factors = self.operator.factorise(shape, Target(weight, metric), [full])
+        factors = self.operator.factorise(shape, Target(weight, norm), [full])
         assert factors.error(full) == pytest.approx(0, abs=1e-9)
         torch.testing.assert_close(factors.weight(full), weight.flatten(2), rtol=0, atol=1e-6)
 
     def test_error_does_not_increase_along_a_family(
-        self, layer: LayerCase, metric: Metric
+        self, layer: LayerCase, norm: ErrorNorm
     ) -> None:
         shape = layer.shape()
         families = self.operator.families(shape)
         ranks = [rank for family in families for rank in family]
         factors = self.operator.factorise(
-            shape, Target(_folded(shape, layer.module()), metric), ranks
+            shape, Target(_folded(shape, layer.module()), norm), ranks
         )
         for family in families:
             errors = [factors.error(rank) for rank in family]
@@ -300,10 +302,10 @@ class OperatorContract:
     def test_the_ranks_asked_for_do_not_change_each_other(self, layer: LayerCase) -> None:
         shape = layer.shape()
         weight, ranks = _folded(shape, layer.module()), self.ranks(shape)
-        metric = make_metric("fisher", random_statistics(shape))
-        together = self.operator.factorise(shape, Target(weight, metric), ranks)
+        norm = make_norm("fisher", random_statistics(shape))
+        together = self.operator.factorise(shape, Target(weight, norm), ranks)
         for rank in ranks:
-            alone = self.operator.factorise(shape, Target(weight, metric), [rank])
+            alone = self.operator.factorise(shape, Target(weight, norm), [rank])
             assert alone.error(rank) == pytest.approx(together.error(rank), rel=1e-6, abs=1e-9)
 
     @pytest.mark.parametrize("samples", [0, 1, 3])
@@ -313,22 +315,22 @@ class OperatorContract:
     ) -> None:
         shape = layer.shape()
         statistics = random_statistics(shape, samples=samples)
-        metric = make_metric("fisher", statistics, centred=centred)
+        norm = make_norm("fisher", statistics, centred=centred)
         weight = _folded(shape, layer.module())
         ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, Target(weight, metric), ranks)
+        factors = self.operator.factorise(shape, Target(weight, norm), ranks)
         for rank in ranks:
             approximation = factors.weight(rank)
             assert approximation.isfinite().all()
             assert all(w.isfinite().all() for w in factors.stage_weights(rank))
-            direct = definition_of_error(metric, weight.flatten(2), approximation)
+            direct = definition_of_error(norm, weight.flatten(2), approximation)
             assert factors.error(rank) == pytest.approx(direct, rel=1e-4, abs=1e-6)
 
-    def test_a_zero_weight_gives_zero_factors(self, layer: LayerCase, metric: Metric) -> None:
+    def test_a_zero_weight_gives_zero_factors(self, layer: LayerCase, norm: ErrorNorm) -> None:
         shape = layer.shape()
         ranks = self.ranks(shape)
         zero = torch.zeros_like(_folded(shape, layer.module()))
-        factors = self.operator.factorise(shape, Target(zero, metric), ranks)
+        factors = self.operator.factorise(shape, Target(zero, norm), ranks)
         for rank in ranks:
             assert factors.error(rank) == 0
             assert (factors.weight(rank) == 0).all()
@@ -340,7 +342,7 @@ class OperatorContract:
         before = weight.clone()
         copy: Operator = pickle.loads(pickle.dumps(self.operator))
         results = [
-            operator.factorise(shape, Target(weight, Metric()), ranks).weight(ranks[0])
+            operator.factorise(shape, Target(weight, ErrorNorm()), ranks).weight(ranks[0])
             for operator in (self.operator, self.operator, copy)
         ]
         assert torch.equal(results[0], results[1])
@@ -414,7 +416,7 @@ class ObjectiveContract:
     objective: ClassVar[ObjectiveBase]
     noise: ClassVar[float] = 0.0
 
-    def candidate(self) -> Candidate:
+    def candidate(self) -> EvaluationResult:
         """A candidate to measure, the same each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -424,7 +426,9 @@ class ObjectiveContract:
             logits, dense_logits = network.eval()(inputs), dense(inputs)
         allocation = Allocation.of({"layer": Choice("svd", (2,))})
         costs = {"macs": 20.0, "params": 26.0, "weight_bytes": 104.0}
-        return Candidate(allocation, logits, dense_logits, targets, inputs, costs, lambda: network)
+        return EvaluationResult(
+            allocation, logits, dense_logits, targets, inputs, costs, lambda: network
+        )
 
     def test_has_a_name_and_a_direction(self) -> None:
         assert isinstance(self.objective.name, str) and self.objective.name
@@ -441,7 +445,7 @@ class ObjectiveContract:
             assert self.objective(other) == pytest.approx(first, rel=self.noise, abs=0)
 
     def test_the_candidate_is_left_alone(self) -> None:
-        def tensors(candidate: Candidate) -> list[Tensor]:
+        def tensors(candidate: EvaluationResult) -> list[Tensor]:
             own = [candidate.logits, candidate.dense_logits, candidate.targets, candidate.inputs]
             return [*own, *candidate.build().state_dict().values()]
 
@@ -485,12 +489,12 @@ def random_problem(
         noise = rng.uniform(0.7, 1.0, choices - 1)
         params.append(rng.uniform(5, 50) * np.concatenate([[1.0], kept * noise]))
     costs = {"macs": tuple(macs), "params": tuple(params)}
-    rest = {"macs": float(rng.uniform(0, 200)), "params": float(rng.uniform(0, 20))}
+    remainder_cost = {"macs": float(rng.uniform(0, 200)), "params": float(rng.uniform(0, 20))}
     problem = Problem(
         dict.fromkeys(names, options),
         tuple(errors),
         costs,
-        rest,
+        remainder_cost,
         {},
         ("accuracy", "macs")[:objectives],
         cast("tuple[Direction, ...]", ("maximize", "minimize")[:objectives]),
@@ -617,7 +621,7 @@ def _probed(strategy: Strategy, problem: Problem, history: History) -> History:
         for allocation in wanted:
             problem.indices(allocation)
             trial = random_trial(problem, len(history.trials), allocation)
-            trial = replace(trial, probe=True, target=problem.label)
+            trial = replace(trial, probe=True, budget_key=problem.budget_key)
             history = History((*history.trials, trial))
 
 
@@ -634,7 +638,7 @@ def _study(strategy: Strategy, problem: Problem, rounds: int, batch: int) -> Stu
             trial = random_trial(problem, len(trials), allocation)
             if number == 0 and allocation == proposals[0]:
                 trial = replace(trial, state="failed", values=(), reason="on purpose")
-            trials.append(replace(trial, target=problem.label))
+            trials.append(replace(trial, budget_key=problem.budget_key))
         history = History(tuple(trials))
     tables_after, generators_after = _state(problem)
     same = all(np.array_equal(a, b) for a, b in zip(tables, tables_after, strict=True))

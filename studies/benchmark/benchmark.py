@@ -24,7 +24,7 @@ from rankNAS.search_spaces.zoo import build_model
 from rankNAS.solver.programmes import min_max, min_sum
 from rankNAS.strategies import BayesianOptimisation, History, Random, Trial
 from rankNAS.strategies.base import Problem
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 
 TRIALS, IMAGES, OBSERVATIONS, LAYERS, CHOICES, TABLES = 20, 1000, 50, 20, 64, 5
 
@@ -38,7 +38,7 @@ def evaluation() -> None:
     started = time.perf_counter()
     factorisation = factorise(model, space)
     print(f"factorise once: {time.perf_counter() - started:.2f} s for {len(space.layers)} layers")
-    problem = make_problem(space, factorisation.errors(), {"macs": 0.5})
+    problem = build_problem(space, factorisation.errors(), {"macs": 0.5})
     for batch_norm in (True, False):
         evaluator = Evaluator(
             factorisation, images, (images, labels), batch_norm=batch_norm, batch_size=250

@@ -37,14 +37,14 @@ from rankNAS.allocation import Allocation
 from rankNAS.engine import run
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.execution.parallel import Parallel, Workers
-from rankNAS.execution.scheduler import Outcome, Serial, Task, schedule
+from rankNAS.execution.scheduler import Evaluation, Outcome, Serial, schedule
 from rankNAS.execution.sharing import shared_bytes
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.storage.record import Record
+from rankNAS.storage.store import StudyStore
 
 IMAGES, WARM, WIDE = 1000, 4, 49
 BUDGET = {"macs": 0.5}
-METRICS = {"accuracy": 0.5, "loss": 1.0, "macs": 1.0}
+NORMS = {"accuracy": 0.5, "loss": 1.0, "macs": 1.0}
 
 
 def prepared(model: nn.Module, side: int, images: int) -> rankNAS.Study:
@@ -52,7 +52,7 @@ def prepared(model: nn.Module, side: int, images: int) -> rankNAS.Study:
     data = [torch.randn(n, 3, side, side) for n in (2 * images, 100)]
     labels = [torch.randint(0, 10, (len(x),)) for x in data]
     pair = tuple(TensorDataset(x, y) for x, y in zip(data, labels, strict=True))
-    settings = rankNAS.Settings(metric="weight", calibration=images, validation=images)
+    settings = rankNAS.Settings(norm="weight", calibration=images, validation=images)
     return rankNAS.search(
         model,
         (pair[0], pair[1]),
@@ -65,7 +65,7 @@ def prepared(model: nn.Module, side: int, images: int) -> rankNAS.Study:
 
 def fresh(study: rankNAS.Study, storage: str | None) -> rankNAS.Study:
     """The same without its trials, recorded elsewhere."""
-    record = Record.open(
+    store = StudyStore.open(
         storage,
         "study",
         configuration={},
@@ -74,7 +74,7 @@ def fresh(study: rankNAS.Study, storage: str | None) -> rankNAS.Study:
         resume=False,
     )
     study.evaluator.forget()
-    return replace(study, record=record)
+    return replace(study, store=store)
 
 
 class Seconds:
@@ -105,7 +105,7 @@ def speedup(rounds: int, trials: int) -> None:
                 timed, own = Seconds(), fresh(study, url("sqlite", folder))
                 run(own, trials, timed, Workers(count, timeout=600.0))
                 spent = [t.seconds for t in own.trials[WARM:]]
-                own.record.close()
+                own.store.close()
             rates[count] = 1 / timed.each(WARM, trials - 1)
             overheads.append(timed.each(WARM, trials - 1) * count - statistics.mean(spent))
         ratios.append(rates[2] / rates[1])
@@ -236,15 +236,15 @@ class Nothing(Serial):
         return [nothing(self._waiting.pop(0))]
 
 
-def nothing(task: Task) -> Outcome:
-    return Outcome(task, "complete", METRICS)
+def nothing(task: Evaluation) -> Outcome:
+    return Outcome(task, "complete", NORMS)
 
 
 class NoOperation(Evaluator):
     """Measures nothing."""
 
     def evaluate(self, allocation: Allocation, **_: Any) -> dict[str, float]:
-        return dict(METRICS)
+        return dict(NORMS)
 
 
 def throughput(storage: str, trials: int, workers: int) -> None:
@@ -259,7 +259,7 @@ def throughput(storage: str, trials: int, workers: int) -> None:
             schedule(own, trials, executor, timed)
         finally:
             executor.close()
-            own.record.close()
+            own.store.close()
     rate = 1 / timed.each(trials // 4, trials - 1)
     print(f"{storage}: {rate:.0f} trials a second with {workers} workers")
 
@@ -271,7 +271,7 @@ def growth(storage: str, trials: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         timed, own = Seconds(), fresh(study, url(storage, folder))
         schedule(own, trials, Nothing(study.evaluator), timed)
-        own.record.close()
+        own.store.close()
     early, late = timed.each(50, 150), timed.each(trials - 101, trials - 1)
     print(
         f"{storage}: {1e3 * early:.1f} ms a trial at 100 trials, {1e3 * late:.1f} ms at {trials}, "

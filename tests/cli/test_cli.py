@@ -142,24 +142,24 @@ def test_several_budgets_have_an_answer_each(
     folder = tmp_path / "ranknas-studies" / "first"
     result = json.loads((folder / "result.json").read_text())
     labels = ["macs<=0.6,params<=0.7", "macs<=0.6,params<=0.45"]
-    assert [a["label"] for a in result["answers"]] == labels
+    assert [a["budget_key"] for a in result["solutions"]] == labels
     assert all(label in found.stdout for label in labels)
     assert len(result["trials"]) == 6
-    assert [t["target"] for t in result["trials"]] == [labels[0]] * 3 + [labels[1]] * 3
+    assert [t["budget_key"] for t in result["trials"]] == [labels[0]] * 3 + [labels[1]] * 3
     assert not any(t["probe"] for t in result["trials"])
-    for answer, bound, name in zip(
-        result["answers"],
+    for solution, bound, name in zip(
+        result["solutions"],
         (0.7, 0.45),
         ("best-macs-0.6-params-0.7", "best-macs-0.6-params-0.45"),
         strict=True,
     ):
-        assert answer["best"]["params"] <= bound * result["dense"]["params"]
-        trial = result["trials"][answer["trial"]]
-        assert answer["best"]["accuracy"] == trial["metrics"]["accuracy"]
-        assert answer["best"]["allocation"] == trial["allocation"]
-        assert Path(answer["artifact"]).name == f"{name}.safetensors"
+        assert solution["best"]["params"] <= bound * result["dense"]["params"]
+        trial = result["trials"][solution["trial"]]
+        assert solution["best"]["accuracy"] == trial["metrics"]["accuracy"]
+        assert solution["best"]["allocation"] == trial["allocation"]
+        assert Path(solution["artifact"]).name == f"{name}.safetensors"
         assert json.loads((folder / f"{name}.json").read_text()) == trial["allocation"]
-    first = result["answers"][0]
+    first = result["solutions"][0]
     assert {k: result[k] for k in first} == first
 
     shown = here("show", "first").stdout
@@ -185,12 +185,12 @@ def test_resumed_with_another_budget(here: Run, search: list[str], tmp_path: Pat
     )
     assert resumed.returncode == 0, resumed.stderr
     result = json.loads(resumed.stdout)
-    targets = [t["target"] for t in result["trials"]]
+    targets = [t["budget_key"] for t in result["trials"]]
     assert targets == ["macs<=0.6"] * 3 + ["macs<=0.5"] * 3 + ["macs<=0.4"] * 3
-    assert [a["budget"] for a in result["answers"]] == [{"macs": 0.5}, {"macs": 0.4}]
+    assert [a["budget"] for a in result["solutions"]] == [{"macs": 0.5}, {"macs": 0.4}]
     assert json.loads((folder / "config.json").read_text())["budget"] == ["0.5,0.4"]
     again = here("resume", "first", "--trust-study", "--json", "--quiet")
-    assert json.loads(again.stdout)["answers"] == result["answers"]
+    assert json.loads(again.stdout)["solutions"] == result["solutions"]
     other = here("resume", "first", "--budget", "params=0.4", "--trust-study")
     assert other.returncode == 2 and "costs was ['macs'], is ['params']" in other.stderr
 

@@ -69,7 +69,7 @@ def test_a_browser_sees_trials_parameters_and_the_pareto_front(
     browser.get(address)
     wait_for(browser, "small")
     browser.get(f"{address}studies/1")
-    wait_for(browser, "Pareto front (RankNAS)", *(a["label"] for a in result["answers"]))
+    wait_for(browser, "Pareto front (RankNAS)", *(a["budget_key"] for a in result["solutions"]))
     for number in (0, result["trial"]):
         browser.get(f"{address}studies/1/trials?numbers={number}")
         chosen = result["trials"][number]["allocation"]
@@ -144,9 +144,9 @@ def test_only_the_machine_itself_unless_told_otherwise(
 def test_the_note_has_the_answers(finished_study: Path) -> None:
     result = json.loads((finished_study / "result.json").read_text())
     text = note(result)
-    for answer in result["answers"]:
-        assert f"| {answer['best']['test_accuracy']:.4f} |" in text
-    assert "has not ended" in note({**result, "answers": []})
+    for solution in result["solutions"]:
+        assert f"| {solution['best']['test_accuracy']:.4f} |" in text
+    assert "has not ended" in note({**result, "solutions": []})
     hostile = note({**result, "space": "a`|\n# b"})
     assert "`a'/ # b`" in hostile.splitlines()[0]
 
@@ -162,7 +162,7 @@ def test_a_note_of_somebody_else_stays(study: Path) -> None:
     publish(found, result)
     assert dashboard.get_note(found) == note(result)
     assert found.metric_names == ["accuracy", "macs"]
-    publish(found, {**result, "answers": []})
+    publish(found, {**result, "solutions": []})
     assert "has not ended" in dashboard.get_note(found)
     dashboard.save_note(found, "mine")
     publish(found, result)

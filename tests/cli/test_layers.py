@@ -12,13 +12,13 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.cli.layers import describe_layers
 from rankNAS.hw_models import CallableModel, compile_latency
 from rankNAS.search_spaces import compile_space
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 
 
 def test_layers_have_their_rank_its_limits_and_their_costs(small_net: nn.Module) -> None:
     space = compile_space(small_net, torch.zeros(1, 3, 8, 8))
     allocation = Allocation.of(dict.fromkeys(space.layers, DENSE) | {"conv2": Choice("svd", (4,))})
-    problem = make_problem(space, None, {})
+    problem = build_problem(space, None, {})
     found = describe_layers(problem, space.layers, allocation)
     assert list(found) == list(space.layers)
     assert json.loads(json.dumps(found)) == found
@@ -43,7 +43,7 @@ def test_layers_have_predicted_latencies_where_there_are_any(small_net: nn.Modul
     space = compile_space(small_net, torch.zeros(1, 3, 8, 8))
     model = CallableModel(lambda layer, choice: 1e-9 * layer[choice].macs)
     bound = model.bind(small_net, space, torch.zeros(1, 3, 8, 8))
-    problem = make_problem(space, None, {}, latency=compile_latency(bound, space))
+    problem = build_problem(space, None, {}, latency=compile_latency(bound, space))
     allocation = Allocation.of(dict.fromkeys(space.layers, DENSE) | {"conv2": Choice("svd", (4,))})
     found = describe_layers(problem, space.layers, allocation)["conv2"]
     assert found["predicted_latency"] == pytest.approx(1e-9 * 16 * 144 * 64)

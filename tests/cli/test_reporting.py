@@ -119,15 +119,15 @@ def test_the_summary_has_the_numbers_of_the_result(study: Path) -> None:
     result, words = result_of(study), written(study).words
     dense = result["dense"]
     assert f"{dense['test_accuracy']:.4f}" in words and f"{dense['macs']:,.0f}" in words
-    for answer in result["answers"]:
-        best = answer["best"]
+    for solution in result["solutions"]:
+        best = solution["best"]
         for name in ("accuracy", "test_accuracy"):
             assert f"{best[name]:.4f}" in words
-            assert f"{answer['finetuned'][name]:.4f}" in words
+            assert f"{solution['finetuned'][name]:.4f}" in words
         for name in ("macs", "params", "weight_bytes"):
             assert f"{best[name]:,.0f} of {dense[name]:,.0f}" in words
             assert f"{100 * best[name] / dense[name]:.1f} %" in words
-        assert answer["label"] in words
+        assert solution["budget_key"] in words
 
 
 def test_the_figures_have_every_trial_and_every_layer(study: Path) -> None:
@@ -137,11 +137,11 @@ def test_the_figures_have_every_trial_and_every_layer(study: Path) -> None:
     dots = [t for t in progress["data"] if t["mode"] == "markers"]
     assert sorted(n for t in dots for n in t["x"]) == [t["number"] for t in result["trials"]]
     front = {t["name"]: t for t in pareto["data"] if t["name"].startswith("Pareto front")}
-    assert len(front) == len(result["answers"]) == len(ranks)
-    for answer, figure in zip(result["answers"], ranks, strict=True):
-        line = front[f"Pareto front, {answer['label'].replace('<', '&lt;')}"]
-        assert len(line["x"]) == len(answer["pareto_front"])
-        assert figure["layout"]["yaxis"]["ticktext"] == list(answer["layers"])
+    assert len(front) == len(result["solutions"]) == len(ranks)
+    for solution, figure in zip(result["solutions"], ranks, strict=True):
+        line = front[f"Pareto front, {solution['budget_key'].replace('<', '&lt;')}"]
+        assert len(line["x"]) == len(solution["pareto_front"])
+        assert figure["layout"]["yaxis"]["ticktext"] == list(solution["layers"])
 
 
 def test_the_page_says_how_to_do_it_again(study: Path) -> None:
@@ -167,13 +167,13 @@ def test_what_users_name_is_inert(study: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     text = (study / "result.json").read_text()
     result = json.loads(text.replace('"3"', json.dumps(evil)))  # the first layer's name
-    assert any(evil in a["layers"] for a in result["answers"])
+    assert any(evil in a["layers"] for a in result["solutions"])
     result |= {"study": evil, "space": evil, "strategy": evil}
     result["trials"][0] |= {"state": "failed", "values": [], "metrics": {}, "reason": evil}
-    for answer in result["answers"]:
-        answer["feasible"] = [n for n in answer["feasible"] if n != 0]
-        answer["pareto_front"] = [n for n in answer["pareto_front"] if n != 0]
-        answer["label"] = evil
+    for solution in result["solutions"]:
+        solution["feasible"] = [n for n in solution["feasible"] if n != 0]
+        solution["pareto_front"] = [n for n in solution["pareto_front"] if n != 0]
+        solution["budget_key"] = evil
     page = Page(render(result, {evil: evil}, evil))
     assert not any(tag == "img" for tag, _ in page.elements)
     assert sum(tag == "script" for tag, _ in page.elements) == 3

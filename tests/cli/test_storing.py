@@ -15,7 +15,7 @@ from postgres import PASSWORD, Cluster
 
 from rankNAS.cli import main
 from rankNAS.cli.options import SearchOptions
-from rankNAS.storage.record import study_names
+from rankNAS.storage.store import study_names
 
 Run = Callable[..., tuple[int, str]]
 

@@ -19,7 +19,7 @@ from rankNAS.compression.calibration import (
     patches,
     unbiased_covariance,
 )
-from rankNAS.decompositions.metrics import Statistics
+from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
 from rankNAS.search_spaces.base import SearchSpace
@@ -74,7 +74,7 @@ def moments(patches: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(a: Statistics, b: Statistics, **tolerance: float) -> None:
-    for field in ("moment", "mean", "gradient"):
+    for field in ("input_second_moment", "mean", "output_gradient_second_moment"):
         x, y = getattr(a, field), getattr(b, field)
         assert (x is None) == (y is None)
         if x is not None:
@@ -88,10 +88,13 @@ def test_moments_are_those_of_the_patches(
     torch.manual_seed(0)
     layer, x = make(), torch.randn(5, *shape) + 0.5
     model = nn.Sequential(layer)
-    found = calibrate(model, space_of(model, x[:1]), x, metric="input", batch_size=2)["0"]
+    found = calibrate(model, space_of(model, x[:1]), x, norm="input", batch_size=2)["0"]
     moment, mean = moments(explicit_patches(layer, x))
-    assert found.gradient is None and found.moment.dtype == found.mean.dtype == torch.float64
-    torch.testing.assert_close(found.moment, moment, rtol=1e-5, atol=1e-5)
+    assert (
+        found.output_gradient_second_moment is None
+        and found.input_second_moment.dtype == found.mean.dtype == torch.float64
+    )
+    torch.testing.assert_close(found.input_second_moment, moment, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-5)
 
 
@@ -164,7 +167,7 @@ def small() -> tuple[nn.Module, SearchSpace, Tensor]:
 @pytest.mark.parametrize("sizes", [(1, 13), (4, 128), (5, 6)])
 def test_streaming_does_not_change_the_result(sizes: tuple[int, int]) -> None:
     model, space, x = small()
-    a, b = (calibrate(model, space, x, metric="input", batch_size=size) for size in sizes)
+    a, b = (calibrate(model, space, x, norm="input", batch_size=size) for size in sizes)
     for name in space.layers:
         assert_same(a[name], b[name], rtol=1e-5, atol=1e-6)
 
@@ -182,7 +185,7 @@ def sampled_labels(model: nn.Module, x: Tensor, batch_size: int, seed: int = 0) 
 
 def test_the_gradient_moment_is_that_of_autograd() -> None:
     model, space, x = small()
-    found = calibrate(model, space, x, metric="fisher", batch_size=5)
+    found = calibrate(model, space, x, norm="fisher", batch_size=5)
     labels = sampled_labels(model, x, 5)
     outputs: dict[str, Tensor] = {}
     reference = copy.deepcopy(model)
@@ -201,15 +204,19 @@ def test_the_gradient_moment_is_that_of_autograd() -> None:
         D = D.movedim(1, -1) if D.dim() == 4 else D
         D = D.reshape(-1, layer.shape.groups, layer.shape.outputs // layer.shape.groups)
         expected = torch.einsum("Ngi,Ngj->gij", D, D) / len(D)
-        assert found[name].gradient is not None and expected.abs().max() > 0
-        torch.testing.assert_close(found[name].gradient, expected, rtol=1e-4, atol=1e-8)
+        assert found[name].output_gradient_second_moment is not None and expected.abs().max() > 0
+        torch.testing.assert_close(
+            found[name].output_gradient_second_moment, expected, rtol=1e-4, atol=1e-8
+        )
 
 
 def test_the_gradient_at_the_logits_averages_to_the_fisher_in_closed_form() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4))
     x = torch.randn(2, 6).repeat(20_000, 1)
-    found = calibrate(model, space_of(model, x[:1]), x, batch_size=10_000)["0"].gradient
+    found = calibrate(model, space_of(model, x[:1]), x, batch_size=10_000)[
+        "0"
+    ].output_gradient_second_moment
     p = model(x[:2]).detach().double().softmax(-1)
     # E[(p - e_y)(p - e_y)^T] = diag(p) - p p^T for y drawn from p
     fisher = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).mean(0)
@@ -222,8 +229,8 @@ def test_the_model_is_left_as_it_was() -> None:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before = copy.deepcopy(model.state_dict())
     y = model(x)
-    for metric in ("fisher", "input"):
-        calibrate(model, space, x, metric=metric)
+    for norm in ("fisher", "input"):
+        calibrate(model, space, x, norm=norm)
         assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
         assert all(p.grad is None for p in model.parameters())
         assert not any(m._forward_hooks for m in model.modules())
@@ -254,26 +261,30 @@ def test_a_layer_that_is_called_twice_accumulates() -> None:
     found = calibrate(model, space_of(model, x[:1]), x, batch_size=4)["layer"]
     hidden = torch.tanh(model.layer(x)).detach()
     moment, mean = moments(torch.cat([x, hidden]).unsqueeze(0))
-    torch.testing.assert_close(found.moment, moment, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.input_second_moment, moment, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-6)
     labels = sampled_labels(model, x, 4)
     first = model.layer(x)
     second = model.layer(torch.tanh(first))
     loss = functional.cross_entropy(second, labels, reduction="sum")
     D = torch.cat(torch.autograd.grad(loss, [first, second])).double()
-    torch.testing.assert_close(found.gradient[0], D.T @ D / 22, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        found.output_gradient_second_moment[0], D.T @ D / 22, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_tokens_and_logits_per_position() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(5, 7, 8)
     found = calibrate(model, space_of(model, x[:1]), x, batch_size=2)
-    torch.testing.assert_close(found["0"].moment, moments(x.flatten(0, 1)[None])[0])
+    torch.testing.assert_close(found["0"].input_second_moment, moments(x.flatten(0, 1)[None])[0])
     labels = sampled_labels(model, x, 2)
     y = model(x).flatten(0, 1).detach().requires_grad_()
     (D,) = torch.autograd.grad(functional.cross_entropy(y, labels, reduction="sum"), y)
     expected = D.double().T @ D.double() / 35
-    torch.testing.assert_close(found["2"].gradient[0], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        found["2"].output_gradient_second_moment[0], expected, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_the_covariance_is_unbiased() -> None:
@@ -292,9 +303,9 @@ def test_t_c2_pooled_and_plain_covariance(monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.tensor([[1.0, 0], [-1, 0], [0, 11], [0, 9]])
     space = space_of(model, torch.zeros(1, 8))
 
-    def covariance(metric: Any, x: Tensor) -> Tensor:
-        found = calibrate(model, space, functional.pad(x, (0, 6)), metric=metric)["0"]
-        return (found.moment[0] - torch.outer(found.mean[0], found.mean[0]))[:2, :2]
+    def covariance(norm: Any, x: Tensor) -> Tensor:
+        found = calibrate(model, space, functional.pad(x, (0, 6)), norm=norm)["0"]
+        return (found.input_second_moment[0] - torch.outer(found.mean[0], found.mean[0]))[:2, :2]
 
     # inside the groups each pair differs by (2, 0) or (0, 2): variances 2, of one group in two
     torch.testing.assert_close(covariance("pooled", x), torch.eye(2).double())
@@ -310,13 +321,13 @@ def test_pooled_statistics_are_averages_over_even_groups(samples: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, groups=1)).eval()
     x = torch.randn(samples, 3, 6, 5) + torch.arange(samples).reshape(-1, 1, 1, 1) / 10
-    found = calibrate(model, space_of(model, x[:1]), x, metric="pooled", batch_size=7)["0"]
+    found = calibrate(model, space_of(model, x[:1]), x, norm="pooled", batch_size=7)["0"]
     shape, count = LayerShape.of(model[0]), max(1, samples // 32)
     groups = [patches(shape, part)[:, :, folded(shape)] for part in x.tensor_split(count)]
     mean = torch.stack([g.double().mean(1) for g in groups]).mean(0)
     covariance = torch.stack([torch.cov(g[0].double().T) for g in groups]).mean(0)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-5)
-    centred = found.moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    centred = found.input_second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     torch.testing.assert_close(centred[0], covariance, rtol=1e-4, atol=1e-4)
 
 
@@ -356,8 +367,10 @@ class Aside(nn.Module):
 def test_a_layer_that_does_not_reach_the_logits_has_no_gradient() -> None:
     model, x = Aside(), torch.randn(6, 8)
     found = calibrate(model, space_of(model, x[:1]), x)
-    assert torch.equal(found["aside"].gradient, torch.zeros(1, 8, 8, dtype=torch.float64))
-    assert found["main"].gradient.abs().max() > 0
+    assert torch.equal(
+        found["aside"].output_gradient_second_moment, torch.zeros(1, 8, 8, dtype=torch.float64)
+    )
+    assert found["main"].output_gradient_second_moment.abs().max() > 0
 
 
 def test_the_original_of_a_model_with_fused_attention_can_be_calibrated() -> None:
@@ -369,7 +382,7 @@ def test_the_original_of_a_model_with_fused_attention_can_be_calibrated() -> Non
     assert set(found) == set(space.layers) and "0.self_attn.q_proj" in found
     for name in "qkv":  # all three see the encoder's input
         expected = moments(x.flatten(0, 1)[None])[0]
-        torch.testing.assert_close(found[f"0.self_attn.{name}_proj"].moment, expected)
+        torch.testing.assert_close(found[f"0.self_attn.{name}_proj"].input_second_moment, expected)
 
 
 def test_a_hugging_face_layer_equals_a_linear_one() -> None:
@@ -388,7 +401,7 @@ def test_a_hugging_face_layer_equals_a_linear_one() -> None:
 
 def test_the_weight_metric_needs_no_pass() -> None:
     model, space, _ = small()
-    assert calibrate(model, space, torch.empty(0), metric="weight") == {}
+    assert calibrate(model, space, torch.empty(0), norm="weight") == {}
 
 
 def test_deterministic_for_a_seed() -> None:
@@ -396,8 +409,10 @@ def test_deterministic_for_a_seed() -> None:
     a, b, other = (calibrate(model, space, x, seed=seed) for seed in (3, 3, 4))
     for name in space.layers:
         assert_same(a[name], b[name], rtol=0, atol=0)
-        assert torch.equal(a[name].moment, other[name].moment)
-        assert not torch.equal(a[name].gradient, other[name].gradient)
+        assert torch.equal(a[name].input_second_moment, other[name].input_second_moment)
+        assert not torch.equal(
+            a[name].output_gradient_second_moment, other[name].output_gradient_second_moment
+        )
 
 
 def test_progress() -> None:
@@ -417,13 +432,13 @@ def counting(model: nn.Module) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("metric", ["input", "fisher", "pooled"])
-def test_the_cache_gives_the_same_without_a_pass(tmp_path: Path, metric: Any) -> None:
+@pytest.mark.parametrize("norm", ["input", "fisher", "pooled"])
+def test_the_cache_gives_the_same_without_a_pass(tmp_path: Path, norm: Any) -> None:
     model, space, x = small()
     passes = counting(model)
-    first = calibrate(model, space, x, metric=metric, cache=tmp_path / "new")
+    first = calibrate(model, space, x, norm=norm, cache=tmp_path / "new")
     assert passes == [1] and len(list((tmp_path / "new").iterdir())) == 1
-    second = calibrate(model, space, x, metric=metric, cache=tmp_path / "new")
+    second = calibrate(model, space, x, norm=norm, cache=tmp_path / "new")
     assert passes == [1]
     for name in space.layers:
         assert_same(first[name], second[name], rtol=0, atol=0)
@@ -439,7 +454,9 @@ def test_a_damaged_cache_is_made_again(
     content = file.read_bytes()
     if damage == "other":
         head = space.restrict({n: () for n in space.layers})
-        partial = SearchSpace({"head": head.layers["head"]}, (), space.rest, space.input_shape)
+        partial = SearchSpace(
+            {"head": head.layers["head"]}, (), space.remainder_cost, space.input_shape
+        )
         calibrate(model, partial, x, cache=tmp_path / "partial")
         (other,) = (tmp_path / "partial").iterdir()
         other.replace(file)
@@ -467,7 +484,7 @@ def test_a_cache_that_cannot_be_written_is_not_fatal(
     model, space, x = small()
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
-        found = calibrate(model, space, x, metric="input", cache=tmp_path / "file")
+        found = calibrate(model, space, x, norm="input", cache=tmp_path / "file")
     assert set(found) == set(space.layers) and "could not be cached" in caplog.text
 
 
@@ -478,7 +495,7 @@ def test_the_key_is_of_the_contents(tmp_path: Path) -> None:
         return len(list(tmp_path.iterdir()))
 
     def run(model: nn.Module = model, x: Tensor = x, **options: Any) -> None:
-        calibrate(model, space, x, **{"metric": "input", "cache": tmp_path, **options})
+        calibrate(model, space, x, **{"norm": "input", "cache": tmp_path, **options})
 
     run()
     run(copy.deepcopy(model), x.clone(), batch_size=3)
@@ -498,16 +515,16 @@ def test_the_key_is_of_the_contents(tmp_path: Path) -> None:
     run(x=x[:-1])
     assert files() == 5
     run(seed=1)
-    run(metric="fisher")
-    run(metric="pooled")
+    run(norm="fisher")
+    run(norm="pooled")
     assert files() == 8
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("metric", ["input", "fisher", "pooled"])
-def test_values_that_are_not_finite(tmp_path: Path, bad: float, metric: Any) -> None:
+@pytest.mark.parametrize("norm", ["input", "fisher", "pooled"])
+def test_values_that_are_not_finite(tmp_path: Path, bad: float, norm: Any) -> None:
     model, space, x = small()
     x[7, 1, 2, 3] = bad
     with pytest.raises(RankNASError, match="layer 'conv1' are not finite"):
-        calibrate(model, space, x, metric=metric, cache=tmp_path)
+        calibrate(model, space, x, norm=norm, cache=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -81,12 +81,10 @@ def assert_close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
 
 
-@pytest.mark.parametrize("metric", ["weight", "input", "fisher", "pooled"])
-def test_networks_equal_the_model_with_folded_weights(metric: Any) -> None:
+@pytest.mark.parametrize("norm", ["weight", "input", "fisher", "pooled"])
+def test_networks_equal_the_model_with_folded_weights(norm: Any) -> None:
     model, space, x = mixed()
-    factorisation = factorise(
-        model, space, calibrate(model, space, x, metric=metric), metric=metric
-    )
+    factorisation = factorise(model, space, calibrate(model, space, x, norm=norm), norm=norm)
     for seed in range(6):
         allocation = drawn(space, seed)
         network = factorisation.materialise(allocation)
@@ -98,7 +96,7 @@ def test_networks_equal_the_model_with_folded_weights(metric: Any) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_on_every_layer(operator: str) -> None:
     model, space, x = mixed()
-    factorisation = factorise(model, space, calibrate(model, space, x), metric="fisher")
+    factorisation = factorise(model, space, calibrate(model, space, x), norm="fisher")
     used = 0
     for name, layer in space.layers.items():
         choices = [c for c in layer if c.operator == operator]
@@ -243,8 +241,8 @@ def test_hugging_face_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         model[0].weight.normal_()
     x = torch.randn(4, 3, 16)
     space = compile_space(model, x, min_weights=1, keep_output_dense=False)
-    statistics = calibrate(model, space, x, metric="input")
-    factorisation = factorise(model, space, statistics, metric="input")
+    statistics = calibrate(model, space, x, norm="input")
+    factorisation = factorise(model, space, statistics, norm="input")
     for seed in range(4):
         allocation = drawn(space, seed)
         network = factorisation.materialise(allocation)
@@ -274,13 +272,13 @@ def test_a_shared_copy_has_the_parameters_of_the_model_and_its_own_buffers() -> 
     assert not torch.equal(copied.norm.running_mean, model.norm.running_mean)
 
 
-@pytest.mark.parametrize("metric", ["weight", "fisher"])
+@pytest.mark.parametrize("norm", ["weight", "fisher"])
 def test_heavy_weights_are_multiplied_out_where_they_are_read(
-    metric: Any, monkeypatch: pytest.MonkeyPatch
+    norm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, space, x = mixed()
-    statistics = calibrate(model, space, x, metric=metric)
-    factorisation = factorise(model, space, statistics, metric=metric)
+    statistics = calibrate(model, space, x, norm=norm)
+    factorisation = factorise(model, space, statistics, norm=norm)
     before = copy.deepcopy(model.state_dict())
     light = changeable_copy(model, factorisation.layers)
     assert type(light.head) is nn.Linear
@@ -298,11 +296,11 @@ def test_heavy_weights_are_multiplied_out_where_they_are_read(
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("metric", ["weight", "fisher"])
-def test_layers_that_are_made_when_called_are_those_of_the_network(metric: Any) -> None:
+@pytest.mark.parametrize("norm", ["weight", "fisher"])
+def test_layers_that_are_made_when_called_are_those_of_the_network(norm: Any) -> None:
     model, space, x = mixed()
-    statistics = calibrate(model, space, x, metric=metric)
-    factorisation = factorise(model, space, statistics, metric=metric)
+    statistics = calibrate(model, space, x, norm=norm)
+    factorisation = factorise(model, space, statistics, norm=norm)
     for allocation in (space.dense, *(drawn(space, seed) for seed in range(4))):
         network = factorisation.made_when_called(allocation)
         assert_close(network(x), factorisation.materialise(allocation)(x))
@@ -334,12 +332,12 @@ def linear(bias: bool = True) -> tuple[nn.Module, SearchSpace, Tensor]:
     return model, compile_space(model, x[:1], keep_output_dense=False, min_weights=1), x
 
 
-@pytest.mark.parametrize("metric", ["input", "fisher"])
-def test_a_corrected_bias_keeps_the_mean_output(metric: Any) -> None:
+@pytest.mark.parametrize("norm", ["input", "fisher"])
+def test_a_corrected_bias_keeps_the_mean_output(norm: Any) -> None:
     model, space, x = linear()
-    statistics = calibrate(model, space, x, metric=metric)
-    factorisation = factorise(model, space, statistics, metric=metric)
-    uncentred = factorise(model, space, statistics, metric=metric, centred=False)
+    statistics = calibrate(model, space, x, norm=norm)
+    factorisation = factorise(model, space, statistics, norm=norm)
+    uncentred = factorise(model, space, statistics, norm=norm, centred=False)
     y = model(x).detach()
     mean, scale = y.mean(0), float(y.abs().max())
     for choice in space.layers["0"].choices[1:]:
@@ -353,16 +351,14 @@ def test_a_corrected_bias_keeps_the_mean_output(metric: Any) -> None:
     def mse(network: nn.Module) -> float:
         return float((network(x) - y).detach().double().square().sum())
 
-    if metric == "input":
+    if norm == "input":
         best, other = (mse(f.materialise(smallest)) for f in (factorisation, uncentred))
         assert best <= other * (1 + 1e-6)
 
 
 def test_the_relative_error_is_that_of_the_outputs() -> None:
     model, space, x = linear(bias=False)
-    factorisation = factorise(
-        model, space, calibrate(model, space, x, metric="input"), metric="input"
-    )
+    factorisation = factorise(model, space, calibrate(model, space, x, norm="input"), norm="input")
     y = model(x).detach().double()
     for choice, error in zip(space.layers["0"], factorisation.errors()["0"], strict=True):
         z = factorisation.materialise({"0": choice})(x).detach().double()
@@ -375,9 +371,9 @@ def test_which_layers_are_centred_by_default() -> None:
     def means(model: nn.Module, shape: tuple[int, ...], **options: Any) -> list[bool]:
         x = torch.randn(9, *shape)
         space = compile_space(model.eval(), x, min_weights=1, keep_output_dense=False)
-        statistics = calibrate(model, space, x, metric="input")
-        layers = factorise(model, space, statistics, metric="input", **options).layers
-        return [layer.metric.mean is not None for layer in layers.values()]
+        statistics = calibrate(model, space, x, norm="input")
+        layers = factorise(model, space, statistics, norm="input", **options).layers
+        return [layer.norm.mean is not None for layer in layers.values()]
 
     def plain() -> nn.Module:
         return nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12, bias=False))
@@ -394,7 +390,7 @@ def test_progress_and_missing_statistics() -> None:
     factorise(model, space, on_layer=lambda *done: seen.append(done))
     assert seen == [(i + 1, len(space.layers)) for i in range(len(space.layers))]
     with pytest.raises(UsageError, match="needs calibration statistics"):
-        factorise(model, space, metric="fisher")
+        factorise(model, space, norm="fisher")
 
 
 @pytest.mark.parametrize("build", [skeleton, lambda m, a: factorise(m, _space(m)).materialise(a)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Allocation
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, factorise
-from rankNAS.compression.reconstruction import sequential
+from rankNAS.compression.reconstruction import refit_sequentially
 from rankNAS.evaluation.evaluator import Evaluator, quality
 from rankNAS.search_spaces.compiler import compile_space
 
@@ -47,7 +47,7 @@ def linear(width: int = 10) -> nn.Module:
 def factorised(model: nn.Module, x: Tensor, **options: Any) -> Factorisation:
     space = compile_space(model, x[:1], min_weights=1, keep_output_dense=False)
     return factorise(
-        model, space, calibrate(model, space, x, metric="input"), metric="input", **options
+        model, space, calibrate(model, space, x, norm="input"), norm="input", **options
     )
 
 
@@ -59,7 +59,7 @@ def cheap(factorisation: Factorisation, position: int = -1) -> Allocation:
 def test_without_compression_nothing_changes() -> None:
     x = images()
     found = factorised(convolutional(), x)
-    refitted = sequential(found, found.space.dense, x)
+    refitted = refit_sequentially(found, found.space.dense, x)
     network = refitted.materialise(found.space.dense)
     torch.testing.assert_close(network(x), found.model(x), rtol=1e-4, atol=1e-5)
 
@@ -69,7 +69,7 @@ def test_a_dense_layer_becomes_the_least_squares_solution_for_its_inputs() -> No
     found = factorised(linear(), x)
     first, last = found.space.layers
     allocation = Allocation.of({first: found.space.layers[first].choices[-1], last: DENSE})
-    network = sequential(found, allocation, x).materialise(allocation)
+    network = refit_sequentially(found, allocation, x).materialise(allocation)
     hidden = torch.tanh(network[0](x)).double()  # type: ignore[index]
     columns = torch.cat([hidden, torch.ones(len(x), 1)], 1)
     solution = torch.linalg.lstsq(columns, found.model(x).double()).solution
@@ -86,7 +86,7 @@ def test_outputs_come_closer_to_those_of_the_dense_network(position: int) -> Non
     found = factorised(linear(), x)
     allocation = cheap(found, position)
     plain = found.materialise(allocation)
-    refitted = sequential(found, allocation, x).materialise(allocation)
+    refitted = refit_sequentially(found, allocation, x).materialise(allocation)
     distance = [(network(x) - found.model(x)).square().mean() for network in (plain, refitted)]
     assert distance[1] < distance[0]
 
@@ -110,7 +110,9 @@ def test_networks_that_cannot_be_traced_get_the_same_factors() -> None:
     for model in (traced, not_traced):
         found = factorised(model, x)
         allocation = cheap(found, -2)
-        states.append(sequential(found, allocation, x).materialise(allocation).state_dict())
+        states.append(
+            refit_sequentially(found, allocation, x).materialise(allocation).state_dict()
+        )
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][f"inner.{name}"], value, rtol=1e-4, atol=1e-5)
 
@@ -129,7 +131,9 @@ def test_a_layer_that_is_called_twice_keeps_its_factors() -> None:
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(2))
     found = factorised(Twice().eval(), x)
     allocation = cheap(found)
-    networks = [f.materialise(allocation) for f in (found, sequential(found, allocation, x))]
+    networks = [
+        f.materialise(allocation) for f in (found, refit_sequentially(found, allocation, x))
+    ]
     first, second = (network.state_dict() for network in networks)
     same = {name: torch.equal(first[name], second[name]) for name in first}
     assert all(v for n, v in same.items() if n.startswith("repeated"))
@@ -142,7 +146,9 @@ def test_too_few_samples_change_nothing() -> None:
     allocation = cheap(found)
     plain = found.materialise(allocation).state_dict()
     for samples, same in ((19, True), (20, False)):
-        refitted = sequential(found, allocation, x[:samples]).materialise(allocation).state_dict()
+        refitted = (
+            refit_sequentially(found, allocation, x[:samples]).materialise(allocation).state_dict()
+        )
         assert all(torch.equal(plain[k], refitted[k]) for k in plain) == same
 
 
@@ -170,21 +176,21 @@ def test_heavy_weights_are_refitted_alike(monkeypatch: pytest.MonkeyPatch) -> No
     found = factorised(convolutional(), x)
     for allocation in (cheap(found), found.space.dense):
         monkeypatch.undo()
-        light = sequential(found, allocation, x).materialise(allocation).state_dict()
+        light = refit_sequentially(found, allocation, x).materialise(allocation).state_dict()
         monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
-        heavy = sequential(found, allocation, x).materialise(allocation).state_dict()
+        heavy = refit_sequentially(found, allocation, x).materialise(allocation).state_dict()
         assert all(torch.equal(v, heavy[k]) for k, v in light.items())
-    refitted = sequential(found, cheap(found), x)
+    refitted = refit_sequentially(found, cheap(found), x)
     lie = {p.data_ptr() for p in found.model.parameters()}
     assert all(p.data_ptr() in lie for p in refitted.model.parameters())
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_a_refitted_evaluation_is_that_of_the_network(lean: bool) -> None:
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_refitted_evaluation_is_that_of_the_network(low_memory: bool) -> None:
     x = images()
     y = torch.randint(6, (len(x),), generator=torch.Generator().manual_seed(1))
     found = factorised(convolutional(), x)
-    evaluator = Evaluator(found, x, (x, y), sequential=True, lean=lean)
+    evaluator = Evaluator(found, x, (x, y), sequential=True, low_memory=low_memory)
     for allocation in (cheap(found, -2), cheap(found, -1)):
         metrics = evaluator.evaluate(allocation, final=True)
         network = evaluator.network(allocation)

@@ -24,11 +24,11 @@ from rankNAS.data.loading import (
     augment,
     batches,
     check_labels,
+    len_of,
     load_data,
     normalization_from_metadata,
-    size_of,
     split,
-    take,
+    subset,
 )
 from rankNAS.data.sources import Images, parse_normalization
 from rankNAS.exceptions import DataError, UnknownNameError, UsageError
@@ -103,7 +103,7 @@ def tensors(count: int = 10, seed: int = 0, targets: torch.Tensor | None = None)
 
 
 def test_digits(digits: Data) -> None:
-    assert (size_of(digits.train), size_of(digits.test)) == (1438, 359)
+    assert (len_of(digits.train), len_of(digits.test)) == (1438, 359)
     assert digits.input_shape == (3, 32, 32)
     assert (digits.name, digits.num_classes, digits.flip) == ("digits", 10, False)
     x, y = digits.train[0]
@@ -144,7 +144,7 @@ def test_digits_image_size() -> None:
 
 def test_parquet(parquet: Path) -> None:
     data = load_data(f"parquet:{parquet}", normalize="0.5,0.25")
-    assert (size_of(data.train), size_of(data.test)) == (20, 6)
+    assert (len_of(data.train), len_of(data.test)) == (20, 6)
     assert (data.input_shape, data.num_classes, data.flip) == ((3, 8, 8), 4, True)
     assert data.normalize == "0.5/0.5/0.5,0.25/0.25/0.25"
     x, y = data.train[7]
@@ -315,7 +315,7 @@ def test_imagefolder(tmp_path: Path, test_name: str) -> None:
     fill_folder(tmp_path / test_name, "abc", count=1)
     data = load_data(f"imagefolder:{tmp_path}", normalize="0,1")
     assert (data.input_shape, data.num_classes, data.flip) == ((3, 224, 224), 3, True)
-    assert (size_of(data.train), size_of(data.test)) == (6, 3)
+    assert (len_of(data.train), len_of(data.test)) == (6, 3)
     x, y = data.train[3]
     assert y == 1 and torch.allclose(x, torch.tensor(51 / 255))
     assert load_data(f"imagefolder:{tmp_path}", image_size=16).input_shape == (3, 16, 16)
@@ -388,7 +388,7 @@ def write_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_cifar10(tmp_path, monkeypatch)
     data = load_data(f"cifar10:{tmp_path}", normalize="cifar10")
-    assert (data.input_shape, data.num_classes, size_of(data.test)) == ((3, 32, 32), 5, 4)
+    assert (data.input_shape, data.num_classes, len_of(data.test)) == ((3, 32, 32), 5, 4)
     mean = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
     std = torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None]
     wanted = (torch.from_numpy(images[9]).permute(2, 0, 1) / 255 - mean) / std
@@ -610,7 +610,7 @@ def factory(tmp_path: Path) -> Path:
 def test_factory(factory: Path, name: str) -> None:
     data = load_data(f"{factory}:{name}")
     assert data.name == f"{factory}:{name}"
-    assert (data.input_shape, data.num_classes, size_of(data.train)) == ((2,), 6, 6)
+    assert (data.input_shape, data.num_classes, len_of(data.train)) == ((2,), 6, 6)
 
 
 @pytest.mark.parametrize(
@@ -713,7 +713,7 @@ def test_check_labels(parquet: Path) -> None:
     ):
         check_labels(data, 3)
     with pytest.raises(DataError, match="item 2 of the test split has the label 2, .* 2 outputs"):
-        check_labels(replace(data, train=take(data.train, torch.tensor([0, 1]))), 2)
+        check_labels(replace(data, train=subset(data.train, torch.tensor([0, 1]))), 2)
 
 
 def test_check_labels_of_images_reads_no_image() -> None:
@@ -721,7 +721,7 @@ def test_check_labels_of_images_reads_no_image() -> None:
         raise AssertionError("an image was read")
 
     images = Images(fetch, torch.tensor([0, 1, 2]), parse_normalization(None))
-    data = Data("mine", images, images.take(torch.tensor([2, 1])), (3, 1, 1), 3, "0")
+    data = Data("mine", images, images.subset(torch.tensor([2, 1])), (3, 1, 1), 3, "0")
     check_labels(data, 3)
     with pytest.raises(DataError, match="item 2 of the train split has the label 2"):
         check_labels(data, 2)
@@ -763,7 +763,7 @@ def test_splits_are_disjoint_and_bounded(
     assert not held_out & calibrating and not held_out & training
     assert calibrating <= training
     assert held_out | training == set(range(count))
-    assert size_of(parts.training) == len(training)
+    assert len_of(parts.training) == len(training)
     assert parts.test is data.test
     for inputs, targets in (parts.validation, parts.calibration):
         assert torch.equal(inputs[:, 0].long(), targets)
@@ -798,7 +798,7 @@ def test_split_errors() -> None:
 
 def test_batches_of_images_equal_item_by_item(parquet: Path) -> None:
     data = load_data(f"parquet:{parquet}")
-    some = take(data.train, torch.tensor([4, 2, 19]))
+    some = subset(data.train, torch.tensor([4, 2, 19]))
     nested = Subset(Subset(data.train, [5, 4, 2, 19]), [1, 2, 3])
     for dataset, size in ((data.train, 20), (some, 3), (nested, 3)):
         made = list(batches(dataset, 8))
@@ -869,7 +869,7 @@ def test_batches_errors() -> None:
 
 
 def test_images_are_indexed_like_a_sequence(digits: Data) -> None:
-    some = digits.train.take(torch.tensor([3, 1]))
+    some = digits.train.subset(torch.tensor([3, 1]))
     assert torch.equal(some[-1][0], digits.train[1][0])
     with pytest.raises(IndexError):
         some[2]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankNAS.decompositions import LayerShape, Metric, Target, make_metric
+from rankNAS.decompositions import ErrorNorm, LayerShape, Target, make_norm
 from rankNAS.decompositions.nested import diagonal_blocks, leading_rows, nested_basis
 from rankNAS.testing.contracts import definition_of_error, random_statistics
 
@@ -18,8 +18,8 @@ def normal(seed: int, *size: int) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
-def fisher(inputs: int, outputs: int) -> Metric:
-    return make_metric("fisher", random_statistics(LayerShape(inputs, outputs)))
+def fisher(inputs: int, outputs: int) -> ErrorNorm:
+    return make_norm("fisher", random_statistics(LayerShape(inputs, outputs)))
 
 
 def features(basis: Tensor, columns: Tensor, rank: int) -> Tensor:
@@ -46,21 +46,23 @@ def test_the_output_map_is_the_least_squares_solution(
     R = data.draw(st.integers(1, width))
     columns = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).reshape(blocks, -1)
     W, basis = normal(seed, 1, outputs, n), normal(seed + 1, 1, blocks, R, width)
-    metric = fisher(n, outputs)
-    nested = nested_basis(Target(W, metric), basis, columns)
-    S = torch.linalg.cholesky(metric.C)
+    norm = fisher(n, outputs)
+    nested = nested_basis(Target(W, norm), basis, columns)
+    S = torch.linalg.cholesky(norm.C)
     for rank in range(1, R + 1):
         Phi = features(basis, columns, rank)
         A = torch.linalg.lstsq((Phi @ S).mT, (W @ S).mT).solution.mT
         actual = nested.multiply(nested.output_map(rank))
-        best = definition_of_error(metric, W, A @ Phi)
-        assert definition_of_error(metric, W, actual) == pytest.approx(best, rel=1e-6, abs=1e-9)
+        best = definition_of_error(norm, W, A @ Phi)
+        assert definition_of_error(norm, W, actual) == pytest.approx(best, rel=1e-6, abs=1e-9)
         assert float(nested.errors()[rank]) == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
 def test_without_features_all_is_lost() -> None:
     nested = nested_basis(
-        Target(normal(0, 1, 3, 4), Metric()), normal(1, 1, 1, 2, 4), torch.arange(4).unsqueeze(0)
+        Target(normal(0, 1, 3, 4), ErrorNorm()),
+        normal(1, 1, 1, 2, 4),
+        torch.arange(4).unsqueeze(0),
     )
     errors = nested.errors()
     assert errors[0] == 1
@@ -69,10 +71,10 @@ def test_without_features_all_is_lost() -> None:
 
 def test_the_scale_of_a_feature_does_not_matter() -> None:
     W, basis, columns = normal(0, 1, 3, 6), normal(1, 1, 2, 2, 3), torch.arange(6).reshape(2, 3)
-    metric = fisher(6, 3)
-    one = nested_basis(Target(W, metric), basis, columns)
+    norm = fisher(6, 3)
+    one = nested_basis(Target(W, norm), basis, columns)
     other = nested_basis(
-        Target(W, metric), basis * torch.tensor([1e-6, 1e5]).double()[:, None], columns
+        Target(W, norm), basis * torch.tensor([1e-6, 1e5]).double()[:, None], columns
     )
     torch.testing.assert_close(one.errors(), other.errors())
     for rank in (1, 2):
@@ -81,12 +83,12 @@ def test_the_scale_of_a_feature_does_not_matter() -> None:
         )
 
 
-@pytest.mark.parametrize("metric", [Metric(), fisher(6, 3)], ids=["weight", "fisher"])
-def test_dead_features_add_nothing(metric: Metric) -> None:
+@pytest.mark.parametrize("norm", [ErrorNorm(), fisher(6, 3)], ids=["weight", "fisher"])
+def test_dead_features_add_nothing(norm: ErrorNorm) -> None:
     W, basis, columns = normal(0, 1, 3, 6), normal(1, 1, 2, 3, 3), torch.arange(6).reshape(2, 3)
     basis[:, :, 1] = 0
-    nested = nested_basis(Target(W, metric), basis, columns)
-    alive = nested_basis(Target(W, metric), basis[:, :, [0, 2]], columns)
+    nested = nested_basis(Target(W, norm), basis, columns)
+    alive = nested_basis(Target(W, norm), basis[:, :, [0, 2]], columns)
     errors = nested.errors()
     assert errors[1] == errors[2]
     assert float(errors[3]) == pytest.approx(float(alive.errors()[2]))
@@ -98,13 +100,13 @@ def test_dead_features_add_nothing(metric: Metric) -> None:
 def test_repeated_features_are_harmless() -> None:
     W, basis, columns = normal(0, 1, 3, 6), normal(1, 1, 1, 3, 6), torch.arange(6).unsqueeze(0)
     basis[:, :, 1] = basis[:, :, 0]
-    metric = fisher(6, 3)
-    nested = nested_basis(Target(W, metric), basis, columns)
-    alive = nested_basis(Target(W, metric), basis[:, :, [0, 2]], columns)
+    norm = fisher(6, 3)
+    nested = nested_basis(Target(W, norm), basis, columns)
+    alive = nested_basis(Target(W, norm), basis[:, :, [0, 2]], columns)
     assert nested.L.isfinite().all()
     assert float(nested.errors()[3]) == pytest.approx(float(alive.errors()[2]), abs=1e-6)
     actual = nested.multiply(nested.output_map(3))
-    assert definition_of_error(metric, W, actual) == pytest.approx(
+    assert definition_of_error(norm, W, actual) == pytest.approx(
         float(alive.errors()[2]), abs=1e-6
     )
 

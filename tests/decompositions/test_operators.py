@@ -18,7 +18,7 @@ from rankNAS.decompositions import (
     Svd,
     Target,
     Tucker2,
-    make_metric,
+    make_norm,
 )
 from rankNAS.testing.contracts import LAYERS, OperatorContract, random_statistics
 
@@ -153,11 +153,13 @@ def test_inner_features_have_balanced_norms(name: str) -> None:
     layer = nn.Conv2d(8, 12, 3)
     shape = LayerShape.of(layer, ((1, 9, 9),))
     statistics = random_statistics(shape)
-    assert statistics.gradient is not None
-    tiny = replace(statistics, gradient=statistics.gradient * 1e-8)
+    assert statistics.output_gradient_second_moment is not None
+    tiny = replace(
+        statistics, output_gradient_second_moment=statistics.output_gradient_second_moment * 1e-8
+    )
     operator = OPERATORS[name]
     rank = operator.families(shape)[0][1]
-    target = Target(shape.fold(layer.weight), make_metric("fisher", tiny))
+    target = Target(shape.fold(layer.weight), make_norm("fisher", tiny))
     module = operator.factorise(shape, target, [rank]).truncate(rank, layer.bias)
     stages = list(module.children())
     for before, after in zip(stages[:-1], stages[1:], strict=True):

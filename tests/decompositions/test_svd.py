@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.decompositions import (
+    ErrorNorm,
     Factors,
     GroupSvd,
     LayerShape,
-    Metric,
     Operator,
     Rank,
     SpatialSvd,
     Statistics,
     Svd,
     Target,
-    make_metric,
+    make_norm,
 )
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.testing.contracts import definition_of_error, random_statistics
@@ -41,10 +41,10 @@ def normal(seed: int, *size: int) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
-def linear(operator: Operator, W: Tensor, metric: Metric | None, ranks: list[Rank]) -> Factors:
+def linear(operator: Operator, W: Tensor, norm: ErrorNorm | None, ranks: list[Rank]) -> Factors:
     """Factors of a linear layer with weight W (o, n)."""
     shape = LayerShape(W.shape[1], W.shape[0])
-    return operator.factorise(shape, Target(shape.fold(W), metric or Metric()), ranks)
+    return operator.factorise(shape, Target(shape.fold(W), norm or ErrorNorm()), ranks)
 
 
 def truncated(W: Tensor, rank: int) -> Tensor:
@@ -81,7 +81,7 @@ def test_spatial_svd_is_the_truncated_svd_of_the_separable_unfolding() -> None:
     shape = LayerShape.of(module)
     W = module.weight.detach()
     unfolded = W.permute(0, 3, 1, 2).reshape(5 * 2, 3 * 3)  # (o kw) x (c kh)
-    factors = SpatialSvd().factorise(shape, Target(shape.fold(W), Metric()), [(9,)])
+    factors = SpatialSvd().factorise(shape, Target(shape.fold(W), ErrorNorm()), [(9,)])
     for r in range(1, 10):
         folded = factors.weight((r,)).reshape(5, 3, 3, 2).permute(0, 3, 1, 2).reshape(10, 9)
         torch.testing.assert_close(folded, truncated(unfolded, r))
@@ -160,7 +160,7 @@ def test_T_A8_the_pair_multiplies_back() -> None:
     module = nn.Conv2d(6, 5, 3, stride=2, padding=1).double().requires_grad_(False)
     shape, x = LayerShape.of(module), normal(0, 2, 6, 7, 7)
     W = module.weight.flatten(1)
-    factors = GroupSvd().factorise(shape, Target(shape.fold(module.weight), Metric()), [(3, 5)])
+    factors = GroupSvd().factorise(shape, Target(shape.fold(module.weight), ErrorNorm()), [(3, 5)])
     for r in range(1, 6):
         first, second = factors.truncate((3, r), module.bias)
         assert (first.groups, first.out_channels) == (3, 3 * r)
@@ -194,14 +194,14 @@ def test_the_joint_refit_is_never_worse_than_groupwise_truncation(
     W, X, Y = normal(seed, outputs, n), normal(seed + 1, n, 3 * n), normal(seed + 2, outputs, 20)
     C = X @ X.mT
     root = torch.linalg.cholesky(Y @ Y.mT).mT  # H^T H = Y Y^T
-    metric = Metric(C[None], root[None])
-    factors = linear(GroupSvd(), W, metric, [(k, r)])
+    norm = ErrorNorm(C[None], root[None])
+    factors = linear(GroupSvd(), W, norm, [(k, r)])
     blocks = []
     for columns in torch.arange(n).chunk(k):
         S = torch.linalg.cholesky(C[columns][:, columns])
         best = truncated(root @ W[:, columns] @ S, r)
         blocks.append(torch.linalg.solve(root, best) @ torch.linalg.inv(S))
-    groupwise = definition_of_error(metric, W[None], torch.cat(blocks, 1)[None])
+    groupwise = definition_of_error(norm, W[None], torch.cat(blocks, 1)[None])
     assert factors.error((k, r)) <= groupwise + 1e-7
 
 
@@ -211,16 +211,16 @@ def test_the_joint_refit_gains_where_groups_are_correlated() -> None:
     W = torch.cat([W1, W2.double()], 1)
     C = torch.eye(2).double().repeat(2, 2)
     groupwise = torch.cat([truncated(W1, 1), truncated(W2.double(), 1)], 1)
-    metric = Metric(C[None] + 1e-9 * torch.eye(4).double())
-    assert definition_of_error(metric, W[None], groupwise[None]) == pytest.approx(0.25)
-    assert linear(GroupSvd(), W, metric, [(2, 1)]).error((2, 1)) == pytest.approx(0, abs=1e-6)
+    norm = ErrorNorm(C[None] + 1e-9 * torch.eye(4).double())
+    assert definition_of_error(norm, W[None], groupwise[None]) == pytest.approx(0.25)
+    assert linear(GroupSvd(), W, norm, [(2, 1)]).error((2, 1)) == pytest.approx(0, abs=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, r=st.integers(1, 3))
 def test_the_second_layer_is_the_least_squares_optimum_for_the_first(seed: int, r: int) -> None:
     W, X = normal(seed, 4, 6), normal(seed + 1, 6, 15)
-    factors = linear(GroupSvd(), W, Metric((X @ X.mT)[None]), [(2, r)])
+    factors = linear(GroupSvd(), W, ErrorNorm((X @ X.mT)[None]), [(2, r)])
     first, second = factors.stage_weights((2, r))
     Phi = torch.block_diag(*first.reshape(2, r, 3))
     best = torch.linalg.lstsq((Phi @ X).mT, (W @ X).mT).solution.mT
@@ -257,7 +257,7 @@ def inputs(seed: int, n: int, count: int = 60) -> Tensor:
 def test_drone_error_is_the_tail_of_W_X(outputs: int, n: int) -> None:
     W, X = normal(3, outputs, n), inputs(4, n)
     full = min(outputs, n)
-    factors = linear(Svd(), W, Metric((X @ X.mT)[None]), [(full,)])
+    factors = linear(Svd(), W, ErrorNorm((X @ X.mT)[None]), [(full,)])
     energies = torch.linalg.svdvals(W @ X).square()
     S = torch.linalg.cholesky(X @ X.mT)
     U = torch.linalg.svd(W @ X, full_matrices=False).U
@@ -285,7 +285,7 @@ def test_drone_with_isotropic_inputs_is_the_truncated_svd() -> None:
     W = normal(0, 6, 8)
     plain = linear(Svd(), W, None, [(6,)])
     for scale in (1e-3, 1.0, 1e3):
-        factors = linear(Svd(), W, Metric(scale * torch.eye(8).double()[None]), [(6,)])
+        factors = linear(Svd(), W, ErrorNorm(scale * torch.eye(8).double()[None]), [(6,)])
         for k in range(1, 7):
             torch.testing.assert_close(
                 factors.weight((k,)), plain.weight((k,)), rtol=0, atol=1e-12
@@ -299,7 +299,7 @@ def test_drone_with_inputs_in_a_subspace_is_exact_on_it(outputs: int, n: int, ra
     W, X = normal(0, outputs, n), normal(1, n, rank) @ normal(2, rank, 50)
     full = min(outputs, n)
     for operator, ranks in ((Svd(), [(r,) for r in range(1, full + 1)]), (GroupSvd(), [(3, 2)])):
-        factors = linear(operator, W, Metric((X @ X.mT)[None]), ranks)
+        factors = linear(operator, W, ErrorNorm((X @ X.mT)[None]), ranks)
         for r in ranks:
             assert factors.weight(r).isfinite().all()
             loss = float(((W - factors.weight(r)[0]) @ X).norm() / (W @ X).norm())
@@ -315,8 +315,8 @@ def test_drone_gains_on_inputs_near_a_subspace() -> None:
     X = normal(1, 30, 8) @ normal(2, 8, 400)
     noise = normal(3, 30, 400)
     X = X + 0.05 * noise * X.norm() / noise.norm()
-    metric = make_metric("input", Statistics((X @ X.mT)[None], X.mean(1)[None]))
-    factors = linear(Svd(), W, metric, [(8,)])
+    norm = make_norm("input", Statistics((X @ X.mT)[None], X.mean(1)[None]))
+    factors = linear(Svd(), W, norm, [(8,)])
     ours = ((W - factors.weight((8,))[0]) @ X).norm()
     plain = ((W - truncated(W, 8)) @ X).norm()
     assert float(plain / ours) >= 5
@@ -325,7 +325,7 @@ def test_drone_gains_on_inputs_near_a_subspace() -> None:
 def test_T_C6_whitening_ranks_the_directions_by_their_inputs() -> None:
     W, C = torch.eye(2).double(), torch.diag(torch.tensor([4.0, 1]).double())
     assert torch.linalg.svdvals(W @ torch.linalg.cholesky(C)).tolist() == pytest.approx([2, 1])
-    factors = linear(Svd(), W, Metric(C[None]), [(1,)])
+    factors = linear(Svd(), W, ErrorNorm(C[None]), [(1,)])
     torch.testing.assert_close(
         factors.weight((1,))[0], torch.diag(torch.tensor([1.0, 0]).double())
     )
@@ -334,11 +334,11 @@ def test_T_C6_whitening_ranks_the_directions_by_their_inputs() -> None:
     assert factors.error((1,)) == pytest.approx(1 / 5)
 
 
-@pytest.mark.parametrize("metric", ["weight", "fisher", "pooled"])
+@pytest.mark.parametrize("norm", ["weight", "fisher", "pooled"])
 @pytest.mark.parametrize(("r1", "r2"), [(1, 1), (2, 3), (4, 2)])
-def test_T_C5_two_stages_are_one(metric: str, r1: int, r2: int) -> None:
+def test_T_C5_two_stages_are_one(norm: str, r1: int, r2: int) -> None:
     W = normal(0, 7, 8)
-    norm = make_metric(metric, random_statistics(LayerShape(8, 7)))
+    norm = make_norm(norm, random_statistics(LayerShape(8, 7)))
     first = linear(Svd(), W, norm, [(r1,)]).weight((r1,))[0]
     second = linear(Svd(), W - first, norm, [(r2,)]).weight((r2,))[0]
     once = linear(Svd(), W, norm, [(r1 + r2,)]).weight((r1 + r2,))[0]
@@ -349,18 +349,18 @@ def test_T_C5_two_stages_are_one(metric: str, r1: int, r2: int) -> None:
 
 
 def one_layer(
-    module: nn.Module, statistics: Statistics, *, rank: int, metric: str = "input"
+    module: nn.Module, statistics: Statistics, *, rank: int, norm: str = "input"
 ) -> Factorisation:
     shape = LayerShape.of(module, ((1,),))
     choices = (DENSE, Choice("svd", (rank,)))
     costs = (shape.cost(), Svd().cost(shape, (rank,)))
     layer = Layer("0", (), shape, choices, costs)
     space = SearchSpace({"0": layer}, (), shape.cost(), (1, shape.inputs))
-    return factorise(nn.Sequential(module), space, {"0": statistics}, metric=metric)
+    return factorise(nn.Sequential(module), space, {"0": statistics}, norm=norm)
 
 
-@pytest.mark.parametrize("metric", ["input", "pooled"])
-def test_T_C1_features_are_truncated_about_their_mean(metric: str) -> None:
+@pytest.mark.parametrize("norm", ["input", "pooled"])
+def test_T_C1_features_are_truncated_about_their_mean(norm: str) -> None:
     module = nn.Linear(2, 2).double()
     nn.init.eye_(module.weight)
     nn.init.zeros_(module.bias)
@@ -368,7 +368,7 @@ def test_T_C1_features_are_truncated_about_their_mean(metric: str) -> None:
     covariance = torch.diag(torch.tensor([9.0, 1]).double())
     statistics = Statistics((covariance + torch.outer(mean, mean))[None], mean[None])
     choice = Choice("svd", (1,))
-    factorisation = one_layer(module, statistics, rank=1, metric=metric)
+    factorisation = one_layer(module, statistics, rank=1, norm=norm)
     weight, bias = factorisation.layers["0"].folded(choice)
     torch.testing.assert_close(weight, torch.diag(torch.tensor([1.0, 0]).double()))
     torch.testing.assert_close(bias, torch.tensor([0.0, 2]).double())
@@ -387,7 +387,7 @@ def test_T_C1_outputs_in_an_affine_subspace_are_exact() -> None:
     network = factorisation.materialise(Allocation.of({"0": Choice("svd", (2,))}))
     torch.testing.assert_close(network(X), module(X), rtol=0, atol=1e-4)
     # without the correction of the mean, rank two does not suffice for three dimensions
-    uncentred = linear(Svd(), module.weight, Metric((X.mT @ X)[None]), [(2,)])
+    uncentred = linear(Svd(), module.weight, ErrorNorm((X.mT @ X)[None]), [(2,)])
     assert float(((module.weight - uncentred.weight((2,))[0]) @ X.mT).abs().max()) > 1e-2
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankNAS.decompositions import Factors, LayerShape, Metric, Svd, Target, Tucker2, make_metric
+from rankNAS.decompositions import ErrorNorm, Factors, LayerShape, Svd, Target, Tucker2, make_norm
 from rankNAS.testing.contracts import definition_of_error, random_statistics
 
 
@@ -31,7 +31,7 @@ def conv(W: Tensor, **kwargs: tuple[int, int]) -> LayerShape:
 
 def tucker(W: Tensor, ranks: list[tuple[int, int]], sweeps: int = 0) -> Factors:
     shape = conv(W)
-    return Tucker2(sweeps).factorise(shape, Target(shape.fold(W), Metric()), ranks)
+    return Tucker2(sweeps).factorise(shape, Target(shape.fold(W), ErrorNorm()), ranks)
 
 
 def unfoldings(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def test_T_H1_the_chain_is_the_dense_convolution() -> None:
     module = nn.Conv2d(5, 6, 3, stride=2, padding=1).double().requires_grad_(False)
     module.weight.copy_(torch.einsum("or,cs,rsij->ocij", U, V, normal(2, 2, 3, 3, 3)))
     shape = LayerShape.of(module)
-    factors = Tucker2().factorise(shape, Target(shape.fold(module.weight), Metric()), [(2, 3)])
+    factors = Tucker2().factorise(shape, Target(shape.fold(module.weight), ErrorNorm()), [(2, 3)])
     chain = factors.truncate((2, 3), module.bias)
     first, middle, last = chain
     assert [m.kernel_size for m in chain] == [(1, 1), (3, 3), (1, 1)]
@@ -75,7 +75,7 @@ def test_T_H1_the_chain_is_the_dense_convolution() -> None:
 def test_T_H3_equal_ranks_on_a_1x1_kernel_are_the_truncated_svd(rank: int) -> None:
     W = normal(0, 6, 5, 1, 1)
     shape = conv(W)
-    svd = Svd().factorise(shape, Target(shape.fold(W), Metric()), [(rank,)])
+    svd = Svd().factorise(shape, Target(shape.fold(W), ErrorNorm()), [(rank,)])
     torch.testing.assert_close(
         tucker(W, [(rank, rank)]).weight((rank, rank)), svd.weight((rank,)), rtol=0, atol=1e-12
     )
@@ -104,12 +104,12 @@ def test_T_H4_hosvd_and_its_bound(
     assert max(tails) - 1e-9 <= factors.error(rank) * total <= sum(tails) + 1e-9
 
 
-@pytest.mark.parametrize("metric", ["weight", "input", "fisher"])
+@pytest.mark.parametrize("norm", ["weight", "input", "fisher"])
 @pytest.mark.parametrize("rank", [(1, 1), (2, 3), (4, 2), (5, 4)])
-def test_sweeps_never_worsen(metric: str, rank: tuple[int, int]) -> None:
+def test_sweeps_never_worsen(norm: str, rank: tuple[int, int]) -> None:
     W = normal(7, 6, 5, 3, 3)
     shape = conv(W)
-    norm = make_metric(metric, random_statistics(shape))
+    norm = make_norm(norm, random_statistics(shape))
     errors = []
     for sweeps in (0, 1, 2, 4, 8):
         factors = Tucker2(sweeps).factorise(shape, Target(shape.fold(W), norm), [rank])
@@ -139,11 +139,11 @@ def test_sweeps_gain_on_some_weight() -> None:
 def test_the_core_is_the_least_squares_optimum_in_the_metric() -> None:
     W = normal(0, 4, 3, 2, 2)
     shape = conv(W)
-    metric = make_metric("fisher", random_statistics(shape))
-    factors = Tucker2().factorise(shape, Target(shape.fold(W), metric), [(2, 2)])
+    norm = make_norm("fisher", random_statistics(shape))
+    factors = Tucker2().factorise(shape, Target(shape.fold(W), norm), [(2, 2)])
     V, core, P = (w[0] for w in factors.stage_weights((2, 2)))
     Phi = torch.einsum("rc,st->rsct", V.reshape(2, 3), torch.eye(4).double()).reshape(8, 12)
-    S, H = torch.linalg.cholesky(metric.C[0]), metric.H[0]
+    S, H = torch.linalg.cholesky(norm.C[0]), norm.H[0]
     folded = W.flatten(1)
     left, right = H @ P, Phi @ S
     best = torch.linalg.pinv(left) @ (H @ folded @ S) @ torch.linalg.pinv(right)

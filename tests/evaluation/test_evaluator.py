@@ -19,7 +19,7 @@ from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.evaluation import evaluator as evaluation
 from rankNAS.evaluation.evaluator import Evaluator, PrunedError
 from rankNAS.exceptions import ObjectiveError, UsageError
-from rankNAS.objectives import Accuracy, Agreement, CostObjective, Latency, Loss, Objective
+from rankNAS.objectives import Accuracy, CostObjective, KLDivergence, Latency, Loss, Objective
 from rankNAS.recovery.training import Recovery, TrainingConfig, train
 from rankNAS.search_spaces.compiler import compile_space
 
@@ -49,8 +49,8 @@ def convolutional() -> nn.Module:
 
 def factorised(model: nn.Module, x: Tensor, **options: Any) -> Factorisation:
     space = compile_space(model, x[:1], min_weights=1, keep_output_dense=False)
-    metric = options.pop("metric", "input")
-    return factorise(model, space, calibrate(model, space, x, metric=metric), metric=metric)
+    norm = options.pop("norm", "input")
+    return factorise(model, space, calibrate(model, space, x, norm=norm), norm=norm)
 
 
 def evaluator(batch_norm: bool = True, **options: Any) -> Evaluator:
@@ -74,8 +74,8 @@ def by_hand(network: nn.Module, dense: nn.Module, x: Tensor, y: Tensor) -> dict[
     return {
         "accuracy": (log_q.argmax(-1) == y).double().mean().item(),
         "loss": -log_q.gather(-1, y[:, None]).mean().item(),
-        "agreement": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        "reverse_agreement": (log_q.exp() * (log_q - log_p)).sum(-1).mean().item(),
+        "kl_divergence": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
+        "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(-1).mean().item(),
     }
 
 
@@ -95,11 +95,11 @@ def test_metrics_are_those_of_the_network(batch_norm: bool, batch_size: int) -> 
         assert (metrics["macs"], metrics["weight_bytes"]) == (cost.macs, cost.weight_bytes)
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("low_memory", [False, True])
 def test_batch_norms_move_by_what_compression_changes_on_the_calibration_data(
-    lean: bool,
+    low_memory: bool,
 ) -> None:
-    ev = evaluator(batch_size=100, lean=lean)
+    ev = evaluator(batch_size=100, low_memory=low_memory)
     network, dense, x = ev.network(drawn(ev, 3)), convolutional(), images(40)[0]
     stored, norm = dense[1], network[1]  # type: ignore[index]
     hidden, before = network[0](x), dense[0](x)  # type: ignore[index]
@@ -130,25 +130,25 @@ def test_a_cpu_takes_so_many_samples_at_once_that_its_caches_hold_them(
     x, y = images(300)
     factorisation = factorised(nn.Sequential(Recording(), *convolutional()).eval(), x)
     SEEN.clear()
-    ev = Evaluator(factorisation, x, (x, y), batch_size=batch_size, lean=True)
+    ev = Evaluator(factorisation, x, (x, y), batch_size=batch_size, low_memory=True)
     ev.evaluate(drawn(ev, 0))
     assert max(SEEN) == most
     assert sum(SEEN) == 4 * len(x)  # for outputs and for batch norms, of the dense network too
 
 
-@pytest.mark.parametrize("lean", [False, True])
-def test_the_dense_network_keeps_its_batch_norms(lean: bool) -> None:
-    ev = evaluator(lean=lean)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_the_dense_network_keeps_its_batch_norms(low_memory: bool) -> None:
+    ev = evaluator(low_memory=low_memory)
     ev.evaluate(drawn(ev, 1))
     metrics = ev.evaluate(ev.factorisation.space.dense)
-    assert metrics["agreement"] == pytest.approx(0, abs=1e-9)
+    assert metrics["kl_divergence"] == pytest.approx(0, abs=1e-9)
 
 
 def test_dense_without_batch_norm_is_the_model() -> None:
     ev = evaluator(batch_norm=False)
     metrics = ev.evaluate(ev.factorisation.space.dense)
     expected = by_hand(convolutional(), convolutional(), *images())
-    assert metrics["agreement"] == 0 == expected["agreement"]
+    assert metrics["kl_divergence"] == 0 == expected["kl_divergence"]
     assert metrics["accuracy"] == expected["accuracy"]
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     torch.testing.assert_close(ev.dense_logits, convolutional()(images()[0]).detach())
@@ -157,7 +157,7 @@ def test_dense_without_batch_norm_is_the_model() -> None:
 def test_agreement_is_positive_elsewhere() -> None:
     ev = evaluator(batch_norm=False)
     smallest = {n: layer.choices[-1] for n, layer in ev.factorisation.space.layers.items()}
-    assert ev.evaluate(Allocation.of(smallest))["agreement"] > 0
+    assert ev.evaluate(Allocation.of(smallest))["kl_divergence"] > 0
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -183,7 +183,7 @@ def count_forwards(ev: Evaluator) -> list[int]:
 
 
 def test_equal_allocations_are_evaluated_once() -> None:
-    ev = evaluator(batch_norm=False, lean=True)
+    ev = evaluator(batch_norm=False, low_memory=True)
     calls = count_forwards(ev)
     allocation = drawn(ev, 0)
     first = ev.evaluate(allocation)
@@ -207,7 +207,7 @@ def test_remembered_metrics_are_not_measured() -> None:
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> None:
-    reusing, plain = evaluator(batch_norm), evaluator(batch_norm, lean=True)
+    reusing, plain = evaluator(batch_norm), evaluator(batch_norm, low_memory=True)
     assert reusing._stages is not None and plain._stages is None
     layers = reusing.factorisation.space.layers
     rng = random.Random(5)
@@ -223,7 +223,7 @@ def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> Non
 
 
 def test_only_what_follows_the_first_change_is_computed() -> None:
-    ev = evaluator(lean=False)
+    ev = evaluator(low_memory=False)
     calls = [0]
     first_layer = ev._scratch[0]  # type: ignore[index]
     first_layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
@@ -285,7 +285,7 @@ def test_a_custom_objective_with_the_name_of_a_metric_is_the_one_that_counts() -
 
 
 def test_built_in_objectives() -> None:
-    built_in = [Accuracy(), Loss(), Agreement(), CostObjective("macs"), Latency(repeats=1)]
+    built_in = [Accuracy(), Loss(), KLDivergence(), CostObjective("macs"), Latency(repeats=1)]
     ev, plain = evaluator(objectives=built_in), evaluator()
     metrics, expected = ev.evaluate(drawn(ev, 0)), plain.evaluate(drawn(plain, 0))
     assert metrics.pop("latency") > 0
@@ -342,7 +342,7 @@ class Tied(nn.Module):
 def test_sequences_and_tied_layers() -> None:
     torch.manual_seed(0)
     model, x, y = Tied(), torch.randn(9, 5, 10), torch.randint(4, (9, 5))
-    ev = Evaluator(factorised(model, x, metric="fisher"), x, (x, y), batch_size=4)
+    ev = Evaluator(factorised(model, x, norm="fisher"), x, (x, y), batch_size=4)
     for seed in range(3):
         allocation = drawn(ev, seed)
         metrics = ev.evaluate(allocation)
@@ -420,21 +420,21 @@ def test_test_metrics_stream() -> None:
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-@pytest.mark.parametrize("lean", [False, True])
-def test_parts_of_the_samples_are_measured_on_the_way(batch_norm: bool, lean: bool) -> None:
-    whole = evaluator(batch_norm, lean=lean)
-    parts = evaluator(batch_norm, lean=lean, parts=(0.25, 0.5, 1.0))
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_parts_of_the_samples_are_measured_on_the_way(batch_norm: bool, low_memory: bool) -> None:
+    whole = evaluator(batch_norm, low_memory=low_memory)
+    parts = evaluator(batch_norm, low_memory=low_memory, parts=(0.25, 0.5, 1.0))
     for seed in range(4):
         allocation = drawn(whole, seed)
         seen: dict[int, float] = {}
 
-        def verdict(
+        def should_continue(
             samples: int, metrics: Mapping[str, float], seen: dict[int, float] = seen
         ) -> bool:
             seen[samples] = metrics["accuracy"]
             return True
 
-        found = parts.evaluate(allocation, verdict=verdict)
+        found = parts.evaluate(allocation, should_continue=should_continue)
         assert found == pytest.approx(whole.evaluate(allocation))
         assert list(seen) == [15, 30]
         network = whole.network(allocation)
@@ -452,7 +452,7 @@ def test_a_stopped_evaluation_leaves_the_next_ones_as_they_are(batch_norm: bool)
         allocation = drawn(whole, seed)
         if seed % 2:
             with pytest.raises(PrunedError, match="after 30") as stopped:
-                parts.evaluate(allocation, verdict=lambda n, m: n < 30)
+                parts.evaluate(allocation, should_continue=lambda n, m: n < 30)
             assert stopped.value.metrics["macs"] == parts.costs(allocation)["macs"]
         else:
             assert parts.evaluate(allocation) == pytest.approx(whole.evaluate(allocation))
@@ -506,16 +506,16 @@ def test_epochs_are_measured_on_the_way() -> None:
     own = evaluator(recovery=recovery(4), parts=(0.25, 0.5, 1.0))
     seen: dict[int, float] = {}
 
-    def verdict(epoch: int, metrics: Mapping[str, float]) -> bool:
+    def should_continue(epoch: int, metrics: Mapping[str, float]) -> bool:
         seen[epoch] = metrics["loss"]
         return epoch < 2
 
     allocation = drawn(own, 1)
     with pytest.raises(PrunedError, match="after 2 of 4 epochs") as stopped:
-        own.evaluate(allocation, final=True, verdict=verdict)
+        own.evaluate(allocation, final=True, should_continue=should_continue)
     assert list(seen) == [1, 2] and stopped.value.metrics["loss"] == seen[2]
     assert seen[2] < seen[1] < own.evaluate(allocation)["loss"]
-    whole = own.evaluate(allocation, final=True, verdict=lambda epoch, metrics: True)
+    whole = own.evaluate(allocation, final=True, should_continue=lambda epoch, metrics: True)
     assert whole == evaluator(recovery=recovery(4)).evaluate(allocation, final=True)
 
 
@@ -528,7 +528,7 @@ def test_a_training_that_diverges_fails_alone() -> None:
 def test_copies_elsewhere_keep_no_activations() -> None:
     own = evaluator()
     copied = pickle.loads(pickle.dumps(own))
-    assert not own.lean and copied.lean and not copied._passes
+    assert not own.low_memory and copied.low_memory and not copied._passes
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -539,20 +539,24 @@ def test_lean_copies_of_a_heavy_network_copy_no_weights(
     own = evaluator(batch_norm, **options)
     allocations = [own.factorisation.space.dense, *(drawn(own, seed) for seed in range(3))]
     monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
-    lean = pickle.loads(pickle.dumps(own))
-    dense = {p.data_ptr() for p in lean.factorisation.model.parameters()}
-    assert {p.data_ptr() for p in lean._scratch.parameters()} == dense
+    low_memory = pickle.loads(pickle.dumps(own))
+    dense = {p.data_ptr() for p in low_memory.factorisation.model.parameters()}
+    assert {p.data_ptr() for p in low_memory._scratch.parameters()} == dense
     for allocation in allocations:
         for final in (False, True):
             expected = own.evaluate(allocation, final=final)
-            assert lean.evaluate(allocation, final=final) == pytest.approx(expected, abs=1e-4)
-            assert {p.data_ptr() for p in lean._scratch.parameters()} <= dense
-    before = lean.factorisation.model.state_dict()
+            assert low_memory.evaluate(allocation, final=final) == pytest.approx(
+                expected, abs=1e-4
+            )
+            assert {p.data_ptr() for p in low_memory._scratch.parameters()} <= dense
+    before = low_memory.factorisation.model.state_dict()
     assert all(torch.equal(v, before[k]) for k, v in own.factorisation.model.state_dict().items())
     stops = []
     with pytest.raises(PrunedError):
-        lean.forget()
-        lean.evaluate(allocations[1], verdict=lambda step, _: bool(stops.append(step)))
+        low_memory.forget()
+        low_memory.evaluate(
+            allocations[1], should_continue=lambda step, _: bool(stops.append(step))
+        )
     assert stops == [30]
 
 

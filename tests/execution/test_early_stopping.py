@@ -16,10 +16,10 @@ values = st.lists(st.integers(0, 20), min_size=1, max_size=60)
 
 @given(values, st.integers(2, 4))
 def test_a_trial_goes_on_if_few_are_better(accuracies: list[int], reduction: int) -> None:
-    rule = SuccessiveHalving(["accuracy"], ["maximize"], reduction)
+    pruner = SuccessiveHalving(["accuracy"], ["maximize"], reduction)
     for i, accuracy in enumerate(accuracies):
         better = sum(a > accuracy for a in accuracies[:i])
-        assert rule("t", 10, {"accuracy": accuracy}) == (better * reduction < i + 1)
+        assert pruner("t", 10, {"accuracy": accuracy}) == (better * reduction < i + 1)
 
 
 @given(values)
@@ -31,27 +31,27 @@ def test_directions_are_mirrored(found: list[int]) -> None:
 
 
 def test_budgets_and_steps_are_apart() -> None:
-    rule = SuccessiveHalving(["accuracy"], ["maximize"])
-    assert rule("a", 10, {"accuracy": 0.9})
-    assert not rule("a", 10, {"accuracy": 0.1})
-    assert rule("b", 10, {"accuracy": 0.1})
-    assert rule("a", 20, {"accuracy": 0.1})
+    pruner = SuccessiveHalving(["accuracy"], ["maximize"])
+    assert pruner("a", 10, {"accuracy": 0.9})
+    assert not pruner("a", 10, {"accuracy": 0.1})
+    assert pruner("b", 10, {"accuracy": 0.1})
+    assert pruner("a", 20, {"accuracy": 0.1})
 
 
 def test_with_several_objectives_only_what_is_worse_in_all_is_behind() -> None:
-    rule = SuccessiveHalving(["accuracy", "macs"], ["maximize", "minimize"])
-    assert rule("t", 1, {"accuracy": 0.9, "macs": 100})
-    assert rule("t", 1, {"accuracy": 0.1, "macs": 50})
-    assert not rule("t", 1, {"accuracy": 0.05, "macs": 60})
+    pruner = SuccessiveHalving(["accuracy", "macs"], ["maximize", "minimize"])
+    assert pruner("t", 1, {"accuracy": 0.9, "macs": 100})
+    assert pruner("t", 1, {"accuracy": 0.1, "macs": 50})
+    assert not pruner("t", 1, {"accuracy": 0.05, "macs": 60})
 
 
 def test_an_earlier_session_is_learned_from_its_record() -> None:
     allocation = Allocation.of({"a": DENSE})
     metrics = {"accuracy@10": 0.9, "accuracy@20": 0.8, "accuracy": 0.7}
-    rule = SuccessiveHalving(["accuracy"], ["maximize"])
-    rule.learn(History((Trial(0, allocation, "complete", (0.7,), metrics, target="t"),)))
-    assert not rule("t", 10, {"accuracy": 0.89})
-    assert not rule("t", 20, {"accuracy": 0.79})
+    pruner = SuccessiveHalving(["accuracy"], ["maximize"])
+    pruner.learn(History((Trial(0, allocation, "complete", (0.7,), metrics, budget_key="t"),)))
+    assert not pruner("t", 10, {"accuracy": 0.89})
+    assert not pruner("t", 20, {"accuracy": 0.79})
     assert steps(metrics) == {10: {"accuracy": 0.9}, 20: {"accuracy": 0.8}}
 
 

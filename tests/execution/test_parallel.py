@@ -20,10 +20,10 @@ from rankNAS.compression.factorisation import factorise
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import UsageError
 from rankNAS.execution.parallel import Parallel, Workers
-from rankNAS.execution.scheduler import Outcome, Task
+from rankNAS.execution.scheduler import Evaluation, Outcome
 from rankNAS.objectives import Objective
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.storage.record import Claim
+from rankNAS.storage.store import Claim
 
 Pair = tuple[TensorDataset, TensorDataset]
 
@@ -77,21 +77,21 @@ def evaluator(folder: Path, model: nn.Module) -> Evaluator:
     x = torch.randn(64, 3, 8, 8, generator=generator)
     y = torch.randint(0, 4, (64,), generator=generator)
     space = compile_space(model, x[:1], min_weights=1)
-    factorisation = factorise(model, space, calibrate(model, space, x, metric="input"))
+    factorisation = factorise(model, space, calibrate(model, space, x, norm="input"))
     objective = Objective(Misbehaving(folder), name="misbehaving")
     return Evaluator(factorisation, x, (x, y), [objective], sequential=True)
 
 
-def done(executor: Parallel, tasks: list[Task]) -> dict[Allocation, Outcome]:
+def done(executor: Parallel, evaluations: list[Evaluation]) -> dict[Allocation, Outcome]:
     found: dict[Allocation, Outcome] = {}
-    waiting = list(tasks)
+    waiting = list(evaluations)
     running = 0
     while waiting or running:
         while waiting and running < executor.slots:
             executor.submit(waiting.pop(0))
             running += 1
         for outcome in executor.wait():
-            found[outcome.task.claim.allocation] = outcome
+            found[outcome.evaluation.claim.allocation] = outcome
             running -= 1
     return found
 
@@ -99,11 +99,11 @@ def done(executor: Parallel, tasks: list[Task]) -> dict[Allocation, Outcome]:
 def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Module) -> None:
     own = evaluator(tmp_path, small_net)
     space = own.factorisation.space
-    tasks = []
+    evaluations = []
     for i in range(9):
         choices = {n: layer.choices[i % len(layer.choices)] for n, layer in space.layers.items()}
-        tasks.append(Task(Claim(Allocation.of(choices), "t"), final=i == 1))
-    allocations = [t.claim.allocation for t in tasks]
+        evaluations.append(Evaluation(Claim(Allocation.of(choices), "t"), final=i == 1))
+    allocations = [t.claim.allocation for t in evaluations]
     assert len(set(allocations)) == 9
     orders = {2: "die", 3: "always die", 4: "hang", 5: "memory", 6: "wrong"}
     for i, order in orders.items():
@@ -111,7 +111,7 @@ def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Mod
         (tmp_path / str(params)).write_text(order)
     executor = Parallel(own, Workers(2, timeout=5.0))
     try:
-        found = done(executor, tasks)
+        found = done(executor, evaluations)
     finally:
         executor.close()
     outcomes = [found[a] for a in allocations]
@@ -124,7 +124,7 @@ def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Mod
     for i in (0, 1, 2, 7, 8):
         here = own.evaluate(allocations[i], final=i == 1)
         assert outcomes[i].metrics == pytest.approx(here, rel=1e-5, abs=1e-6)
-        assert outcomes[i].task == tasks[i]
+        assert outcomes[i].evaluation == evaluations[i]
 
 
 def test_one_worker_measures_what_no_worker_does(

@@ -15,8 +15,8 @@ import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.evaluation.evaluator import PrunedError
 from rankNAS.exceptions import ObjectiveError
-from rankNAS.execution.scheduler import Outcome, Serial, Task, execute, schedule
-from rankNAS.storage.record import Claim
+from rankNAS.execution.scheduler import Evaluation, Outcome, Serial, execute, schedule
+from rankNAS.storage.store import Claim
 
 TRIALS = 30
 
@@ -51,17 +51,17 @@ class Raising:
 def test_what_goes_wrong_with_a_trial_is_its_outcome(
     study: rankNAS.Study, error: Exception, state: str, reason: str
 ) -> None:
-    task = Task(Claim(study.best.allocation, "t"))
-    outcome = execute(Raising(error), task)  # type: ignore[arg-type]
-    assert (outcome.state, outcome.task) == (state, task)
+    evaluation = Evaluation(Claim(study.best.allocation, "t"))
+    outcome = execute(Raising(error), evaluation)  # type: ignore[arg-type]
+    assert (outcome.state, outcome.evaluation) == (state, evaluation)
     assert reason in outcome.reason
     assert outcome.metrics == ({"macs": 7.0} if state == "pruned" else {})
 
 
 def test_mistakes_of_ours_are_not_hidden(study: rankNAS.Study) -> None:
-    task = Task(Claim(study.best.allocation, "t"))
+    evaluation = Evaluation(Claim(study.best.allocation, "t"))
     with pytest.raises(RuntimeError, match="shapes"):
-        execute(Raising(RuntimeError("shapes do not match")), task)  # type: ignore[arg-type]
+        execute(Raising(RuntimeError("shapes do not match")), evaluation)  # type: ignore[arg-type]
 
 
 class Slow(Serial):
@@ -84,7 +84,7 @@ def test_two_loops_share_the_work(study: rankNAS.Study, tmp_path: Path, form: st
 
     def work(executor: Slow) -> None:
         with opened(study, storage) as record:
-            schedule(replace(study, record=record), TRIALS, executor)
+            schedule(replace(study, store=record), TRIALS, executor)
 
     threads = [threading.Thread(target=work, args=(e,)) for e in executors]
     for thread in threads:

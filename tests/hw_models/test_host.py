@@ -192,7 +192,7 @@ def test_whole_networks_correct_the_sum(clock: MadeUp, tmp_path: Path) -> None:
     for allocation in random_allocations(space(), 5, seed=99):
         expected = clock.built(network(), allocation, torch.zeros(1)).total
         assert tables.predict(allocation)[0] == pytest.approx(expected, rel=0.02)
-    assert model.fit.rest == pytest.approx(REST, rel=0.2)
+    assert model.fit.remainder_cost == pytest.approx(REST, rel=0.2)
     dense = clock.built(network(), space().dense, torch.zeros(1))
     assert model.fit.timed == pytest.approx(dense.total, rel=1e-9)
 
@@ -282,7 +282,7 @@ def test_what_is_in_the_file_is_not_measured_again(clock: MadeUp, tmp_path: Path
     tables = [compile_latency(model, space()) for model in (first, second)]
     for name in space().layers:
         assert tables[0].seconds[name].tolist() == tables[1].seconds[name].tolist()
-    assert tables[0].rest == tables[1].rest
+    assert tables[0].remainder_cost == tables[1].remainder_cost
 
 
 def test_an_interrupted_profile_goes_on(clock: MadeUp, tmp_path: Path) -> None:
@@ -358,7 +358,10 @@ def test_other_terms_are_refused(clock: MadeUp, tmp_path: Path) -> None:
         (lambda c: c["stages"][0].pop("inputs"), "TypeError"),
         (lambda c: c.pop("terms"), "KeyError.'terms'"),
         (lambda c: c.update(format=99), "has format 99, not 1"),
-        (lambda c: next(iter(c["networks"].values())).update(rest=-1.0), "numbers from 0"),
+        (
+            lambda c: next(iter(c["networks"].values())).update(remainder_cost=-1.0),
+            "numbers from 0",
+        ),
     ],
 )
 def test_damaged_files_are_named(

@@ -77,7 +77,7 @@ class Board(HardwareModel):
     def energy(self, layer: Layer, choice: Choice) -> float | None:
         return 2.0 * layer[choice].params
 
-    def rest(self, space: SearchSpace) -> tuple[float, float]:
+    def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
         return 5.0, 0.3
 
 
@@ -115,12 +115,12 @@ def test_a_space_at_another_batch_size() -> None:
         space().at_batch(3)
 
 
-@pytest.mark.parametrize("what", ["sigma", "rest"])
+@pytest.mark.parametrize("what", ["sigma", "remainder_cost"])
 def test_other_bad_predictions(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "sigma":
         monkeypatch.setattr(Board, "latency", lambda *_: (1.0, math.nan))
     else:
-        monkeypatch.setattr(Board, "rest", lambda *_: (-1.0, 0.0))
+        monkeypatch.setattr(Board, "remainder_cost", lambda *_: (-1.0, 0.0))
     with pytest.raises(UsageError, match="'board' gave"):
         compile_latency(Board(), space())
 

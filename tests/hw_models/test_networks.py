@@ -17,7 +17,7 @@ from rankNAS.hw_models.networks import (
     Watch,
     batched,
     built,
-    in_place,
+    in_network_factors,
     place,
     random_allocations,
 )
@@ -122,7 +122,7 @@ def test_factors_of_places_by_hand() -> None:
     dense = found.dense
     changed = type(dense).of({**dense, first.name: svd})
     times = [np.array([2.0, 4.0, 0.0]), np.array([3.0, 1.0, 0.0])]
-    factors = in_place(found, [dense, changed], times, lambda layer, choice: 1.0)
+    factors = in_network_factors(found, [dense, changed], times, lambda layer, choice: 1.0)
     # Dense: twice in the first layer (once), 4 and 1 times in the second; the third was not seen.
     mean = math.log(2 * 4 * 1) / 3
     assert factors[place(first.name, DENSE)] == pytest.approx(
@@ -138,4 +138,4 @@ def test_factors_of_places_by_hand() -> None:
     # Operators that were never seen get the mean of all.
     other = next(c for c in first.choices if c.operator not in ("svd", "dense"))
     assert factors[place(first.name, other)] == pytest.approx((2 * 4 * 1 * 3) ** 0.25)
-    assert in_place(found, [dense], [np.zeros(3)], lambda layer, choice: 1.0) == {}
+    assert in_network_factors(found, [dense], [np.zeros(3)], lambda layer, choice: 1.0) == {}

@@ -79,7 +79,7 @@ def test_what_is_outside_the_layers() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
     space = compile_space(model, torch.zeros(5, 64), min_weights=1)
     assert len(space.skipped) == 1  # the output layer
-    seconds, _ = Roofline(board()).rest(space)
+    seconds, _ = Roofline(board()).remainder_cost(space)
     assert seconds == pytest.approx(1e-5 + 2 * 5 * 640 / 1e9)
 
 

@@ -47,7 +47,7 @@ def test_measured_values_are_given_back(tmp_path: Path) -> None:
     assert model.name == "board"
     assert model.latency(layer, DENSE) == (5e-3, 1e-4)
     assert model.latency(layer, rank(8)) == (2e-3, 0.0)
-    assert model.rest(space()) == (1e-3, 2e-4)
+    assert model.remainder_cost(space()) == (1e-3, 2e-4)
 
 
 def test_ranks_between_two_measured_ones_are_on_a_line(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankNAS.hw_models import timing
 from rankNAS.hw_models.timing import (
-    Pace,
+    DriftMonitor,
     effects_of_blocks,
     interleaved,
     spread_of_median,
@@ -65,7 +65,7 @@ def test_time_is_limited_after_three_rounds(clock: Clock) -> None:
 
 
 def test_the_pace_is_spread_over_the_measurements(clock: Clock) -> None:
-    pace = Pace([clock.task("a", 0.01), clock.task("b", 0.03)], rounds=100, seconds=0.39)
+    pace = DriftMonitor([clock.task("a", 0.01), clock.task("b", 0.03)], rounds=100, seconds=0.39)
     done = []
     for share in (0.5, 0.75, 1.0):
         clock.now += 5.0  # something else is measured
@@ -76,7 +76,7 @@ def test_the_pace_is_spread_over_the_measurements(clock: Clock) -> None:
 
 
 def test_the_number_of_rounds_is_limited_too(clock: Clock) -> None:
-    pace = Pace([clock.task("a", 0.01)], rounds=8, seconds=100.0)
+    pace = DriftMonitor([clock.task("a", 0.01)], rounds=8, seconds=100.0)
     pace.after(0.5)
     assert clock.runs.count("a") - 2 == 4
     pace.after(1.0)
@@ -84,7 +84,7 @@ def test_the_number_of_rounds_is_limited_too(clock: Clock) -> None:
 
 
 def test_slow_networks_are_timed_three_times_at_least(clock: Clock) -> None:
-    pace = Pace([clock.task("a", 10.0)], rounds=100, seconds=5.0)
+    pace = DriftMonitor([clock.task("a", 10.0)], rounds=100, seconds=5.0)
     for i in range(4):
         clock.slowness = 2.0 if i == 3 else 1.0
         pace.after((i + 1) / 4)

@@ -15,34 +15,36 @@ from rankNAS.exceptions import ObjectiveError, UnknownNameError, UsageError
 from rankNAS.objectives import (
     OBJECTIVES,
     Accuracy,
-    Agreement,
-    Candidate,
     CostObjective,
+    EvaluationResult,
+    KLDivergence,
     Latency,
     Loss,
     Objective,
     ObjectiveBase,
-    ReverseAgreement,
+    ReverseKL,
     make_objective,
 )
-from rankNAS.objectives.quality import accuracy, agreement, loss, reverse_agreement
+from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl
 from rankNAS.testing.contracts import ObjectiveContract
 
 
-def candidate(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> Candidate:
+def candidate(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> EvaluationResult:
     torch.manual_seed(0)
     network = nn.Linear(3, 2).eval()
     costs = {"macs": 6.0, "params": 8.0, "weight_bytes": 32.0}
     inputs = torch.randn(len(targets), 3)
     dense = logits if dense is None else dense
-    return Candidate(Allocation.of({}), logits, dense, targets, inputs, costs, lambda: network)
+    return EvaluationResult(
+        Allocation.of({}), logits, dense, targets, inputs, costs, lambda: network
+    )
 
 
 class Width(ObjectiveBase):
     name = "width"
     direction = "minimize"
 
-    def measure(self, candidate: Candidate) -> float:
+    def measure(self, candidate: EvaluationResult) -> float:
         return float(candidate.build().in_features)
 
 
@@ -55,11 +57,11 @@ class TestLoss(ObjectiveContract):
 
 
 class TestAgreement(ObjectiveContract):
-    objective = Agreement()
+    objective = KLDivergence()
 
 
 class TestReverseAgreement(ObjectiveContract):
-    objective = ReverseAgreement()
+    objective = ReverseKL()
 
 
 class TestCost(ObjectiveContract):
@@ -78,7 +80,7 @@ class TestFunction(ObjectiveContract):
 class TestOwnClass(ObjectiveContract):
     objective = Width()
 
-    def candidate(self) -> Candidate:
+    def candidate(self) -> EvaluationResult:
         return candidate(torch.zeros(2, 2), torch.zeros(2))
 
 
@@ -103,7 +105,7 @@ def test_quality_in_closed_form(size: tuple[int, int, int], seed: int) -> None:
             divergence += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     assert accuracy(logits, targets) == pytest.approx(float(right) / (n * t))
     assert loss(logits, targets) == pytest.approx(nats / (n * t), rel=1e-6)
-    assert agreement(logits, dense) == pytest.approx(divergence / (n * t), rel=1e-6, abs=1e-9)
+    assert kl_divergence(logits, dense) == pytest.approx(divergence / (n * t), rel=1e-6, abs=1e-9)
     flat = logits.flatten(0, 1), targets.flatten()
     assert accuracy(*flat) == accuracy(logits, targets)
     assert loss(*flat) == pytest.approx(loss(logits, targets), rel=1e-12)
@@ -116,10 +118,10 @@ def test_closed_forms_by_hand() -> None:
     assert loss(logits, targets) == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
     uniform = torch.zeros(2, 2)
     kl = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert agreement(uniform, logits) == pytest.approx(kl / 2)
-    assert agreement(logits, logits) == 0
+    assert kl_divergence(uniform, logits) == pytest.approx(kl / 2)
+    assert kl_divergence(logits, logits) == 0
     # only differences between logits count
-    assert agreement(logits + 5, logits) == pytest.approx(0, abs=1e-7)
+    assert kl_divergence(logits + 5, logits) == pytest.approx(0, abs=1e-7)
 
 
 def test_t_c4_the_directions_of_the_divergence() -> None:
@@ -128,16 +130,16 @@ def test_t_c4_the_directions_of_the_divergence() -> None:
     forward = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
     reverse = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     assert (forward, reverse) == pytest.approx((0.510826, 0.368064), abs=1e-6)
-    assert agreement(compressed, dense) == pytest.approx(forward, rel=1e-6)
-    assert reverse_agreement(compressed, dense) == pytest.approx(reverse, rel=1e-6)
-    assert reverse_agreement(dense, dense) == 0
+    assert kl_divergence(compressed, dense) == pytest.approx(forward, rel=1e-6)
+    assert reverse_kl(compressed, dense) == pytest.approx(reverse, rel=1e-6)
+    assert reverse_kl(dense, dense) == 0
 
 
 def test_agreement_survives_extreme_logits() -> None:
     far = torch.tensor([[1000.0, -1000.0]])
-    assert agreement(far, far) == 0
+    assert kl_divergence(far, far) == 0
     # all of p's mass on a class to which q gives exp(-2000)
-    assert agreement(far.flip(1), far) == pytest.approx(2000)
+    assert kl_divergence(far.flip(1), far) == pytest.approx(2000)
 
 
 def test_regression() -> None:
@@ -154,8 +156,8 @@ def test_objectives_measure_these() -> None:
     given = candidate(logits, targets, dense)
     assert Accuracy()(given) == accuracy(logits, targets)
     assert Loss()(given) == loss(logits, targets)
-    assert Agreement()(given) == agreement(logits, dense)
-    assert ReverseAgreement()(given) == reverse_agreement(logits, dense)
+    assert KLDivergence()(given) == kl_divergence(logits, dense)
+    assert ReverseKL()(given) == reverse_kl(logits, dense)
     assert CostObjective("params")(given) == 8
     assert 0 < Latency(batch_size=3, repeats=2)(given) < 1
     with pytest.raises(ObjectiveError, match="'energy' raised KeyError"):
@@ -172,7 +174,7 @@ def test_latency_times_what_it_says() -> None:
             return x
 
     given = candidate(torch.zeros(9, 2), torch.zeros(9))
-    given = Candidate(**{**vars(given), "build": Network})
+    given = EvaluationResult(**{**vars(given), "build": Network})
     Latency(batch_size=4, repeats=3)(given)
     assert sizes == [4] * (2 + 3)
 

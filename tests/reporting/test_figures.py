@@ -13,7 +13,7 @@ Document = dict[str, Any]
 
 def trial(number: int, accuracy: float, macs: float, target: str, **other: Any) -> Document:
     metrics = {"accuracy": accuracy, "macs": macs}
-    made = {"number": number, "state": "complete", "probe": False, "target": target}
+    made = {"number": number, "state": "complete", "probe": False, "budget_key": target}
     return {**made, "values": [accuracy], "metrics": metrics, "seconds": 1.0, **other}
 
 
@@ -31,10 +31,10 @@ def document(**changes: Any) -> Document:
         },
     }
     best = {"accuracy": 0.8, "macs": 60, "allocation": {"conv<1>": "svd:4", "fc": "dense"}}
-    answers = [
-        {"label": a, "budget": {"macs": 0.6}, "best": best, "layers": layers, "trial": 1}
+    solutions = [
+        {"budget_key": a, "budget": {"macs": 0.6}, "best": best, "layers": layers, "trial": 1}
         | {"feasible": [0, 1, 3], "pareto_front": [1]},
-        {"label": b, "budget": {"macs": 0.4}, "best": best, "layers": layers, "trial": 3}
+        {"budget_key": b, "budget": {"macs": 0.4}, "best": best, "layers": layers, "trial": 3}
         | {"feasible": [3], "pareto_front": [3]},
     ]
     trials = [
@@ -45,7 +45,7 @@ def document(**changes: Any) -> Document:
         trial(4, 0, 0, b, state="failed", **lost),
     ]
     made: Document = {"objectives": ["accuracy"], "directions": ["maximize"], "cost": "macs"}
-    made |= {"dense": {"accuracy": 0.9, "macs": 100}, "answers": answers, "trials": trials}
+    made |= {"dense": {"accuracy": 0.9, "macs": 100}, "solutions": solutions, "trials": trials}
     return {**made, **changes}
 
 
@@ -95,13 +95,13 @@ def test_several_objectives_are_drawn_against_the_first() -> None:
 
 
 def test_a_search_that_has_not_ended_has_the_front_of_all_its_trials() -> None:
-    (figure,) = pareto(document(answers=[], dense={}))
+    (figure,) = pareto(document(solutions=[], dense={}))
     assert list(traces(figure)["Pareto front"].x) == [40, 55, 90]
-    assert len(progress(document(answers=[], dense={})).data) == 4
+    assert len(progress(document(solutions=[], dense={})).data) == 4
 
 
 def test_ranks_are_shares_of_break_even() -> None:
-    found = traces(ranks(document()["answers"][0]))
+    found = traces(ranks(document()["solutions"][0]))
     assert list(found["svd"].x) == [pytest.approx(0.4)] and list(found["svd"].y) == [0]
     assert list(found["dense"].x) == [1.0]
     assert list(found["full rank"].x) == [pytest.approx(1.2)]

@@ -85,7 +85,12 @@ def test_every_choice_of_one_layer_costs_what_the_counter_says(
     model = nn.Sequential(layer)
     x = torch.randn(shape)
     space = compile_space(model, x, **ALL)
-    assert space.rest.macs == space.rest.params == space.rest.weight_bytes == 0
+    assert (
+        space.remainder_cost.macs
+        == space.remainder_cost.params
+        == space.remainder_cost.weight_bytes
+        == 0
+    )
     for choice, cost in space.layers["0"].items():
         network = skeleton(nn.Sequential(layer), {"0": choice}).to_empty(device="cpu")
         network.load_state_dict({n: torch.zeros_like(p) for n, p in network.named_parameters()})
@@ -238,7 +243,7 @@ def test_a_weight_tied_with_an_embedding_stays_dense() -> None:
     assert list(space.layers) == ["middle"]
     assert reasons(space) == {"head": "its weight is used by another kind of module"}
     assert space.dense_cost.params == parameters(model) == 50 * 32 + 33 * 32
-    assert space.rest.macs == 2 * 7 * 32 * 50
+    assert space.remainder_cost.macs == 2 * 7 * 32 * 50
 
 
 class OwnForward(nn.Linear):

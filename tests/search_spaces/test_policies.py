@@ -18,8 +18,8 @@ from rankNAS.search_spaces.policies import (
     RankPolicy,
     candidate_choices,
     hardware_choices,
+    latency_pareto_ranks,
     rank_limits,
-    step_ranks,
 )
 
 
@@ -184,7 +184,7 @@ def test_bad_policies() -> None:
 
 def test_steps_of_a_staircase_of_64() -> None:
     ranks = range(1, 310)
-    kept = [ranks[i] for i in step_ranks([math.ceil(r / 64) for r in ranks])]
+    kept = [ranks[i] for i in latency_pareto_ranks([math.ceil(r / 64) for r in ranks])]
     assert set(kept) == {309, 256, 192, 128, 64}
 
 
@@ -196,8 +196,8 @@ def test_the_upper_ends_of_random_steps_are_kept(widths: list[int], heights: lis
     levels = list(accumulate(heights))
     seconds = [levels[i] for i, width in enumerate(widths) for _ in range(width)]
     ends = [total - 1 for total in accumulate(widths)]
-    assert step_ranks(seconds) == ends
-    assert step_ranks(seconds, 1e6) == [len(seconds) - 1]
+    assert latency_pareto_ranks(seconds) == ends
+    assert latency_pareto_ranks(seconds, 1e6) == [len(seconds) - 1]
 
 
 @given(
@@ -205,7 +205,7 @@ def test_the_upper_ends_of_random_steps_are_kept(widths: list[int], heights: lis
     tolerance=st.sampled_from([0.0, 0.03, 0.3]),
 )
 def test_no_kept_rank_is_as_slow_as_the_next(seconds: list[float], tolerance: float) -> None:
-    kept = step_ranks(seconds, tolerance)
+    kept = latency_pareto_ranks(seconds, tolerance)
     smooth = isotonic_regression(seconds)
     assert kept[-1] == len(seconds) - 1 and kept == sorted(set(kept))
     for below, above in pairwise(kept):
@@ -216,8 +216,8 @@ def test_no_kept_rank_is_as_slow_as_the_next(seconds: list[float], tolerance: fl
 
 
 def test_noise_alone_makes_no_step() -> None:
-    assert step_ranks([1.00, 1.02, 0.99, 1.01, 1.00], 0.03) == [4]
-    assert step_ranks([]) == []
+    assert latency_pareto_ranks([1.00, 1.02, 0.99, 1.01, 1.00], 0.03) == [4]
+    assert latency_pareto_ranks([]) == []
 
 
 def test_choices_once_latencies_are_known() -> None:
@@ -227,20 +227,20 @@ def test_choices_once_latencies_are_known() -> None:
     layer = Layer("conv", (), shape, choices, costs)
     seconds = [1.0] + [0.1 * math.ceil(c.rank[-1] / 8) * len(c.rank) for c in choices[1:]]
     assert hardware_choices(layer, seconds, plain) == choices
-    stepped = hardware_choices(layer, seconds, replace(plain, latency_steps=0.0))
+    stepped = hardware_choices(layer, seconds, replace(plain, latency_tolerance=0.0))
     for family in {(c.operator, c.rank[:-1]) for c in choices[1:]}:
         ranks = [c.rank[-1] for c in choices if (c.operator, c.rank[:-1]) == family]
         kept = [c.rank[-1] for c in stepped if (c.operator, c.rank[:-1]) == family]
         steps = {math.ceil(r / 8): r for r in sorted(ranks)}  # the largest of each
         assert sorted(kept) == sorted(steps.values())
-    faster = hardware_choices(layer, seconds, replace(plain, only_faster=True))
+    faster = hardware_choices(layer, seconds, replace(plain, require_speedup=True))
     assert set(faster) == {DENSE} | {c for c, s in zip(choices, seconds, strict=True) if s < 1.0}
     assert len(faster) < len(choices)
 
 
 def test_a_negative_tolerance_is_refused() -> None:
-    with pytest.raises(UsageError, match="latency_steps"):
-        RankPolicy(latency_steps=-0.1)
+    with pytest.raises(UsageError, match="latency_tolerance"):
+        RankPolicy(latency_tolerance=-0.1)
 
 
 @settings(deadline=None)

@@ -39,7 +39,7 @@ def test_costs_add_up(allocation: Allocation) -> None:
     total = space().cost(allocation)
     for name in COSTS:
         layers = sum(space().layers[n][c][name] for n, c in allocation.items())
-        assert total[name] == space().rest[name] + layers
+        assert total[name] == space().remainder_cost[name] + layers
 
 
 @given(allocations(), st.sampled_from(["0", "1", "3"]))
@@ -89,7 +89,9 @@ def test_restrict_keeps_order_costs_and_dense() -> None:
         choices = original.layers[name].choices
         assert layer.choices == (DENSE, choices[2], choices[-1])
         assert all(layer[choice] == original.layers[name][choice] for choice in layer)
-    assert small.rest == original.rest and small.dense_cost == original.dense_cost
+    assert (
+        small.remainder_cost == original.remainder_cost and small.dense_cost == original.dense_cost
+    )
     with pytest.raises(UsageError, match="has no choice"):
         small.check({**small.dense, "0": original.layers["0"].choices[1]})
     dense_only = original.restrict({name: () for name in original.layers})

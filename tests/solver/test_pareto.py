@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from rankNAS.solver.pareto import hypervolume, non_dominated, worthwhile
+from rankNAS.solver.pareto import hypervolume, non_dominated, pareto_filter
 
 points = arrays(
     float, array_shapes(min_dims=2, max_dims=2, max_side=7), elements=st.integers(0, 3).map(float)
@@ -108,7 +108,7 @@ choices = st.lists(st.tuples(*[st.integers(0, 6)] * 3), min_size=1, max_size=20)
 def test_worthwhile_keeps_exactly_one_of_each_point_that_nothing_beats(
     rows: list[tuple[int, int, int]],
 ) -> None:
-    kept = worthwhile([r[0] for r in rows], [[r[1] for r in rows], [r[2] for r in rows]], 99)
+    kept = pareto_filter([r[0] for r in rows], [[r[1] for r in rows], [r[2] for r in rows]], 99)
     unbeaten = {
         p
         for p in rows
@@ -120,5 +120,5 @@ def test_worthwhile_keeps_exactly_one_of_each_point_that_nothing_beats(
 
 def test_thinning_keeps_both_ends() -> None:
     errors = list(np.linspace(1, 0, 50))
-    kept = worthwhile(errors, [list(range(50))], 7)
+    kept = pareto_filter(errors, [list(range(50))], 7)
     assert len(kept) == 7 and kept[0] == 0 and kept[-1] == 49

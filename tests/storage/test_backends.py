@@ -14,21 +14,21 @@ import optuna
 import pytest
 import sqlalchemy
 from postgres import PASSWORD, Cluster, free_port
-from record_worker import ALLOCATIONS, TARGET, evaluated, opened
+from store_worker import ALLOCATIONS, TARGET, evaluated, opened
 
 from rankNAS.exceptions import StudyError
 from rankNAS.storage import backends as module
 from rankNAS.storage.backends import open_storage, storage_name
-from rankNAS.storage.record import Claim, study_names
+from rankNAS.storage.store import Claim, study_names
 from rankNAS.strategies.base import Trial
 
 
 def filled(storage: str, n: int = 12) -> tuple[Trial, ...]:
     """A study with some trials; what they are, but for the time they took."""
-    with opened(storage) as record:
+    with opened(storage) as store:
         for allocation in ALLOCATIONS[:n]:
-            record.add(evaluated(Claim(allocation, TARGET)), ("accuracy",))
-        return record.history().trials
+            store.add(evaluated(Claim(allocation, TARGET)), ("accuracy",))
+        return store.history().trials
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +203,13 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(
         path = tmp_path / f"study{i}.log"
         path.write_bytes(content[:cut])
         caplog.clear()
-        record = opened(f"journal:{path}")
-        found = record.history().trials
+        store = opened(f"journal:{path}")
+        found = store.history().trials
         assert found == trials[: len(found)]
-        assert len(found) == content[:cut].count(b'{"op_code":4,') - (content[cut - 1] != 10)
+        whole = content[: content.rfind(b"\n", 0, cut) + 1]
+        assert len(found) == whole.count(b'{"op_code":4,')
         assert (str(path) in caplog.text) == (content[cut - 1] != 10)
-        record.add(evaluated(Claim(ALLOCATIONS[20], TARGET)), ("accuracy",))
+        store.add(evaluated(Claim(ALLOCATIONS[20], TARGET)), ("accuracy",))
         again = opened(f"journal:{path}").history().trials
         assert again[:-1] == found and again[-1].allocation == ALLOCATIONS[20]
 
@@ -216,10 +217,10 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(
 def test_a_line_cut_off_while_we_work_is_taken_away(tmp_path: Path) -> None:
     """Another process is killed in the middle of a line; Optuna would append to it."""
     path = tmp_path / "study.log"
-    record = opened(f"journal:{path}")
+    store = opened(f"journal:{path}")
     with path.open("ab") as file:
         file.write(b'{"op_code":4,"worker_id":"x","study_id":0,"sta')
-    record.add(evaluated(Claim(ALLOCATIONS[0], TARGET)), ("accuracy",))
+    store.add(evaluated(Claim(ALLOCATIONS[0], TARGET)), ("accuracy",))
     assert len(opened(f"journal:{path}").history().trials) == 1
     assert path.read_bytes().endswith(b"\n")
 
@@ -275,11 +276,11 @@ def test_a_journal_with_garbage_in_it_never_gives_wrong_trials(
 
 def test_a_line_damaged_while_we_work_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "study.log"
-    record = opened(f"journal:{path}")
+    store = opened(f"journal:{path}")
     with path.open("ab") as file:
         file.write(b"garbage\n" * 2)
     with pytest.raises(StudyError, match=r"study\.log' cannot be used"):
-        record.history()
+        store.history()
 
 
 # --------------------------------------------------------------------------- passwords

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rankNAS.engine import Settings
 from rankNAS.recovery import TrainingConfig
-from rankNAS.storage.configuration import described, differences
+from rankNAS.storage.configuration import canonical, differences
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 
@@ -34,7 +34,7 @@ class Outer:
 
 
 def through_json(value: Any) -> Any:
-    return json.loads(json.dumps(described(value)))
+    return json.loads(json.dumps(canonical(value)))
 
 
 values = st.recursive(
@@ -97,4 +97,4 @@ def test_another_class_differs() -> None:
 
 
 def test_no_address_is_described() -> None:
-    assert described([Plain(), Plain, through_json]) == ["Plain", "Plain", "through_json"]
+    assert canonical([Plain(), Plain, through_json]) == ["Plain", "Plain", "through_json"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-import record_worker as worker
+import store_worker as worker
 from processes import FORKS
 
 from rankNAS.storage import locks

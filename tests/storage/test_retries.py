@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from rankNAS.exceptions import StudyError
 from rankNAS.storage import retries
-from rankNAS.storage.retries import ConnectionLostError, explained, reason, retrying
+from rankNAS.storage.retries import ConnectionLostError, format_error, reason, retrying
 
 
 def locked() -> OperationalError:
@@ -101,5 +101,5 @@ def test_the_traceback_is_in_the_debug_log_without_password(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.DEBUG, logger="rankNAS"):
-        explained(ValueError("postgresql://me:secret@host"), "x")
+        format_error(ValueError("postgresql://me:secret@host"), "x")
     assert "postgresql://me:***@host" in caplog.text and "secret" not in caplog.text

@@ -8,14 +8,14 @@ from typing import Any
 
 import optuna
 import pytest
-import record_worker as worker
 import sqlalchemy
+import store_worker as worker
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
-from record_worker import ALLOCATIONS, TARGET, evaluated
+from store_worker import ALLOCATIONS, TARGET, evaluated
 
 from rankNAS.storage import writing
-from rankNAS.storage.record import Claim, Record
+from rankNAS.storage.store import Claim, StudyStore
 from rankNAS.storage.writing import TrialWriter
 from rankNAS.strategies.base import Trial
 
@@ -28,8 +28,8 @@ TRIALS = [
 ]
 
 
-def templates(record: Record) -> list[FrozenTrial]:
-    return [record._format.finished(trial, f"token{i}") for i, trial in enumerate(TRIALS)]
+def templates(store: StudyStore) -> list[FrozenTrial]:
+    return [store._format.finished(trial, f"token{i}") for i, trial in enumerate(TRIALS)]
 
 
 def essence(trial: FrozenTrial) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def rows(storage: RDBStorage, trial_id: int) -> dict[str, list[tuple[Any, ...]]]
 
 
 def test_the_rows_are_those_of_optuna(shared: str) -> None:
-    record = worker.opened(shared)
-    storage = record._storage
-    for number, template in enumerate(templates(record)):
-        written = record._writer.write(template)
+    store = worker.opened(shared)
+    storage = store._storage
+    for number, template in enumerate(templates(store)):
+        written = store._writer.write(template)
         assert written == 2 * number
-        own = storage.get_trial_id_from_study_id_trial_number(record._id, written)
-        other = storage.create_new_trial(record._id, template_trial=template)
+        own = storage.get_trial_id_from_study_id_trial_number(store._id, written)
+        other = storage.create_new_trial(store._id, template_trial=template)
         one, two = storage.get_trial(own), storage.get_trial(other)
         assert essence(one) == essence(two) and two.number == written + 1
         if isinstance(storage, RDBStorage):
@@ -71,12 +71,12 @@ def test_the_rows_are_those_of_optuna(shared: str) -> None:
 
 
 def test_infinite_values_are_stored_as_optuna_does(tmp_path: Any) -> None:
-    record = worker.opened(f"sqlite:///{tmp_path}/study.db")
-    template = templates(record)[0]
+    store = worker.opened(f"sqlite:///{tmp_path}/study.db")
+    template = templates(store)[0]
     for value in (float("inf"), float("-inf")):
         template.values = [value]
-        number = record._writer.write(template)
-        assert record.study.trials[number].values == [value]
+        number = store._writer.write(template)
+        assert store.study.trials[number].values == [value]
 
 
 def test_another_optuna_writes_by_itself(shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,35 +91,35 @@ def test_another_optuna_writes_by_itself(shared: str, monkeypatch: pytest.Monkey
     assert writing._models() is models
 
     monkeypatch.setattr(writing, "_models", lambda: None)
-    record = worker.opened(shared)
-    assert record._writer._models is None
-    first, second = (record.add(evaluated(Claim(a, TARGET)), ("x",)) for a in ALLOCATIONS[:2])
+    store = worker.opened(shared)
+    assert store._writer._models is None
+    first, second = (store.add(evaluated(Claim(a, TARGET)), ("x",)) for a in ALLOCATIONS[:2])
     assert first is not None and second is not None and (first.number, second.number) == (0, 1)
     assert worker.opened(shared).history().trials == (first, second)
 
 
 def test_nothing_is_left_of_a_trial_that_cannot_be_written(tmp_path: Any) -> None:
-    record = worker.opened(f"sqlite:///{tmp_path}/study.db")
-    template = templates(record)[0]
+    store = worker.opened(f"sqlite:///{tmp_path}/study.db")
+    template = templates(store)[0]
     template.user_attrs = {"x": object()}
     with pytest.raises(TypeError):
-        record._writer.write(template)
-    assert optuna.load_study(study_name="name", storage=record._storage).trials == []
+        store._writer.write(template)
+    assert optuna.load_study(study_name="name", storage=store._storage).trials == []
     template.user_attrs = {"x": 1}
-    assert record._writer.write(template) == 0
+    assert store._writer.write(template) == 0
 
 
 def test_dates_are_read_as_they_were_written(shared: str) -> None:
-    record = worker.opened(shared)
-    template = templates(record)[0]
+    store = worker.opened(shared)
+    template = templates(store)[0]
     ended = datetime(2026, 3, 29, 12, 0, 0, 123456)
     template.datetime_start, template.datetime_complete = ended - timedelta(days=1), ended
-    number = record._writer.write(template)
+    number = store._writer.write(template)
     found = worker.opened(shared).study.trials[number]
     assert (found.datetime_start, found.datetime_complete) == (ended - timedelta(days=1), ended)
 
 
 def test_writers_are_of_one_study() -> None:
-    record = worker.opened(None)
-    writer = TrialWriter(record._storage, record._id, record._format.distributions)
-    assert [writer.write(t) for t in templates(record)] == [0, 1, 2, 3]
+    store = worker.opened(None)
+    writer = TrialWriter(store._storage, store._id, store._format.distributions)
+    assert [writer.write(t) for t in templates(store)] == [0, 1, 2, 3]

@@ -30,7 +30,7 @@ def allocation(a: int, b: int) -> Allocation:
 trials = st.lists(
     st.builds(
         lambda a, b, state, probe, target: Trial(
-            0, allocation(a, b), state, (0.5,), probe=probe, target=target
+            0, allocation(a, b), state, (0.5,), probe=probe, budget_key=target
         ),
         st.integers(0, 2),
         st.integers(0, 2),

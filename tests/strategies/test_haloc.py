@@ -30,8 +30,8 @@ import rankNAS
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.data.loading import Splits
-from rankNAS.decompositions import OPERATORS, Metric, Target
-from rankNAS.evaluation.context import Workbench
+from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
+from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.hw_models import CallableModel, compile_latency
@@ -49,7 +49,7 @@ from rankNAS.strategies.supernet import (
     multiply,
     penalised,
 )
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 from rankNAS.testing.contracts import LAYERS, StrategyContract, random_problem
 
 
@@ -95,7 +95,7 @@ def workbench(
     *,
     policy: RankPolicy | None = None,
     report: Callable[[str, int, int], None] | None = None,
-) -> Workbench:
+) -> SearchContext:
     model = seeded(make)
     data = samples(12) if make is features else samples(3, 6, 6)
     x, y = data.tensors
@@ -103,24 +103,24 @@ def workbench(
     factorisation = factorise(model, space)
     splits = Splits(training or data, (x, y), (x, y), data)
     evaluator = Evaluator(factorisation, x, (x, y))
-    return Workbench(factorisation, splits, evaluator, report=report or (lambda *_: None))
+    return SearchContext(factorisation, splits, evaluator, report=report or (lambda *_: None))
 
 
-def problem_of(bench: Workbench, budget: Mapping[str, float]) -> Problem:
-    space = bench.factorisation.space
+def problem_of(context: SearchContext, budget: Mapping[str, float]) -> Problem:
+    space = context.factorisation.space
     latency = None
     if "latency" in budget:
         hardware = CallableModel(lambda layer, choice: 1e-6 + 1e-9 * layer[choice].macs)
         latency = compile_latency(hardware, space)
-    return make_problem(space, bench.factorisation.errors(), budget, latency=latency)
+    return build_problem(space, context.factorisation.errors(), budget, latency=latency)
 
 
 def tiny(**kwargs: Any) -> Haloc:
     return Haloc(**({"epochs": 1, "steps": 1, "batch_size": 8} | kwargs))
 
 
-def proposed(strategy: Haloc, bench: Workbench, problem: Problem) -> list[Allocation]:
-    return strategy.bind(bench).propose(problem, History(), 1, np.random.default_rng(0))
+def proposed(strategy: Haloc, context: SearchContext, problem: Problem) -> list[Allocation]:
+    return strategy.bind(context).propose(problem, History(), 1, np.random.default_rng(0))
 
 
 def checkpoint() -> dict[str, Any]:
@@ -151,7 +151,7 @@ def test_t_h2_counts_and_coarse_equal_ranks() -> None:
     policy = RankPolicy(multiple_of=8, operators=("tucker2",))
     space = compile_space(model, torch.zeros(1, 64, 1, 1), policy=policy, min_weights=1)
     found = factorise(model, space)
-    problem = make_problem(space, found.errors(), {"params": 0.5})
+    problem = build_problem(space, found.errors(), {"params": 0.5})
     assert problem.costs["params"][0][0] == 36_864
     shapes = {name: layer.shape for name, layer in space.layers.items()}
     reduced = coarse(problem, shapes, ("tucker2", "svd"), 8)
@@ -264,7 +264,7 @@ def test_soft_logits_that_lean_to_the_cheapest_spend_the_budget() -> None:
             choices={f"{i}": choices for i in range(6)},
             errors=(np.linspace(0, 1, 9),) * 6,
             costs={"macs": (costs,) * 6},
-            rest={"macs": 0.0},
+            remainder_cost={"macs": 0.0},
             budget={"macs": fraction},
         )
         chosen = picked(problem, [torch.linspace(0, 0.1, 9)] * 6)
@@ -337,7 +337,7 @@ def test_the_product_of_a_chain_is_the_approximated_weight(operator: str, layer:
         return
     ranks = [family[len(family) // 2] for family in OPERATORS[operator].families(shape)]
     factors = OPERATORS[operator].factorise(
-        shape, Target(shape.fold(module.weight), Metric()), ranks
+        shape, Target(shape.fold(module.weight), ErrorNorm()), ranks
     )
     for rank in ranks:
         stages = OPERATORS[operator].stages(shape, rank)
@@ -442,10 +442,10 @@ def test_shared_and_transposed_weights() -> None:
 
 
 def test_the_model_and_the_running_averages_are_left_alone() -> None:
-    bench = workbench()
-    model = bench.factorisation.model
+    context = workbench()
+    model = context.factorisation.model
     before = copy.deepcopy(model.state_dict())
-    assert proposed(tiny(epochs=2, steps=2), bench, problem_of(bench, {"macs": 0.5}))
+    assert proposed(tiny(epochs=2, steps=2), context, problem_of(context, {"macs": 0.5}))
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not any(m.training or m._forward_hooks for m in model.modules())
@@ -529,13 +529,13 @@ def test_t_h6_with_a_flat_cross_entropy_the_lowest_latency_wins() -> None:
         nn.init.zeros_(model[-1].weight)
         return model
 
-    bench = workbench(flat)
-    problem = problem_of(bench, {"latency": 0.5})
+    context = workbench(flat)
+    problem = problem_of(context, {"latency": 0.5})
     least = [int(t.argmin()) for t in problem.costs["latency"]]
     problem = replace(problem, budget={"latency": problem.fractions(least)["latency"] * 1.2})
     strategy = tiny(steps=60, learning_rate=0.1)
-    assert proposed(strategy, bench, problem)
-    layers = bench.factorisation.space.layers
+    assert proposed(strategy, context, problem)
+    layers = context.factorisation.space.layers
     shapes = {n: layer.shape for n, layer in layers.items()}
     reduced = coarse(problem, shapes, strategy.operators)
     logits = checkpoint()["logits"]
@@ -553,13 +553,13 @@ def test_without_pressure_on_the_cost_the_logits_learn_what_the_network_needs() 
     x = functional.one_hot(y, 16).float()
     space = compile_space(model, x[:1], min_weights=1)
     factorisation = factorise(model, space)
-    bench = Workbench(
+    context = SearchContext(
         factorisation,
         Splits(TensorDataset(x, y), (x, y), (x, y), TensorDataset(x, y)),
         Evaluator(factorisation, x, (x, y)),
     )
-    problem = problem_of(bench, {"macs": 1.0})
-    (allocation,) = proposed(tiny(steps=60, batch_size=32, learning_rate=0.1), bench, problem)
+    problem = problem_of(context, {"macs": 1.0})
+    (allocation,) = proposed(tiny(steps=60, batch_size=32, learning_rate=0.1), context, problem)
     assert allocation["0"] == DENSE
 
 
@@ -664,11 +664,11 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint() -> None:
     def spoil(stage: str, done: int, total: int) -> None:
         data.spoilt = done >= 4
 
-    bench = workbench(training=data, report=spoil)
-    problem = problem_of(bench, {"macs": 0.5})
+    context = workbench(training=data, report=spoil)
+    problem = problem_of(context, {"macs": 0.5})
     strategy = tiny(epochs=3, steps=2)
     with pytest.raises(ObjectiveError, match="loss is not finite in epoch 2 of 3") as caught:
-        proposed(strategy, bench, problem)
+        proposed(strategy, context, problem)
     (path,) = (cache_folder() / "checkpoints").glob("*.pt")
     assert "in layer '0'" in str(caught.value)
     assert f"after epoch 1 is kept in {path}" in str(caught.value)
@@ -677,16 +677,16 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint() -> None:
     assert all(v.isfinite().all() for v in good["network"].values())
     assert all(v.isfinite().all() for v in good["logits"])
     data.spoilt = False
-    assert proposed(strategy, replace(bench, report=lambda *_: None), problem)
+    assert proposed(strategy, replace(context, report=lambda *_: None), problem)
     assert checkpoint()["epoch"] == 3
 
 
 def test_the_layer_where_values_stop_being_finite_is_named() -> None:
-    bench = workbench()
+    context = workbench()
     with torch.no_grad():
-        bench.factorisation.model[3].bias[0] = math.inf
+        context.factorisation.model[3].bias[0] = math.inf
     with pytest.raises(ObjectiveError, match="loss.*epoch 1 of 1, in layer '3'; there is no"):
-        proposed(tiny(), bench, problem_of(bench, {"macs": 0.5}))
+        proposed(tiny(), context, problem_of(context, {"macs": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -704,8 +704,8 @@ def test_what_diverges_is_named(rates: dict[str, Any], what: str) -> None:
 
 
 def test_not_tied_to_images() -> None:
-    bench = workbench(features)
-    (allocation,) = proposed(tiny(), bench, problem_of(bench, {"params": 0.5}))
+    context = workbench(features)
+    (allocation,) = proposed(tiny(), context, problem_of(context, {"params": 0.5}))
     assert {c.operator for c in allocation.values()} == {"svd", "dense"} or all(
         c.operator == "svd" for c in allocation.values()
     )
@@ -716,9 +716,10 @@ def test_one_proposal_a_problem() -> None:
     bound = tiny().bind(BENCH)
     rng = np.random.default_rng(0)
     (allocation,) = bound.propose(problem, History(), 4, rng)
-    failed = Trial(0, allocation, "failed", target=problem.label)
+    failed = Trial(0, allocation, "failed", budget_key=problem.budget_key)
     assert bound.propose(problem, History((failed,)), 4, rng) == []
-    other = replace(failed, target="macs<=0.9")  # the same allocation, asked for by another budget
+    # the same allocation, asked for by another budget
+    other = replace(failed, budget_key="macs<=0.9")
     assert bound.propose(problem, History((other,)), 4, rng) == []
 
 

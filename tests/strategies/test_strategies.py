@@ -62,7 +62,7 @@ def test_every_strategy_has_a_file_with_the_contract(name: str) -> None:
     strategy = STRATEGIES[name]()
     assert strategy.name == name
     assert make_strategy(name) == strategy
-    files = Path(__file__).parent.glob("test_*.py")
+    files = Path(__file__).parent.rglob("test_*.py")
     assert any(f"strategy = {type(strategy).__name__}(" in file.read_text() for file in files)
 
 
@@ -158,7 +158,7 @@ def test_budgets_that_cannot_be_met_together() -> None:
     problem = replace(
         random_problem(0, layers=1, choices=3),
         costs={"macs": (a,), "params": (b,)},
-        rest={"macs": 0.0, "params": 0.0},
+        remainder_cost={"macs": 0.0, "params": 0.0},
         budget={"macs": 0.25},
     )
     problem.check()
@@ -180,7 +180,7 @@ def test_a_cost_outside_the_layers_counts() -> None:
     problem = replace(
         random_problem(0, layers=1, choices=2),
         costs={"macs": (np.array([80.0, 30.0]),)},
-        rest={"macs": 20.0},
+        remainder_cost={"macs": 20.0},
         budget={"macs": 0.5},
     )
     assert problem.dense == {"macs": 100.0}

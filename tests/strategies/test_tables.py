@@ -13,7 +13,7 @@ from rankNAS.exceptions import BudgetError
 from rankNAS.hw_models import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def space(small_net: nn.Module) -> SearchSpace:
 def test_costs_of_the_tables_are_those_of_the_space(
     small_net: nn.Module, space: SearchSpace
 ) -> None:
-    problem = make_problem(space, factorise(small_net, space).errors(), {"params": 0.5})
+    problem = build_problem(space, factorise(small_net, space).errors(), {"params": 0.5})
     rng = np.random.default_rng(0)
     for _ in range(20):
         indices = [int(rng.integers(len(c))) for c in problem.choices.values()]
@@ -36,17 +36,21 @@ def test_costs_of_the_tables_are_those_of_the_space(
         assert problem.meets(indices) == (cost.params <= 0.5 * dense.params)
 
 
-def tables(space: SearchSpace, seconds: dict[str, list[float]], rest: float) -> LatencyTables:
+def tables(
+    space: SearchSpace, seconds: dict[str, list[float]], remainder_cost: float
+) -> LatencyTables:
     choices = {name: layer.choices for name, layer in space.layers.items()}
     arrays = {name: np.array(s) for name, s in seconds.items()}
-    return LatencyTables(choices, arrays, {n: 0 * a for n, a in arrays.items()}, (rest, 0.0))
+    return LatencyTables(
+        choices, arrays, {n: 0 * a for n, a in arrays.items()}, (remainder_cost, 0.0)
+    )
 
 
 def test_latency_counts_what_is_outside_the_layers(space: SearchSpace) -> None:
     seconds = {name: [1.0 + i for i in range(len(x))] for name, x in space.layers.items()}
-    problem = make_problem(space, None, {"latency": 0.5}, latency=tables(space, seconds, 3.0))
+    problem = build_problem(space, None, {"latency": 0.5}, latency=tables(space, seconds, 3.0))
     assert problem.dense["latency"] == len(space.layers) + 3
-    assert problem.rest["latency"] == 3
+    assert problem.remainder_cost["latency"] == 3
     assert problem.limits["latency"] == 0.5 * (len(space.layers) + 3) - 3
 
 
@@ -56,12 +60,12 @@ def test_budgets_that_exclude_each_other() -> None:
     space = compile_space(model, torch.zeros(1, 64))
     seconds = [1.0 if c.rank == (31,) else 10.0 for c in space.layers["0"].choices]
     latency = tables(space, {"0": [10.0, *seconds[1:]]}, 0.0)
-    problem = make_problem(space, None, {"latency": 0.1, "macs": 0.5}, latency=latency)
+    problem = build_problem(space, None, {"latency": 0.1, "macs": 0.5}, latency=latency)
     with pytest.raises(BudgetError, match="together, although each can be met alone"):
         problem.check()
 
 
 def test_allocations_of_the_problem_are_allocations_of_the_space(space: SearchSpace) -> None:
-    problem = make_problem(space, None, {})
+    problem = build_problem(space, None, {})
     assert problem.allocation([0] * len(space.layers)) == space.dense
     assert isinstance(problem.allocation([1] * len(space.layers)), Allocation)

@@ -130,8 +130,8 @@ class Bolaco(Strategy):
 
     def _harm(self, problem: Problem, trials: Sequence[Trial]) -> Array:
         """What is minimised, (trials,)."""
-        if all("loss" in t.metrics and "reverse_agreement" in t.metrics for t in trials):
-            pairs = [(t.metrics["loss"], t.metrics["reverse_agreement"]) for t in trials]
+        if all("loss" in t.metrics and "reverse_kl" in t.metrics for t in trials):
+            pairs = [(t.metrics["loss"], t.metrics["reverse_kl"]) for t in trials]
             return np.array(pairs) @ [1.0, self.divergence_weight]
         first: Array = np.array([t.values[0] for t in trials])
         return -float(problem.signs[0]) * first

@@ -36,7 +36,7 @@ from rankNAS.strategies.base import Array, Problem, Strategy
 from rankNAS.strategies.one_shot.base import Energy, OneShot
 
 if TYPE_CHECKING:
-    from rankNAS.evaluation.context import Workbench
+    from rankNAS.evaluation.context import SearchContext
 
 __all__ = ["Alds", "Certificate", "Iteration", "bound", "iterate", "spectral_errors"]
 
@@ -98,9 +98,9 @@ class Alds(OneShot):
                 f"theorem bounds, got {self.operators}; 'energy' takes them all."
             )
 
-    def bind(self, bench: Workbench) -> Strategy:
+    def bind(self, context: SearchContext) -> Strategy:
         """The strategy with the spectral error of every choice of every layer."""
-        layers = bench.factorisation.layers
+        layers = context.factorisation.layers
         return replace(
             self,
             spectral={
@@ -115,7 +115,7 @@ class Alds(OneShot):
             found = self.certificate(problem)
             logger.info(
                 "%s: worst error %.6g; the alternation of ALDS reaches %.6g, which is %.3g more",
-                problem.label,
+                problem.budget_key,
                 found.exact,
                 found.iterated,
                 found.gap,
@@ -265,13 +265,13 @@ def iterate(
     starts = [[x.nearest(k) for x in layers] for k in FIXED[:n_seeds]]
     for _ in range(n_seeds - len(starts)):
         starts.append([int(rng.choice(list(x.families))) for x in layers])
-    answers: list[tuple[tuple[int, ...], float]] = [((), float("inf"))]
+    solutions: list[tuple[tuple[int, ...], float]] = [((), float("inf"))]
     traces = []
     for start in starts:
         found = [(tuple(j), _worst(layers, j)) for j in _alternate(layers, start, iterations)]
         traces.append(tuple(epsilon for _, epsilon in found))
-        answers += found
-    best, epsilon = min(answers, key=lambda answer: answer[1])
+        solutions += found
+    best, epsilon = min(solutions, key=lambda solution: solution[1])
     return Iteration(best, epsilon, tuple(traces))
 
 

@@ -25,7 +25,7 @@ from rankNAS.strategies.one_shot.base import OneShot
 
 if TYPE_CHECKING:
     from rankNAS.compression.factorisation import LayerFactors
-    from rankNAS.evaluation.context import Workbench
+    from rankNAS.evaluation.context import SearchContext
 
 __all__ = ["LearningCompression", "c_step", "energy"]
 
@@ -57,9 +57,9 @@ class LearningCompression(OneShot):
     energies: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     name = "lc"
 
-    def bind(self, bench: Workbench) -> Strategy:
+    def bind(self, context: SearchContext) -> Strategy:
         """The strategy with the layers' energies."""
-        layers = bench.factorisation.layers
+        layers = context.factorisation.layers
         return replace(self, energies={name: energy(found) for name, found in layers.items()})
 
     def solve(self, problem: Problem) -> Allocation:
@@ -86,7 +86,7 @@ def c_step(left: Sequence[Array], costs: Sequence[Array], price: float) -> list[
 
 def energy(layer: LayerFactors) -> float:
     """||H W C^1/2||_F^2 of a layer, what its relative errors are relative to."""
-    left = layer.metric.left
+    left = layer.norm.left
     squared = left(left(layer.outputs).mT)  # H W C W^T H^T
     return float(squared.diagonal(dim1=-2, dim2=-1).sum())
 

@@ -23,7 +23,7 @@ from rankNAS.strategies.base import Array, Problem, Strategy
 from rankNAS.strategies.one_shot.base import Energy, OneShot
 
 if TYPE_CHECKING:
-    from rankNAS.evaluation.context import Workbench
+    from rankNAS.evaluation.context import SearchContext
 
 __all__ = ["PcaGreedy", "output_spectrum", "removal_scores"]
 
@@ -51,9 +51,9 @@ class PcaGreedy(OneShot):
     name = "pca-greedy"
     operators = ("svd",)
 
-    def bind(self, bench: Workbench) -> Strategy:
+    def bind(self, context: SearchContext) -> Strategy:
         """The strategy with the layers' eigenvalues."""
-        layers = bench.factorisation.layers
+        layers = context.factorisation.layers
         spectra = {n: tuple(output_spectrum(x.outputs).tolist()) for n, x in layers.items()}
         return replace(self, spectra=spectra)
 

@@ -63,7 +63,7 @@ class Solve(OneShot):
             "%s of error**%g for %s: %.6g, within %.2g %% of the optimum",
             self.rule,
             self.power,
-            problem.label,
+            problem.budget_key,
             found.value,
             100 * found.gap,
         )

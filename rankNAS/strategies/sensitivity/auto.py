@@ -1,6 +1,6 @@
 """The default strategy: measured harm, solved exactly, corrected by what the answers show.
 
-1. Each layer is measured alone at a few errors (`harm`), which gives a table of harm.
+1. Each layer is measured alone at a few errors (`sensitivity`), which gives a table of harm.
 2. The exact solver minimises the sum of harm within the budget: the first proposal.
 3. Every proposal is evaluated with its factors refitted to each other, as its network would be
    handed out; that makes up for more of some layers' harm than of others', and tells how much the
@@ -35,7 +35,11 @@ from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
 from rankNAS.strategies.bayesian.bo import BayesianOptimisation
 from rankNAS.strategies.one_shot.base import Energy
 from rankNAS.strategies.one_shot.solve import Solve
-from rankNAS.strategies.sensitivity.harm import badness, harm_tables, single_layer_probes
+from rankNAS.strategies.sensitivity.tables import (
+    degradation,
+    sensitivity_probes,
+    sensitivity_tables,
+)
 
 __all__ = ["Auto"]
 
@@ -81,7 +85,7 @@ class Auto(Strategy):
 
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
         """The dense model and each layer alone."""
-        return single_layer_probes(problem, self.errors)
+        return sensitivity_probes(problem, self.errors)
 
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
@@ -114,9 +118,9 @@ class Auto(Strategy):
         """
         trials = history.feasible(problem)
         if not trials:
-            raise StudyError(f"no trial of the study has succeeded yet for {problem.label}.")
+            raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
         predicted = self._regression(problem, history).predict(problem, trials)
-        measured = np.array([badness(problem, t) for t in trials])
+        measured = np.array([degradation(problem, t) for t in trials])
         score = self.shrinkage * predicted + (1 - self.shrinkage) * measured
         return trials[int(np.argmin(score))]
 
@@ -125,8 +129,8 @@ class Auto(Strategy):
         measured = dense is not None and dense.state == "complete"
         return _Regression.fit(
             problem,
-            harm_tables(problem, history, self.errors) or problem.errors,
-            badness(problem, dense) if dense is not None and measured else 0.0,
+            sensitivity_tables(problem, history, self.errors) or problem.errors,
+            degradation(problem, dense) if dense is not None and measured else 0.0,
             [t for t in history.complete if not t.probe],
             self.uncertainty,
             self.misfit,
@@ -136,10 +140,10 @@ class Auto(Strategy):
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         """Solutions of a sweep of budgets, then the proposals of `bo`, on the measured harm."""
-        harm = harm_tables(problem, history, self.errors) or problem.errors
-        largest = max(float(table.max()) for table in harm) or 1.0
+        sensitivity = sensitivity_tables(problem, history, self.errors) or problem.errors
+        largest = max(float(table.max()) for table in sensitivity) or 1.0
         # `bo` takes errors to be at most 1.
-        scaled = replace(problem, errors=tuple(table / largest for table in harm))
+        scaled = replace(problem, errors=tuple(table / largest for table in sensitivity))
         solved = Solve().propose(scaled, history, n, rng)
         return solved or BayesianOptimisation().propose(scaled, history, n, rng)
 
@@ -156,13 +160,13 @@ class _Regression:
     """The harm of an allocation as a weighted sum of the harm of its layers.
 
     Args:
-        harm: One array a layer.
+        sensitivity: One array a layer.
         base: What the dense model scores.
         mean: Posterior mean of the layers' multipliers, (L,).
         root: A square root of their posterior covariance, (L, L).
     """
 
-    harm: tuple[Array, ...]
+    sensitivity: tuple[Array, ...]
     base: float
     mean: Array
     root: Array
@@ -171,20 +175,20 @@ class _Regression:
     def fit(
         cls,
         problem: Problem,
-        harm: tuple[Array, ...],
+        sensitivity: tuple[Array, ...],
         base: float,
         trials: Sequence[Trial],
         uncertainty: float,
         misfit: float,
     ) -> _Regression:
         """The posterior after some trials; independent multipliers around 1 before them."""
-        L = len(harm)
-        prior = cls(harm, base, np.ones(L), uncertainty * np.eye(L))
+        L = len(sensitivity)
+        prior = cls(sensitivity, base, np.ones(L), uncertainty * np.eye(L))
         X = prior.sums(problem, trials)  # (trials, L)
         usable = X.sum(1) > 0
         if not usable.any():
             return prior
-        X, y = X[usable], np.array([badness(problem, t) for t in trials])[usable] - base
+        X, y = X[usable], np.array([degradation(problem, t) for t in trials])[usable] - base
         # Harms add up to more or less than their sum, by a factor that all layers share.
         common = max(float(np.median(y / X.sum(1))), 1e-3)
         X = common * X
@@ -193,13 +197,13 @@ class _Regression:
         gain = np.linalg.solve(X @ covariance @ X.T + noise, X @ covariance).T
         values, vectors = np.linalg.eigh(covariance - gain @ X @ covariance)
         mean = np.maximum(np.ones(L) + gain @ (y - X.sum(1)), LEAST)
-        return cls(harm, base, common * mean, common * vectors * np.sqrt(values.clip(0)))
+        return cls(sensitivity, base, common * mean, common * vectors * np.sqrt(values.clip(0)))
 
     def sums(self, problem: Problem, trials: Sequence[Trial]) -> Array:
         """The harm of each layer of each trial's allocation, (trials, L)."""
         rows = [problem.indices(t.allocation) for t in trials]
-        found = [[h[i] for h, i in zip(self.harm, row, strict=True)] for row in rows]
-        return np.array(found, dtype=float).reshape(len(trials), len(self.harm))
+        found = [[h[i] for h, i in zip(self.sensitivity, row, strict=True)] for row in rows]
+        return np.array(found, dtype=float).reshape(len(trials), len(self.sensitivity))
 
     def predict(self, problem: Problem, trials: Sequence[Trial]) -> Array:
         """What the trials are expected to score, (trials,)."""
@@ -214,6 +218,6 @@ class _Regression:
 
     def solve(self, problem: Problem, multipliers: Array) -> Allocation:
         """The allocation of the least weighted harm, exact."""
-        tables = [m * h for m, h in zip(multipliers, self.harm, strict=True)]
+        tables = [m * h for m, h in zip(multipliers, self.sensitivity, strict=True)]
         limits = list(problem.limits.values())
         return problem.allocation(min_sum(tables, problem.budgeted(), limits, gap=GAP).indices)

@@ -68,7 +68,7 @@ def trial(problem: Problem, number: int, allocation: Allocation, **metrics: floa
     weight = dict(zip(KINDS, (0.02, 0.02, 3.0, 0.3, 0.5, 2.0), strict=True))
     rows = zip(problem.choices, problem.errors, problem.indices(allocation), strict=True)
     harm = sum(weight[name.rsplit(".", 1)[1]] * float(e[i]) ** 2 for name, e, i in rows)
-    found = {"loss": harm, "reverse_agreement": 0.0, "accuracy": -harm, **metrics}
+    found = {"loss": harm, "reverse_kl": 0.0, "accuracy": -harm, **metrics}
     return Trial(number, allocation, "complete", (-harm,), found)
 
 
@@ -76,7 +76,7 @@ def searched(strategy: Bolaco, problem: Problem, trials: int) -> History:
     history = History()
     for number in range(trials):
         (allocation,) = strategy.propose(problem, history, 1, rng(number))
-        done = replace(trial(problem, number, allocation), target=problem.label)
+        done = replace(trial(problem, number, allocation), budget_key=problem.budget_key)
         history = History((*history.trials, done))
     return history
 
@@ -217,8 +217,8 @@ def test_the_loss_and_the_divergence_are_minimised_together() -> None:
     problem = transformer()
     a, b = (problem.allocation([i] * len(problem.choices)) for i in (20, 21))
     trials = (
-        trial(problem, 0, a, loss=1.0, reverse_agreement=0.2),
-        trial(problem, 1, b, loss=0.9, reverse_agreement=0.6),
+        trial(problem, 0, a, loss=1.0, reverse_kl=0.2),
+        trial(problem, 1, b, loss=0.9, reverse_kl=0.6),
     )
     assert Bolaco(divergence_weight=0.5)._harm(problem, trials).tolist() == pytest.approx(
         [1.1, 1.2]
@@ -247,7 +247,7 @@ def test_trials_of_another_budget_are_used_but_not_improved_on() -> None:
     for number in range(5):
         (allocation,) = strategy.propose(low, history, 1, rng(number))
         assert low.meets(low.indices(allocation))
-        new = replace(trial(low, len(history.trials), allocation), target=low.label)
+        new = replace(trial(low, len(history.trials), allocation), budget_key=low.budget_key)
         history = History((*history.trials, new))
     assert len(history.feasible(low)) == 5
 

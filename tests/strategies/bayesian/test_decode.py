@@ -139,7 +139,7 @@ def test_what_no_weighting_finds_is_solved_exactly(monkeypatch: pytest.MonkeyPat
         random_problem(0, layers=1, choices=3),
         errors=(np.array([0.0, 0.1, 0.2]),),
         costs={"macs": (np.array([4.0, 1, 2]),), "params": (np.array([4.0, 3, 1]),)},
-        rest={"macs": 0.0, "params": 0.0},
+        remainder_cost={"macs": 0.0, "params": 0.0},
         budget={"macs": 2 / 4, "params": 1 / 4},
     )
     assert decode(problem, np.ones((1, 1)), rng()).tolist() == [[2]]

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 import rankNAS
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.factorisation import factorise
-from rankNAS.decompositions import GroupSvd, LayerShape, Metric, Operator, Svd, Target
+from rankNAS.decompositions import ErrorNorm, GroupSvd, LayerShape, Operator, Svd, Target
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces import RankPolicy, compile_space
 from rankNAS.solver.programmes import min_max
 from rankNAS.strategies.base import Problem
 from rankNAS.strategies.one_shot.alds import Alds, bound, iterate, spectral_errors
 from rankNAS.strategies.one_shot.base import Energy
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 from rankNAS.testing.contracts import StrategyContract
 
 seeds = st.integers(0, 10**6)
@@ -61,8 +61,8 @@ def benched(
     """What `bind` reads of a workbench, and the problem."""
     policy = RankPolicy(operators=("svd", "group_svd"))
     space = compile_space(model, inputs, policy=policy, exclude=("head",), min_weights=1)
-    factorisation = factorise(model, space, metric="weight")
-    problem = make_problem(factorisation.space, factorisation.errors(), budget)
+    factorisation = factorise(model, space, norm="weight")
+    problem = build_problem(factorisation.space, factorisation.errors(), budget)
     return SimpleNamespace(factorisation=factorisation), problem
 
 
@@ -92,7 +92,7 @@ def grouped_problem(seed: int, layers: int) -> Problem:
 def rooted(problem: Problem) -> Problem:
     """The problem as `Alds` sees it when it is not bound."""
     table = tuple(np.sqrt(e) for e in problem.errors)
-    return Problem(problem.choices, table, problem.costs, problem.rest, problem.budget)
+    return Problem(problem.choices, table, problem.costs, problem.remainder_cost, problem.budget)
 
 
 def worst(problem: Problem, indices: tuple[int, ...] | list[int]) -> float:
@@ -141,7 +141,7 @@ def test_t_a4_the_actual_error_lies_between_the_bounds(
     j = data.draw(st.integers(1, len(errors) - 1))
     shape = LayerShape(g * k * width, g * outputs, groups=g)
     operator, rank = (Svd(), (j,)) if k == 1 else (GroupSvd(), (k, j))
-    factors = operator.factorise(shape, Target(W[..., None, None], Metric()), [rank])
+    factors = operator.factorise(shape, Target(W[..., None, None], ErrorNorm()), [rank])
     norm = torch.linalg.matrix_norm
     actual = norm(torch.block_diag(*(W - factors.weight(rank))), 2)
     relative = float(actual / norm(torch.block_diag(*W), 2))
@@ -172,7 +172,7 @@ def test_t_a8_the_grouped_pair_computes_the_truncated_blocks() -> None:
     module = nn.Conv2d(6, 8, 3, stride=2, padding=1).double().requires_grad_(False)
     shape, x = LayerShape.of(module), normal(0, 2, 6, 7, 7)
     W = module.weight.flatten(1)
-    factors = GroupSvd().factorise(shape, Target(shape.fold(module.weight), Metric()), [(3, 8)])
+    factors = GroupSvd().factorise(shape, Target(shape.fold(module.weight), ErrorNorm()), [(3, 8)])
     for j in range(1, 9):
         blocks = []
         for block in W.chunk(3, 1):
@@ -227,13 +227,13 @@ def two_directions(budget: int) -> tuple[Alds, Problem]:
     W[0, 0], W[1, 8] = 3, 2
     model = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 4))
     model[0].weight = nn.Parameter(W)
-    bench, problem = benched(model, torch.zeros(1, 16), {})
-    kept = (budget + problem.rest["params"]) / problem.dense["params"]
-    problem = make_problem(
-        bench.factorisation.space, bench.factorisation.errors(), {"params": kept}
+    context, problem = benched(model, torch.zeros(1, 16), {})
+    kept = (budget + problem.remainder_cost["params"]) / problem.dense["params"]
+    problem = build_problem(
+        context.factorisation.space, context.factorisation.errors(), {"params": kept}
     )
     assert problem.limits["params"] == pytest.approx(budget)
-    strategy = Alds().bind(bench)
+    strategy = Alds().bind(context)
     assert isinstance(strategy, Alds)
     return strategy, problem
 
@@ -244,7 +244,7 @@ def as_seen(strategy: Alds, problem: Problem) -> Problem:
         np.array([strategy.spectral[name][c] for c in choices])
         for name, choices in problem.choices.items()
     )
-    return Problem(problem.choices, table, problem.costs, problem.rest, problem.budget)
+    return Problem(problem.choices, table, problem.costs, problem.remainder_cost, problem.budget)
 
 
 def test_t_a6_the_local_step_takes_the_groups_that_are_exact() -> None:
@@ -360,16 +360,16 @@ def test_t_a9_fine_ranks_use_the_budget_to_half_a_percent() -> None:
 
 @pytest.mark.parametrize("sqrt_k", [True, False])
 def test_bound_errors_belong_to_their_choices(small_net: nn.Module, sqrt_k: bool) -> None:
-    bench, problem = benched(small_net, torch.zeros(1, 3, 8, 8), {"params": 0.6})
-    strategy = Alds(sqrt_k=sqrt_k).bind(bench)
+    context, problem = benched(small_net, torch.zeros(1, 3, 8, 8), {"params": 0.6})
+    strategy = Alds(sqrt_k=sqrt_k).bind(context)
     assert isinstance(strategy, Alds)
-    assert pickle.loads(pickle.dumps(strategy)) == strategy == Alds(sqrt_k=sqrt_k).bind(bench)
+    assert pickle.loads(pickle.dumps(strategy)) == strategy == Alds(sqrt_k=sqrt_k).bind(context)
     assert strategy != Alds(sqrt_k=sqrt_k)
     groups = set()
     for name, choices in problem.choices.items():
         assert set(strategy.spectral[name]) == set(choices)
         assert strategy.spectral[name][DENSE] == 0
-        weight = bench.factorisation.layers[name].weight
+        weight = context.factorisation.layers[name].weight
         for choice in choices[1:]:
             k = choice.rank[0] if choice.operator == "group_svd" else 1
             groups.add(k)
@@ -384,8 +384,8 @@ def test_bound_errors_belong_to_their_choices(small_net: nn.Module, sqrt_k: bool
 
 def test_choices_of_other_operators_are_left_out(small_net: nn.Module) -> None:
     space = compile_space(small_net, torch.zeros(1, 3, 8, 8))
-    factorisation = factorise(small_net, space, metric="weight")
-    problem = make_problem(factorisation.space, factorisation.errors(), {"macs": 0.5})
+    factorisation = factorise(small_net, space, norm="weight")
+    problem = build_problem(factorisation.space, factorisation.errors(), {"macs": 0.5})
     assert {"tucker2", "spatial_svd"} <= {c.operator for x in problem.choices.values() for c in x}
     for strategy in (Alds(), Alds().bind(SimpleNamespace(factorisation=factorisation))):
         assert isinstance(strategy, Alds)

@@ -25,7 +25,7 @@ def timed(seed: int, *, layers: int = 4, choices: int = 5, budget: float = 1.0) 
     return replace(
         problem,
         costs={**problem.costs, "latency": latency},
-        rest={**problem.rest, "latency": 0.0},
+        remainder_cost={**problem.remainder_cost, "latency": 0.0},
         budget={"macs": budget},
     )
 

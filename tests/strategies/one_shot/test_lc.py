@@ -17,7 +17,7 @@ import rankNAS
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise
-from rankNAS.decompositions.metrics import METRICS
+from rankNAS.decompositions.norms import NORMS
 from rankNAS.search_spaces import compile_space
 from rankNAS.strategies.base import Problem
 from rankNAS.strategies.one_shot.lc import LearningCompression, c_step, energy
@@ -42,8 +42,8 @@ def single(errors: list[float], costs: dict[str, list[float]], kept: dict[str, f
     """One layer whose choices are dense and ranks."""
     choices = (DENSE, *(Choice("svd", (r,)) for r in range(len(errors) - 1, 0, -1)))
     tables = {name: (np.array(cost),) for name, cost in costs.items()}
-    rest = dict.fromkeys(costs, 0.0)
-    return Problem({"a": choices}, (np.array(errors),), tables, rest, kept)
+    remainder_cost = dict.fromkeys(costs, 0.0)
+    return Problem({"a": choices}, (np.array(errors),), tables, remainder_cost, kept)
 
 
 def test_t_a5_ranks_of_a_price_per_rank() -> None:
@@ -87,7 +87,11 @@ def test_a_larger_budget_leaves_out_no_more_energy(seed: int, layers: int) -> No
     left = []
     for kept in np.linspace(least, 1, 6):
         at = Problem(
-            problem.choices, problem.errors, problem.costs, problem.rest, {"macs": float(kept)}
+            problem.choices,
+            problem.errors,
+            problem.costs,
+            problem.remainder_cost,
+            {"macs": float(kept)},
         )
         left.append(total(at.errors, at.indices(LearningCompression().solve(at))))
     assert all(after <= before + 1e-12 for before, after in itertools.pairwise(left))
@@ -136,19 +140,19 @@ def test_absolute_energies_spare_the_layer_of_large_weights() -> None:
     )
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_error_times_energy_is_what_is_left_out(small_net: nn.Module, metric: str) -> None:
+@pytest.mark.parametrize("norm", NORMS)
+def test_error_times_energy_is_what_is_left_out(small_net: nn.Module, norm: str) -> None:
     inputs = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     space = compile_space(small_net, inputs[:1])
-    statistics = calibrate(small_net, space, inputs, metric=metric)
-    factorisation = factorise(small_net, space, statistics, metric=metric)
-    bench = SimpleNamespace(factorisation=factorisation)
-    strategy = LearningCompression().bind(bench)
+    statistics = calibrate(small_net, space, inputs, norm=norm)
+    factorisation = factorise(small_net, space, statistics, norm=norm)
+    context = SimpleNamespace(factorisation=factorisation)
+    strategy = LearningCompression().bind(context)
     assert isinstance(strategy, LearningCompression)
     assert pickle.loads(pickle.dumps(strategy)) == strategy
     for name, found in factorisation.layers.items():
         W = found.weight.double().flatten(2)
-        H, C = found.metric.H, _moment(metric, statistics, name)
+        H, C = found.norm.H, _moment(norm, statistics, name)
         H = torch.eye(W.shape[1]).double()[None] if H is None else H
         C = torch.eye(W.shape[2]).double()[None] if C is None else C
         direct = torch.einsum("goi,gij,goj->", H @ W, C, H @ W)
@@ -156,11 +160,11 @@ def test_error_times_energy_is_what_is_left_out(small_net: nn.Module, metric: st
         assert strategy.energies[name] == energy(found)
 
 
-def _moment(metric: str, statistics: dict[str, object], name: str) -> torch.Tensor | None:
-    if metric == "weight":
+def _moment(norm: str, statistics: dict[str, object], name: str) -> torch.Tensor | None:
+    if norm == "weight":
         return None
     mean = statistics[name].mean
-    return statistics[name].moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    return statistics[name].input_second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def test_the_search_binds_and_meets_the_budget(small_net: nn.Module, small_data: object) -> None:

@@ -171,13 +171,13 @@ def test_the_search_binds_the_spectra_of_the_outputs(
         budget={"macs": 0.5},
         strategy=PcaGreedy(),
         n_trials=2,
-        settings=rankNAS.Settings(calibration=64, validation=50, metric="input"),
+        settings=rankNAS.Settings(calibration=64, validation=50, norm="input"),
     )
     assert len(study.trials) == 1
     strategy = study.strategy
     assert isinstance(strategy, PcaGreedy)
     assert pickle.loads(pickle.dumps(strategy)) == strategy != PcaGreedy()
-    for name, found in study.bench.factorisation.layers.items():
+    for name, found in study.context.factorisation.layers.items():
         spectrum = np.array(strategy.spectra[name])
         assert all(a >= b for a, b in itertools.pairwise(spectrum))
         for choice, error in zip(found.layer.choices, found.errors(), strict=True):

@@ -93,7 +93,7 @@ def test_sum_and_max_differ_where_one_layer_can_pay_for_all() -> None:
         random_problem(0, layers=2, choices=4),
         errors=tuple(tails),
         costs={"macs": (cost, cost)},
-        rest={"macs": 0.0},
+        remainder_cost={"macs": 0.0},
         budget={"macs": 5 / 8},
     )
 
@@ -125,7 +125,7 @@ def test_the_gap_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     problem = random_problem(1)
     with caplog.at_level(logging.INFO, "rankNAS.strategies.one_shot.solve"):
         Solve().solve(problem)
-    assert f"sum of error**1 for {problem.label}" in caplog.text
+    assert f"sum of error**1 for {problem.budget_key}" in caplog.text
     assert "% of the optimum" in caplog.text
 
 

@@ -21,7 +21,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.strategies.base import History, Problem, Request, Trial
 from rankNAS.strategies.sampling.beam import Beam, State, beam_search
-from rankNAS.strategies.tables import make_problem
+from rankNAS.strategies.tables import build_problem
 from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
 
 
@@ -53,7 +53,7 @@ def searched(
             return history
         for a in wanted:
             trial = measure(problem, len(history.trials), a)
-            trial = replace(trial, probe=bool(probes), target=problem.label)
+            trial = replace(trial, probe=bool(probes), budget_key=problem.budget_key)
             history = History((*history.trials, trial))
 
 
@@ -94,9 +94,9 @@ def test_t_b3_a_beam_escapes_the_trap_of_greedy(
     strategy = Beam(width=width, step=1 / 3)  # one of six ranks, of two layers
     history = searched(strategy, problem, measure=measured(TRAP, 3))
     assert len(history.trials) == evaluations
-    answer = strategy.select(problem, history)
-    assert problem.allocation([3 - r for r in best]) == answer.allocation
-    assert answer.values == (TRAP[best],)
+    solution = strategy.select(problem, history)
+    assert problem.allocation([3 - r for r in best]) == solution.allocation
+    assert solution.values == (TRAP[best],)
     assert {t.allocation for t in history.trials if not t.probe} == {
         t.allocation for t in history.feasible(problem)
     }
@@ -221,8 +221,8 @@ def test_budgets_share_the_levels_above_them() -> None:
     high, low = fine(0.6), fine(0.4)
     alone = {t.allocation for t in searched(Beam(), low).trials if t.probe}
     both = searched(Beam(), low, searched(Beam(), high))
-    first = {t.allocation for t in both.trials if t.probe and t.target == high.label}
-    again = {t.allocation for t in both.trials if t.probe and t.target == low.label}
+    first = {t.allocation for t in both.trials if t.probe and t.budget_key == high.budget_key}
+    again = {t.allocation for t in both.trials if t.probe and t.budget_key == low.budget_key}
     assert first and first < alone
     assert first | again | {t.allocation for t in both.trials if not t.probe} >= alone
     assert not first & again
@@ -282,7 +282,7 @@ def test_t_b5_exact_ranks_are_found_without_loss() -> None:
     space = compile_space(model, x[:1], min_weights=1, keep_output_dense=False)
     factorisation = factorise(model, space)
     # rank r costs 24 r of 144
-    problem = make_problem(
+    problem = build_problem(
         factorisation.space,
         factorisation.errors(),
         {"macs": (2 + 3) * 24 / 288},
@@ -295,9 +295,11 @@ def test_t_b5_exact_ranks_are_found_without_loss() -> None:
         return Trial(number, allocation, "complete", (metrics["accuracy"],), metrics)
 
     strategy = Beam()
-    answer = strategy.select(problem, searched(strategy, problem, measure=measure))
-    assert [c.rank for c in answer.allocation.values()] == [(2,), (3,)]
-    assert answer.values == (1.0,) and answer.metrics["agreement"] == pytest.approx(0, abs=1e-6)
+    solution = strategy.select(problem, searched(strategy, problem, measure=measure))
+    assert [c.rank for c in solution.allocation.values()] == [(2,), (3,)]
+    assert solution.values == (1.0,) and solution.metrics["kl_divergence"] == pytest.approx(
+        0, abs=1e-6
+    )
     for module, rank in zip(model, (2, 3), strict=True):
         weight = module.weight.detach()
         assert float(modified_stable_rank(weight, rank)) == pytest.approx(0, abs=1e-6)

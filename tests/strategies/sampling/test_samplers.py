@@ -46,7 +46,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def trial(problem: Problem, number: int, allocation: Allocation) -> Trial:
-    return replace(random_trial(problem, number, allocation), target=problem.label)
+    return replace(random_trial(problem, number, allocation), budget_key=problem.budget_key)
 
 
 def failed(trial: Trial) -> Trial:
@@ -123,7 +123,7 @@ def test_nsga2_children_resemble_the_best_parents() -> None:
 
     def distances(good: list[Allocation]) -> list[float]:
         trials = [
-            Trial(i, a, "complete", (1.0 if a in good else 0.0,), target=problem.label)
+            Trial(i, a, "complete", (1.0 if a in good else 0.0,), budget_key=problem.budget_key)
             for i, a in enumerate(allocations)
         ]
         found = Nsga2(population=8).propose(problem, History(tuple(trials)), 12, rng(0))
@@ -160,7 +160,7 @@ def test_trials_of_other_budgets_and_probes_teach_nothing(strategy: Strategy) ->
 
     nothing = proposed([failed(t) for t in trials])
     assert proposed(trials) != nothing
-    assert proposed([replace(t, target="macs<=0.9") for t in trials]) == nothing
+    assert proposed([replace(t, budget_key="macs<=0.9") for t in trials]) == nothing
     assert proposed([replace(t, probe=True) for t in trials]) == nothing
 
 
@@ -173,7 +173,7 @@ def test_tpe_moves_towards_what_was_good() -> None:
         return float(problem.errors[0][problem.indices(allocation)[0]])
 
     trials = tuple(
-        Trial(i, a, "complete", (-first(a),), target=problem.label)
+        Trial(i, a, "complete", (-first(a),), budget_key=problem.budget_key)
         for i, a in enumerate(allocations)
     )
     found = Tpe().propose(problem, History(trials), 10, rng())

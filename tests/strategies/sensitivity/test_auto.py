@@ -18,7 +18,11 @@ from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.solver.programmes import min_sum
 from rankNAS.strategies.base import History, Problem, Trial
 from rankNAS.strategies.sensitivity.auto import Auto
-from rankNAS.strategies.sensitivity.harm import badness, harm_tables, single_layer_probes
+from rankNAS.strategies.sensitivity.tables import (
+    degradation,
+    sensitivity_probes,
+    sensitivity_tables,
+)
 from rankNAS.testing.contracts import StrategyContract, random_problem
 
 
@@ -39,23 +43,23 @@ def power_law(problem: Problem, seed: int) -> list[np.ndarray]:
 
 
 def measured(
-    problem: Problem, allocation: Allocation, harm: list[np.ndarray], number: int = 0
+    problem: Problem, allocation: Allocation, sensitivity: list[np.ndarray], number: int = 0
 ) -> Trial:
     """A trial whose divergence is the sum of the harms, and whose accuracy says nothing."""
-    total = float(sum(h[i] for h, i in zip(harm, problem.indices(allocation), strict=True)))
-    metrics = {"agreement": total, "accuracy": 0.5}
-    return Trial(number, allocation, "complete", (0.5,), metrics, target=problem.label)
+    total = float(sum(h[i] for h, i in zip(sensitivity, problem.indices(allocation), strict=True)))
+    metrics = {"kl_divergence": total, "accuracy": 0.5}
+    return Trial(number, allocation, "complete", (0.5,), metrics, budget_key=problem.budget_key)
 
 
-def probed(strategy: Auto, problem: Problem, harm: list[np.ndarray]) -> History:
+def probed(strategy: Auto, problem: Problem, sensitivity: list[np.ndarray]) -> History:
     probes = strategy.probes(problem, History())
-    trials = [measured(problem, a, harm, i) for i, a in enumerate(probes)]
+    trials = [measured(problem, a, sensitivity, i) for i, a in enumerate(probes)]
     return History(tuple(replace(t, probe=True) for t in trials))
 
 
 def test_probes_are_dense_and_one_layer_at_a_time_in_an_order_that_shares_prefixes() -> None:
     problem = random_problem(4, layers=5)
-    probes = single_layer_probes(problem, (0.1, 0.3))
+    probes = sensitivity_probes(problem, (0.1, 0.3))
     rows = [problem.indices(a) for a in probes]
     assert rows == sorted(rows) and rows[0] == [0] * 5
     assert all(sum(i > 0 for i in row) == 1 for row in rows[1:])
@@ -75,12 +79,12 @@ def test_a_power_law_is_recovered_and_its_optimum_proposed_first(seed: int, laye
     )
     if not apart:  # two points are needed for a power law
         return
-    harm, strategy = power_law(problem, seed), Auto(errors=errors)
-    history = probed(strategy, problem, harm)
-    tables = harm_tables(problem, history, errors)
+    sensitivity, strategy = power_law(problem, seed), Auto(errors=errors)
+    history = probed(strategy, problem, sensitivity)
+    tables = sensitivity_tables(problem, history, errors)
     assert tables is not None
-    largest = max(badness(problem, t) for t in history.trials)
-    for table, truth in zip(tables, harm, strict=True):
+    largest = max(degradation(problem, t) for t in history.trials)
+    for table, truth in zip(tables, sensitivity, strict=True):
         assert table[0] == 0 and (table[1:] > 0).all()
         if truth[1:].min() > 1e-3 * largest:
             np.testing.assert_allclose(table, truth, rtol=1e-6)
@@ -105,22 +109,22 @@ def test_learns_multipliers_that_the_probes_did_not_show() -> None:
             history = History((*history.trials, trial))
     optimum = min_sum(together, problem.budgeted(), list(problem.limits.values())).value
     candidates = [t for t in history.trials if not t.probe]
-    assert badness(problem, candidates[0]) > 1.2 * optimum
-    assert badness(problem, strategy.select(problem, history)) < 1.1 * optimum
+    assert degradation(problem, candidates[0]) > 1.2 * optimum
+    assert degradation(problem, strategy.select(problem, history)) < 1.1 * optimum
 
 
 def test_the_answer_is_not_the_luckiest_measurement() -> None:
     problem = random_problem(5, layers=4)
-    harm = power_law(problem, 1)
+    sensitivity = power_law(problem, 1)
     strategy = Auto()
-    history = probed(strategy, problem, harm)
+    history = probed(strategy, problem, sensitivity)
     proposals = strategy.propose(problem, history, 6, rng())
-    trials = [measured(problem, a, harm, i) for i, a in enumerate(proposals)]
-    worst = max(trials, key=lambda t: t.metrics["agreement"])
-    best = min(t.metrics["agreement"] for t in trials)
-    lucky = replace(worst, metrics=worst.metrics | {"agreement": 0.98 * best})
+    trials = [measured(problem, a, sensitivity, i) for i, a in enumerate(proposals)]
+    worst = max(trials, key=lambda t: t.metrics["kl_divergence"])
+    best = min(t.metrics["kl_divergence"] for t in trials)
+    lucky = replace(worst, metrics=worst.metrics | {"kl_divergence": 0.98 * best})
     told = History((*history.trials, *(lucky if t is worst else t for t in trials)))
-    assert worst.metrics["agreement"] > 1.5 * best
+    assert worst.metrics["kl_divergence"] > 1.5 * best
     assert strategy.select(problem, told).allocation != worst.allocation
     assert replace(strategy, shrinkage=0.0).select(problem, told).allocation == worst.allocation
 
@@ -128,10 +132,10 @@ def test_the_answer_is_not_the_luckiest_measurement() -> None:
 def test_an_objective_of_the_users_is_what_is_modelled() -> None:
     problem = replace(random_problem(2, layers=3), objectives=("mine",), directions=("minimize",))
     allocation = problem.allocation([0, 0, 0])
-    trial = Trial(0, allocation, "complete", (3.0,), {"agreement": 0.1})
-    assert badness(problem, trial) == 3.0
-    assert badness(replace(problem, directions=("maximize",)), trial) == -3.0
-    assert badness(replace(problem, objectives=("accuracy",)), trial) == 0.1
+    trial = Trial(0, allocation, "complete", (3.0,), {"kl_divergence": 0.1})
+    assert degradation(problem, trial) == 3.0
+    assert degradation(replace(problem, directions=("maximize",)), trial) == -3.0
+    assert degradation(replace(problem, objectives=("accuracy",)), trial) == 0.1
 
 
 def test_failed_probes_leave_a_strategy_that_works() -> None:
@@ -139,16 +143,16 @@ def test_failed_probes_leave_a_strategy_that_works() -> None:
     strategy = Auto()
     probes = strategy.probes(problem, History())
     failed = History(tuple(Trial(i, a, "failed", probe=True) for i, a in enumerate(probes)))
-    assert harm_tables(problem, failed, strategy.errors) is None
+    assert sensitivity_tables(problem, failed, strategy.errors) is None
     assert len(strategy.propose(problem, failed, 2, rng())) == 2
-    harm = power_law(problem, 3)
-    some = [measured(problem, a, harm, i) for i, a in enumerate(probes)]
+    sensitivity = power_law(problem, 3)
+    some = [measured(problem, a, sensitivity, i) for i, a in enumerate(probes)]
     rows = [problem.indices(t.allocation) for t in some]
     kept = [
         replace(t, state="failed", values=(), metrics={}) if row[1] else t
         for t, row in zip(some, rows, strict=True)
     ]
-    tables = harm_tables(problem, History(tuple(kept)), strategy.errors)
+    tables = sensitivity_tables(problem, History(tuple(kept)), strategy.errors)
     assert tables is not None and (tables[1][1:] > 0).all()  # the layer whose probes failed
     with pytest.raises(StudyError, match="no trial"):
         strategy.select(problem, failed)

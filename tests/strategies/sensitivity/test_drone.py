@@ -87,7 +87,7 @@ def test_the_worst_measured_rise_is_the_least_possible(
     history = probed(strategy, problem)
     proposed = strategy.propose(problem, history, 1, rng())
     # nothing is proposed where a measurement is the answer
-    answers = proposed or [t.allocation for t in history.feasible(problem)]
+    solutions = proposed or [t.allocation for t in history.feasible(problem)]
 
     def worst(indices: tuple[int, ...] | list[int]) -> float:
         return max(float(r[i]) for r, i in zip(rises, indices, strict=True))
@@ -96,8 +96,8 @@ def test_the_worst_measured_rise_is_the_least_possible(
     best = min(worst(i) for i in space if problem.meets(i))
     largest = max(float(r.max()) for r in rises)
     error = max(float(e.max()) for e in problem.errors)
-    assert all(problem.meets(problem.indices(a)) for a in answers)
-    found = min(worst(problem.indices(a)) for a in answers)
+    assert all(problem.meets(problem.indices(a)) for a in solutions)
+    found = min(worst(problem.indices(a)) for a in solutions)
     assert found <= best + TIE * largest * error + 1e-12
 
 

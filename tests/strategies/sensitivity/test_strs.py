@@ -213,7 +213,7 @@ problems = st.builds(
 def test_the_answer_meets_every_budget_and_a_tighter_one_keeps_no_more(
     problem: Problem, share: float
 ) -> None:
-    def answer(p: Problem) -> list[int] | None:
+    def solution(p: Problem) -> list[int] | None:
         try:
             p.check()
         except BudgetError:
@@ -228,7 +228,7 @@ def test_the_answer_meets_every_budget_and_a_tighter_one_keeps_no_more(
         return p.indices(found)
 
     tight = replace(problem, budget={n: share * b for n, b in problem.budget.items()})
-    wide, narrow = answer(problem), answer(tight)
+    wide, narrow = solution(problem), solution(tight)
     if len(problem.budget) == 1 and wide and narrow:
         assert problem.fractions(narrow)["macs"] <= problem.fractions(wide)["macs"] * (1 + 1e-9)
 

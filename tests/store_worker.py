@@ -13,7 +13,7 @@ from pathlib import Path
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.storage.backends import open_storage
 from rankNAS.storage.locks import study_lock
-from rankNAS.storage.record import Claim, Record
+from rankNAS.storage.store import Claim, StudyStore
 from rankNAS.strategies.base import Trial
 
 TARGET = "macs<=0.5"
@@ -31,8 +31,8 @@ def accuracy(allocation: Allocation) -> float:
     return 1 / (1 + sum(4**i * sum(allocation[k].rank) for i, k in enumerate(CHOICES)))
 
 
-def opened(storage: object, **change: object) -> Record:
-    return Record.open(
+def opened(storage: object, **change: object) -> StudyStore:
+    return StudyStore.open(
         storage,  # type: ignore[arg-type]
         "name",
         configuration={"seed": 0, **change},
@@ -45,25 +45,30 @@ def opened(storage: object, **change: object) -> Record:
 def evaluated(claim: Claim) -> Trial:
     found = accuracy(claim.allocation)
     return Trial(
-        -1, claim.allocation, "complete", (found,), {"accuracy": found}, target=claim.target
+        -1,
+        claim.allocation,
+        "complete",
+        (found,),
+        {"accuracy": found},
+        budget_key=claim.budget_key,
     )
 
 
 def work(storage: str, go: str, seed: int, most: int, seconds: float) -> None:
     """Claim up to three, evaluate one after the other; each takes at most so many seconds."""
     drawn = random.Random(seed)
-    with opened(storage) as record:
+    with opened(storage) as store:
         print("ready")
         while not Path(go).exists():
             time.sleep(0.001)
-        while len(record.history().trials) < most:
+        while len(store.history().trials) < most:
             wanted = [Claim(a, TARGET) for a in drawn.sample(ALLOCATIONS, 3)]
-            running = record.claim(wanted, most=most)
+            running = store.claim(wanted, most=most)
             if not running:
                 time.sleep(0.01)
             for claim in running:
                 time.sleep(drawn.uniform(0, seconds))
-                trial = record.add(evaluated(claim), ("accuracy",))
+                trial = store.add(evaluated(claim), ("accuracy",))
                 print("lost" if trial is None else trial.allocation.to_json())
 
 

@@ -2,7 +2,7 @@
 
 A trial is written in one transaction when it ends, so there is never half a trial, and nothing to
 clean up after a crash. The configuration is a user attribute of the study; going on with another
-one is refused. Several processes may work on one study: see `Record.claim`.
+one is refused. Several processes may work on one study: see `StudyStore.claim`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from rankNAS.exceptions import StudyError
 from rankNAS.objectives.base import Direction
 from rankNAS.storage.backends import open_storage, storage_name
 from rankNAS.storage.claims import LEASE, Claim, Owner, keep_alive
-from rankNAS.storage.configuration import described, differences
+from rankNAS.storage.configuration import canonical, differences
 from rankNAS.storage.locks import study_lock
-from rankNAS.storage.retries import explained, retrying
+from rankNAS.storage.retries import format_error, retrying
 from rankNAS.storage.trial_format import TrialFormat
 from rankNAS.storage.writing import TrialWriter
 from rankNAS.strategies.base import History, Trial
 
-__all__ = ["Claim", "Record", "study_names"]
+__all__ = ["Claim", "StudyStore", "study_names"]
 
 logger = logging.getLogger(__name__)
 CONFIGURATION, CHOICES = "ranknas:configuration", "ranknas:choices"
@@ -42,7 +42,7 @@ LOOK = 1.0  # seconds
 T = TypeVar("T")
 
 
-class Record:
+class StudyStore:
     """An open study.
 
     Leave it with `close`, or use it in a ``with`` statement: what it claims is then free at once.
@@ -94,7 +94,7 @@ class Record:
         choices: Mapping[str, Sequence[str]],
         directions: Sequence[Direction],
         resume: bool,
-    ) -> Record:
+    ) -> StudyStore:
         """Open or make a study.
 
         Args:
@@ -127,11 +127,11 @@ class Record:
                         raise StudyError(f"study {name!r} exists and was not made by RankNAS.")
                     # The configuration last: without it, a start that was killed is done again.
                     study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
-                    study.set_user_attr(CONFIGURATION, described(configuration))
+                    study.set_user_attr(CONFIGURATION, canonical(configuration))
                     return cls(study, opened, choices)
                 size = len(study.get_trials(deepcopy=False))
         except Exception as error:
-            raise explained(error, storage_name(opened)) from None
+            raise format_error(error, storage_name(opened)) from None
         if not resume:
             raise StudyError(
                 f"study {name!r} exists already, with {size} trials: add --resume to go on with "
@@ -250,7 +250,7 @@ class Record:
                     self.study.add_trial(self._format.broken_off(claim))
                 self._hold(())
             except Exception as error:  # whoever interrupts does not want to wait
-                logger.debug("not recorded: %s", explained(error, self._place))
+                logger.debug("not recorded: %s", format_error(error, self._place))
 
     def release(self, claims: Sequence[Claim]) -> None:
         """Give claims up, so that other processes may have them.
@@ -286,9 +286,9 @@ class Record:
                 try:
                     self._hold(())
                 except Exception as error:  # they expire; an exit need not wait for the storage
-                    logger.debug("claims were not given up: %s", explained(error, self._place))
+                    logger.debug("claims were not given up: %s", format_error(error, self._place))
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> StudyStore:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -342,7 +342,7 @@ class Record:
     def _extend(self, trials: Sequence[Trial]) -> None:
         if trials:
             self._history = self._history.extended(*trials)
-            self._counts.update(t.target for t in trials if not t.probe)
+            self._counts.update(t.budget_key for t in trials if not t.probe)
 
     def _trial(self, frozen: FrozenTrial) -> Trial | None:
         """A finished trial of Optuna as ours; None if it is not ours."""
@@ -390,15 +390,15 @@ class Record:
     ) -> list[Claim]:
         found = self._history.found
         taken = {c.allocation: c for c in (*self._others, *running) if c.allocation not in found}
-        counts = self._counts + Counter(c.target for c in taken.values() if not c.probe)
+        counts = self._counts + Counter(c.budget_key for c in taken.values() if not c.probe)
         granted = []
         for claim in wanted:
             if claim.allocation in found or claim.allocation in taken:
                 continue
-            limit = most if isinstance(most, int) else most.get(claim.target, 0)
-            if not claim.probe and counts[claim.target] >= limit:
+            limit = most if isinstance(most, int) else most.get(claim.budget_key, 0)
+            if not claim.probe and counts[claim.budget_key] >= limit:
                 continue
-            counts[claim.target] += not claim.probe
+            counts[claim.budget_key] += not claim.probe
             taken[claim.allocation] = claim
             granted.append(claim)
         return granted
@@ -434,7 +434,7 @@ class Record:
                 with study_lock(self._storage, self.study.study_name):
                     self._write_claims(self._own, self._attributes())
             except Exception as error:  # the next call may do better
-                logger.debug("the lease was not renewed: %s", explained(error, self._place))
+                logger.debug("the lease was not renewed: %s", format_error(error, self._place))
 
 
 def study_names(storage: str) -> list[str]:
@@ -447,7 +447,7 @@ def study_names(storage: str) -> list[str]:
     try:
         return optuna.get_all_study_names(opened)
     except Exception as error:
-        raise explained(error, storage_name(opened)) from None
+        raise format_error(error, storage_name(opened)) from None
 
 
 def _check_configuration(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankNAS.decompositions import METRICS, LayerShape, Metric, Statistics, make_metric
-from rankNAS.decompositions.metrics import RIDGE, matrix_root
+from rankNAS.decompositions import NORMS, ErrorNorm, LayerShape, Statistics, make_norm
+from rankNAS.decompositions.norms import RIDGE, matrix_root
 from rankNAS.exceptions import UsageError
 from rankNAS.testing.contracts import definition_of_error, random_statistics
 
@@ -15,43 +15,46 @@ STATISTICS = random_statistics(SHAPE)
 
 
 def test_the_weight_metric_needs_no_statistics() -> None:
-    assert make_metric("weight") == Metric()
+    assert make_norm("weight") == ErrorNorm()
     W = torch.randn(2, 3, 5).double()
-    assert float(Metric().energy(W)) == pytest.approx(float(W.square().sum()))
+    assert float(ErrorNorm().energy(W)) == pytest.approx(float(W.square().sum()))
 
 
 def test_the_input_metric_is_the_second_moment_of_the_inputs() -> None:
-    metric = make_metric("input", STATISTICS)
-    assert metric.H is None
-    assert metric.mean is None
-    scale = STATISTICS.moment.diagonal(dim1=1, dim2=2).mean(1)
+    norm = make_norm("input", STATISTICS)
+    assert norm.H is None
+    assert norm.mean is None
+    scale = STATISTICS.input_second_moment.diagonal(dim1=1, dim2=2).mean(1)
     torch.testing.assert_close(
-        metric.C, STATISTICS.moment + RIDGE * scale[:, None, None] * torch.eye(5).double()
+        norm.C,
+        STATISTICS.input_second_moment + RIDGE * scale[:, None, None] * torch.eye(5).double(),
     )
 
 
 def test_the_energy_is_the_expected_squared_output() -> None:
     X = torch.randn(2, 5, 40).double()
     W = torch.randn(2, 3, 5).double()
-    metric = make_metric("input", Statistics(X @ X.mT / 40, X.mean(-1)))
+    norm = make_norm("input", Statistics(X @ X.mT / 40, X.mean(-1)))
     expected = (W @ X).square().sum() / 40
-    assert float(metric.energy(W)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(norm.energy(W)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_centred_statistics_are_the_covariance() -> None:
     X = torch.randn(2, 5, 40).double() + 3
-    metric = make_metric("input", Statistics(X @ X.mT / 40, X.mean(-1)), centred=True)
+    norm = make_norm("input", Statistics(X @ X.mT / 40, X.mean(-1)), centred=True)
     covariance = torch.stack([torch.cov(x, correction=0) for x in X])
-    torch.testing.assert_close(metric.C, covariance, rtol=0, atol=1e-5)
-    torch.testing.assert_close(metric.mean, X.mean(-1))
+    torch.testing.assert_close(norm.C, covariance, rtol=0, atol=1e-5)
+    torch.testing.assert_close(norm.mean, X.mean(-1))
 
 
 def test_the_fisher_metric_has_the_gradients_on_the_left() -> None:
-    metric = make_metric("fisher", STATISTICS)
-    torch.testing.assert_close(metric.H.mT @ metric.H, STATISTICS.gradient, rtol=1e-4, atol=1e-4)
+    norm = make_norm("fisher", STATISTICS)
+    torch.testing.assert_close(
+        norm.H.mT @ norm.H, STATISTICS.output_gradient_second_moment, rtol=1e-4, atol=1e-4
+    )
     W, V = torch.randn(2, 2, 3, 5).double()
-    relative = metric.energy(W - V) / metric.energy(W)
-    assert float(relative) == pytest.approx(definition_of_error(metric, W, V))
+    relative = norm.energy(W - V) / norm.energy(W)
+    assert float(relative) == pytest.approx(definition_of_error(norm, W, V))
 
 
 def test_the_root_squares_to_the_matrix_even_if_singular() -> None:
@@ -64,23 +67,23 @@ def test_the_root_squares_to_the_matrix_even_if_singular() -> None:
 
 def test_zero_statistics_give_the_identity() -> None:
     zero = Statistics(torch.zeros(1, 3, 3), torch.zeros(1, 3), torch.zeros(1, 2, 2))
-    metric = make_metric("fisher", zero, centred=True)
-    torch.testing.assert_close(metric.C, torch.eye(3).double()[None])
-    torch.testing.assert_close(metric.H, torch.eye(2).double()[None])
+    norm = make_norm("fisher", zero, centred=True)
+    torch.testing.assert_close(norm.C, torch.eye(3).double()[None])
+    torch.testing.assert_close(norm.H, torch.eye(2).double()[None])
 
 
-@pytest.mark.parametrize("name", METRICS[1:])
+@pytest.mark.parametrize("name", NORMS[1:])
 def test_missing_statistics_are_an_error(name: str) -> None:
     with pytest.raises(UsageError, match=f"'{name}' needs calibration"):
-        make_metric(name)
+        make_norm(name)
 
 
 def test_fisher_without_gradients_is_an_error() -> None:
-    statistics = Statistics(STATISTICS.moment, STATISTICS.mean)
+    statistics = Statistics(STATISTICS.input_second_moment, STATISTICS.mean)
     with pytest.raises(UsageError, match="'fisher' needs calibration"):
-        make_metric("fisher", statistics)
+        make_norm("fisher", statistics)
 
 
 def test_unknown_metric() -> None:
     with pytest.raises(UsageError, match="one of weight, input, fisher"):
-        make_metric("taste", STATISTICS)
+        make_norm("taste", STATISTICS)

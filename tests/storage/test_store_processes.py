@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-import record_worker as worker
+import store_worker as worker
 from postgres import PASSWORD, USER, Cluster
 from processes import FORKS
 
 from rankNAS.allocation import Allocation
-from rankNAS.storage.record import Claim
+from rankNAS.storage.store import Claim
 
 
 class Process:
@@ -105,9 +105,9 @@ def test_a_killed_process_loses_no_trial_and_others_finish(shared: str) -> None:
         survivor.finish()
         check(shared, 60, survivor, victim)
     # What it was evaluating is not waited for.
-    with worker.opened(shared) as record:
-        assert record.claim([Claim(a, "another") for a in worker.ALLOCATIONS], most=999)
-        assert record.others() == ()
+    with worker.opened(shared) as store:
+        assert store.claim([Claim(a, "another") for a in worker.ALLOCATIONS], most=999)
+        assert store.others() == ()
 
 
 def test_a_server_that_goes_away_and_comes_back(postgres: Cluster) -> None:

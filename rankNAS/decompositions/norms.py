@@ -25,10 +25,10 @@ from torch import Tensor
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["METRICS", "Metric", "MetricName", "Statistics", "Target", "make_metric", "matrix_root"]
+__all__ = ["NORMS", "ErrorNorm", "NormName", "Statistics", "Target", "make_norm", "matrix_root"]
 
-MetricName = Literal["weight", "input", "fisher", "pooled"]
-METRICS: tuple[str, ...] = get_args(MetricName)
+NormName = Literal["weight", "input", "fisher", "pooled"]
+NORMS: tuple[str, ...] = get_args(NormName)
 RIDGE = 1e-6  # of the mean diagonal: statistics of few samples are rank-deficient
 
 
@@ -37,19 +37,20 @@ class Statistics:
     """What calibration records of one layer, all in float64.
 
     Args:
-        moment: Mean outer product of the input patches, (g, n, n); for ``pooled`` the pooled
-            covariance plus the outer product of the mean.
+        input_second_moment: Mean outer product of the input patches, (g, n, n); for ``pooled``
+            the pooled covariance plus the outer product of the mean.
         mean: Mean input patch, (g, n); for ``pooled`` the average of the groups' means.
-        gradient: Mean outer product of the loss gradient at the output, (g, o, o), or None.
+        output_gradient_second_moment: Mean outer product of the loss gradient at the output,
+            (g, o, o), or None.
     """
 
-    moment: Tensor
+    input_second_moment: Tensor
     mean: Tensor
-    gradient: Tensor | None = None
+    output_gradient_second_moment: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Metric:
+class ErrorNorm:
     """A norm for the error of one layer.
 
     Args:
@@ -83,11 +84,11 @@ class Target:
 
     Args:
         weight: (g, o, c, kh, kw), of any real type.
-        metric: The norm.
+        norm: The norm.
     """
 
     weight: Tensor
-    metric: Metric
+    norm: ErrorNorm
 
     @cached_property
     def W(self) -> Tensor:
@@ -97,17 +98,17 @@ class Target:
     @cached_property
     def HW(self) -> Tensor:
         """H W, (g, o, n)."""
-        return self.metric.left(self.W)
+        return self.norm.left(self.W)
 
     @cached_property
     def WC(self) -> Tensor:
         """W C, (g, o, n)."""
-        return self.metric.right(self.W)
+        return self.norm.right(self.W)
 
     @cached_property
     def HWC(self) -> Tensor:
         """H W C, (g, o, n)."""
-        return self.metric.left(self.WC)
+        return self.norm.left(self.WC)
 
     @cached_property
     def energy(self) -> float:
@@ -115,9 +116,9 @@ class Target:
         return float((self.HWC * self.HW).sum())
 
 
-def make_metric(
-    name: MetricName, statistics: Statistics | None = None, *, centred: bool = False
-) -> Metric:
+def make_norm(
+    name: NormName, statistics: Statistics | None = None, *, centred: bool = False
+) -> ErrorNorm:
     """The metric of a layer from its statistics.
 
     Args:
@@ -129,21 +130,25 @@ def make_metric(
     Raises:
         UsageError: Unknown name, or the statistics it needs are missing.
     """
-    if name not in METRICS:
-        raise UsageError(f"`metric` must be one of {', '.join(METRICS)}, got {name!r}.")
+    if name not in NORMS:
+        raise UsageError(f"`norm` must be one of {', '.join(NORMS)}, got {name!r}.")
     if name == "weight":
-        return Metric()
-    if statistics is None or (name == "fisher" and statistics.gradient is None):
+        return ErrorNorm()
+    if statistics is None or (
+        name == "fisher" and statistics.output_gradient_second_moment is None
+    ):
         raise UsageError(f"the metric {name!r} needs calibration statistics of the layer.")
-    C, mean = statistics.moment.double(), None
+    C, mean = statistics.input_second_moment.double(), None
     if centred:
         mean = statistics.mean.double()
         C = C - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     C = ridged(C)
     if name != "fisher":
-        return Metric(C, None, mean)
-    assert statistics.gradient is not None
-    return Metric(C, matrix_root(ridged(statistics.gradient.double())), mean)
+        return ErrorNorm(C, None, mean)
+    assert statistics.output_gradient_second_moment is not None
+    return ErrorNorm(
+        C, matrix_root(ridged(statistics.output_gradient_second_moment.double())), mean
+    )
 
 
 def ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)

@@ -16,14 +16,14 @@ import numpy.typing as npt
 from rankNAS.allocation import Allocation
 from rankNAS.strategies.base import Array, History, Problem, Trial
 
-__all__ = ["badness", "harm_tables", "single_layer_probes"]
+__all__ = ["degradation", "sensitivity_tables", "sensitivity_probes"]
 
 EXPONENTS = 0.5, 4.0  # of harm as a function of the error, where two points say otherwise
 FLOOR = 1e-3  # the least harm of a measured choice, relative to the largest one
-QUALITY = {"accuracy", "loss", "agreement", "reverse_agreement"}
+QUALITY = {"accuracy", "loss", "kl_divergence", "reverse_kl"}
 
 
-def single_layer_probes(problem: Problem, errors: Sequence[float]) -> list[Allocation]:
+def sensitivity_probes(problem: Problem, errors: Sequence[float]) -> list[Allocation]:
     """The dense model, and each layer alone at the choices nearest to some relative errors.
 
     Neighbours agree in the first layers.
@@ -34,27 +34,27 @@ def single_layer_probes(problem: Problem, errors: Sequence[float]) -> list[Alloc
     return [problem.allocation(row) for row in sorted(rows)]
 
 
-def badness(problem: Problem, trial: Trial) -> float:
+def degradation(problem: Problem, trial: Trial) -> float:
     """How much worse than the dense model a trial is; smaller is better.
 
     The divergence from the dense model's predictions, if the first objective is one of quality:
     it needs no labels, is smooth where accuracy jumps, and cannot be gained by fitting the
     validation labels. Otherwise the first objective itself.
     """
-    if problem.objectives[0] in QUALITY and "agreement" in trial.metrics:
-        return trial.metrics["agreement"]
+    if problem.objectives[0] in QUALITY and "kl_divergence" in trial.metrics:
+        return trial.metrics["kl_divergence"]
     return -float(problem.signs[0]) * trial.values[0]
 
 
-def harm_tables(
+def sensitivity_tables(
     problem: Problem, history: History, errors: Sequence[float]
 ) -> tuple[Array, ...] | None:
     """The harm of each choice of each layer.
 
     Args:
         problem: Its relative errors e are what harm is a function of.
-        history: Holds the probes of `single_layer_probes`; failed ones are left out.
-        errors: As for `single_layer_probes`.
+        history: Holds the probes of `sensitivity_probes`; failed ones are left out.
+        errors: As for `sensitivity_probes`.
 
     Returns:
         One array a layer, 0 for dense, positive elsewhere: a e^b between and beyond the measured
@@ -64,7 +64,7 @@ def harm_tables(
     if base is None or base.state != "complete":
         return None
     points = [_measured(problem, history, base, i, errors) for i in range(len(problem.errors))]
-    largest = max((harm for found in points for _, harm in found), default=0.0)
+    largest = max((sensitivity for found in points for _, sensitivity in found), default=0.0)
     if largest <= 0:
         return None
     floored = [[(e, max(h, FLOOR * largest)) for e, h in found] for found in points]
@@ -89,10 +89,10 @@ def _measured(
         trial = history.found.get(problem.allocation(problem.alone(layer, choice)))
         value = float(problem.errors[layer][choice])
         if choice and value > 0 and trial is not None and trial.state == "complete":
-            found[value] = badness(problem, trial) - badness(problem, base)
+            found[value] = degradation(problem, trial) - degradation(problem, base)
     ordered = sorted(found)
-    harms = accumulate((found[e] for e in ordered), max)
-    return list(zip(ordered, harms, strict=True))
+    sensitivities = accumulate((found[e] for e in ordered), max)
+    return list(zip(ordered, sensitivities, strict=True))
 
 
 def _typical(points: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
@@ -113,5 +113,5 @@ def _interpolated(table: Array, points: Sequence[tuple[float, float]]) -> Array:
         logarithm = np.interp(at, x, y)
         logarithm = np.where(at < x[0], y[0] + slopes[0] * (at - x[0]), logarithm)
         logarithm = np.where(at > x[-1], y[-1] + slopes[-1] * (at - x[-1]), logarithm)
-    harm: Array = np.where(table > 0, np.exp(logarithm), 0.0)
-    return harm
+    sensitivity: Array = np.where(table > 0, np.exp(logarithm), 0.0)
+    return sensitivity
