@@ -1,0 +1,153 @@
+"""Formats of the files that RankNAS writes, and how those of older versions are read.
+
+Every file names its format, a whole number. `UPGRADES` holds for each kind of file the functions
+that take the content of one format to the next. A file without a format is of format 1, which
+version 0.1 wrote. Files of a newer format than this version knows are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from rankNAS.exceptions import StudyError
+
+__all__ = ["FORMAT", "Kind", "current_format", "format_of", "upgraded"]
+
+Content = dict[str, Any]
+Kind = Literal["options", "result", "study", "network", "device"]
+
+FORMAT = "format"  # the entry of a file that names it
+
+METRICS = {"agreement": "kl_divergence", "reverse_agreement": "reverse_kl"}
+OPTIONS = {
+    "metric": "norm",
+    "latency_steps": "latency_tolerance",
+    "only_faster": "require_speedup",
+}
+
+
+def current_format(kind: Kind) -> int:
+    """The format that this version writes."""
+    return len(UPGRADES[kind]) + 1
+
+
+def format_of(kind: Kind, given: object, where: str) -> int:
+    """The format that a file names, checked.
+
+    Args:
+        kind: The kind of file.
+        given: The entry `FORMAT` of the file; None if it has none. A text in metadata.
+        where: The file in words, for messages.
+
+    Raises:
+        StudyError: The format is newer than this version, or no format.
+
+    Example:
+        >>> format_of("network", "1", "'small.safetensors'")
+        1
+    """
+    known = current_format(kind)
+    text = "1" if given is None else str(given)
+    if isinstance(given, bool) or not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise StudyError(f"{where} has the format {given!r}; expected a number from 1 to {known}.")
+    if int(text) > known:
+        raise StudyError(
+            f"{where} was written by a newer version of RankNAS: it has format {text}, and this "
+            f"version reads formats up to {known}. Install that version to read it."
+        )
+    return int(text)
+
+
+def upgraded(kind: Kind, content: Mapping[str, Any], where: str) -> Content:
+    """The content of a file in the current format; a copy.
+
+    Args:
+        kind: The kind of file.
+        content: What the file holds, its format included.
+        where: The file in words, for messages.
+
+    Raises:
+        StudyError: The format is newer than this version, or no format.
+
+    Example:
+        >>> upgraded("options", {"metric": "input"}, "'config.json'")
+        {'norm': 'input', 'format': 2}
+    """
+    found = format_of(kind, content.get(FORMAT), where)
+    result = dict(content)
+    for upgrade in UPGRADES[kind][found - 1 :]:
+        result = upgrade(result)
+    return {**result, FORMAT: current_format(kind)}
+
+
+def _renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> Content:
+    """With entries renamed, in the same order."""
+    return {names.get(key, key): value for key, value in content.items()}
+
+
+def _objectives(names: list[str]) -> list[str]:
+    """Objectives by their new names; a direction (``NAME=minimize``) stays."""
+    parts = [name.partition("=") for name in names]
+    return [METRICS.get(name, name) + sign + direction for name, sign, direction in parts]
+
+
+def _options(content: Content) -> Content:
+    """Options of a search or a comparison, from format 1."""
+    renamed = _renamed(content, OPTIONS)
+    if isinstance(objective := renamed.get("objective"), list):
+        names = [name if isinstance(name, str) else repr(name) for name in objective]
+        if names == objective:
+            renamed["objective"] = _objectives(objective)
+    return renamed
+
+
+def _result(content: Content) -> Content:
+    """The result document of a search, from format 1."""
+    renamed = _solution(_renamed(content, {"answers": "solutions"}))
+    renamed["objectives"] = _objectives(renamed["objectives"])
+    renamed["dense"] = _renamed(renamed["dense"], METRICS)
+    renamed["solutions"] = [_solution(solution) for solution in renamed["solutions"]]
+    renamed["trials"] = [
+        _renamed(trial, {"target": "budget_key"})
+        | {"metrics": _renamed(trial["metrics"], METRICS)}
+        for trial in renamed["trials"]
+    ]
+    return renamed
+
+
+def _solution(content: Content) -> Content:
+    renamed = _renamed(content, {"label": "budget_key"})
+    return renamed | {"best": _renamed(renamed["best"], METRICS)}
+
+
+def _study(content: Content) -> Content:
+    """User attributes of a trial in Optuna, from format 1."""
+    renamed = _renamed(content, {"target": "budget_key", **METRICS})
+    metrics = "ranknas:metrics"
+    return (
+        renamed | {metrics: _renamed(renamed[metrics], METRICS)} if metrics in renamed else renamed
+    )
+
+
+def _network(content: Content) -> Content:
+    """The measured metrics in the metadata of a compressed network, from format 1."""
+    return content | {"metrics": _renamed(content["metrics"], METRICS)}
+
+
+def _device(content: Content) -> Content:
+    """A profile of a device, from format 1."""
+    networks = content["networks"].items()
+    return content | {
+        "networks": {k: _renamed(v, {"rest": "remainder_cost"}) for k, v in networks}
+    }
+
+
+#: By kind, the upgrades from format 1 to 2, from 2 to 3, and so on.
+UPGRADES: dict[Kind, tuple[Callable[[Content], Content], ...]] = {
+    "options": (_options,),
+    "result": (_result,),
+    "study": (_study,),
+    "network": (_network,),
+    "device": (_device,),
+}
