@@ -24,7 +24,9 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import budget_key, check_budgets
-from rankNAS.data.loading import Data, len_of, load_data, subsample
+from rankNAS.data.batches import len_of
+from rankNAS.data.loading import Data, load_data
+from rankNAS.data.splits import subsample
 from rankNAS.engine import Settings, Source, prepare, requests, run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import predictions, test_metrics

@@ -19,17 +19,10 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.budget import BUDGET_COSTS, check_budgets
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, Select, factorise
-from rankNAS.data.loading import (
-    Data,
-    Splits,
-    check_labels,
-    held_out,
-    in_memory,
-    len_of,
-    load_data,
-    split,
-    subsample,
-)
+from rankNAS.data.batches import in_memory, len_of
+from rankNAS.data.labels import check_labels
+from rankNAS.data.loading import Data, load_data
+from rankNAS.data.splits import Splits, held_out, split, subsample
 from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent

@@ -12,7 +12,9 @@ from torch import nn
 
 from rankNAS.cli.options import ModelOptions, SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.data.loading import Data, len_of, load_data, split
+from rankNAS.data.batches import len_of
+from rankNAS.data.loading import Data, load_data
+from rankNAS.data.splits import split
 from rankNAS.engine import Settings
 from rankNAS.exceptions import UsageError
 from rankNAS.execution.parallel import Workers
