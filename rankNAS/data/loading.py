@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -21,8 +21,10 @@ from rankNAS.data.labels import labels_of, num_classes_of
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError
 from rankNAS.plugins import is_plugin, load_callable
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Data", "DataSource", "load_data"]
 
+#: A name, the data itself, or a training and a test set; see `load_data`.
+DataSource: TypeAlias = "str | Data | tuple[Dataset[Any], Dataset[Any]]"
 SOURCES = ("digits", "parquet:DIR", "imagefolder:DIR", "cifar10:DIR", "path/to/file.py:factory")
 
 
@@ -60,7 +62,7 @@ class Data:
 
 
 def load_data(
-    source: str | Data | tuple[Dataset[Any], Dataset[Any]],
+    source: DataSource,
     *,
     normalize: str | None = None,
     image_size: int | None = None,
