@@ -31,9 +31,10 @@ from rankNAS.compression.batch_norm import (
     reestimate_batch_norm,
     tracking_layers,
 )
-from rankNAS.compression.factorisation import Factorisation, exceeds_memory_limit, shared_copy
+from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.compression.reconstruction import refit_sequentially
+from rankNAS.compression.surgery import exceeds_memory_limit, shared_copy
 from rankNAS.data.batches import batches, channels_last
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
