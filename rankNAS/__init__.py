@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from rankNAS.comparison import compare
     from rankNAS.data.loading import Data, load_data
     from rankNAS.decompositions import Operator
-    from rankNAS.engine import Settings, search
+    from rankNAS.engine import search
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.hw_models import CallableModel, HardwareModel
     from rankNAS.models.artifact import load
     from rankNAS.objectives import Objective
     from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
+    from rankNAS.settings import Settings
     from rankNAS.strategies import Strategy, Trial
     from rankNAS.study import Study
 
@@ -35,7 +36,7 @@ _HOMES = {
     "RankNASError": "exceptions",
     "RankPolicy": "search_spaces",
     "SearchSpace": "search_spaces",
-    "Settings": "engine",
+    "Settings": "settings",
     "Strategy": "strategies",
     "Study": "study",
     "Trial": "strategies",

@@ -24,16 +24,20 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import budget_key, check_budgets
-from rankNAS.data.loading import Data, len_of, load_data, subsample
-from rankNAS.engine import Settings, Source, prepare, requests, run
+from rankNAS.data.batches import len_of
+from rankNAS.data.loading import Data, DataSource, load_data
+from rankNAS.data.splits import subsample
+from rankNAS.engine import run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.objectives.quality import accuracy, kl_divergence
+from rankNAS.pipeline import prepare, requests
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.settings import Settings
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Strategy, Trial
@@ -95,7 +99,7 @@ COLUMNS = tuple(column.name for column in fields(Row))
 
 def compare(
     model: nn.Module | Callable[[int], nn.Module],
-    data: Source,
+    data: DataSource,
     strategies: Sequence[str | Strategy] | Mapping[str, str | Strategy],
     budgets: Sequence[Mapping[str, float]],
     seeds: Iterable[int],

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
-from rankNAS.data.loading import Data, Splits
+from rankNAS.data.loading import Data
+from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator, test_metrics
 from rankNAS.models import artifact

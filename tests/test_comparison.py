@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
-from rankNAS.data.loading import subset
+from rankNAS.data.batches import subset
 from rankNAS.evaluation import evaluator as evaluation
 from rankNAS.evaluation.evaluator import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError

@@ -206,7 +206,7 @@ class Refusing(OneShot):
 def test_what_a_strategy_cannot_do_is_said_before_any_work(
     small_net: nn.Module, small_data: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankNAS.engine.compile_space", lambda *_, **__: pytest.fail("worked"))
+    monkeypatch.setattr("rankNAS.pipeline.compile_space", lambda *_, **__: pytest.fail("worked"))
     size = len(small_data[0]) - 50
     with pytest.raises(UsageError, match=rf"no: {{'macs': 0.5}}, {size}, True"):
         search(small_net, small_data, strategy=Refusing())

@@ -25,6 +25,7 @@ LEVELS = [
     {"strategies"},
     {"storage", "study", "testing"},
     {"execution"},
+    {"settings", "pipeline"},
     {"engine"},
     {"comparison", "reporting"},
     {"cli", "__main__"},

@@ -12,8 +12,9 @@ from torch import nn
 
 from rankNAS.cli.options import ModelOptions, SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.data.loading import Data, len_of, load_data, split
-from rankNAS.engine import Settings
+from rankNAS.data.batches import len_of
+from rankNAS.data.loading import Data, load_data
+from rankNAS.data.splits import split
 from rankNAS.exceptions import UsageError
 from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
@@ -30,6 +31,7 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.settings import Settings
 from rankNAS.strategies.tables import build_problem
 
 __all__ = [

@@ -31,11 +31,13 @@ from rankNAS.cli.options import (
 from rankNAS.cli.output import Reporter, number, percent, print_json, print_table, reporting
 from rankNAS.cli.results import keep
 from rankNAS.data.loading import Data
-from rankNAS.engine import Settings, requests, search
+from rankNAS.engine import search
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import write_json
 from rankNAS.objectives import make_objective
+from rankNAS.pipeline import requests
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.settings import Settings
 from rankNAS.storage.redaction import redacted, without_password
 from rankNAS.storage.store import study_names
 from rankNAS.strategies import make_strategy

@@ -22,14 +22,11 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import even_chunks, is_tracking
-from rankNAS.compression.calibration import folded, patches
-from rankNAS.compression.factorisation import (
-    Factorisation,
-    LayerFactors,
-    changeable_copy,
-    shared_copy,
-)
+from rankNAS.compression.factorisation import Factorisation
+from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.incremental import IncrementalExecutor
+from rankNAS.compression.patches import folded, patches
+from rankNAS.compression.surgery import changeable_copy, shared_copy
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
 

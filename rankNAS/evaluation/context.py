@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rankNAS.compression.factorisation import Factorisation
-from rankNAS.data.loading import Splits
+from rankNAS.data.splits import Splits
 from rankNAS.evaluation.evaluator import Evaluator, quality
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint

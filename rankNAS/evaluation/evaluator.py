@@ -31,10 +31,11 @@ from rankNAS.compression.batch_norm import (
     reestimate_batch_norm,
     tracking_layers,
 )
-from rankNAS.compression.factorisation import Factorisation, exceeds_memory_limit, shared_copy
+from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.compression.reconstruction import refit_sequentially
-from rankNAS.data.loading import batches, channels_last
+from rankNAS.compression.surgery import exceeds_memory_limit, shared_copy
+from rankNAS.data.batches import batches, channels_last
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
 from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import models
 
-from rankNAS.data.sources import normalization_from_metadata
+from rankNAS.data.images.normalise import normalization_from_metadata
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.io.checkpoints import check_archive
 from rankNAS.io.files import cache_folder

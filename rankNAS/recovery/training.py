@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from rankNAS.data.loading import augment, batches, len_of
+from rankNAS.data.batches import batches, len_of
+from rankNAS.data.images.augment import augment
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 

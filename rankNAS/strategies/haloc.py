@@ -43,7 +43,8 @@ from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
-from rankNAS.data.loading import augment, batches, channels_last, len_of, subset
+from rankNAS.data.batches import batches, channels_last, len_of, subset
+from rankNAS.data.images.augment import augment
 from rankNAS.decompositions import LayerShape
 from rankNAS.evaluation.context import SearchContext, silent
 from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError

@@ -8,8 +8,9 @@ from torch.utils.data import TensorDataset
 
 from rankNAS.cli import measuring
 from rankNAS.cli.measuring import concerns_latency, measure
-from rankNAS.engine import Settings, search
+from rankNAS.engine import search
 from rankNAS.hw_models import CallableModel
+from rankNAS.settings import Settings
 from rankNAS.study import Study
 
 Sets = tuple[TensorDataset, TensorDataset]

@@ -8,17 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from layer_cases import LAYERS
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rankNAS.compression import calibration
-from rankNAS.compression.calibration import (
-    MAX_POSITIONS,
-    calibrate,
-    folded,
-    patches,
-    unbiased_covariance,
-)
+from rankNAS.compression.calibration import calibrate
+from rankNAS.compression.patches import folded, patches
 from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
@@ -27,18 +23,6 @@ from rankNAS.search_spaces.compiler import compile_space
 
 # torch's notice that an even kernel with 'same' padding costs a copy
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even:UserWarning")
-
-LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
-    (lambda: nn.Linear(12, 10), (12,)),
-    (lambda: nn.Linear(12, 10, bias=False), (4, 12)),
-    (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=2), (6, 13)),
-    (lambda: nn.Conv1d(6, 8, 4, padding="same", groups=2, dilation=2), (6, 11)),
-    (lambda: nn.Conv2d(4, 8, 3, stride=(2, 1), padding=(1, 0)), (4, 8, 7)),
-    (lambda: nn.Conv2d(4, 8, (2, 3), dilation=(1, 2), padding="same", bias=False), (4, 6, 7)),
-    (lambda: nn.Conv2d(4, 8, 3, padding=1, groups=2, padding_mode="reflect"), (4, 6, 5)),
-    (lambda: nn.Conv2d(4, 8, 3, padding=(2, 1), padding_mode="circular"), (4, 6, 5)),
-    (lambda: nn.Conv2d(4, 8, 3, padding="valid", padding_mode="replicate"), (4, 6, 5)),
-]
 
 
 def space_of(model: nn.Module, inputs: Any, **options: Any) -> SearchSpace:
@@ -96,48 +80,6 @@ def test_moments_are_those_of_the_patches(
     )
     torch.testing.assert_close(found.input_second_moment, moment, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("make", "shape"), LAYERS)
-def test_patches_times_the_folded_weight_is_the_layer(
-    make: Callable[[], nn.Module], shape: tuple[int, ...]
-) -> None:
-    torch.manual_seed(0)
-    layer, x = make(), torch.randn(3, *shape)
-    layer_shape = LayerShape.of(layer)
-    W = layer_shape.fold(layer.weight).flatten(2)
-    found = patches(layer_shape, x)[:, :, folded(layer_shape)]
-    y = torch.einsum("gNn,gon->Ngo", found, W).flatten(1)
-    expected = layer(x) if layer.bias is None else layer(x) - _broadcast(layer, layer.bias)
-    if layer_shape.kernel:
-        expected = expected.movedim(1, -1)
-    torch.testing.assert_close(y, expected.reshape(y.shape), rtol=1e-4, atol=1e-5)
-
-
-def _broadcast(layer: nn.Module, bias: Tensor) -> Tensor:
-    return bias if isinstance(layer, nn.Linear) else bias.view(-1, *[1] * (layer.weight.dim() - 2))
-
-
-def test_patches_are_those_of_unfold() -> None:
-    x = torch.randn(2, 3, 9, 8)
-    layer = nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, dilation=(1, 2))
-    columns = functional.unfold(x, (3, 2), (1, 2), 1, 2)  # (batch, n, positions)
-    shape = LayerShape.of(layer)
-    found = patches(shape, x)[:, :, folded(shape)]
-    assert torch.equal(found[0], columns.transpose(1, 2).flatten(0, 1))
-
-
-def test_large_images_are_subsampled() -> None:
-    x = torch.randn(2, 3, 40, 40)
-    shape = LayerShape.of(nn.Conv2d(3, 4, 1))
-    every = patches(shape, x)
-    drawn = patches(shape, x, torch.Generator().manual_seed(0))
-    assert every.shape[1] == 2 * 1600 and drawn.shape[1] == 2 * MAX_POSITIONS < 2 * 1600
-    rows = {tuple(row) for row in every[0].tolist()}
-    chosen = [tuple(row) for row in drawn[0].tolist()]
-    assert len(set(chosen)) == len(chosen) and set(chosen) <= rows
-    small = torch.randn(2, 3, 1, MAX_POSITIONS)  # just as many positions: all of them, in order
-    assert torch.equal(patches(shape, small), patches(shape, small, torch.Generator()))
 
 
 class Small(nn.Module):
@@ -285,16 +227,6 @@ def test_tokens_and_logits_per_position() -> None:
     torch.testing.assert_close(
         found["2"].output_gradient_second_moment[0], expected, rtol=1e-4, atol=1e-7
     )
-
-
-def test_the_covariance_is_unbiased() -> None:
-    X = torch.randn(2, 9, 4).double() + 3
-    moment, total = X.mT @ X, X.sum(1)
-    expected = torch.stack([torch.cov(x.T) for x in X])
-    torch.testing.assert_close(unbiased_covariance(moment, total, 9), expected)
-    single = X[:, :1]
-    alone = unbiased_covariance(single.mT @ single, single.sum(1), 1)
-    torch.testing.assert_close(alone, torch.zeros(2, 4, 4).double())
 
 
 def test_t_c2_pooled_and_plain_covariance(monkeypatch: pytest.MonkeyPatch) -> None:

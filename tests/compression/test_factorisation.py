@@ -1,84 +1,23 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from mixed_net import Mixed, assert_close, drawn, fold_in, mixed
+from torch import nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
-from rankNAS.compression.factorisation import (
-    Factorisation,
-    changeable_copy,
-    factorise,
-    shared_copy,
-    skeleton,
-)
+from rankNAS.compression.factorisation import factorise, skeleton
+from rankNAS.compression.surgery import changeable_copy
 from rankNAS.decompositions import OPERATORS
-from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-
-
-class Mixed(nn.Module):
-    """Every kind of layer: grouped, strided, one- and two-dimensional, and a tied pair."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(4, 12, 3, padding=1, padding_mode="reflect")
-        self.conv2 = nn.Conv2d(12, 12, 3, stride=2, groups=2, padding="valid", bias=False)
-        self.conv3 = nn.Conv1d(12, 16, 3, padding="same", dilation=2)
-        self.norm = nn.BatchNorm1d(16)
-        self.shared = nn.Linear(9, 9)
-        self.again = self.shared
-        self.tied = nn.Linear(9, 9)
-        self.tied.weight, self.tied.bias = self.shared.weight, self.shared.bias
-        self.block = nn.Sequential(nn.Linear(9, 20), nn.ReLU(inplace=True))
-        self.head = nn.Linear(20, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(self.conv1(x).relu())
-        x = self.norm(self.conv3(x.flatten(2)))
-        x = self.tied(torch.tanh(self.again(torch.tanh(self.shared(x)))))
-        return self.head(self.block(x).mean(1))
-
-
-def mixed() -> tuple[nn.Module, SearchSpace, Tensor]:
-    torch.manual_seed(0)
-    model = Mixed().eval()
-    with torch.no_grad():
-        model.norm.running_mean.normal_()
-        model.norm.running_var.uniform_(0.5, 2)
-    x = torch.randn(12, 4, 8, 8)
-    return model, compile_space(model, x[:1], min_weights=1, keep_output_dense=False), x
-
-
-def fold_in(factorisation: Factorisation, allocation: Mapping[str, Choice]) -> nn.Module:
-    """The dense architecture with the weights that each choice multiplies out to."""
-    model = copy.deepcopy(factorisation.model)
-    with torch.no_grad():
-        for name, choice in allocation.items():
-            weight, bias = factorisation.layers[name].folded(choice)
-            module: Any = model.get_submodule(name)
-            module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
-            if bias is not None:
-                module.bias.copy_(bias)
-    return model
-
-
-def drawn(space: SearchSpace, seed: int) -> Allocation:
-    rng = random.Random(seed)
-    return Allocation.of({n: rng.choice(layer.choices) for n, layer in space.layers.items()})
-
-
-def assert_close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
 
 
 @pytest.mark.parametrize("norm", ["weight", "input", "fisher", "pooled"])
@@ -250,64 +189,11 @@ def test_hugging_face_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         empty = skeleton(copy.deepcopy(model), allocation)
         empty.load_state_dict(network.state_dict(), assign=True)
         assert torch.equal(empty(x), network(x))
-    monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
+    monkeypatch.setattr("rankNAS.compression.surgery.LIGHT", 0)
     heavy = changeable_copy(model, factorisation.layers)
     for name, choice in allocation.items():
         factorisation.layers[name].write(heavy, choice)
     assert torch.equal(heavy(x), fold_in(factorisation, allocation)(x))
-
-
-def test_a_shared_copy_has_the_parameters_of_the_model_and_its_own_buffers() -> None:
-    model, _, x = mixed()
-    own: Any = model.head.bias
-    copied = shared_copy(model, own=[own])
-    assert torch.equal(copied(x), model(x))
-    theirs = dict(copied.named_parameters())
-    assert all(
-        (p.data_ptr() == theirs[n].data_ptr()) == (p is not own)
-        for n, p in model.named_parameters()
-    )
-    assert copied.tied.weight is copied.shared.weight
-    copied.train()(x)
-    assert not torch.equal(copied.norm.running_mean, model.norm.running_mean)
-
-
-@pytest.mark.parametrize("norm", ["weight", "fisher"])
-def test_heavy_weights_are_multiplied_out_where_they_are_read(
-    norm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, space, x = mixed()
-    statistics = calibrate(model, space, x, norm=norm)
-    factorisation = factorise(model, space, statistics, norm=norm)
-    before = copy.deepcopy(model.state_dict())
-    light = changeable_copy(model, factorisation.layers)
-    assert type(light.head) is nn.Linear
-    monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
-    heavy = changeable_copy(model, factorisation.layers)
-    assert torch.equal(heavy(x), model(x))
-    for seed in range(4):
-        for name, choice in drawn(space, seed).items():
-            for network in (light, heavy):
-                factorisation.layers[name].write(network, choice)
-        assert torch.equal(heavy(x), light(x)) and not torch.allclose(heavy(x), model(x))
-    lie = {p.data_ptr() for p in model.parameters()}
-    biases = {p.numel() for n, p in model.named_parameters() if n.endswith("bias")}
-    assert all(p.data_ptr() in lie or p.numel() in biases for p in heavy.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize("norm", ["weight", "fisher"])
-def test_layers_that_are_made_when_called_are_those_of_the_network(norm: Any) -> None:
-    model, space, x = mixed()
-    statistics = calibrate(model, space, x, norm=norm)
-    factorisation = factorise(model, space, statistics, norm=norm)
-    for allocation in (space.dense, *(drawn(space, seed) for seed in range(4))):
-        network = factorisation.made_when_called(allocation)
-        assert_close(network(x), factorisation.materialise(allocation)(x))
-        lie = {p.data_ptr() for p in model.parameters()}
-        assert all(p.data_ptr() in lie for p in network.parameters())
-    with pytest.raises(UsageError, match="no choice for layer"):
-        factorisation.made_when_called({})
 
 
 def test_allocations_of_other_models() -> None:
@@ -323,48 +209,6 @@ def test_allocations_of_other_models() -> None:
         skeleton(Mixed(), {"other": Choice("svd", (3,))})
     with pytest.raises(UsageError, match="'head' needs the unknown operator 'cp'"):
         skeleton(Mixed(), {"head": Choice("cp", (3,))})
-
-
-def linear(bias: bool = True) -> tuple[nn.Module, SearchSpace, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 16, bias=bias))
-    x = torch.randn(200, 20) @ torch.randn(20, 20) + 3 * torch.randn(20)
-    return model, compile_space(model, x[:1], keep_output_dense=False, min_weights=1), x
-
-
-@pytest.mark.parametrize("norm", ["input", "fisher"])
-def test_a_corrected_bias_keeps_the_mean_output(norm: Any) -> None:
-    model, space, x = linear()
-    statistics = calibrate(model, space, x, norm=norm)
-    factorisation = factorise(model, space, statistics, norm=norm)
-    uncentred = factorise(model, space, statistics, norm=norm, centred=False)
-    y = model(x).detach()
-    mean, scale = y.mean(0), float(y.abs().max())
-    for choice in space.layers["0"].choices[1:]:
-        network = factorisation.materialise({"0": choice})
-        torch.testing.assert_close(network(x).mean(0), mean, rtol=0, atol=2e-6 * scale)
-    smallest = {"0": Choice("svd", (1,))}
-    shifted = uncentred.materialise(smallest)(x).mean(0)
-    assert (shifted - mean).abs().max() > 1e-3 * scale
-
-    # and what remains is the variance alone, which a centred fit makes smaller
-    def mse(network: nn.Module) -> float:
-        return float((network(x) - y).detach().double().square().sum())
-
-    if norm == "input":
-        best, other = (mse(f.materialise(smallest)) for f in (factorisation, uncentred))
-        assert best <= other * (1 + 1e-6)
-
-
-def test_the_relative_error_is_that_of_the_outputs() -> None:
-    model, space, x = linear(bias=False)
-    factorisation = factorise(model, space, calibrate(model, space, x, norm="input"), norm="input")
-    y = model(x).detach().double()
-    for choice, error in zip(space.layers["0"], factorisation.errors()["0"], strict=True):
-        z = factorisation.materialise({"0": choice})(x).detach().double()
-        assert error == pytest.approx(
-            float((z - y).square().sum() / y.square().sum()), rel=1e-2, abs=2e-6
-        )
 
 
 def test_which_layers_are_centred_by_default() -> None:

@@ -177,7 +177,7 @@ def test_heavy_weights_are_refitted_alike(monkeypatch: pytest.MonkeyPatch) -> No
     for allocation in (cheap(found), found.space.dense):
         monkeypatch.undo()
         light = refit_sequentially(found, allocation, x).materialise(allocation).state_dict()
-        monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
+        monkeypatch.setattr("rankNAS.compression.surgery.LIGHT", 0)
         heavy = refit_sequentially(found, allocation, x).materialise(allocation).state_dict()
         assert all(torch.equal(v, heavy[k]) for k, v in light.items())
     refitted = refit_sequentially(found, cheap(found), x)

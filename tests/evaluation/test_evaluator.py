@@ -538,7 +538,7 @@ def test_lean_copies_of_a_heavy_network_copy_no_weights(
     options: dict[str, Any] = {"sequential": True, "parts": (0.5, 1.0)}
     own = evaluator(batch_norm, **options)
     allocations = [own.factorisation.space.dense, *(drawn(own, seed) for seed in range(3))]
-    monkeypatch.setattr("rankNAS.compression.factorisation.LIGHT", 0)
+    monkeypatch.setattr("rankNAS.compression.surgery.LIGHT", 0)
     low_memory = pickle.loads(pickle.dumps(own))
     dense = {p.data_ptr() for p in low_memory.factorisation.model.parameters()}
     assert {p.data_ptr() for p in low_memory._scratch.parameters()} == dense

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankNAS.engine import Settings
 from rankNAS.recovery import TrainingConfig
+from rankNAS.settings import Settings
 from rankNAS.storage.configuration import canonical, differences
 from rankNAS.strategies import STRATEGIES, make_strategy
 

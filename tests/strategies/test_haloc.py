@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, TensorDataset
 import rankNAS
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
-from rankNAS.data.loading import Splits
+from rankNAS.data.splits import Splits
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator

@@ -24,7 +24,7 @@ from rankNAS.strategies.base import Array, Problem, Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 
 if TYPE_CHECKING:
-    from rankNAS.compression.factorisation import LayerFactors
+    from rankNAS.compression.factors import LayerFactors
     from rankNAS.evaluation.context import SearchContext
 
 __all__ = ["LearningCompression", "c_step", "energy"]

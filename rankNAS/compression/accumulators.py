@@ -1,0 +1,105 @@
+"""Running moments of the inputs and output gradients of one layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankNAS.compression.patches import folded, patches
+from rankNAS.decompositions.norms import Statistics
+from rankNAS.exceptions import RankNASError
+from rankNAS.search_spaces.base import Layer
+
+__all__ = ["MomentAccumulator", "unbiased_covariance"]
+
+
+class MomentAccumulator:
+    """Running sums over the data of one layer, in float64.
+
+    Args:
+        layer: The layer.
+        generator: Draws the positions of patches; layers may share it.
+    """
+
+    def __init__(self, layer: Layer, generator: torch.Generator) -> None:
+        self.layer, self.generator = layer, generator
+        self._gradient: Tensor | None = None
+        self._gradients = 0
+        self._groups = 0
+        self._covariance = self._group_mean = _zero()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._moment = self._mean = _zero()
+        self._patches = 0
+
+    def add_input(self, x: Tensor) -> None:
+        """Add the patches of a batch of inputs."""
+        P = patches(self.layer.shape, x, self.generator)  # (g, N, n)
+        self._moment = self._moment + (P.mT @ P).double()
+        self._mean = self._mean + P.sum(1).double()
+        self._patches += P.shape[1]
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the loss gradients at the outputs of a batch."""
+        shape = self.layer.shape
+        if shape.kernel:
+            gradient = gradient.movedim(-1 - len(shape.kernel), -1)
+        D = gradient.reshape(-1, shape.groups, shape.outputs // shape.groups).transpose(0, 1)
+        before = _zero() if self._gradient is None else self._gradient
+        self._gradient = before + (D.mT @ D).double()
+        self._gradients += D.shape[1]
+
+    def close_group(self) -> None:
+        """Pool the covariance and the mean of the patches since the last call; start anew."""
+        covariance = unbiased_covariance(self._moment, self._mean, self._patches)
+        self._covariance = self._covariance + covariance
+        self._group_mean = self._group_mean + self._mean / self._patches
+        self._groups += 1
+        self._restart()
+
+    def statistics(self) -> Statistics:
+        """The statistics of all data so far.
+
+        Raises:
+            RankNASError: They are not finite.
+        """
+        gradient = None if self._gradient is None else self._gradient / self._gradients
+        result = Statistics(*self._moments(), gradient)
+        for tensor in (result.input_second_moment, result.output_gradient_second_moment):
+            if tensor is not None and not tensor.isfinite().all():
+                raise RankNASError(
+                    f"the calibration statistics of layer {self.layer.name!r} are not finite; "
+                    "look for NaN or infinity in the calibration data or in the model's "
+                    "activations."
+                )
+        return result
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Second moment and mean, in the order of the folded weight."""
+        order = folded(self.layer.shape)
+        if not self._groups:
+            moment, mean = self._moment / self._patches, self._mean / self._patches
+        else:
+            mean = self._group_mean / self._groups
+            covariance = self._covariance / self._groups
+            moment = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return moment[:, order][:, :, order], mean[:, order]
+
+
+def _zero() -> Tensor:
+    """The sum of nothing; it can be added to a tensor on any device."""
+    return torch.zeros((), dtype=torch.float64)
+
+
+def unbiased_covariance(
+    moment: Tensor,  # (*batch, n, n)
+    total: Tensor,  # (*batch, n)
+    count: int,
+) -> Tensor:  # (*batch, n, n)
+    """The covariance of samples from the sum of their outer products and their own sum.
+
+    Divides by one less than the number of samples; of a single one it is zero.
+    """
+    outer = total.unsqueeze(-1) * total.unsqueeze(-2)
+    return (moment - outer / count) / max(1, count - 1)

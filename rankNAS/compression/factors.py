@@ -1,0 +1,134 @@
+"""The factors of one layer: every rank of every operator is a slice of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Target
+from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.search_spaces.base import Layer
+
+__all__ = ["LayerFactors", "factorise_layer"]
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """The factors of one layer by operator, with its dense weight and its norm.
+
+    Args:
+        layer: The layer of the search space.
+        weight: The dense weight, folded (g, o, c, kh, kw).
+        bias: The dense bias (outputs,), or None.
+        norm: The norm of the errors, without C.
+        factors: By the name of the operator.
+        outputs: The second moment W C W^T of the layer's outputs, (g, o, o); C is the identity in
+            the norm ``weight``.
+    """
+
+    layer: Layer
+    weight: Tensor
+    bias: Tensor | None
+    norm: ErrorNorm
+    factors: dict[str, Factors]
+    outputs: Tensor
+
+    def error(self, choice: Choice) -> float:
+        """Relative error of a choice in the norm; 0 for dense."""
+        return 0.0 if choice == DENSE else self.factors[choice.operator].error(choice.rank)
+
+    def errors(self) -> list[float]:
+        """Relative error of each choice of the layer."""
+        return [self.error(choice) for choice in self.layer.choices]
+
+    def restrict(self, keep: Sequence[Choice]) -> LayerFactors:
+        """The factors of some of the choices alone; the others are freed."""
+        layer = self.layer.restrict(keep)
+        factors = {
+            name: self.factors[name].restrict(ranks)
+            for name, ranks in ranks_by_operator(layer.choices).items()
+        }
+        return replace(self, layer=layer, factors=factors)
+
+    def folded(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
+        """The product of a choice's factors (shaped as by `LayerShape.unfold`), and the bias."""
+        if choice == DENSE:
+            return self.layer.shape.unfold(self.weight), self.bias
+        approximation = self.factors[choice.operator].weight(choice.rank)
+        return (
+            self.layer.shape.unfold(approximation).to(self.weight.dtype),
+            self._corrected_bias(approximation),
+        )
+
+    @torch.no_grad()
+    def write(self, model: nn.Module, choice: Choice) -> None:
+        """Set the layer's weight in a model to the product of a choice's factors, in place.
+
+        A copy from `changeable_copy` may store the choice instead of the weight.
+        """
+        weight, bias = self.folded(choice)
+        for path in self.layer.paths:
+            module: Any = model.get_submodule(path)
+            if parametrize.is_parametrized(module, "weight"):
+                module.parametrizations.weight[0].chosen = self, choice
+            else:
+                module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+
+    def module(self, choice: Choice) -> nn.Module:
+        """The decomposed layer, an ordinary chain of modules."""
+        bias = self.bias_of(choice)
+        return self.factors[choice.operator].truncate(choice.rank, bias, self.weight.dtype)
+
+    def bias_of(self, choice: Choice) -> Tensor | None:
+        """The bias of the decomposed layer."""
+        if self.bias is None or self.norm.mean is None:
+            return self.bias
+        return self._corrected_bias(self.factors[choice.operator].weight(choice.rank))
+
+    def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
+        """The bias b + (W - What) E[x], which removes the mean of the error."""
+        if self.bias is None or self.norm.mean is None:
+            return self.bias
+        D = self.weight.double().flatten(2) - approximation
+        shift = (D @ self.norm.mean.unsqueeze(-1)).flatten()
+        return (self.bias.double() + shift).to(self.bias.dtype)
+
+
+def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFactors:
+    """Factorise one layer for all its choices."""
+    shape = layer.shape
+    weight = shape.fold(_oriented(module))
+    target = Target(weight, norm)
+    factors = {
+        name: OPERATORS[name].factorise(shape, target, ranks)
+        for name, ranks in ranks_by_operator(layer.choices).items()
+    }
+    bias: Any = module.bias
+    bias = None if bias is None else bias.detach()
+    # C is as large as all factors together, and no longer needed.
+    outputs = target.WC @ target.W.mT
+    return LayerFactors(layer, weight, bias, replace(norm, C=None), factors, outputs)
+
+
+def ranks_by_operator(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:
+    """The ranks of the choices by operator, without dense."""
+    ranks: dict[str, list[tuple[int, ...]]] = {}
+    for choice in choices:
+        if choice != DENSE:
+            ranks.setdefault(choice.operator, []).append(choice.rank)
+    return ranks
+
+
+def _oriented(module: nn.Module) -> Tensor:
+    """The weight with outputs first; Hugging Face's ``Conv1D`` keeps them last."""
+    own: Any = module.weight
+    weight: Tensor = own.detach()
+    return weight.T if is_hf_conv1d(module) else weight

@@ -1,0 +1,74 @@
+"""Input patches of a layer, the rows that its folded weight is multiplied with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankNAS.decompositions.shapes import LayerShape
+
+__all__ = ["MAX_POSITIONS", "folded", "patches"]
+
+MAX_POSITIONS = 256  # patches of one input that enter C; neighbours are nearly copies
+
+
+def patches(
+    shape: LayerShape,
+    x: Tensor,
+    generator: torch.Generator | None = None,
+    most: int = MAX_POSITIONS,
+) -> Tensor:  # -> (g, N, n)
+    """The input patches a layer multiplies with its folded weight, their elements reordered.
+
+    Args:
+        shape: The layer.
+        x: Its input: (*, features), (batch, channels, length) or (batch, channels, height, width).
+        generator: Draws positions of each input; None takes all.
+        most: Positions that are drawn.
+
+    Returns:
+        One patch a row. Its elements are ordered by kernel element, then by channel, as they can
+        be read many times faster; `folded` gives their places in the order of the folded weight.
+    """
+    g, channels = shape.groups, shape.inputs // shape.groups
+    if not shape.kernel:
+        return x.reshape(-1, g, channels).transpose(0, 1)
+    x = x.reshape(-1, *x.shape[-len(shape.kernel) - 1 :])
+    x = _pad(shape, x)
+    reading = _positions(shape, x.shape[2:], generator, most).to(x.device)  # (kernel, positions)
+    rows = x.movedim(1, -1).flatten(1, -2)  # (batch, pixels, g c)
+    rows = rows.index_select(1, reading.T.flatten()).reshape(
+        -1, len(reading), g, shape.inputs // g
+    )
+    return rows.permute(2, 0, 1, 3).flatten(2)
+
+
+def folded(shape: LayerShape) -> Tensor:  # -> (n,)
+    """Of each column of the folded weight, its place in a row of `patches`."""
+    kernel = math.prod(shape.kernel)
+    return torch.arange(shape.width).reshape(kernel, -1).T.flatten()
+
+
+def _positions(
+    shape: LayerShape, size: tuple[int, ...], generator: torch.Generator | None, most: int
+) -> Tensor:  # -> (kernel, positions)
+    """Where in the flattened padded input each kernel element reads, for the drawn positions."""
+    starts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for length, k, d, s in zip(size, shape.kernel, shape.dilation, shape.stride, strict=True):
+        along = torch.arange(0, length - d * (k - 1), s)
+        starts = (starts[:, None] * length + along).flatten()
+        offsets = (offsets[:, None] * length + d * torch.arange(k)).flatten()
+    if generator is not None and len(starts) > most:
+        starts = starts[torch.randperm(len(starts), generator=generator)[:most]]
+    return offsets[:, None] + starts
+
+
+def _pad(shape: LayerShape, x: Tensor) -> Tensor:
+    sides = [side for pair in reversed(shape.explicit_padding) for side in pair]
+    if not any(sides):
+        return x
+    mode = "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+    return functional.pad(x, sides, mode=mode)

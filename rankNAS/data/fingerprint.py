@@ -1,0 +1,43 @@
+"""Content keys of data sets, equal on all machines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rankNAS.data.batches import item_of, len_of
+
+__all__ = ["digest", "sampled_bytes"]
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """The SHA-256 of a sequence of byte strings, in hex; unlike that of their concatenation."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()
+
+
+def sampled_bytes(dataset: Dataset[Any], where: str) -> list[bytes]:
+    """The length and up to 64 evenly spaced items, among them the first and the last."""
+    last = len_of(dataset) - 1
+    parts = [str(last).encode()]
+    # Random transforms that draw from torch must give the same items each time.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for row in sorted({i * last // 63 for i in range(64)}):
+            for value in item_of(dataset, row, where):
+                parts += [f"{value.dtype}{tuple(value.shape)}".encode(), _raw(value)]
+    return parts
+
+
+def _raw(value: Tensor) -> bytes:
+    """The bytes of a tensor of any dtype; numpy has no bfloat16."""
+    raw: bytes = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    return raw

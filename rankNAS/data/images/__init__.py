@@ -1,0 +1,1 @@
+"""Labelled images: reading, decoding, normalising, augmenting."""

@@ -1,0 +1,270 @@
+"""The preparation of a search: data, space, statistics, factors and problems."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.compression.calibration import calibrate
+from rankNAS.compression.factorisation import Factorisation, Select, factorise
+from rankNAS.data.batches import in_memory, len_of
+from rankNAS.data.labels import check_labels
+from rankNAS.data.loading import Data
+from rankNAS.data.splits import Splits, held_out, split, subsample
+from rankNAS.decompositions.shapes import COSTS
+from rankNAS.evaluation.context import Progress, SearchContext, silent
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.exceptions import UsageError
+from rankNAS.execution.early_stopping import PARTS
+from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
+from rankNAS.io.files import cache_folder
+from rankNAS.objectives import ObjectiveBase
+from rankNAS.recovery.training import Recovery
+from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.policies import hardware_choices
+from rankNAS.settings import Settings
+from rankNAS.solver.pareto import pareto_filter
+from rankNAS.strategies.base import Problem, Request, Strategy
+from rankNAS.strategies.tables import build_problem
+
+__all__ = ["prepare", "requests"]
+
+
+def prepare(
+    model: nn.Module,
+    data: Data,
+    *,
+    strategies: Sequence[Strategy],
+    budgets: Sequence[Mapping[str, float]],
+    objectives: Sequence[ObjectiveBase],
+    settings: Settings,
+    hardware: str | HardwareModel = "host",
+    space: SearchSpace | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> tuple[SearchContext, tuple[Problem, ...]]:
+    """Prepare a search: split the data, compile the space, calibrate, factorise, make tables.
+
+    Args:
+        model: The dense model; it is not changed.
+        data: The data.
+        strategies: All strategies that will be used; the choices that any of them may need stay.
+        budgets: One for each problem.
+        objectives: What is measured.
+        settings: How candidates are made and measured.
+        hardware: A name or a `HardwareModel`, where latency is budgeted.
+        space: From `compile_space`; compiled here if not given.
+        device: Where to evaluate.
+        seed: The random seed.
+        on_progress: Called with a stage's name, steps done, and steps in all.
+
+    Returns:
+        The search context, and one problem for each budget; all problems share their tables.
+
+    Raises:
+        UsageError: A strategy cannot do what is asked.
+        BudgetError: Nothing can meet a budget.
+        DataError: The data does not fit the model.
+    """
+    report = on_progress or silent
+    for strategy in strategies:
+        for request in requests(data, budgets, objectives, settings):
+            strategy.check(request)
+    splits = split(
+        data, calibration=settings.calibration, validation=settings.validation, seed=seed
+    )
+    recovery = _recovery(data, splits, settings, seed)
+    model = copy.deepcopy(separate_attention(model)).to(device).eval()
+    inputs = splits.calibration[0].to(device)
+    check_labels(data, _outputs(model, inputs))
+    space = space or compile_space(model, inputs[:1], policy=settings.policy)
+    for budget in budgets:
+        exact = {name: bound for name, bound in budget.items() if name != "latency"}
+        build_problem(space, None, exact).check()
+    costs = {name for budget in budgets for name in budget}
+    latency = None
+    if "latency" in costs or any(s.needs_latency for s in strategies):
+        space, latency = _latency(model, space, inputs[:1], settings, hardware, report)
+    names = {*costs, *(o.name for o in objectives)}
+    needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
+    select = _selection(names, latency, settings.choices, needs)
+    factorisation = _factorised(model, space, inputs, settings, seed, select, report)
+    if latency is not None:
+        latency = latency.restrict(
+            {name: layer.choices for name, layer in factorisation.space.layers.items()}
+        )
+    problems = _problems(factorisation, budgets, objectives, latency)
+    evaluator = Evaluator(
+        factorisation,
+        splits.calibration[0],
+        splits.validation,
+        objectives,
+        extra_costs=None if latency is None else partial(_predicted, latency),
+        batch_norm=settings.batch_norm,
+        batch_size=settings.batch_size,
+        device=device,
+        sequential=settings.sequential,
+        recovery=recovery,
+        parts=PARTS if settings.early_stopping else (1.0,),
+    )
+    context = SearchContext(factorisation, splits, evaluator, device, seed, data.flip, report)
+    return context, problems
+
+
+def requests(
+    data: Data,
+    budgets: Sequence[Mapping[str, float]],
+    objectives: Sequence[ObjectiveBase],
+    settings: Settings,
+) -> list[Request]:
+    """One request to a strategy for each budget; known before any work is done."""
+    names = [o.name for o in objectives]
+    training = len_of(data.train) - held_out(len_of(data.train), settings.validation)
+    return [Request(b, names, training, data.num_classes is not None) for b in budgets]
+
+
+def _recovery(data: Data, splits: Splits, settings: Settings, seed: int) -> Recovery | None:
+    """The training of every trial's network; its samples are in memory, to be shared."""
+    if settings.recovery is None:
+        return None
+    if data.num_classes is None:
+        raise UsageError(f"{data.name} has no class labels; networks cannot be trained on it.")
+    samples = in_memory(subsample(splits.training, settings.recovery_samples, seed))
+    return Recovery(samples, replace(settings.recovery, seed=seed, flip=data.flip))
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, inputs: Tensor) -> int:
+    """Size of the last axis of the model's output."""
+    return int(model(inputs[:1]).shape[-1])
+
+
+def _latency(
+    model: nn.Module,
+    space: SearchSpace,
+    example: Tensor,
+    settings: Settings,
+    hardware: str | HardwareModel,
+    report: Progress,
+) -> tuple[SearchSpace, LatencyTables]:
+    """Latency tables, and the space without the choices that the policy drops for their latency.
+
+    Args:
+        model: The dense model.
+        space: Its space.
+        example: One input.
+        settings: The batch size that counts, and the policy.
+        hardware: A name or a `HardwareModel`.
+        report: Called with the stage ``time``.
+    """
+    asked = space.at_batch(settings.latency_batch * space.input_shape[0])
+    predictor = make_hardware(hardware, strict=settings.strict_hardware)
+    bound = predictor.bind(model, asked, example, partial(report, "time"))
+    latency = compile_latency(bound, asked)
+    kept = {
+        name: hardware_choices(layer, latency.seconds[name].tolist(), settings.policy)
+        for name, layer in space.layers.items()
+    }
+    return space.restrict(kept), latency.restrict(kept)
+
+
+def _selection(
+    names: set[str],
+    latency: LatencyTables | None,
+    most: int,
+    needs: Sequence[tuple[tuple[str, ...] | None, bool]],
+) -> Select:
+    """Select the choices of a layer that no other choice dominates in error and costs.
+
+    Args:
+        names: Costs that budgets bound or objectives measure.
+        latency: Latency tables, if any.
+        most: The largest number of choices to keep for each need.
+        needs: By strategy, its operators (None for all), and whether it needs latency although no
+            budget bounds it. Choices are selected for each need separately.
+    """
+    exact = [name for name in COSTS if name in names]
+
+    def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
+        kept: set[Choice] = set()
+        for operators, needs_latency in needs:
+            costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
+            costs = costs or [[c["macs"] for c in layer.costs]]
+            if latency is not None and (needs_latency or "latency" in names):
+                costs.append(latency.seconds[layer.name].tolist())
+            rows = [
+                i
+                for i, c in enumerate(layer.choices)
+                if operators is None or c == DENSE or c.operator in operators
+            ]
+            columns = [[cost[i] for i in rows] for cost in costs]
+            found = pareto_filter([errors[i] for i in rows], columns, most)
+            kept |= {layer.choices[rows[i]] for i in found}
+        return [c for c in layer.choices if c in kept]
+
+    return select
+
+
+def _factorised(
+    model: nn.Module,
+    space: SearchSpace,
+    inputs: Tensor,
+    settings: Settings,
+    seed: int,
+    select: Select,
+    report: Progress,
+) -> Factorisation:
+    """Calibrate the model and factorise every layer."""
+    statistics = calibrate(
+        model,
+        space,
+        inputs,
+        norm=settings.norm,
+        seed=seed,
+        cache=cache_folder() / "calibration",
+        on_batch=lambda done, total: report("calibrate", done, total),
+    )
+    return factorise(
+        model,
+        space,
+        statistics,
+        norm=settings.norm,
+        centred=None if settings.batch_norm else False,
+        select=select,
+        on_layer=lambda done, total: report("factorise", done, total),
+    )
+
+
+def _problems(
+    factorisation: Factorisation,
+    budgets: Sequence[Mapping[str, float]],
+    objectives: Sequence[ObjectiveBase],
+    latency: LatencyTables | None,
+) -> tuple[Problem, ...]:
+    """One problem for each budget; raises a BudgetError if nothing can meet it."""
+    errors = factorisation.errors()
+    named = [(o.name, o.direction) for o in objectives]
+    problems = tuple(
+        build_problem(factorisation.space, errors, budget, latency=latency, objectives=named)
+        for budget in budgets
+    )
+    for problem in problems:
+        problem.check()
+    return problems
+
+
+def _predicted(latency: LatencyTables, allocation: Mapping[str, Choice]) -> dict[str, float]:
+    """Seconds of the whole network with their standard deviation, and joules if known."""
+    seconds, sigma = latency.predict(allocation)
+    costs = {"predicted_latency": seconds, "predicted_latency_std": sigma}
+    energy = latency.predict_energy(allocation)
+    return costs if energy is None else {**costs, "predicted_energy": energy}

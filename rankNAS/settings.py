@@ -1,0 +1,114 @@
+"""`Settings`: how candidates are made and measured; and the identity of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from rankNAS.data.loading import Data
+from rankNAS.decompositions.norms import NORMS, NormName
+from rankNAS.exceptions import UsageError
+from rankNAS.io.fingerprints import fingerprint
+from rankNAS.objectives.base import ObjectiveBase
+from rankNAS.recovery.training import TrainingConfig
+from rankNAS.search_spaces.policies import RankPolicy
+from rankNAS.strategies.base import Strategy
+
+__all__ = ["Settings", "study_identity"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How candidates are made and measured. A study keeps its settings.
+
+    Args:
+        norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``.
+        calibration: Training samples for statistics and batch norms, at most.
+        validation: Further training samples that metrics are measured on, at most.
+        batch_norm: Correct batch-norm statistics after truncation.
+        sequential: Refit the layers of returned networks sequentially to the inputs that the
+            compressed layers before them produce. Trials are measured without refitting, unless
+            the strategy refits.
+        policy: The ranks that are offered.
+        choices: The largest number of choices a layer keeps once their errors are known.
+        batch_size: Samples per forward pass of an evaluation.
+        latency_batch: Samples of the forward pass whose latency counts.
+        strict_hardware: Whether latency tables raise an error for layers that they do not have.
+        early_stopping: Prune trials early (asynchronous successive halving), after a part of their
+            epochs or on a part of the validation samples; see `SuccessiveHalving`.
+        recovery: Train the network of every trial, and every returned network, before it is
+            measured. The search replaces the seed, and says whether images may be mirrored.
+        recovery_samples: The largest number of training samples per epoch.
+
+    Raises:
+        UsageError: An unknown norm, or a number below one.
+
+    Example:
+        >>> Settings(norm="input", policy=RankPolicy(multiple_of=8)).validation
+        1024
+    """
+
+    norm: NormName = "fisher"
+    calibration: int = 1024
+    validation: int = 1024
+    batch_norm: bool = True
+    sequential: bool = True
+    policy: RankPolicy = RankPolicy()
+    choices: int = 64
+    batch_size: int = 256
+    latency_batch: int = 1
+    strict_hardware: bool = False
+    early_stopping: bool = False
+    recovery: TrainingConfig | None = None
+    recovery_samples: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise UsageError(f"`norm` must be one of {', '.join(NORMS)}, got {self.norm!r}.")
+        counts = ("calibration", "validation", "choices", "batch_size", "latency_batch")
+        for name in (*counts, "recovery_samples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.early_stopping and self.recovery is not None and self.recovery.epochs < 2:
+            raise UsageError(
+                "early stopping compares trials after some of their epochs; let them train for "
+                "two or more, or leave it out."
+            )
+
+
+def study_identity(
+    model: nn.Module,
+    data: Data,
+    strategy: Strategy,
+    objectives: Sequence[ObjectiveBase],
+    budgets: Sequence[Mapping[str, float]],
+    settings: Settings,
+    seed: int,
+    layers: int,
+) -> dict[str, Any]:
+    """Everything that must stay the same when a study is resumed.
+
+    Args:
+        model: The dense model.
+        data: The data.
+        strategy: The strategy.
+        objectives: What is measured.
+        budgets: All budgets. Their bounds may change; the costs that they bound may not, because
+            the choices depend on them.
+        settings: How candidates are made and measured.
+        seed: The random seed.
+        layers: The number of layers of the search space.
+    """
+    return {
+        "weights": fingerprint(model.state_dict()),
+        "data": data.fingerprint,
+        "strategy": strategy,
+        "objectives": [f"{o.name}={o.direction}" for o in objectives],
+        "costs": sorted({name for budget in budgets for name in budget}),
+        "settings": settings,
+        "seed": seed,
+        "layers": layers,
+    }

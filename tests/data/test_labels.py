@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from image_sets import Labelled, pixels, tensors, write_parquet
+from torch.utils.data import Subset
+
+from rankNAS.data.batches import subset
+from rankNAS.data.images.dataset import Images
+from rankNAS.data.images.normalise import parse_normalization
+from rankNAS.data.labels import check_labels
+from rankNAS.data.loading import Data, load_data
+from rankNAS.exceptions import DataError
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    write_parquet(tmp_path / "train.parquet", pixels(20), [i % 4 for i in range(20)])
+    write_parquet(tmp_path / "test.parquet", pixels(6, seed=1), [i % 3 for i in range(6)])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.rand(10), torch.zeros(10, 2, dtype=torch.int64), torch.ones(10).bool()]
+)
+def test_no_classes_without_integer_labels(targets: torch.Tensor) -> None:
+    data = load_data((tensors(targets=targets), tensors(targets=targets)))
+    assert data.num_classes is None
+    check_labels(data, 1)  # nothing to check
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, torch.tensor])
+def test_labels_of_any_integer_kind(kind: Callable[[int], Any]) -> None:
+    dataset = Labelled([kind(i) for i in (0, 3, 1)])
+    assert load_data((dataset, dataset)).num_classes == 4
+
+
+def test_stored_labels_save_reading_the_items() -> None:
+    targets = [0, 1, 2, 3] * 100
+    dataset = Labelled(targets, targets)
+    data = load_data((dataset, Subset(dataset, [1, 2, 5])))
+    assert data.num_classes == 4 and dataset.reads < 100
+    unlabelled = Labelled(targets)
+    assert load_data((unlabelled, dataset)).num_classes == 4 and unlabelled.reads > 400
+
+
+def test_stored_labels_that_items_do_not_have_are_not_believed() -> None:
+    renumbered = Labelled([2, 1, 0], attribute=[7, 8, 9])
+    assert load_data((renumbered, renumbered)).num_classes == 3
+
+
+def test_pair_with_negative_label() -> None:
+    bad = tensors(4, targets=torch.tensor([0, 1, -2, 3]))
+    with pytest.raises(DataError, match="item 2 of the test split has the label -2, but labels"):
+        load_data((tensors(), bad))
+    with pytest.raises(DataError, match="item 1 of the train split has the label -1"):
+        load_data((Labelled([0, -1]), Labelled([0])))
+
+
+def test_pair_with_mixed_labels() -> None:
+    with pytest.raises(DataError, match=r"item 2 of the train split has the label 0\.5, unlike"):
+        load_data((Labelled([0, 1, 0.5]), Labelled([0])))
+
+
+def test_check_labels(parquet: Path) -> None:
+    data = load_data(f"parquet:{parquet}")
+    check_labels(data, 4)
+    with pytest.raises(
+        DataError, match="item 3 of the train split has the label 3, but the network has 3 outputs"
+    ):
+        check_labels(data, 3)
+    with pytest.raises(DataError, match="item 2 of the test split has the label 2, .* 2 outputs"):
+        check_labels(replace(data, train=subset(data.train, torch.tensor([0, 1]))), 2)
+
+
+def test_check_labels_of_images_reads_no_image() -> None:
+    def fetch(rows: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("an image was read")
+
+    images = Images(fetch, torch.tensor([0, 1, 2]), parse_normalization(None))
+    data = Data("mine", images, images.subset(torch.tensor([2, 1])), (3, 1, 1), 3, "0")
+    check_labels(data, 3)
+    with pytest.raises(DataError, match="item 2 of the train split has the label 2"):
+        check_labels(data, 2)
