@@ -20,7 +20,8 @@ import numpy as np
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.exceptions import UsageError
 from rankNAS.objectives.base import Direction
-from rankNAS.strategies.base import Array, History
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Array
 from rankNAS.strategies.sensitivity.tables import QUALITY
 
 __all__ = ["PARTS", "SuccessiveHalving"]

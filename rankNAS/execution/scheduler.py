@@ -20,7 +20,8 @@ from rankNAS.allocation import Allocation
 from rankNAS.evaluation.evaluator import Evaluator, PrunedError
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.storage.store import Claim
-from rankNAS.strategies.base import History, Problem, Trial
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
     from rankNAS.study import Study

@@ -32,7 +32,7 @@ from rankNAS.storage.locks import study_lock
 from rankNAS.storage.retries import format_error, retrying
 from rankNAS.storage.trial_format import TrialFormat
 from rankNAS.storage.writing import TrialWriter
-from rankNAS.strategies.base import History, Trial
+from rankNAS.strategies.history import History, Trial
 
 __all__ = ["Claim", "StudyStore", "study_names"]
 

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.storage.claims import Claim
-from rankNAS.strategies.base import Trial
+from rankNAS.strategies.history import Trial
 
 __all__ = ["TrialFormat"]
 

@@ -7,22 +7,27 @@ from importlib.metadata import entry_points
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.plugins import is_plugin, load_callable
-from rankNAS.strategies.base import History, Problem, Request, Strategy, Trial
+from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.bayesian.bo import BayesianOptimisation
 from rankNAS.strategies.bayesian.bolaco import Bolaco
-from rankNAS.strategies.haloc import Haloc
+from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.one_shot.alds import Alds
-from rankNAS.strategies.one_shot.base import Energy, OneShot, Uniform
+from rankNAS.strategies.one_shot.base import OneShot
+from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.hw_filter import HardwareFilter
 from rankNAS.strategies.one_shot.lc import LearningCompression
 from rankNAS.strategies.one_shot.pca_greedy import PcaGreedy
 from rankNAS.strategies.one_shot.solve import Solve
+from rankNAS.strategies.one_shot.uniform import Uniform
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sampling.beam import Beam
+from rankNAS.strategies.sampling.nsga2 import Nsga2
 from rankNAS.strategies.sampling.random import Random
-from rankNAS.strategies.sampling.samplers import Nsga2, Tpe
+from rankNAS.strategies.sampling.tpe import Tpe
 from rankNAS.strategies.sensitivity.auto import Auto
 from rankNAS.strategies.sensitivity.drone import Drone
 from rankNAS.strategies.sensitivity.strs import Strs
+from rankNAS.strategies.supernet.haloc import Haloc
 
 __all__ = [
     "STRATEGIES",

@@ -9,7 +9,7 @@ import numpy as np
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.hw_models.base import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.strategies.base import Array, Problem
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["build_problem"]
 

@@ -21,9 +21,10 @@ from rankNAS.compression.factorisation import factorise
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.solver.programmes import min_max, min_sum
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies import BayesianOptimisation, History, Random, Trial
-from rankNAS.strategies.base import Problem
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
 
 TRIALS, IMAGES, OBSERVATIONS, LAYERS, CHOICES, TABLES = 20, 1000, 50, 20, 64, 5

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rankNAS.allocation import DENSE, Allocation
 from rankNAS.exceptions import UsageError
 from rankNAS.execution.early_stopping import SuccessiveHalving, steps
-from rankNAS.strategies.base import History, Trial
+from rankNAS.strategies.history import History, Trial
 
 values = st.lists(st.integers(0, 20), min_size=1, max_size=60)
 

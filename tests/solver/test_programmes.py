@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankNAS.exceptions import BudgetError, RankNASError
-from rankNAS.solver import programmes as solver
-from rankNAS.solver.programmes import SLACK, Solution, least_cost, min_max, min_sum
+from rankNAS.solver import min_sum as solver
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.min_sum import min_sum
+from rankNAS.solver.tables import SLACK, Solution, least_cost
 
 Table = list[np.ndarray]
 

@@ -20,7 +20,7 @@ from rankNAS.exceptions import StudyError
 from rankNAS.storage import backends as module
 from rankNAS.storage.backends import open_storage, storage_name
 from rankNAS.storage.store import Claim, study_names
-from rankNAS.strategies.base import Trial
+from rankNAS.strategies.history import Trial
 
 
 def filled(storage: str, n: int = 12) -> tuple[Trial, ...]:

@@ -16,7 +16,7 @@ from rankNAS.storage import claims, retries
 from rankNAS.storage import store as module
 from rankNAS.storage.backends import open_storage
 from rankNAS.storage.store import Claim, StudyStore, study_names
-from rankNAS.strategies.base import Trial
+from rankNAS.strategies.history import Trial
 
 CHOICES = {"a": ["dense", "svd:2"], "b.conv": ["dense", "tucker2:4x2"]}
 ALLOCATION = Allocation.of({"a": Choice("svd", (2,)), "b.conv": DENSE})

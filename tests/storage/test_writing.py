@@ -17,7 +17,7 @@ from store_worker import ALLOCATIONS, TARGET, evaluated
 from rankNAS.storage import writing
 from rankNAS.storage.store import Claim, StudyStore
 from rankNAS.storage.writing import TrialWriter
-from rankNAS.strategies.base import Trial
+from rankNAS.strategies.history import Trial
 
 FIRST = evaluated(Claim(ALLOCATIONS[7], TARGET))
 TRIALS = [

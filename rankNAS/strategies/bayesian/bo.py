@@ -28,9 +28,12 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.solver.pareto import non_dominated
-from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import Indices, decode, preference
-from rankNAS.strategies.one_shot.base import Energy, Uniform
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.one_shot.uniform import Uniform
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["BayesianOptimisation", "deterministic"]
 

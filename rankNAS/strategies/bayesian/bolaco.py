@@ -25,9 +25,11 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.budget import BUDGET_COSTS
 from rankNAS.exceptions import UsageError
-from rankNAS.strategies.base import Array, History, Problem, Request, Strategy, Trial
+from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.bayesian.bo import FIT_ITERATIONS, deterministic
 from rankNAS.strategies.bayesian.keep_ratios import KeepRatios
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["Bolaco", "expected_improvement", "matern", "surrogate"]
 

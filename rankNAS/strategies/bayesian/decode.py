@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver.programmes import SLACK, min_max
-from rankNAS.strategies.base import Problem
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.tables import SLACK
+from rankNAS.strategies.problem import Problem
 
 __all__ = ["decode", "decode_best", "lowered", "lowered_by", "preference"]
 

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import Allocation
-from rankNAS.solver.programmes import SLACK
-from rankNAS.strategies.base import Array, Problem
+from rankNAS.solver.tables import SLACK
+from rankNAS.strategies.problem import Array, Problem
 from rankNAS.strategies.sampling.shares import within_shares
 
 __all__ = ["KeepRatios", "kind"]

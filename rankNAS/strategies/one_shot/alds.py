@@ -31,9 +31,12 @@ from torch import Tensor
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import UsageError
-from rankNAS.solver.programmes import SLACK, min_max
-from rankNAS.strategies.base import Array, Problem, Strategy
-from rankNAS.strategies.one_shot.base import Energy, OneShot
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.tables import SLACK
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.one_shot.base import OneShot
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Array, Problem
 
 if TYPE_CHECKING:
     from rankNAS.evaluation.context import SearchContext

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
-from typing import final
+from dataclasses import replace
 
 import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver.programmes import min_max
-from rankNAS.strategies.base import Array, History, Problem, Strategy
-from rankNAS.strategies.sampling.shares import within_shares
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Problem
 
-__all__ = ["Energy", "OneShot", "Uniform", "sweep"]
+__all__ = ["OneShot", "sweep"]
 
 SWEEP = 12  # budgets of a front
 
@@ -72,39 +71,3 @@ def sweep(problem: Problem, points: int = SWEEP) -> list[Problem]:
             lowered[name] = float(high - step * (high - problem.least(name)))
         problems.append(replace(problem, budget=lowered))
     return problems
-
-
-@final
-@dataclass(frozen=True)
-class Uniform(OneShot):
-    """The same fraction of every layer: the baseline of the literature.
-
-    Each layer takes, of all its choices within that fraction of its own cost, the most accurate;
-    the fraction is the largest that meets the budgets.
-    """
-
-    name = "uniform"
-
-    def solve(self, problem: Problem) -> Allocation:
-        """The largest common share."""
-        shares: Array = np.ones(len(problem.errors))
-        return problem.allocation(within_shares(problem, shares).tolist())
-
-
-@final
-@dataclass(frozen=True)
-class Energy(OneShot):
-    """The least possible worst relative error over the layers, solved exactly.
-
-    The error of a layer is that of its best operator at its cost, in the chosen metric. Of the
-    allocations that attain the minimum, the one of the least total error is taken. ALDS
-    (Liebenwein et al., NeurIPS 2021, equation 4) poses the same problem for spectral errors and
-    channel groups, and solves it by alternation.
-    """
-
-    name = "energy"
-
-    def solve(self, problem: Problem) -> Allocation:
-        """The exact min-max allocation."""
-        limits = list(problem.limits.values())
-        return problem.allocation(min_max(problem.errors, problem.budgeted(), limits).indices)

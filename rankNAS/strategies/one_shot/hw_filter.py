@@ -9,8 +9,9 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
-from rankNAS.strategies.base import Problem
-from rankNAS.strategies.one_shot.base import Energy, OneShot
+from rankNAS.strategies.one_shot.base import OneShot
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Problem
 
 __all__ = ["HardwareFilter", "faster_than_dense"]
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 
 from rankNAS.allocation import Allocation
-from rankNAS.solver.programmes import min_sum
-from rankNAS.strategies.base import Array, Problem, Strategy
+from rankNAS.solver.min_sum import min_sum
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
+from rankNAS.strategies.problem import Array, Problem
 
 if TYPE_CHECKING:
     from rankNAS.compression.factors import LayerFactors

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.strategies.base import Array, Problem, Strategy
-from rankNAS.strategies.one_shot.base import Energy, OneShot
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.one_shot.base import OneShot
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Array, Problem
 
 if TYPE_CHECKING:
     from rankNAS.evaluation.context import SearchContext

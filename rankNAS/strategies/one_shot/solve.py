@@ -8,9 +8,11 @@ from typing import Literal, final, get_args
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
-from rankNAS.solver.programmes import Solution, min_max, min_sum
-from rankNAS.strategies.base import Problem
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.min_sum import min_sum
+from rankNAS.solver.tables import Solution
 from rankNAS.strategies.one_shot.base import OneShot
+from rankNAS.strategies.problem import Problem
 
 __all__ = ["Solve"]
 

@@ -25,9 +25,11 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
-from rankNAS.solver.programmes import SLACK
-from rankNAS.strategies.base import Array, History, Problem, Request, Strategy
-from rankNAS.strategies.one_shot.base import Energy
+from rankNAS.solver.tables import SLACK
+from rankNAS.strategies.base import Request, Strategy
+from rankNAS.strategies.history import History
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["Beam", "Outcome", "beam_search"]
 

@@ -8,7 +8,9 @@ from typing import final
 import numpy as np
 
 from rankNAS.allocation import Allocation
-from rankNAS.strategies.base import History, Problem, Strategy
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sampling.shares import within_shares
 
 __all__ = ["Random"]

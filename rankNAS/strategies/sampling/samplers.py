@@ -6,8 +6,6 @@ variable. An Optuna study is rebuilt from the history for every proposal: of an 
 allocation, the variables are recovered from its errors and its cost.
 
 References:
-    Bergstra et al., NeurIPS 2011 (TPE), multivariate as in Falkner et al., ICML 2018.
-    Deb et al., IEEE Transactions on Evolutionary Computation 2002 (NSGA-II).
     Akiba et al., KDD 2019 (Optuna).
 """
 
@@ -17,27 +15,27 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState, create_trial
 
 from rankNAS.allocation import Allocation
-from rankNAS.exceptions import UsageError
-from rankNAS.strategies.base import History, Problem, Strategy
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import decode_best, lowered, lowered_by, preference
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Problem
 
-__all__ = ["Nsga2", "Tpe"]
+__all__ = ["Sampled"]
 
 WIDTH = 1.5  # log-multipliers lie in [-WIDTH, WIDTH]
 SHARE = "share"  # the variable of the budget; those of the layers are their positions
 
 
-class _Sampled(Strategy):
+class Sampled(Strategy):
     """A strategy that asks an Optuna sampler.
 
     It is told of the trials that were proposed for the problem's budgets: under another budget,
@@ -99,64 +97,6 @@ class _Sampled(Strategy):
                 )
             )
         return study
-
-
-@final
-@dataclass(frozen=True)
-class Tpe(_Sampled):
-    """The tree-structured Parzen estimator, multivariate.
-
-    Args:
-        startup: Successful trials before the estimator takes over from uniform draws.
-        attempts: How often a draw that was seen before is repeated, for each proposal.
-
-    Raises:
-        UsageError: A number below one.
-    """
-
-    startup: int = 10
-    attempts: int = 20
-    name = "tpe"
-
-    def __post_init__(self) -> None:
-        if self.startup < 1 or self.attempts < 1:
-            raise UsageError(f"`startup` and `attempts` must be at least 1, got {self}.")
-
-    def _sampler(self, seed: int) -> BaseSampler:
-        return TPESampler(
-            n_startup_trials=self.startup, multivariate=True, constant_liar=True, seed=seed
-        )
-
-
-@final
-@dataclass(frozen=True)
-class Nsga2(_Sampled):
-    """NSGA-II: the evolutionary baseline, for one objective or several.
-
-    Args:
-        population: Successful trials of a generation.
-        attempts: How often a draw that was seen before is repeated, for each proposal.
-
-    Raises:
-        UsageError: Fewer than two individuals, or no attempt.
-    """
-
-    population: int = 16
-    attempts: int = 20
-    name = "nsga2"
-
-    def __post_init__(self) -> None:
-        if self.population < 2 or self.attempts < 1:
-            raise UsageError(
-                f"`population` must be at least 2 and `attempts` at least 1, got {self}."
-            )
-
-    def _sampler(self, seed: int) -> BaseSampler:
-        return NSGAIISampler(population_size=self.population, seed=seed)
-
-    def _attributes(self, position: int) -> dict[str, Any]:
-        # Trials without a generation are nobody's parents.
-        return {NSGAIISampler._get_generation_key(): position // self.population}
 
 
 def _variables(problem: Problem) -> dict[str, BaseDistribution]:

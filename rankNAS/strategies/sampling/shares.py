@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from rankNAS.solver.programmes import SLACK, min_max
-from rankNAS.strategies.base import Array, Problem
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.tables import SLACK
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["within_shares"]
 

@@ -30,11 +30,13 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.solver.programmes import min_sum
-from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
+from rankNAS.solver.min_sum import min_sum
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.bo import BayesianOptimisation
-from rankNAS.strategies.one_shot.base import Energy
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.solve import Solve
+from rankNAS.strategies.problem import Array, Problem
 from rankNAS.strategies.sensitivity.tables import (
     degradation,
     sensitivity_probes,

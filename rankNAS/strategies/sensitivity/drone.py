@@ -17,8 +17,10 @@ from scipy.optimize import isotonic_regression
 
 from rankNAS.allocation import DENSE, Allocation
 from rankNAS.exceptions import UsageError
-from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
-from rankNAS.strategies.one_shot.base import Energy
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["Drone"]
 

@@ -14,9 +14,12 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver.programmes import SLACK
-from rankNAS.strategies.base import Array, History, Problem, Strategy, Trial
-from rankNAS.strategies.one_shot.base import Energy, OneShot, sweep
+from rankNAS.solver.tables import SLACK
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.one_shot.base import OneShot, sweep
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["Measured", "Strs", "truncate"]
 

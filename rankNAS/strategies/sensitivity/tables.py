@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import Allocation
-from rankNAS.strategies.base import Array, History, Problem, Trial
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["degradation", "sensitivity_tables", "sensitivity_probes"]
 

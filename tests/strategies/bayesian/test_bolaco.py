@@ -17,7 +17,7 @@ from scipy.stats import norm
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import UsageError
-from rankNAS.strategies.base import History, Problem, Request, Trial
+from rankNAS.strategies.base import Request
 from rankNAS.strategies.bayesian.bolaco import (
     LENGTHS,
     LONGEST,
@@ -28,6 +28,8 @@ from rankNAS.strategies.bayesian.bolaco import (
     surrogate,
 )
 from rankNAS.strategies.bayesian.keep_ratios import KeepRatios
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
 
 

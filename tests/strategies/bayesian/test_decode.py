@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankNAS.exceptions import BudgetError
-from rankNAS.solver.programmes import SLACK, min_max
-from rankNAS.strategies.base import Problem
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.bayesian import decode as decode_module
 from rankNAS.strategies.bayesian.decode import decode, decode_best, lowered, lowered_by, preference
+from rankNAS.strategies.problem import Problem
 from rankNAS.testing.contracts import random_problem
 
 problems = st.builds(

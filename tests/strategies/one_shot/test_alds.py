@@ -24,10 +24,10 @@ from rankNAS.compression.factorisation import factorise
 from rankNAS.decompositions import ErrorNorm, GroupSvd, LayerShape, Operator, Svd, Target
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces import RankPolicy, compile_space
-from rankNAS.solver.programmes import min_max
-from rankNAS.strategies.base import Problem
+from rankNAS.solver.min_max import min_max
 from rankNAS.strategies.one_shot.alds import Alds, bound, iterate, spectral_errors
-from rankNAS.strategies.one_shot.base import Energy
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
 from rankNAS.testing.contracts import StrategyContract
 

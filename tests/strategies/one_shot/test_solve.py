@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankNAS.exceptions import BudgetError, UsageError
-from rankNAS.strategies.base import History, Problem
-from rankNAS.strategies.one_shot.base import Energy
+from rankNAS.strategies.history import History
+from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.solve import Solve
+from rankNAS.strategies.problem import Problem
 from rankNAS.testing.contracts import StrategyContract, random_problem
 
 problems = st.builds(

@@ -19,7 +19,9 @@ from rankNAS.decompositions.stable_rank import modified_stable_rank
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.strategies.base import History, Problem, Request, Trial
+from rankNAS.strategies.base import Request
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sampling.beam import Beam, State, beam_search
 from rankNAS.strategies.tables import build_problem
 from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial

@@ -16,17 +16,14 @@ from hypothesis import strategies as st
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import UsageError
 from rankNAS.solver.pareto import hypervolume
-from rankNAS.strategies.base import History, Problem, Strategy, Trial
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import decode, preference
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.sampling.nsga2 import Nsga2
 from rankNAS.strategies.sampling.random import Random
-from rankNAS.strategies.sampling.samplers import (
-    WIDTH,
-    Nsga2,
-    Tpe,
-    _decoded,
-    _recovered,
-    _variables,
-)
+from rankNAS.strategies.sampling.samplers import WIDTH, _decoded, _recovered, _variables
+from rankNAS.strategies.sampling.tpe import Tpe
 from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
 
 

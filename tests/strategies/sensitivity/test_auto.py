@@ -15,8 +15,9 @@ import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.evaluation.evaluator import test_metrics as metrics_of
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.solver.programmes import min_sum
-from rankNAS.strategies.base import History, Problem, Trial
+from rankNAS.solver.min_sum import min_sum
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sensitivity.auto import Auto
 from rankNAS.strategies.sensitivity.tables import (
     degradation,

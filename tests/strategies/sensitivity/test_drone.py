@@ -14,8 +14,9 @@ from torch import nn
 import rankNAS
 from rankNAS.allocation import DENSE, Allocation
 from rankNAS.exceptions import UsageError
-from rankNAS.strategies.base import History, Problem, Trial
-from rankNAS.strategies.one_shot.base import Energy
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.one_shot.energy import Energy
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sensitivity.drone import TIE, Drone
 from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import BudgetError
-from rankNAS.strategies.base import History, Problem, Trial
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sensitivity.strs import Measured, Strs, _Truncated, truncate
 from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
 

@@ -37,18 +37,19 @@ from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.hw_models import CallableModel, compile_latency
 from rankNAS.io.files import cache_folder
 from rankNAS.search_spaces import RankPolicy, compile_space
-from rankNAS.strategies.base import History, Problem, Request, Trial
-from rankNAS.strategies.haloc import Haloc, coarse, picked
-from rankNAS.strategies.supernet import (
-    FactoredWeight,
-    SuperNet,
+from rankNAS.strategies.base import Request
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.supernet.candidates import coarse, picked
+from rankNAS.strategies.supernet.haloc import Haloc
+from rankNAS.strategies.supernet.losses import (
     alignment,
     expected_costs,
     feature_distance,
     gumbel_softmax,
-    multiply,
     penalised,
 )
+from rankNAS.strategies.supernet.network import FactoredWeight, SuperNet, multiply
 from rankNAS.strategies.tables import build_problem
 from rankNAS.testing.contracts import LAYERS, StrategyContract, random_problem
 

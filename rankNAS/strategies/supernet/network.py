@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -40,22 +40,9 @@ from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.decompositions.base import balanced
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.strategies.supernet.losses import Maps
 
-__all__ = [
-    "FactoredWeight",
-    "Maps",
-    "Penalty",
-    "SuperNet",
-    "alignment",
-    "expected_costs",
-    "feature_distance",
-    "gumbel_softmax",
-    "multiply",
-    "penalised",
-]
-
-Maps = dict[str, list[Tensor]]  # by layer, the output of each of its calls
-Penalty = Literal["power", "log"]
+__all__ = ["FactoredWeight", "SuperNet", "multiply"]
 
 
 @final
@@ -201,78 +188,3 @@ def _by_group(weight: Tensor, groups: int) -> Tensor:  # (g k, o, c, kh, kw) -> 
     eye = torch.eye(k, dtype=weight.dtype, device=weight.device)
     dense = torch.einsum("gkocij,kl->gkolcij", blocks, eye)
     return dense.flatten(3, 4).flatten(1, 2)
-
-
-# ----------------------------------------------------------------------------------- objective
-
-
-def gumbel_softmax(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """A relaxed sample of one of J candidates, (J,) (Jang et al., Maddison et al., ICLR 2017).
-
-    Args:
-        logits: (J,).
-        temperature: Towards 0 the sample becomes one-hot.
-        generator: A generator on the CPU.
-    """
-    noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
-    return torch.softmax((logits + noise.to(logits)) / temperature, -1)
-
-
-def expected_costs(
-    probabilities: Sequence[Tensor], tables: Sequence[Tensor], rest: Tensor
-) -> Tensor:  # (K,)
-    """The cost of the whole network under independent probabilities of every layer's candidates.
-
-    Args:
-        probabilities: (J,), one a layer.
-        tables: Costs of the candidates, (K, J), one a layer.
-        rest: Costs of everything else, (K,).
-    """
-    return rest + torch.stack([t @ p for t, p in zip(tables, probabilities, strict=True)]).sum(0)
-
-
-def penalised(
-    cross_entropy: Tensor, ratios: Tensor, penalty: Penalty = "power", strength: float = 1.5
-) -> Tensor:
-    """The objective of the logits; costs within their targets leave the cross-entropy as it is.
-
-    Several budgets multiply: R = prod_k max(1, ratio_k). ``power`` is CE R^strength, as in the
-    code of ComCAT (Xiao et al., ICML 2023); ``log`` is CE + strength log R, as in ARS.
-
-    Args:
-        cross_entropy: CE, a scalar.
-        ratios: Expected cost over target, (K,).
-        penalty: ``power`` or ``log``.
-        strength: beta = 1.5 in ComCAT; lambda = 16 in ARS.
-    """
-    overrun = ratios.clamp_min(1).prod()
-    if penalty == "power":
-        return cross_entropy * overrun**strength
-    return cross_entropy + strength * overrun.log()
-
-
-def feature_distance(maps: Maps, targets: Maps) -> Tensor:
-    """Mean over the layers of ||F - F0||^2 / ||F0||^2.
-
-    Relative, and a mean, so that one coefficient suits networks of any depth and scale.
-    """
-    ratios = [
-        (f - t).square().mean() / t.square().mean().clamp_min(torch.finfo(t.dtype).tiny)
-        for name in maps
-        for f, t in zip(maps[name], targets[name], strict=True)
-    ]
-    return torch.stack(ratios).mean()
-
-
-def alignment(mask: Tensor, singular_values: Tensor) -> Tensor:
-    """How far a mask over singular values is from the truncation that keeps as many.
-
-    ||m s - m' s||^2 with m' the mask of the largest sum(m) values (ARS, Gao et al., NAACL 2024);
-    zero if and only if the mask is a truncation.
-
-    Args:
-        mask: m, ones and zeros, (R,).
-        singular_values: s, decreasing, (R,).
-    """
-    truncated = (torch.arange(len(mask), device=mask.device) < mask.detach().sum()).to(mask)
-    return ((mask - truncated) * singular_values).square().sum()

@@ -1,19 +1,18 @@
-"""Exact allocation: pick one choice per layer, within budgets, at the least total or worst value.
+"""The least total value within budgets: the multiple-choice knapsack, solved to a proven gap.
 
-Notation: L layers, C_l choices of layer l, K budgets; value[l] (C_l,), cost[k][l] (C_l,),
-limit[k]. Every function returns one index per layer.
+Notation as in `rankNAS.solver.tables`.
 
 References:
-    Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack (`min_sum`).
+    Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack.
     Pisinger, European Journal of Operational Research 1995: solving it on a core of few choices.
-    HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``, solves it.
+    HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``, solves the programmes.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,36 +21,23 @@ from scipy.sparse import csr_matrix, eye
 
 from rankNAS.exceptions import BudgetError, RankNASError
 from rankNAS.solver.pareto import pareto_filter
+from rankNAS.solver.tables import (
+    SLACK,
+    Array,
+    Solution,
+    Table,
+    infeasible,
+    least_cost,
+    meets,
+    total,
+)
 
-__all__ = ["Solution", "least_cost", "min_max", "min_sum"]
+__all__ = ["min_sum"]
 
-Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-Table = Sequence[Array]  # one array of C_l values a layer
-SLACK = 1e-9  # relative: budgets are met to rounding error, never beyond
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 PRECISION = 1e4  # the largest value in HiGHS's eyes, which proves optima to 1e-6 in absolute terms
 CORE = 5  # choices a layer in the first programme, on average
-
-
-@dataclass(frozen=True)
-class Solution:
-    """An optimal allocation and how well its optimality is proven.
-
-    Args:
-        indices: The choice of each layer, (L,).
-        value: Total (or worst) value.
-        gap: Proven relative distance to the optimum; 0 is exact.
-    """
-
-    indices: tuple[int, ...]
-    value: float
-    gap: float
-
-
-def least_cost(cost: Table) -> float:
-    """The smallest total cost that any allocation has."""
-    return float(sum(c.min() for c in cost))
 
 
 def min_sum(
@@ -89,7 +75,7 @@ def min_sum(
     if not all(map(len, kept)) or any(
         least_cost(cost) > limit * (1 + SLACK) for cost, limit in zip(costs, limits, strict=True)
     ):
-        raise _infeasible(costs, limits)
+        raise infeasible(costs, limits)
     least, extra = _relaxation(value, costs, limits, kept)
     bound = least
     sizes = np.sort(np.concatenate(extra))
@@ -112,8 +98,8 @@ def min_sum(
         indices, lower = solved
         # What lies outside the core adds at least its width to the bound.
         bound = max(bound, lower if whole else min(lower, least + width))
-        if best is None or _total(value, indices) < best.value:
-            best = Solution(indices, _total(value, indices), 0.0)
+        if best is None or total(value, indices) < best.value:
+            best = Solution(indices, total(value, indices), 0.0)
         best = replace(best, gap=max(0.0, best.value - bound) / (abs(best.value) or 1.0))
         needed = best.value - gap * abs(best.value) - least
         if best.gap <= gap or whole or needed <= width:
@@ -190,12 +176,12 @@ def _programme(
             },
         )
         if result.status == 2:
-            raise _infeasible(costs, limits)
+            raise infeasible(costs, limits)
         if result.x is None:
             return None
         last = [int((y > 0.5).sum()) - 1 for y in np.split(result.x, starts[1:])]
         indices = tuple(int(k[j]) for k, j in zip(kept, last, strict=True))
-        if _meets(costs, limits, indices):
+        if meets(costs, limits, indices):
             return indices, float(result.mip_dual_bound) * scale
         # Rounding inside the solver let it pass a limit by a hair: never that allocation again.
         again = np.zeros(N)
@@ -228,63 +214,3 @@ def _matrices(
     rows = [flat(cost) / unit for cost, unit in zip(costs, units, strict=True)]
     bounds = np.array([limit / unit for limit, unit in zip(limits, units, strict=True)])
     return flat(value), np.reshape(rows, (len(limits), len(layer))), bounds, one
-
-
-def min_max(value: Table, costs: Sequence[Table], limits: Sequence[float]) -> Solution:
-    """The allocation whose worst value is least, exactly; ties go to the least total value.
-
-    Raises:
-        BudgetError: No allocation meets the budgets.
-    """
-    thresholds = np.unique(np.concatenate(value))
-    thresholds = thresholds[thresholds >= max(v.min() for v in value)]
-    low, high = 0, len(thresholds) - 1
-    if not _feasible(value, costs, limits, thresholds[high]):
-        raise _infeasible(costs, limits)
-    while low < high:
-        middle = (low + high) // 2
-        if _feasible(value, costs, limits, thresholds[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    best = min_sum(value, costs, limits, largest=float(thresholds[high]))
-    worst = max(float(v[i]) for v, i in zip(value, best.indices, strict=True))
-    return Solution(best.indices, worst, 0.0)
-
-
-def _feasible(
-    value: Table, costs: Sequence[Table], limits: Sequence[float], threshold: float
-) -> bool:
-    """Whether choices of at most this value can meet all budgets."""
-    allowed = [v <= threshold for v in value]
-    for cost, limit in zip(costs, limits, strict=True):
-        if least_cost([c[a] for c, a in zip(cost, allowed, strict=True)]) > limit * (1 + SLACK):
-            return False
-    if len(limits) < 2:
-        return True
-    zero = [np.zeros(int(a.sum())) for a in allowed]
-    narrowed = [[c[a] for c, a in zip(cost, allowed, strict=True)] for cost in costs]
-    try:
-        min_sum(zero, narrowed, limits)
-    except BudgetError:
-        return False
-    return True
-
-
-def _meets(costs: Sequence[Table], limits: Sequence[float], indices: Sequence[int]) -> bool:
-    return all(
-        _total(cost, indices) <= limit * (1 + SLACK)
-        for cost, limit in zip(costs, limits, strict=True)
-    )
-
-
-def _total(table: Table, indices: Sequence[int]) -> float:
-    return float(sum(t[i] for t, i in zip(table, indices, strict=True)))
-
-
-def _infeasible(costs: Sequence[Table], limits: Sequence[float]) -> BudgetError:
-    least = ", ".join(
-        f"{least_cost(cost):.6g} (limit {limit:.6g})"
-        for cost, limit in zip(costs, limits, strict=True)
-    )
-    return BudgetError(f"no allocation meets the budgets; the least possible costs are {least}.")

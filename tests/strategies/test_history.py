@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.strategies.base import History, Problem, Trial
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 
 CHOICES = (DENSE, Choice("svd", (4,)), Choice("svd", (1,)))
 PROBLEM = Problem(

@@ -1,0 +1,63 @@
+"""Tables of the solvers: one value or cost for each choice of each layer.
+
+Notation: L layers, C_l choices of layer l, K budgets; value[l] (C_l,), cost[k][l] (C_l,),
+limit[k]. An allocation is one index per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rankNAS.exceptions import BudgetError
+
+__all__ = ["SLACK", "Solution", "Table", "infeasible", "least_cost", "meets", "total"]
+
+Array = npt.NDArray[np.float64]
+Table = Sequence[Array]  # one array of C_l values a layer
+SLACK = 1e-9  # relative: budgets are met to rounding error, never beyond
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An optimal allocation and how well its optimality is proven.
+
+    Args:
+        indices: The choice of each layer, (L,).
+        value: Total (or worst) value.
+        gap: Proven relative distance to the optimum; 0 is exact.
+    """
+
+    indices: tuple[int, ...]
+    value: float
+    gap: float
+
+
+def least_cost(cost: Table) -> float:
+    """The smallest total cost that any allocation has."""
+    return float(sum(c.min() for c in cost))
+
+
+def total(table: Table, indices: Sequence[int]) -> float:
+    """The total over the layers."""
+    return float(sum(t[i] for t, i in zip(table, indices, strict=True)))
+
+
+def meets(costs: Sequence[Table], limits: Sequence[float], indices: Sequence[int]) -> bool:
+    """Whether every limit holds."""
+    return all(
+        total(cost, indices) <= limit * (1 + SLACK)
+        for cost, limit in zip(costs, limits, strict=True)
+    )
+
+
+def infeasible(costs: Sequence[Table], limits: Sequence[float]) -> BudgetError:
+    """The error that names the least possible costs."""
+    least = ", ".join(
+        f"{least_cost(cost):.6g} (limit {limit:.6g})"
+        for cost, limit in zip(costs, limits, strict=True)
+    )
+    return BudgetError(f"no allocation meets the budgets; the least possible costs are {least}.")

@@ -1,0 +1,120 @@
+"""The trials of a study: what strategies and pruners know of earlier evaluations."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from rankNAS.allocation import Allocation
+from rankNAS.strategies.problem import Problem
+
+__all__ = ["History", "Trial"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluated allocation.
+
+    Args:
+        number: Position in the study, from 0.
+        allocation: What was evaluated.
+        state: ``complete``, ``failed``, or ``pruned`` if it was stopped early.
+        values: The objectives, in the order of the problem; empty unless complete.
+        metrics: Everything that was measured, by name.
+        seconds: How long the evaluation took.
+        reason: Why it failed or was stopped.
+        probe: Whether it was evaluated to learn from it, whatever its cost.
+        budget_key: The label of the budget that it was proposed for.
+
+    Example:
+        >>> from rankNAS.allocation import DENSE
+        >>> Trial(0, Allocation.of({"conv1": DENSE}), "complete", (0.9,)).values
+        (0.9,)
+    """
+
+    number: int
+    allocation: Allocation
+    state: Literal["complete", "failed", "pruned"]
+    values: tuple[float, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+    probe: bool = False
+    budget_key: str = ""
+
+
+@dataclass(frozen=True)
+class History:
+    """All trials of a study so far, and the allocations that are being evaluated now."""
+
+    trials: tuple[Trial, ...] = ()
+    pending: tuple[Allocation, ...] = ()
+
+    def extended(self, *trials: Trial) -> History:
+        """With further trials; what is known of the earlier ones is not looked at again."""
+        return self._with(History((*self.trials, *trials), self.pending), trials)
+
+    def awaiting(self, pending: Sequence[Allocation]) -> History:
+        """With other allocations that are being evaluated."""
+        return self._with(History(self.trials, tuple(pending)), ())
+
+    def _with(self, later: History, trials: Sequence[Trial]) -> History:
+        """Hand what was computed on to a later history, so that a trial costs the same always."""
+        later.__dict__["_filtered"] = self._filtered
+        if "complete" in self.__dict__:
+            found = tuple(t for t in trials if t.state == "complete")
+            later.__dict__["complete"] = self.complete + found
+        if "found" in self.__dict__:
+            later.__dict__["found"] = self.found | {t.allocation: t for t in trials}
+        return later
+
+    @cached_property
+    def _filtered(self) -> dict[int | str, tuple[Problem, int, tuple[Trial, ...]]]:
+        return {}
+
+    @cached_property
+    def complete(self) -> tuple[Trial, ...]:
+        """The trials that succeeded, probes and those proposed for other budgets included."""
+        return tuple(t for t in self.trials if t.state == "complete")
+
+    @cached_property
+    def found(self) -> dict[Allocation, Trial]:
+        """The trials, failed ones too, by their allocation."""
+        return {t.allocation: t for t in self.trials}
+
+    def feasible(self, problem: Problem) -> tuple[Trial, ...]:
+        """The successful trials that meet a problem's budgets, whatever they were made for."""
+
+        def wanted(trial: Trial) -> bool:
+            done = trial.state == "complete"
+            return done and problem.meets(problem.indices(trial.allocation))
+
+        return self._filter(id(problem), problem, wanted)
+
+    def candidates(self, problem: Problem) -> tuple[Trial, ...]:
+        """The trials, failed ones too, that were proposed for a problem's budgets."""
+        budget_key = problem.budget_key
+        return self._filter(
+            budget_key, problem, lambda t: not t.probe and t.budget_key == budget_key
+        )
+
+    def _filter(
+        self, key: int | str, problem: Problem, wanted: Callable[[Trial], bool]
+    ) -> tuple[Trial, ...]:
+        """The trials that are wanted; those that were looked at before are not again."""
+        _, seen, known = self._filtered.get(key, (problem, 0, ()))
+        if seen > len(self.trials):  # of a later history
+            seen, known = 0, ()
+        found = known + tuple(t for t in self.trials[seen:] if wanted(t))
+        # The problem is kept too: as long as it lives, no other one has its id.
+        self._filtered[key] = (problem, len(self.trials), found)
+        return found
+
+    @cached_property
+    def proposed(self) -> Set[Allocation]:
+        """Every allocation that was evaluated or is being evaluated."""
+        waiting: dict[Allocation, Any] = dict.fromkeys(self.pending)
+        return ChainMap(waiting, self.found).keys()

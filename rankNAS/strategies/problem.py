@@ -1,0 +1,174 @@
+"""A search in numbers: tables over layers and choices, budgets and objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from rankNAS.allocation import Allocation, Choice
+from rankNAS.budget import budget_key
+from rankNAS.exceptions import BudgetError
+from rankNAS.objectives.base import Direction
+from rankNAS.solver.min_max import min_max
+from rankNAS.solver.pareto import pareto_filter
+from rankNAS.solver.tables import SLACK, least_cost
+
+__all__ = ["Array", "Problem"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search in numbers: tables over layers and choices, budgets and directions.
+
+    Args:
+        choices: Choices of each layer by name, in the order of all tables.
+        errors: Relative error of each choice, one array a layer.
+        costs: By cost name, one array a layer.
+        remainder_cost: By cost name, the cost of everything outside the layers.
+        budget: By cost name, the fraction kept of the dense model's cost.
+        objectives: Names of the objectives.
+        directions: Their directions.
+    """
+
+    choices: Mapping[str, tuple[Choice, ...]]
+    errors: tuple[Array, ...]
+    costs: Mapping[str, tuple[Array, ...]]
+    remainder_cost: Mapping[str, float]
+    budget: Mapping[str, float]
+    objectives: tuple[str, ...] = ("accuracy",)
+    directions: tuple[Direction, ...] = ("maximize",)
+
+    @property
+    def budget_key(self) -> str:
+        """The budgets in words: ``macs<=0.5``, or ``dense`` without any."""
+        return budget_key(self.budget)
+
+    @cached_property
+    def signs(self) -> Array:
+        """By objective, what to multiply a value by so that larger is better."""
+        return np.array([1.0 if d == "maximize" else -1.0 for d in self.directions])
+
+    @cached_property
+    def dense(self) -> dict[str, float]:
+        """By cost name, what the dense model costs; dense is the first choice of every layer."""
+        return {
+            name: self.remainder_cost[name] + float(sum(c[0] for c in table))
+            for name, table in self.costs.items()
+        }
+
+    @cached_property
+    def limits(self) -> dict[str, float]:
+        """By budgeted cost, what the layers together may cost."""
+        return {
+            name: fraction * self.dense[name] - self.remainder_cost[name]
+            for name, fraction in self.budget.items()
+        }
+
+    def within(self, operators: Sequence[str] | None) -> Problem:
+        """The problem with only the choices of some operators that are worth their cost.
+
+        Args:
+            operators: Their names; None allows all. A layer that none of them can decompose stays
+                dense. Of the choices that are left, those that another beats in error and in every
+                cost that is budgeted or an objective are dropped.
+        """
+        names = [n for n in self.costs if n in self.budget or n in self.objectives] or ["macs"]
+        kept = []
+        for i, choices in enumerate(self.choices.values()):
+            allowed = [
+                j
+                for j, c in enumerate(choices)
+                if j == 0 or operators is None or c.operator in operators
+            ]
+            columns = [self.costs[n][i][allowed] for n in names]
+            found = pareto_filter(self.errors[i][allowed], columns, len(allowed))
+            kept.append(sorted({0, *(allowed[j] for j in found)}))
+        return self.restricted(kept)
+
+    def restricted(self, kept: Sequence[Sequence[int]]) -> Problem:
+        """The problem with only some choices of each layer.
+
+        Args:
+            kept: One sequence of indices a layer, dense first.
+        """
+        pairs = zip(self.choices.items(), kept, strict=True)
+        return replace(
+            self,
+            choices={name: tuple(choices[j] for j in keep) for (name, choices), keep in pairs},
+            errors=tuple(e[list(keep)] for e, keep in zip(self.errors, kept, strict=True)),
+            costs={
+                name: tuple(c[list(keep)] for c, keep in zip(table, kept, strict=True))
+                for name, table in self.costs.items()
+            },
+        )
+
+    def labels(self) -> dict[str, list[str]]:
+        """The choices of each layer in words."""
+        return {name: [str(c) for c in choices] for name, choices in self.choices.items()}
+
+    def alone(self, layer: int, choice: int) -> tuple[int, ...]:
+        """Indices at which one layer has a choice and all others are dense."""
+        return tuple(choice if i == layer else 0 for i in range(len(self.errors)))
+
+    def least(self, name: str) -> float:
+        """The smallest fraction of a cost that any allocation keeps."""
+        return (least_cost(self.costs[name]) + self.remainder_cost[name]) / self.dense[name]
+
+    def budgeted(self) -> list[tuple[Array, ...]]:
+        """The cost tables that are bounded, in the order of `limits`."""
+        return [self.costs[name] for name in self.limits]
+
+    def allocation(self, indices: Sequence[int]) -> Allocation:
+        """The allocation of one index per layer."""
+        pairs = zip(self.choices.items(), indices, strict=True)
+        return Allocation(tuple((name, choices[int(i)]) for (name, choices), i in pairs))
+
+    def indices(self, allocation: Mapping[str, Choice]) -> list[int]:
+        """The inverse of `allocation`."""
+        return [choices.index(allocation[name]) for name, choices in self.choices.items()]
+
+    def fractions(self, indices: Sequence[int]) -> dict[str, float]:
+        """By cost name, the fraction of the dense model's cost that is kept."""
+        return {
+            name: (
+                self.remainder_cost[name]
+                + float(sum(c[i] for c, i in zip(table, indices, strict=True)))
+            )
+            / self.dense[name]
+            for name, table in self.costs.items()
+        }
+
+    def meets(self, indices: Sequence[int]) -> bool:
+        """Whether every budget holds."""
+        fractions = self.fractions(indices)
+        return all(fractions[name] <= bound * (1 + SLACK) for name, bound in self.budget.items())
+
+    def check(self) -> None:
+        """Raise a BudgetError, naming the smallest possible fraction, if a budget is too small."""
+        for name, limit in self.limits.items():
+            if least_cost(self.costs[name]) > limit * (1 + SLACK):
+                raise BudgetError(
+                    f"no allocation keeps {name} <= {self.budget[name]:g} of the dense model's; "
+                    f"the smallest possible is {_round_up(self.least(name)):g}."
+                )
+        if len(self.limits) > 1:
+            self._check_together()
+
+    def _check_together(self) -> None:
+        try:
+            min_max(self.errors, self.budgeted(), list(self.limits.values()))
+        except BudgetError:
+            raise BudgetError(
+                f"no allocation meets the budgets {dict(self.budget)} together, although each "
+                "can be met alone; raise one of them."
+            ) from None
+
+
+def _round_up(fraction: float) -> float:
+    return float(np.ceil(fraction * 1e4) / 1e4)

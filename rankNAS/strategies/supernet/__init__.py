@@ -1,0 +1,1 @@
+"""HALOC: differentiable search of ranks on a super-net."""
