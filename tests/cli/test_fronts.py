@@ -9,7 +9,7 @@ import pytest
 
 from rankNAS.cli.fronts import describe_front
 from rankNAS.strategies.base import History, Problem, Trial
-from rankNAS.testing.contracts import random_problem, random_trial
+from rankNAS.testing import random_problem, random_trial
 
 
 def history_of(problem: Problem, seed: int, count: int = 30) -> History:

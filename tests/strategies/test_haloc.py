@@ -50,7 +50,7 @@ from rankNAS.strategies.supernet import (
     penalised,
 )
 from rankNAS.strategies.tables import build_problem
-from rankNAS.testing.contracts import LAYERS, StrategyContract, random_problem
+from rankNAS.testing import LAYERS, StrategyContract, random_problem
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -28,7 +28,7 @@ from rankNAS.strategies.bayesian.bolaco import (
     surrogate,
 )
 from rankNAS.strategies.bayesian.keep_ratios import KeepRatios
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestBolaco(StrategyContract):

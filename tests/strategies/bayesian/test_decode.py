@@ -15,7 +15,7 @@ from rankNAS.solver.programmes import SLACK, min_max
 from rankNAS.strategies.base import Problem
 from rankNAS.strategies.bayesian import decode as decode_module
 from rankNAS.strategies.bayesian.decode import decode, decode_best, lowered, lowered_by, preference
-from rankNAS.testing.contracts import random_problem
+from rankNAS.testing import random_problem
 
 problems = st.builds(
     random_problem,

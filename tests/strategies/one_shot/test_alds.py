@@ -29,7 +29,7 @@ from rankNAS.strategies.base import Problem
 from rankNAS.strategies.one_shot.alds import Alds, bound, iterate, spectral_errors
 from rankNAS.strategies.one_shot.base import Energy
 from rankNAS.strategies.tables import build_problem
-from rankNAS.testing.contracts import StrategyContract
+from rankNAS.testing import StrategyContract
 
 seeds = st.integers(0, 10**6)
 

@@ -14,7 +14,7 @@ from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.strategies.base import History, Problem
 from rankNAS.strategies.one_shot.base import Energy
 from rankNAS.strategies.one_shot.hw_filter import HardwareFilter, faster_than_dense
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 
 def timed(seed: int, *, layers: int = 4, choices: int = 5, budget: float = 1.0) -> Problem:

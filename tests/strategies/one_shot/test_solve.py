@@ -15,7 +15,7 @@ from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.strategies.base import History, Problem
 from rankNAS.strategies.one_shot.base import Energy
 from rankNAS.strategies.one_shot.solve import Solve
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 problems = st.builds(
     random_problem,

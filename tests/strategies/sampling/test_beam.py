@@ -22,7 +22,7 @@ from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.strategies.base import History, Problem, Request, Trial
 from rankNAS.strategies.sampling.beam import Beam, State, beam_search
 from rankNAS.strategies.tables import build_problem
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestBeam(StrategyContract):

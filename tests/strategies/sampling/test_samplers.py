@@ -27,7 +27,7 @@ from rankNAS.strategies.sampling.samplers import (
     _recovered,
     _variables,
 )
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestTpe(StrategyContract):

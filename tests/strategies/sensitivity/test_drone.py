@@ -17,7 +17,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.strategies.base import History, Problem, Trial
 from rankNAS.strategies.one_shot.base import Energy
 from rankNAS.strategies.sensitivity.drone import TIE, Drone
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 seeds = st.integers(0, 10**6)
 

@@ -13,7 +13,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import BudgetError
 from rankNAS.strategies.base import History, Problem, Trial
 from rankNAS.strategies.sensitivity.strs import Measured, Strs, _Truncated, truncate
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestStrs(StrategyContract):
