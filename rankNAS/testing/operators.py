@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankNAS.decompositions import (
     NORMS,
     ErrorNorm,
+    Factors,
     LayerShape,
     NormName,
     Operator,
@@ -29,6 +30,10 @@ from rankNAS.decompositions import (
 __all__ = ["LAYERS", "LayerCase", "OperatorContract", "definition_of_error", "random_statistics"]
 
 T = TypeVar("T")
+FEW = 3  # layers for each norm but `MAIN`, which runs on all
+MAIN: NormName = "fisher"  # weights both inputs and outputs, as each other norm does in part
+SINGULAR = [(samples, centred) for samples in (0, 1, 3) for centred in (False, True)]
+_FACTORS: dict[tuple[object, ...], Factors] = {}  # read-only once made, so tests share them
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,18 @@ def definition_of_error(norm: ErrorNorm, W: Tensor, approximation: Tensor) -> fl
 
 
 class OperatorContract:
-    """What every operator promises, tried on every kind of layer and in every metric.
+    """What every operator promises, tried on every kind of layer and in every norm.
 
     Set `operator`. `layers` may be narrowed or extended; those that the operator refuses are left
-    out.
+    out. The norm `fisher` is tried on all layers, and each other norm on a few of them.
     """
 
     operator: ClassVar[Operator]
     layers: ClassVar[dict[str, LayerCase]] = LAYERS
+    norm_free: ClassVar[set[str]] = {
+        "test_the_chain_computes_the_multiplied_out_weight",
+        "test_a_zero_weight_gives_zero_factors",
+    }  # holds for any norm if it holds for one; tried in `weight` too, which has no matrices
 
     def multiples(self, rank: Rank) -> Rank:
         """The entries of a rank that `multiple_of` applies to; override if not all of them."""
@@ -140,11 +149,22 @@ class OperatorContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Every test that takes a layer runs on all that the operator does not refuse."""
-        if "layer" in metafunc.fixturenames:
-            usable = [
-                n for n, x in self.layers.items() if self.operator.refuses(x.shape()) is None
-            ]
-            assert usable, "the operator refuses every layer"
+        if "layer" not in metafunc.fixturenames:
+            return
+        usable = [n for n, x in self.layers.items() if self.operator.refuses(x.shape()) is None]
+        assert usable, "the operator refuses every layer"
+        few = _thinned(usable, FEW)
+        if "norm" in metafunc.fixturenames:
+            free = metafunc.function.__name__ in self.norm_free
+            cases = [(n, MAIN) for n in usable]
+            cases += [(n, x) for x in (("weight",) if free else NORMS) if x != MAIN for n in few]
+            metafunc.parametrize(("layer", "norm"), cases, indirect=True)
+        elif "samples" in metafunc.fixturenames:
+            # One centred sample is all zeros.
+            rows = {n: SINGULAR if n in few else [(1, True), (3, False)] for n in usable}
+            singular = [(n, *row) for n in usable for row in rows[n]]
+            metafunc.parametrize(("layer", "samples", "centred"), singular, indirect=["layer"])
+        else:
             metafunc.parametrize("layer", usable, indirect=True)
 
     @pytest.fixture
@@ -152,10 +172,23 @@ class OperatorContract:
         """A layer that the operator does not refuse."""
         return self.layers[request.param]
 
-    @pytest.fixture(params=NORMS)
+    @pytest.fixture
     def norm(self, request: pytest.FixtureRequest, layer: LayerCase) -> ErrorNorm:
-        """Each metric, with statistics of random inputs."""
+        """A norm, with statistics of random inputs."""
         return make_norm(cast(NormName, request.param), random_statistics(layer.shape()))
+
+    @pytest.fixture
+    def factors(
+        self, request: pytest.FixtureRequest, layer: LayerCase, norm: ErrorNorm
+    ) -> Factors:
+        """The factors of the layer in the norm at all of `ranks`, the same for all tests."""
+        parameters = request.node.callspec.params
+        key = type(self), parameters["layer"], parameters["norm"]
+        if key not in _FACTORS:
+            shape = layer.shape()
+            target = Target(_folded(shape, layer.module()), norm)
+            _FACTORS[key] = self.operator.factorise(shape, target, self.ranks(shape))
+        return _FACTORS[key]
 
     def families(self, shape: LayerShape) -> list[list[Rank]]:
         """A few families, each thinned to a few ranks; first and last are kept."""
@@ -212,12 +245,10 @@ class OperatorContract:
             }
 
     def test_the_chain_computes_the_multiplied_out_weight(
-        self, layer: LayerCase, norm: ErrorNorm
+        self, layer: LayerCase, norm: ErrorNorm, factors: Factors
     ) -> None:
         shape, module, x = layer.shape(), layer.module(), layer.input()
-        ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, Target(_folded(shape, module), norm), ranks)
-        for rank in ranks:
+        for rank in self.ranks(shape):
             reference = layer.module()
             reference.weight = nn.Parameter(
                 shape.unfold(factors.weight(rank)), requires_grad=False
@@ -229,20 +260,19 @@ class OperatorContract:
             tolerance = (1e-4 if single else 1e-9) * float(expected.abs().max())
             torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
-    def test_error_is_its_definition(self, layer: LayerCase, norm: ErrorNorm) -> None:
+    def test_error_is_its_definition(
+        self, layer: LayerCase, norm: ErrorNorm, factors: Factors
+    ) -> None:
         shape = layer.shape()
         weight = _folded(shape, layer.module())
-        ranks = self.ranks(shape)
-        factors = self.operator.factorise(shape, Target(weight, norm), ranks)
-        for rank in ranks:
+        for rank in self.ranks(shape):
             direct = definition_of_error(norm, weight.flatten(2), factors.weight(rank))
             assert factors.error(rank) == pytest.approx(direct, rel=1e-6, abs=1e-9)
 
-    def test_full_rank_is_exact(self, layer: LayerCase, norm: ErrorNorm) -> None:
+    def test_full_rank_is_exact(self, layer: LayerCase, norm: ErrorNorm, factors: Factors) -> None:
         shape = layer.shape()
         weight = _folded(shape, layer.module())
         full = self.operator.families(shape)[-1][-1]
-        factors = self.operator.factorise(shape, Target(weight, norm), [full])
         assert factors.error(full) == pytest.approx(0, abs=1e-9)
         torch.testing.assert_close(factors.weight(full), weight.flatten(2), rtol=0, atol=1e-6)
 
@@ -269,8 +299,6 @@ class OperatorContract:
             alone = self.operator.factorise(shape, Target(weight, norm), [rank])
             assert alone.error(rank) == pytest.approx(together.error(rank), rel=1e-6, abs=1e-9)
 
-    @pytest.mark.parametrize("samples", [0, 1, 3])
-    @pytest.mark.parametrize("centred", [False, True])
     def test_singular_statistics_give_finite_factors(
         self, layer: LayerCase, samples: int, centred: bool
     ) -> None:
