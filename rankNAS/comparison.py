@@ -40,7 +40,9 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
-from rankNAS.strategies.base import Problem, Strategy, Trial
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import Trial
+from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
 
 __all__ = ["COLUMNS", "DENSE_MODEL", "OK", "Row", "compare", "summarise"]

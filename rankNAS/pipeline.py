@@ -32,7 +32,8 @@ from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import hardware_choices
 from rankNAS.settings import Settings
 from rankNAS.solver.pareto import pareto_filter
-from rankNAS.strategies.base import Problem, Request, Strategy
+from rankNAS.strategies.base import Request, Strategy
+from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
 
 __all__ = ["prepare", "requests"]

@@ -21,7 +21,9 @@ from rankNAS.models import artifact
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
-from rankNAS.strategies.base import History, Problem, Strategy, Trial
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
 
 __all__ = ["Study", "front"]
 

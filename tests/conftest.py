@@ -9,7 +9,10 @@ import os
 # than they compute.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
+# As Ray does for a cluster of its own; whoever joins one by its address has to say so.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +20,17 @@ from typing import Any
 
 import pytest
 import torch
+from groups import group_of, rank_of
+from networks import small, split, write_model
 from postgres import Cluster, programs
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from rankNAS.cli import main
 from rankNAS.plugins import load_callable
+
+torch.set_num_threads(1)  # whoever imported torch before us
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = [
@@ -31,6 +38,24 @@ FLAGS = [
     *("--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--window-size=1400,2400"),
 ]
+CLUSTER = """
+import sys
+import ray
+store = 128 * 2**20
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=store)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+# Before pytest-xdist, which reads the marks.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each group of tests runs in one process; long ones begin first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=rank_of)
 
 
 @pytest.fixture(autouse=True)
@@ -38,55 +63,15 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("RANKNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-class SmallNet(nn.Module):
-    """Two convolutions, a batch norm and two linear layers, on 3 x 8 x 8 images."""
-
-    def __init__(self, num_classes: int = 4) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
-        self.linear = nn.Linear(16, 64)
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.conv1(x)))
-        x = torch.relu(self.conv2(x)).mean((2, 3))
-        out: Tensor = self.head(torch.relu(self.linear(x)))
-        return out
-
-
 @pytest.fixture
 def small_net() -> nn.Module:
-    torch.manual_seed(0)
-    return SmallNet().eval()
+    return small()
 
 
 @pytest.fixture
 def small_data() -> tuple[TensorDataset, TensorDataset]:
     """300 training and 80 test images whose class is the sign pattern of two channel means."""
-    generator = torch.Generator().manual_seed(1)
-    y = torch.randint(0, 4, (380,), generator=generator)
-    x = torch.randn(380, 3, 8, 8, generator=generator)
-    x[:, 0] += (y % 2 * 2 - 1).reshape(-1, 1, 1)
-    x[:, 1] += (y // 2 * 2 - 1).reshape(-1, 1, 1)
-    return TensorDataset(x[:300], y[:300]), TensorDataset(x[300:], y[300:])
-
-
-def write_model(folder: Path) -> str:
-    """``file.py:factory`` of a small network for 32 x 32 images, as a user would write it."""
-    path = folder / "my_model.py"
-    path.write_text(
-        "from torch import nn\n"
-        "def factory(num_classes):\n"
-        "    return nn.Sequential(\n"
-        "        nn.Conv2d(3, 16, 3, stride=4, padding=1, bias=False), nn.BatchNorm2d(16),\n"
-        "        nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(),\n"
-        "        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),\n"
-        "        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),\n"
-        "        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))\n"
-    )
-    return f"{path}:factory"
+    return split()
 
 
 @pytest.fixture
@@ -115,6 +100,19 @@ def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
             main()
     assert not stopped.value.code
     return folder / "ranknas-studies" / "small"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster on this computer, which another process has started."""
+    pytest.importorskip("ray")
+    program = [sys.executable, "-c", CLUSTER]
+    owner = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    address = owner.stdout.readline().strip()
+    assert address, "Ray has not started"
+    yield address
+    owner.communicate("")  # the end of its input is the end of the cluster
 
 
 @pytest.fixture(scope="session")

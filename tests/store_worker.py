@@ -14,7 +14,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.storage.backends import open_storage
 from rankNAS.storage.locks import study_lock
 from rankNAS.storage.store import Claim, StudyStore
-from rankNAS.strategies.base import Trial
+from rankNAS.strategies.history import Trial
 
 TARGET = "macs<=0.5"
 CHOICES = {f"layer{i}": ["dense", "svd:1", "svd:2", "svd:3"] for i in range(4)}

@@ -24,7 +24,9 @@ from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.objectives.quality import kl_divergence
 from rankNAS.recovery.training import TrainingConfig, train
 from rankNAS.strategies import Energy, Random, Uniform
-from rankNAS.strategies.base import History, Problem, Request, Strategy
+from rankNAS.strategies.base import Request, Strategy
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Problem
 
 Pair = tuple[TensorDataset, TensorDataset]
 SETTINGS = rankNAS.Settings(calibration=64, validation=50)

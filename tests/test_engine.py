@@ -26,7 +26,9 @@ from rankNAS.exceptions import (
 from rankNAS.recovery.training import TrainingConfig
 from rankNAS.search_spaces.compiler import count_macs
 from rankNAS.strategies import Energy, OneShot, Random, Request, Uniform
-from rankNAS.strategies.base import History, Problem, Strategy
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Problem
 
 Pair = tuple[TensorDataset, TensorDataset]
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from rankNAS.solver.pareto import hypervolume
-from rankNAS.strategies.base import History, Problem
+from rankNAS.strategies.history import History
+from rankNAS.strategies.problem import Problem
 from rankNAS.study import front
 
 __all__ = ["describe_front"]

@@ -10,7 +10,7 @@ from rankNAS.decompositions import OPERATORS
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.search_spaces.base import Layer
 from rankNAS.search_spaces.policies import rank_limits
-from rankNAS.strategies.base import Problem
+from rankNAS.strategies.problem import Problem
 
 __all__ = ["describe_layers"]
 

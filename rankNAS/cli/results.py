@@ -24,7 +24,8 @@ from rankNAS.evaluation.evaluator import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.recovery.training import TrainingConfig
-from rankNAS.strategies.base import Problem, Trial
+from rankNAS.strategies.history import Trial
+from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
 
 __all__ = ["solution_for", "describe_trial", "keep", "load_result"]

@@ -41,7 +41,7 @@ from rankNAS.settings import Settings
 from rankNAS.storage.redaction import redacted, without_password
 from rankNAS.storage.store import study_names
 from rankNAS.strategies import make_strategy
-from rankNAS.strategies.base import Trial
+from rankNAS.strategies.history import Trial
 from rankNAS.study import Study
 
 __all__ = ["run_resume", "run_search"]

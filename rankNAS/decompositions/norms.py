@@ -28,7 +28,7 @@ from rankNAS.exceptions import UsageError
 __all__ = ["NORMS", "ErrorNorm", "NormName", "Statistics", "Target", "make_norm", "matrix_root"]
 
 NormName = Literal["weight", "input", "fisher", "pooled"]
-NORMS: tuple[str, ...] = get_args(NormName)
+NORMS: tuple[NormName, ...] = get_args(NormName)
 RIDGE = 1e-6  # of the mean diagonal: statistics of few samples are rank-deficient
 
 

@@ -1,4 +1,43 @@
-"""Contract suites for plug-ins, and small problems to test with."""
+"""Contracts as test classes, for authors of extensions, and small problems. Needs pytest.
 
-from rankNAS.testing.contracts import *  # noqa: F403
-from rankNAS.testing.contracts import __all__ as __all__
+Subclass one in a test file and say what is tested::
+
+    class TestMyOperator(OperatorContract):
+        operator = MyOperator()
+
+    class TestMyStrategy(StrategyContract):
+        strategy = MyStrategy()
+
+    class TestMyHardware(HardwareContract):
+        hardware = MyHardware()
+
+    class TestMyObjective(ObjectiveContract):
+        objective = MyObjective()
+
+RankNAS holds its own to the same classes.
+"""
+
+from rankNAS.testing.hardware import HardwareContract
+from rankNAS.testing.objectives import ObjectiveContract
+from rankNAS.testing.operators import (
+    LAYERS,
+    LayerCase,
+    OperatorContract,
+    definition_of_error,
+    random_statistics,
+)
+from rankNAS.testing.problems import random_problem, random_trial
+from rankNAS.testing.strategies import StrategyContract
+
+__all__ = [
+    "LAYERS",
+    "HardwareContract",
+    "LayerCase",
+    "ObjectiveContract",
+    "OperatorContract",
+    "StrategyContract",
+    "definition_of_error",
+    "random_problem",
+    "random_statistics",
+    "random_trial",
+]

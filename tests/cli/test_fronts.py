@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from rankNAS.cli.fronts import describe_front
-from rankNAS.strategies.base import History, Problem, Trial
-from rankNAS.testing.contracts import random_problem, random_trial
+from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.problem import Problem
+from rankNAS.testing import random_problem, random_trial
 
 
 def history_of(problem: Problem, seed: int, count: int = 30) -> History:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
+import sqlite3
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from processes import Command
 from safetensors.torch import save_file
 
+from rankNAS.cli import main
 from rankNAS.plugins import load_callable
 
 SECONDS = 120.0  # for what should take a few
 
 
-def begun(model_file: str, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
+def begun(model_file: str, tmp_path: Path, *options: str, fresh: bool = False) -> Command:
     """A search whose trials take a while, once it has finished a few of them."""
     objective = tmp_path / "slow.py"
     objective.write_text(
@@ -32,67 +35,79 @@ def begun(model_file: str, tmp_path: Path, *options: str) -> subprocess.Popen[st
     )
     weights = tmp_path / "weights.safetensors"
     save_file(load_callable(model_file)(10).state_dict(), weights)
-    command = [sys.executable, "-m", "rankNAS", "search", "--space", model_file, "--study", "s"]
-    command += ["--weights", str(weights), "--calibration", "64", "--validation", "64"]
-    command += ["--out", str(tmp_path), "--strategy", "random", "--budget", "0.5", "--quiet"]
-    command += ["--trials", "400", "--objective", f"{objective}:slow", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
+    arguments = ["search", "--space", model_file, "--study", "s"]
+    arguments += ["--weights", str(weights), "--calibration", "64", "--validation", "64"]
+    arguments += ["--out", str(tmp_path), "--strategy", "random", "--budget", "0.5", "--quiet"]
+    arguments += ["--trials", "400", "--objective", f"{objective}:slow", *options]
+    command = Command(arguments, tmp_path, fresh=fresh)
     until = time.monotonic() + SECONDS
-    while len(finished(tmp_path)) < 3:
-        assert process.poll() is None, process.communicate()[1]
+    while finished(tmp_path) < 3:
+        assert command.ended() is None, command.errors.read_text()
         assert time.monotonic() < until, "the search does not begin"
-        time.sleep(0.2)
-    return process
+        time.sleep(0.1)
+    return command
 
 
-def trials(tmp_path: Path) -> list[optuna.trial.FrozenTrial]:
+def finished(tmp_path: Path) -> int:
+    """Trials that have finished. Optuna would make tables, which the search is making."""
     database = tmp_path / "s" / "study.db"
-    if not database.exists():
-        return []
     try:
-        storage = f"sqlite:///{database}"
-        return optuna.load_study(study_name="s", storage=storage).trials
-    except Exception:  # it is being made
-        return []
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            query = "select count(*) from trials where state = 'COMPLETE'"
+            return int(connection.execute(query).fetchone()[0])
+    except sqlite3.Error:  # it is being made
+        return 0
 
 
-def finished(tmp_path: Path) -> list[optuna.trial.FrozenTrial]:
-    return [t for t in trials(tmp_path) if t.state == TrialState.COMPLETE]
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
-@pytest.mark.parametrize("workers", [1, 2])
-def test_once_ends_cleanly(model_file: str, tmp_path: Path, workers: int) -> None:
-    process = begun(model_file, tmp_path, "--workers", str(workers))
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
+@pytest.mark.parametrize(
+    ("workers", "fresh"),
+    [(1, True), pytest.param(2, False, marks=pytest.mark.xdist_group("ray"))],
+    ids=["1", "2"],
+)
+def test_once_ends_cleanly(
+    model_file: str,
+    tmp_path: Path,
+    workers: int,
+    fresh: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two workers need Ray, which the command starts by itself."""
+    command = begun(model_file, tmp_path, "--workers", str(workers), fresh=fresh)
+    command.send(signal.SIGINT)
+    assert command.ended(SECONDS) == 130
+    told = command.errors.read_text()
     assert "Traceback" not in told
     assert "best so far for macs<=0.5: trial" in told
     assert f"ranknas resume s --out {tmp_path}" in told
-    found = trials(tmp_path)
+    storage = f"sqlite:///{tmp_path / 's' / 'study.db'}"
+    found = optuna.load_study(study_name="s", storage=storage).trials
     broken = [t for t in found if t.state != TrialState.COMPLETE]
     assert 1 <= len(broken) <= workers
     assert {t.state for t in broken} == {TrialState.FAIL}
     assert {t.user_attrs["reason"] for t in broken} == {"interrupted"}
-    count = len(finished(tmp_path))
-    command = [sys.executable, "-m", "rankNAS", "resume", "s", "--out", str(tmp_path)]
-    command += ["--trials", str(count + 2), "--workers", "1", "--trust-study", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert done.returncode == 0, done.stderr
+    count = finished(tmp_path)
+    arguments = ["resume", "s", "--out", str(tmp_path), "--trials", str(count + 2)]
+    arguments += ["--workers", "1", "--trust-study", "--json"]
+    capfd.readouterr()
+    monkeypatch.setattr(sys, "argv", ["ranknas", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    done = capfd.readouterr()
+    assert not stopped.value.code, done.err
     # What was broken off is done again, and is no trial of the search.
-    assert len(finished(tmp_path)) == count + 2 == len(json.loads(done.stdout)["trials"])
+    assert finished(tmp_path) == count + 2 == len(json.loads(done.out)["trials"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
 def test_twice_stops_at_once(model_file: str, tmp_path: Path) -> None:
-    process = begun(model_file, tmp_path)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
+    command = begun(model_file, tmp_path)
+    command.send(signal.SIGINT)
+    command.send(signal.SIGINT)
     started = time.monotonic()
-    process.communicate(timeout=SECONDS)
-    assert process.returncode in (-signal.SIGINT, 130)
+    assert command.ended(SECONDS) in (-signal.SIGINT, 130)
     assert time.monotonic() - started < 20
-    assert len(finished(tmp_path)) >= 3
+    assert finished(tmp_path) >= 3

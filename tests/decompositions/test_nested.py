@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankNAS.decompositions import ErrorNorm, LayerShape, Target, make_norm
 from rankNAS.decompositions.nested import diagonal_blocks, leading_rows, nested_basis
-from rankNAS.testing.contracts import definition_of_error, random_statistics
+from rankNAS.testing import definition_of_error, random_statistics
 
 
 def normal(seed: int, *size: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from rankNAS.decompositions import NORMS, ErrorNorm, LayerShape, Statistics, make_norm
 from rankNAS.decompositions.norms import RIDGE, matrix_root
 from rankNAS.exceptions import UsageError
-from rankNAS.testing.contracts import definition_of_error, random_statistics
+from rankNAS.testing import definition_of_error, random_statistics
 
 SHAPE = LayerShape(10, 6, groups=2)
 STATISTICS = random_statistics(SHAPE)

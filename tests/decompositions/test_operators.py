@@ -20,7 +20,7 @@ from rankNAS.decompositions import (
     Tucker2,
     make_norm,
 )
-from rankNAS.testing.contracts import LAYERS, OperatorContract, random_statistics
+from rankNAS.testing import LAYERS, OperatorContract, random_statistics
 
 
 class TestSvd(OperatorContract):

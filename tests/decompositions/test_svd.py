@@ -31,7 +31,7 @@ from rankNAS.decompositions import (
     make_norm,
 )
 from rankNAS.search_spaces.base import Layer, SearchSpace
-from rankNAS.testing.contracts import definition_of_error, random_statistics
+from rankNAS.testing import definition_of_error, random_statistics
 
 seeds = st.integers(0, 10**6)
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankNAS.decompositions import ErrorNorm, Factors, LayerShape, Svd, Target, Tucker2, make_norm
-from rankNAS.testing.contracts import definition_of_error, random_statistics
+from rankNAS.testing import definition_of_error, random_statistics
 
 
 def normal(seed: int, *size: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,22 +25,6 @@ from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.storage.store import Claim
 
 Pair = tuple[TensorDataset, TensorDataset]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Ray, started once: it takes its time."""
-    import ray
-
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="critical",
-        object_store_memory=128 * 2**20,
-    )
-    yield
-    ray.shutdown()
 
 
 class Misbehaving:
@@ -96,7 +79,7 @@ def done(executor: Parallel, evaluations: list[Evaluation]) -> dict[Allocation, 
     return found
 
 
-def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Module) -> None:
+def test_each_trial_fails_alone(cluster: str, tmp_path: Path, small_net: nn.Module) -> None:
     own = evaluator(tmp_path, small_net)
     space = own.factorisation.space
     evaluations = []
@@ -109,7 +92,7 @@ def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Mod
     for i, order in orders.items():
         params = sum(p.numel() for p in own.network(allocations[i]).parameters())
         (tmp_path / str(params)).write_text(order)
-    executor = Parallel(own, Workers(2, timeout=5.0))
+    executor = Parallel(own, Workers(2, cluster, timeout=5.0))
     try:
         found = done(executor, evaluations)
     finally:
@@ -128,7 +111,7 @@ def test_each_trial_fails_alone(cluster: None, tmp_path: Path, small_net: nn.Mod
 
 
 def test_one_worker_measures_what_no_worker_does(
-    cluster: None, small_net: nn.Module, small_data: Pair
+    cluster: str, small_net: nn.Module, small_data: Pair
 ) -> None:
     settings = rankNAS.Settings(calibration=64, validation=50, early_stopping=True)
 
@@ -144,7 +127,7 @@ def test_one_worker_measures_what_no_worker_does(
             workers=workers,
         )
 
-    alone, ray = searched(Workers(1)), searched(Workers(1, timeout=100.0))
+    alone, ray = searched(Workers(1)), searched(Workers(1, cluster))
     assert [t.allocation for t in ray.trials] == [t.allocation for t in alone.trials]
     assert [t.state for t in ray.trials] == [t.state for t in alone.trials]
     assert "pruned" in {t.state for t in alone.trials}
@@ -152,7 +135,7 @@ def test_one_worker_measures_what_no_worker_does(
         assert other.metrics == pytest.approx(one.metrics, rel=1e-5, abs=1e-6)
 
 
-def test_two_workers_share_a_search(cluster: None, tmp_path: Path) -> None:
+def test_two_workers_share_a_search(cluster: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(5) for layer in (nn.Linear(64, 64), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(64, 4)).eval()
@@ -167,7 +150,7 @@ def test_two_workers_share_a_search(cluster: None, tmp_path: Path) -> None:
         n_trials=8,
         settings=settings,
         storage=f"sqlite:///{tmp_path}/study.db",
-        workers=2,
+        workers=Workers(2, cluster),
     )
     for problem in study.problems:
         assert len(study.history.candidates(problem)) == 8

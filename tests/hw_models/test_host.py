@@ -27,7 +27,7 @@ from rankNAS.hw_models.regression import StageRegression, kind_of, traffic
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
-from rankNAS.testing.contracts import HardwareContract
+from rankNAS.testing import HardwareContract
 
 REST, DENSE_FACTOR, FACTOR = 3e-3, 1.2, 0.9
 

@@ -20,7 +20,7 @@ from rankNAS.hw_models import (
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
-from rankNAS.testing.contracts import HardwareContract
+from rankNAS.testing import HardwareContract
 
 
 @cache

@@ -13,7 +13,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.imc import Crossbar, ImcArray, Mapping, cycles, low_rank_cycles
 from rankNAS.search_spaces.base import Layer
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
-from rankNAS.testing.contracts import HardwareContract
+from rankNAS.testing import HardwareContract
 
 # Input side, kernel, channels in and out of convolutions without padding, then cycles by im2col,
 # SDK and VW-SDK on 512 x 512, as the authors of VW-SDK publish them.

@@ -14,7 +14,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import Device, Roofline, device_names, make_hardware
 from rankNAS.hw_models.devices import read_device
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.testing.contracts import HardwareContract
+from rankNAS.testing import HardwareContract
 
 CONTENT: dict[str, Any] = {
     "name": "board",

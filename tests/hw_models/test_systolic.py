@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.systolic import Systolic
-from rankNAS.testing.contracts import HardwareContract
+from rankNAS.testing import HardwareContract
 
 
 class TestSystolic(HardwareContract):

@@ -26,7 +26,7 @@ from rankNAS.objectives import (
     make_objective,
 )
 from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl
-from rankNAS.testing.contracts import ObjectiveContract
+from rankNAS.testing import ObjectiveContract
 
 
 def candidate(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> EvaluationResult:

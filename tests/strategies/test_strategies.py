@@ -30,7 +30,7 @@ from rankNAS.strategies import (
     make_strategy,
 )
 from rankNAS.strategies.sampling.shares import within_shares
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestUniform(StrategyContract):

@@ -30,7 +30,7 @@ from rankNAS.strategies.bayesian.bolaco import (
 from rankNAS.strategies.bayesian.keep_ratios import KeepRatios
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Problem
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestBolaco(StrategyContract):

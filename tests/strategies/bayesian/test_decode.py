@@ -16,7 +16,7 @@ from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.bayesian import decode as decode_module
 from rankNAS.strategies.bayesian.decode import decode, decode_best, lowered, lowered_by, preference
 from rankNAS.strategies.problem import Problem
-from rankNAS.testing.contracts import random_problem
+from rankNAS.testing import random_problem
 
 problems = st.builds(
     random_problem,

@@ -14,7 +14,7 @@ from rankNAS.decompositions import LayerShape, Svd
 from rankNAS.exceptions import BudgetError
 from rankNAS.strategies.bayesian.keep_ratios import BAND, KeepRatios, kind
 from rankNAS.strategies.problem import Array, Problem
-from rankNAS.testing.contracts import random_problem
+from rankNAS.testing import random_problem
 
 WIDTH, HIDDEN = 4096, 11008  # LLaMA 7B
 SHAPES = {

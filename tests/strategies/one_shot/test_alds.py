@@ -29,7 +29,7 @@ from rankNAS.strategies.one_shot.alds import Alds, bound, iterate, spectral_erro
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
-from rankNAS.testing.contracts import StrategyContract
+from rankNAS.testing import StrategyContract
 
 seeds = st.integers(0, 10**6)
 

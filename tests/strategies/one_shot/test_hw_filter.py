@@ -15,7 +15,7 @@ from rankNAS.strategies.history import History
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.hw_filter import HardwareFilter, faster_than_dense
 from rankNAS.strategies.problem import Problem
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 
 def timed(seed: int, *, layers: int = 4, choices: int = 5, budget: float = 1.0) -> Problem:

@@ -21,7 +21,7 @@ from rankNAS.decompositions.norms import NORMS
 from rankNAS.search_spaces import compile_space
 from rankNAS.strategies.one_shot.lc import LearningCompression, c_step, energy
 from rankNAS.strategies.problem import Problem
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 seeds = st.integers(0, 10**6)
 

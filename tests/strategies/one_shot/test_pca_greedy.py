@@ -16,7 +16,7 @@ import rankNAS
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.strategies.one_shot.pca_greedy import PcaGreedy, output_spectrum, removal_scores
 from rankNAS.strategies.problem import Problem
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 seeds = st.integers(0, 10**6)
 

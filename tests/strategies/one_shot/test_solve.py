@@ -16,7 +16,7 @@ from rankNAS.strategies.history import History
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.solve import Solve
 from rankNAS.strategies.problem import Problem
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 problems = st.builds(
     random_problem,

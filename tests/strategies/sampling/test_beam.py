@@ -24,7 +24,7 @@ from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sampling.beam import Beam, State, beam_search
 from rankNAS.strategies.tables import build_problem
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestBeam(StrategyContract):

@@ -24,7 +24,7 @@ from rankNAS.strategies.sampling.nsga2 import Nsga2
 from rankNAS.strategies.sampling.random import Random
 from rankNAS.strategies.sampling.samplers import WIDTH, _decoded, _recovered, _variables
 from rankNAS.strategies.sampling.tpe import Tpe
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestTpe(StrategyContract):

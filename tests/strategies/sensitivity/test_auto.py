@@ -24,7 +24,7 @@ from rankNAS.strategies.sensitivity.tables import (
     sensitivity_probes,
     sensitivity_tables,
 )
-from rankNAS.testing.contracts import StrategyContract, random_problem
+from rankNAS.testing import StrategyContract, random_problem
 
 
 class TestAuto(StrategyContract):

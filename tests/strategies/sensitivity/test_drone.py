@@ -18,7 +18,7 @@ from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sensitivity.drone import TIE, Drone
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 seeds = st.integers(0, 10**6)
 

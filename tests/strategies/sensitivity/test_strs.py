@@ -14,7 +14,7 @@ from rankNAS.exceptions import BudgetError
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sensitivity.strs import Measured, Strs, _Truncated, truncate
-from rankNAS.testing.contracts import StrategyContract, random_problem, random_trial
+from rankNAS.testing import StrategyContract, random_problem, random_trial
 
 
 class TestStrs(StrategyContract):

@@ -51,7 +51,7 @@ from rankNAS.strategies.supernet.losses import (
 )
 from rankNAS.strategies.supernet.network import FactoredWeight, SuperNet, multiply
 from rankNAS.strategies.tables import build_problem
-from rankNAS.testing.contracts import LAYERS, StrategyContract, random_problem
+from rankNAS.testing import LAYERS, StrategyContract, random_problem
 
 
 def generator(seed: int = 0) -> torch.Generator:
