@@ -19,11 +19,11 @@ import torch
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
+from rankNAS.formats import FORMAT, current_format, upgraded
 from rankNAS.io.files import read_json, write_json
 
 __all__ = ["Measurement", "NetworkFit", "Profile", "Terms"]
 
-FORMAT = 1
 CHECKSUM = "sha256"  # of everything else; a file without it is read as it is
 
 
@@ -110,7 +110,7 @@ class Profile:
         stages = [{**asdict(shape), **asdict(m)} for shape, m in self.stages.items()]
         networks = {key: asdict(fit) for key, fit in self.networks.items()}
         content = {
-            "format": FORMAT,
+            FORMAT: current_format("device"),
             "terms": asdict(self.terms),
             "stages": stages,
             "networks": networks,
@@ -129,14 +129,11 @@ class Profile:
         except (OSError, ValueError) as error:
             raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
         try:
-            if content["format"] != FORMAT:
-                raise UsageError(
-                    f"device file {str(path)!r} has format {content['format']!r}, not {FORMAT}; "
-                    "profile again."
-                )
-            terms = Terms(**content["terms"])
-            stages = dict(_stage(row) for row in content["stages"])
-            networks = {key: NetworkFit(**fit) for key, fit in content["networks"].items()}
+            signed = {key: value for key, value in content.items() if key != CHECKSUM}
+            current = upgraded("device", content, f"device file {str(path)!r}")
+            terms = Terms(**current["terms"])
+            stages = dict(_stage(row) for row in current["stages"])
+            networks = {key: NetworkFit(**fit) for key, fit in current["networks"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"device file {str(path)!r} is damaged or incomplete: {error!r}; profile again."
@@ -154,7 +151,6 @@ class Profile:
                     f"device file {str(path)!r}: {shape} takes {found.seconds} ± {found.sigma} "
                     "seconds; expected positive numbers."
                 )
-        signed = {key: value for key, value in content.items() if key != CHECKSUM}
         if content.get(CHECKSUM, expected := _checksum(signed)) != expected:
             raise UsageError(
                 f"device file {str(path)!r} does not match its checksum, so it was damaged or "

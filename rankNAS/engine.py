@@ -9,6 +9,7 @@ import optuna
 import torch
 from torch import nn
 
+from rankNAS.allocation import Allocation
 from rankNAS.budget import BUDGET_COSTS, check_budgets
 from rankNAS.data.loading import DataSource, load_data
 from rankNAS.evaluation.context import Progress
@@ -43,6 +44,7 @@ def search(
     name: str = "study",
     seed: int = 0,
     resume: bool = False,
+    start: Sequence[Allocation] = (),
     settings: Settings | None = None,
     hardware: str | HardwareModel = "host",
     space: SearchSpace | None = None,
@@ -69,6 +71,8 @@ def search(
         name: The study's name in the storage.
         seed: The random seed. Equal seeds give equal trials.
         resume: Continue an existing study of that name.
+        start: Allocations to evaluate first, for example the best of an earlier study; for each
+            budget those that meet it. They count as trials.
         settings: How candidates are made and measured.
         hardware: A name or a `HardwareModel`, where latency is budgeted.
         space: From `compile_space`; compiled here if not given.
@@ -118,6 +122,7 @@ def search(
         space=space,
         device=device,
         seed=seed,
+        start=start,
         on_progress=on_progress,
     )
     store = StudyStore.open(
@@ -142,7 +147,7 @@ def search(
     _check_choices(problems[0], store)
     study = Study(name, store, problems, chosen.bind(context), context, loaded, context.dense())
     try:
-        run(study, n_trials, on_trial, workers)
+        run(study, n_trials, on_trial, workers, start)
     finally:
         store.close()
     study.seconds = time.perf_counter() - started
@@ -183,6 +188,7 @@ def run(
     n_trials: int,
     on_trial: Callable[[Trial, Trial | None], None] | None = None,
     workers: Workers | None = None,
+    start: Sequence[Allocation] = (),
 ) -> None:
     """Propose, evaluate and record trials until every budget has its number of trials.
 
@@ -191,6 +197,7 @@ def run(
         n_trials: Trials proposed for each budget, failed ones included. Probes are extra.
         on_trial: Called with each trial and the best one so far for its budget.
         workers: The workers that evaluate trials; None for this process alone.
+        start: Allocations to evaluate first, for each budget those that meet it.
 
     Raises:
         ObjectiveError: Three trials in a row failed.
@@ -209,6 +216,6 @@ def run(
     else:
         executor = Serial(study.evaluator, pruner)
     try:
-        schedule(study, n_trials, executor, on_trial)
+        schedule(study, n_trials, executor, on_trial, start)
     finally:
         executor.close()

@@ -54,7 +54,7 @@ def format_of(kind: Kind, given: object, where: str) -> int:
     if int(text) > known:
         raise StudyError(
             f"{where} was written by a newer version of RankNAS: it has format {text}, and this "
-            f"version reads formats up to {known}. Install that version to read it."
+            f"version reads formats up to {known}; install the newer version."
         )
     return int(text)
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from rankNAS.allocation import DENSE, Choice
+from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, Select, factorise
 from rankNAS.data.batches import in_memory, len_of
@@ -51,6 +51,7 @@ def prepare(
     space: SearchSpace | None = None,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    start: Sequence[Allocation] = (),
     on_progress: Progress | None = None,
 ) -> tuple[SearchContext, tuple[Problem, ...]]:
     """Prepare a search: split the data, compile the space, calibrate, factorise, make tables.
@@ -66,6 +67,7 @@ def prepare(
         space: From `compile_space`; compiled here if not given.
         device: Where to evaluate.
         seed: The random seed.
+        start: Allocations whose choices are kept, whatever they cost.
         on_progress: Called with a stage's name, steps done, and steps in all.
 
     Returns:
@@ -88,16 +90,18 @@ def prepare(
     inputs = splits.calibration[0].to(device)
     check_labels(data, _outputs(model, inputs))
     space = space or compile_space(model, inputs[:1], policy=settings.policy)
+    for allocation in start:
+        space.check(allocation)
     for budget in budgets:
         exact = {name: bound for name, bound in budget.items() if name != "latency"}
         build_problem(space, None, exact).check()
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
-        space, latency = _latency(model, space, inputs[:1], settings, hardware, report)
+        space, latency = _latency(model, space, inputs[:1], settings, hardware, report, start)
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
-    select = _selection(names, latency, settings.choices, needs)
+    select = _selection(names, latency, settings.choices, needs, start)
     factorisation = _factorised(model, space, inputs, settings, seed, select, report)
     if latency is not None:
         latency = latency.restrict(
@@ -156,6 +160,7 @@ def _latency(
     settings: Settings,
     hardware: str | HardwareModel,
     report: Progress,
+    start: Sequence[Allocation],
 ) -> tuple[SearchSpace, LatencyTables]:
     """Latency tables, and the space without the choices that the policy drops for their latency.
 
@@ -166,15 +171,17 @@ def _latency(
         settings: The batch size that counts, and the policy.
         hardware: A name or a `HardwareModel`.
         report: Called with the stage ``time``.
+        start: Allocations whose choices are kept.
     """
     asked = space.at_batch(settings.latency_batch * space.input_shape[0])
     predictor = make_hardware(hardware, strict=settings.strict_hardware)
     bound = predictor.bind(model, asked, example, partial(report, "time"))
     latency = compile_latency(bound, asked)
-    kept = {
-        name: hardware_choices(layer, latency.seconds[name].tolist(), settings.policy)
-        for name, layer in space.layers.items()
-    }
+    kept = {}
+    for name, layer in space.layers.items():
+        found = {*hardware_choices(layer, latency.seconds[name].tolist(), settings.policy)}
+        found |= {allocation[name] for allocation in start}
+        kept[name] = tuple(choice for choice in layer.choices if choice in found)
     return space.restrict(kept), latency.restrict(kept)
 
 
@@ -183,6 +190,7 @@ def _selection(
     latency: LatencyTables | None,
     most: int,
     needs: Sequence[tuple[tuple[str, ...] | None, bool]],
+    start: Sequence[Allocation],
 ) -> Select:
     """Select the choices of a layer that no other choice dominates in error and costs.
 
@@ -192,11 +200,12 @@ def _selection(
         most: The largest number of choices to keep for each need.
         needs: By strategy, its operators (None for all), and whether it needs latency although no
             budget bounds it. Choices are selected for each need separately.
+        start: Allocations whose choices are kept.
     """
     exact = [name for name in COSTS if name in names]
 
     def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
-        kept: set[Choice] = set()
+        kept = {allocation[layer.name] for allocation in start}
         for operators, needs_latency in needs:
             costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
             costs = costs or [[c["macs"] for c in layer.costs]]

@@ -149,7 +149,11 @@ def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None 
 
 
 def schedule(
-    study: Study, n_trials: int, executor: Executor, on_trial: OnTrial | None = None
+    study: Study,
+    n_trials: int,
+    executor: Executor,
+    on_trial: OnTrial | None = None,
+    start: Sequence[Allocation] = (),
 ) -> None:
     """Propose, evaluate and record until every budget has its number of trials.
 
@@ -158,12 +162,14 @@ def schedule(
         n_trials: Trials proposed for each budget, failed ones included. Probes come on top.
         executor: Evaluates; left open.
         on_trial: Called with each trial of this process and the best one for its budget.
+        start: Allocations to evaluate first, for each budget those that meet it.
 
     Raises:
         ObjectiveError: Three trials in a row failed, or a proposal itself.
     """
     for problem in study.problems:
-        _Loop(study, problem, n_trials, executor, on_trial).run()
+        fitting = [a for a in dict.fromkeys(start) if problem.meets(problem.indices(a))]
+        _Loop(study, problem, n_trials, executor, on_trial, fitting).run()
 
 
 @dataclass
@@ -175,6 +181,7 @@ class _Loop:
     n_trials: int
     executor: Executor
     on_trial: OnTrial | None
+    start: Sequence[Allocation] = ()
     running: list[Claim] = field(default_factory=list)
     probes: Sequence[Allocation] = ()
     refused: int = 0
@@ -240,6 +247,8 @@ class _Loop:
         room = self.n_trials - len(history.candidates(problem)) - busy_here
         if room <= 0:
             return []
+        if first := [a for a in self.start if a not in history.proposed]:
+            return [Claim(a, problem.budget_key) for a in first[: min(free, room)]]
         drawn = [self.study.context.seed, len(history.trials) + len(history.pending)]
         # Processes that count alike would propose alike.
         rng = np.random.default_rng(drawn + [self.refused] * bool(self.refused))

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.compression.factorisation import skeleton
-from rankNAS.exceptions import UsageError, WeightsError
+from rankNAS.exceptions import StudyError, UsageError, WeightsError
+from rankNAS.formats import FORMAT, current_format, upgraded
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.models.weights import load_state
 
 __all__ = ["load", "read_metadata", "save"]
-
-FORMAT = "1"
 
 
 def save(
@@ -59,7 +58,7 @@ def save(
             first[key] = name
             tensors[name] = tensor.detach().cpu().contiguous()
     metadata = {
-        "format": FORMAT,
+        FORMAT: str(current_format("network")),
         "allocation": allocation.to_json(),
         "model": json.dumps(dict(model or {})),
         "metrics": json.dumps(dict(metrics or {})),
@@ -124,11 +123,19 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise WeightsError(f"{str(path)!r} is damaged or no safetensors file: {error}") from None
     if "allocation" not in metadata:
         raise WeightsError(f"{str(path)!r} holds weights, but no allocation of RankNAS.")
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(
-            f"{str(path)!r} has format {metadata.get('format')!r}; this version reads {FORMAT!r}."
-        )
-    return dict(metadata)
+    return _upgraded(metadata, path)
+
+
+def _upgraded(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """The metadata in the current format; so far only the measured metrics have changed."""
+    try:
+        metrics = json.loads(metadata.get("metrics", "{}"))
+        content = upgraded("network", {**metadata, "metrics": metrics}, repr(str(path)))
+        return {**content, "metrics": json.dumps(content["metrics"]), FORMAT: str(content[FORMAT])}
+    except StudyError as error:
+        raise WeightsError(str(error)) from None
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise WeightsError(f"the metadata of {str(path)!r} is damaged: {error}") from None
 
 
 def _described(
