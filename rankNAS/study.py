@@ -18,7 +18,8 @@ from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator, test_metrics
 from rankNAS.models import artifact
-from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import train
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import History, Problem, Strategy, Trial
@@ -164,6 +165,7 @@ class Study:
             network,
             self.splits.training if data is None else data,
             config,
+            augmentation=self.splits.augmentation,
             teacher=copy.deepcopy(dense) if config.distill > 0 else None,
             device=self.evaluator.device,
             on_step=on_step,

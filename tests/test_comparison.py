@@ -22,7 +22,8 @@ from rankNAS.evaluation import evaluator as evaluation
 from rankNAS.evaluation.evaluator import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.objectives.quality import kl_divergence
-from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import train
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import History, Problem, Request, Strategy
 

@@ -23,7 +23,7 @@ from rankNAS.cli.output import Reporter
 from rankNAS.evaluation.evaluator import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
-from rankNAS.recovery.training import TrainingConfig
+from rankNAS.recovery.config import TrainingConfig
 from rankNAS.strategies.base import Problem, Trial
 from rankNAS.study import Study
 
@@ -88,10 +88,9 @@ def _solution(
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
-    seed, flip = options.seed, study.data.flip
-    config = training_config(options, options.finetune, flip=flip, seed=seed)
+    config = training_config(options, options.finetune)
     if config is not None:
-        tuned = _finetune(config, study, model, network, reporter)
+        tuned = _finetune(study.context.recovery(config).config, study, model, network, reporter)
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
         solution["finetuned"] = tuned | {"artifact": str(artifact)}

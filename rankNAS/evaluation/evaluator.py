@@ -39,7 +39,7 @@ from rankNAS.data.batches import batches, channels_last
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
 from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl
-from rankNAS.recovery.training import Recovery
+from rankNAS.recovery.trainer import Recovery
 
 __all__ = ["Evaluator", "PrunedError", "Timing", "predictions", "quality", "test_metrics"]
 

@@ -44,7 +44,6 @@ from torch.utils.data import Dataset
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.data.batches import batches, channels_last, len_of, subset
-from rankNAS.data.images.augment import augment
 from rankNAS.decompositions import LayerShape
 from rankNAS.evaluation.context import SearchContext, silent
 from rankNAS.exceptions import ObjectiveError, UsageError, WeightsError
@@ -401,7 +400,7 @@ class _Search:
         falling = c.features * math.cos(math.pi / 2 * self.epoch / c.epochs)
         mu = max(min(SMALLEST, c.features), falling)
         for step, (x, y) in enumerate(self._batches(self.training, generator), c.steps):
-            x = augment(x, generator, flip=self.context.flip)
+            x = self.context.splits.augmentation(x, generator)
             targets = self.net.original(x)
             output, maps = self.net.forward(x, {n: w.product() for n, w in chosen.items()})
             loss = _cross_entropy(output, y) + mu * feature_distance(maps, targets)

@@ -20,7 +20,8 @@ from rankNAS.evaluation import evaluator as evaluation
 from rankNAS.evaluation.evaluator import Evaluator, PrunedError
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.objectives import Accuracy, CostObjective, KLDivergence, Latency, Loss, Objective
-from rankNAS.recovery.training import Recovery, TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import Recovery, train
 from rankNAS.search_spaces.compiler import compile_space
 
 
