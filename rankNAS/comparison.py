@@ -26,7 +26,7 @@ from rankNAS.budget import budget_key, check_budgets
 from rankNAS.data.loading import Data, DataSource, load_data
 from rankNAS.engine import run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
-from rankNAS.evaluation.evaluator import predictions, test_metrics
+from rankNAS.evaluation.outputs import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective

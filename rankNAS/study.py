@@ -16,7 +16,8 @@ from rankNAS.allocation import Allocation
 from rankNAS.data.loading import Data
 from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
-from rankNAS.evaluation.evaluator import Evaluator, test_metrics
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.models import artifact
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train

@@ -20,7 +20,7 @@ from rankNAS.cli.loading import training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.evaluation.evaluator import test_metrics
+from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.recovery.config import TrainingConfig

@@ -10,7 +10,8 @@ import torch
 
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.data.splits import Splits
-from rankNAS.evaluation.evaluator import Evaluator, quality
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.outputs import quality
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import TrainingConfig

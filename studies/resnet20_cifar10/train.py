@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 import rankNAS
-from rankNAS.evaluation.evaluator import test_metrics
+from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.io.files import save_bytes
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.zoo import build_model

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rankNAS.exceptions import UsageError
-from rankNAS.recovery import default_config, default_steps
+from rankNAS.recovery import TrainingConfig, default_config, default_steps
 
 
 @pytest.mark.parametrize(
