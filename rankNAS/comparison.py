@@ -20,22 +20,19 @@ from functools import cached_property
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import budget_key, check_budgets
-from rankNAS.data.batches import len_of
 from rankNAS.data.loading import Data, DataSource, load_data
-from rankNAS.data.splits import subsample
 from rankNAS.engine import run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
-from rankNAS.evaluation.evaluator import predictions, test_metrics
+from rankNAS.evaluation.outputs import predictions, test_metrics
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.objectives.quality import accuracy, kl_divergence
 from rankNAS.pipeline import prepare, requests
-from rankNAS.recovery.training import TrainingConfig
+from rankNAS.recovery.config import TrainingConfig
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
 from rankNAS.storage.store import StudyStore
@@ -422,18 +419,15 @@ class _Seed:
         )
         if config is None:
             return before
+        recovery = self.context.recovery(config, self.plan.training_samples)
         study.finetune(
             network,
             self.model,
-            replace(config, seed=self.seed),
-            data=self._training_data(),
+            recovery.config,
+            data=recovery.data,
             on_step=lambda step, total, _: self.plan.report("finetune", step, total),
         )
         return replace(before, finetuned=study.test(network)["accuracy"])
-
-    def _training_data(self) -> Dataset[tuple[torch.Tensor, torch.Tensor]]:
-        data = self.context.splits.training
-        return subsample(data, self.plan.training_samples or len_of(data), self.seed)
 
 
 def _failed(key: Key, error: Exception) -> Row:

@@ -16,7 +16,7 @@ from rankNAS.compression.factorisation import Factorisation, Select, factorise
 from rankNAS.data.batches import in_memory, len_of
 from rankNAS.data.labels import check_labels
 from rankNAS.data.loading import Data
-from rankNAS.data.splits import Splits, held_out, split, subsample
+from rankNAS.data.splits import Splits, held_out, split
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
@@ -25,7 +25,7 @@ from rankNAS.execution.early_stopping import PARTS
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
-from rankNAS.recovery.training import Recovery
+from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -121,7 +121,7 @@ def prepare(
         recovery=recovery,
         parts=PARTS if settings.early_stopping else (1.0,),
     )
-    context = SearchContext(factorisation, splits, evaluator, device, seed, data.flip, report)
+    context = SearchContext(factorisation, splits, evaluator, device, seed, report)
     return context, problems
 
 
@@ -138,13 +138,13 @@ def requests(
 
 
 def _recovery(data: Data, splits: Splits, settings: Settings, seed: int) -> Recovery | None:
-    """The training of every trial's network; its samples are in memory, to be shared."""
+    """The training of every trial's network, with its samples in memory."""
     if settings.recovery is None:
         return None
     if data.num_classes is None:
         raise UsageError(f"{data.name} has no class labels; networks cannot be trained on it.")
-    samples = in_memory(subsample(splits.training, settings.recovery_samples, seed))
-    return Recovery(samples, replace(settings.recovery, seed=seed, flip=data.flip))
+    recovery = Recovery.of(splits, settings.recovery, seed, settings.recovery_samples)
+    return replace(recovery, data=in_memory(recovery.data))
 
 
 @torch.no_grad()

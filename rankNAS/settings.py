@@ -13,7 +13,7 @@ from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.objectives.base import ObjectiveBase
-from rankNAS.recovery.training import TrainingConfig
+from rankNAS.recovery.config import TrainingConfig
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies.base import Strategy
 
@@ -40,7 +40,7 @@ class Settings:
         early_stopping: Prune trials early (asynchronous successive halving), after a part of their
             epochs or on a part of the validation samples; see `SuccessiveHalving`.
         recovery: Train the network of every trial, and every returned network, before it is
-            measured. The search replaces the seed, and says whether images may be mirrored.
+            measured. The search replaces its seed.
         recovery_samples: The largest number of training samples per epoch.
 
     Raises:

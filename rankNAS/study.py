@@ -16,9 +16,11 @@ from rankNAS.allocation import Allocation
 from rankNAS.data.loading import Data
 from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
-from rankNAS.evaluation.evaluator import Evaluator, test_metrics
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.models import artifact
-from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import train
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
@@ -166,6 +168,7 @@ class Study:
             network,
             self.splits.training if data is None else data,
             config,
+            augmentation=self.splits.augmentation,
             teacher=copy.deepcopy(dense) if config.distill > 0 else None,
             device=self.evaluator.device,
             on_step=on_step,

@@ -18,11 +18,12 @@ import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
 from rankNAS.data.batches import subset
-from rankNAS.evaluation import evaluator as evaluation
-from rankNAS.evaluation.evaluator import predictions
+from rankNAS.evaluation import outputs as evaluation
+from rankNAS.evaluation.outputs import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.objectives.quality import kl_divergence
-from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import train
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.history import History

@@ -23,7 +23,7 @@ from rankNAS.exceptions import (
     UnknownNameError,
     UsageError,
 )
-from rankNAS.recovery.training import TrainingConfig
+from rankNAS.recovery.config import TrainingConfig
 from rankNAS.search_spaces.compiler import count_macs
 from rankNAS.strategies import Energy, OneShot, Random, Request, Uniform
 from rankNAS.strategies.base import Strategy

@@ -46,7 +46,7 @@ def run_compare(options: CompareOptions, *, as_json: bool, quiet: bool) -> None:
     kept: list[Any] = earlier.to_dict("records")
     with reporting(quiet) as reporter:
         data = load_named_data(options)
-        training = training_config(options, options.finetune, flip=data.flip)
+        training = training_config(options, options.finetune)
         space = load_space(options, data, settings)
 
         def on_row(row: Row) -> None:

@@ -26,7 +26,7 @@ from rankNAS.models.weights import (
 )
 from rankNAS.objectives import make_objective
 from rankNAS.plugins import is_plugin
-from rankNAS.recovery.training import TrainingConfig, default_config
+from rankNAS.recovery.config import TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
@@ -185,15 +185,14 @@ def load_model(
         splits.training,
         fingerprint=f"{data.fingerprint}-{seed}-{len(splits.validation[1])}",
         seed=seed,
-        config=default_config(space.dense_cost.macs, images, flip=data.flip),
+        config=default_config(space.dense_cost.macs, images),
+        augmentation=splits.augmentation,
         device=options.device,
         on_step=lambda step, total, loss: reporter.stage("train", step, total, f"loss {loss:.3f}"),
     )
 
 
-def training_config(
-    options: ModelOptions, epochs: int, *, flip: bool = False, seed: int = 0
-) -> TrainingConfig | None:
+def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:
     """How compressed networks are trained; None for no epochs."""
     if epochs == 0:
         return None
@@ -202,8 +201,6 @@ def training_config(
         learning_rate=options.learning_rate,
         distill=options.distill,
         clip=CLIP,
-        flip=flip,
-        seed=seed,
     )
 
 

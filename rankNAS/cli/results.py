@@ -20,10 +20,10 @@ from rankNAS.cli.loading import training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options import SearchOptions
 from rankNAS.cli.output import Reporter
-from rankNAS.evaluation.evaluator import test_metrics
+from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
-from rankNAS.recovery.training import TrainingConfig
+from rankNAS.recovery.config import TrainingConfig
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
@@ -89,10 +89,9 @@ def _solution(
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
-    seed, flip = options.seed, study.data.flip
-    config = training_config(options, options.finetune, flip=flip, seed=seed)
+    config = training_config(options, options.finetune)
     if config is not None:
-        tuned = _finetune(config, study, model, network, reporter)
+        tuned = _finetune(study.context.recovery(config).config, study, model, network, reporter)
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
         solution["finetuned"] = tuned | {"artifact": str(artifact)}

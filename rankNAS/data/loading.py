@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from rankNAS.data.batches import item_of
 from rankNAS.data.fingerprint import digest, sampled_bytes
+from rankNAS.data.images.augment import Augmentation
 from rankNAS.data.images.normalise import parse_normalization
 from rankNAS.data.images.readers import READERS
 from rankNAS.data.labels import labels_of, num_classes_of
@@ -59,6 +60,11 @@ class Data:
     fingerprint: str
     normalize: str | None = None
     flip: bool = False
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The augmentation that keeps the classes of the training data."""
+        return Augmentation(flip=self.flip)
 
 
 def load_data(

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from rankNAS.data.batches import Pair, gather, len_of, permutation, subset
+from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.loading import Data
 from rankNAS.exceptions import DataError
 
@@ -32,12 +33,14 @@ class Splits:
         calibration: Inputs (n, *input_shape) and targets (n, ...) in memory.
         validation: The same, of other items.
         test: The test set, whole.
+        augmentation: The augmentation that the training data allows.
     """
 
     training: Dataset[Any]
     calibration: Pair
     validation: Pair
     test: Dataset[Any]
+    augmentation: Augmentation = NO_FLIP
 
 
 def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: int = 0) -> Splits:
@@ -68,6 +71,7 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
         calibration=gather(data.train, order[validated:end]),
         validation=gather(data.train, order[:validated]),
         test=data.test,
+        augmentation=data.augmentation,
     )
 
 

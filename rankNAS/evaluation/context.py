@@ -10,9 +10,12 @@ import torch
 
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.data.splits import Splits
-from rankNAS.evaluation.evaluator import Evaluator, quality
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.outputs import quality
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import Recovery
 
 __all__ = ["Progress", "SearchContext", "silent"]
 
@@ -32,8 +35,7 @@ class SearchContext:
         splits: Training, calibration, validation and test data.
         evaluator: Evaluates allocations.
         device: Where to run.
-        seed: Of everything that is drawn.
-        flip: Whether a mirrored input keeps its class.
+        seed: The random seed.
         report: Called with a stage's name, steps done, and steps in all.
     """
 
@@ -42,7 +44,6 @@ class SearchContext:
     evaluator: Evaluator
     device: torch.device | str = "cpu"
     seed: int = 0
-    flip: bool = False
     report: Progress = silent
 
     def dense(self) -> dict[str, float]:
@@ -52,6 +53,15 @@ class SearchContext:
             **quality(self.evaluator.dense_logits, targets),
             **self.evaluator.costs(space.dense),
         }
+
+    def recovery(self, config: TrainingConfig, samples: int | None = None) -> Recovery:
+        """A training by the seed of the study, on its training data.
+
+        Args:
+            config: How to train; its seed is replaced.
+            samples: Train on so many samples at most; None for all.
+        """
+        return Recovery.of(self.splits, config, self.seed, samples)
 
     def checkpoint(self, key: str) -> Path:
         """Where a long computation may keep its state; equal for equal models, data and keys.

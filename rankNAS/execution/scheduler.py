@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from rankNAS.allocation import Allocation
-from rankNAS.evaluation.evaluator import Evaluator, PrunedError
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.pruning import PrunedError
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.storage.store import Claim
 from rankNAS.strategies.history import History, Trial

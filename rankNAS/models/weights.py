@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import models
 
+from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.images.normalise import normalization_from_metadata
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.io.checkpoints import check_archive
 from rankNAS.io.files import cache_folder
 from rankNAS.io.tensors import damaged, read_tensors, write_tensors
-from rankNAS.recovery.training import RECIPE_VERSION, TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import RECIPE_VERSION, train
 from rankNAS.search_spaces.zoo import SPACES
 
 __all__ = [
@@ -148,6 +150,7 @@ def trained_model(
     fingerprint: str,
     seed: int,
     config: TrainingConfig,
+    augmentation: Augmentation = NO_FLIP,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
@@ -163,6 +166,7 @@ def trained_model(
         fingerprint: Identifies the data set and its split.
         seed: Replaces the seed of ``config``.
         config: How to train.
+        augmentation: The augmentation that the data allows.
         device: Where to train; the model stays there.
         on_step: Called after each step with the step, the number of steps and the loss. Never
             called when the cache has the result.
@@ -171,7 +175,8 @@ def trained_model(
         The same ``model``, in evaluation mode.
     """
     config = replace(config, seed=seed)
-    key = _cache_key(spec, model, fingerprint, config)
+    facts = asdict(config) | {"flip": augmentation.flip}
+    key = _cache_key(spec, model, fingerprint, facts)
     path = cache_folder() / "models" / f"{key}.safetensors"
     model.to(device)
     if path.is_file():
@@ -181,22 +186,34 @@ def trained_model(
         except WeightsError as error:
             logger.warning("training %s again, because the cached result is bad: %s", spec, error)
     partial = path.with_suffix(".partial.pt")
+
+    def trained() -> None:
+        train(
+            model,
+            training_data,
+            config,
+            augmentation=augmentation,
+            device=device,
+            on_step=on_step,
+            checkpoint=partial,
+        )
+
     try:
-        train(model, training_data, config, device=device, on_step=on_step, checkpoint=partial)
+        trained()
     except WeightsError as error:  # before the first step
         logger.warning("training %s from its start, because of a bad checkpoint: %s", spec, error)
         partial.unlink()
-        train(model, training_data, config, device=device, on_step=on_step, checkpoint=partial)
-    metadata = {"spec": spec, "data": fingerprint, "config": json.dumps(asdict(config))}
+        trained()
+    metadata = {"spec": spec, "data": fingerprint, "config": json.dumps(facts)}
     state = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     write_tensors(path, state, metadata)
     partial.unlink(missing_ok=True)
     return model
 
 
-def _cache_key(spec: str, model: nn.Module, fingerprint: str, config: TrainingConfig) -> str:
+def _cache_key(spec: str, model: nn.Module, fingerprint: str, config: dict[str, Any]) -> str:
     # The printed layers tell apart two versions of a network in the user's own file.
-    facts = [spec, str(model), fingerprint, asdict(config), RECIPE_VERSION]
+    facts = [spec, str(model), fingerprint, config, RECIPE_VERSION]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,15 +1,10 @@
-"""Winning back the accuracy that compression costs."""
+"""Training and re-estimation of batch norms, which recover accuracy after compression."""
 
 from __future__ import annotations
 
 from rankNAS.compression.batch_norm import has_batch_norm, reestimate_batch_norm
-from rankNAS.recovery.training import (
-    RECIPE_VERSION,
-    TrainingConfig,
-    default_config,
-    default_steps,
-    train,
-)
+from rankNAS.recovery.config import TrainingConfig, default_config, default_steps
+from rankNAS.recovery.trainer import RECIPE_VERSION, train
 
 __all__ = [
     "RECIPE_VERSION",

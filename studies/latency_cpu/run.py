@@ -41,7 +41,7 @@ def trained(path: Path) -> nn.Module:
         small = rankNAS.load_data("digits")
         space = rankNAS.compile_space(model, torch.zeros(1, *small.input_shape))
         images = len(small.train)  # type: ignore[arg-type]
-        train(model, small.train, default_config(space.dense_cost.macs, images, flip=False))
+        train(model, small.train, default_config(space.dense_cost.macs, images))
         large = rankNAS.load_data("digits", image_size=SIDE)
         train(model, large.train, TrainingConfig(1, batch_size=32, learning_rate=0.005))
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 
 import rankNAS
-from rankNAS.evaluation.evaluator import test_metrics
+from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.io.files import save_bytes
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.zoo import build_model
@@ -28,9 +28,9 @@ HERE = Path(__file__).parent
 NORMALIZE = "imagenet"
 INPUT = "RGB/255 normalised by mean (0.485,0.456,0.406), std (0.229,0.224,0.225)"
 CYCLES = (
-    TrainingConfig(epochs=14, batch_size=128, learning_rate=0.25, flip=True, seed=1),
-    TrainingConfig(epochs=20, batch_size=128, learning_rate=0.15, flip=True, seed=2),
-    TrainingConfig(epochs=40, batch_size=128, learning_rate=0.1, flip=True, seed=3),
+    TrainingConfig(epochs=14, batch_size=128, learning_rate=0.25, seed=1),
+    TrainingConfig(epochs=20, batch_size=128, learning_rate=0.15, seed=2),
+    TrainingConfig(epochs=40, batch_size=128, learning_rate=0.1, seed=3),
 )
 
 
@@ -51,7 +51,14 @@ def main(data_source: str, checkpoints: Path) -> None:
 
     for number, config in enumerate(CYCLES, 1):
         checkpoint = checkpoints / f"resnet20.cycle{number}.pt"
-        train(model, data.train, config, on_step=report, checkpoint=checkpoint)
+        train(
+            model,
+            data.train,
+            config,
+            augmentation=data.augmentation,
+            on_step=report,
+            checkpoint=checkpoint,
+        )
     trained = resnet20()
     trained.load_state_dict(model.state_dict())
     accuracy = test_metrics(trained, data.test)["accuracy"]

@@ -13,7 +13,8 @@ from rankNAS.allocation import DENSE, Allocation
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.compression.reconstruction import refit_sequentially
-from rankNAS.evaluation.evaluator import Evaluator, quality
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.outputs import quality
 from rankNAS.search_spaces.compiler import compile_space
 
 

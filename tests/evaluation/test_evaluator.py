@@ -16,11 +16,13 @@ from torch.utils.data import Dataset, TensorDataset
 from rankNAS.allocation import Allocation
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, factorise
-from rankNAS.evaluation import evaluator as evaluation
-from rankNAS.evaluation.evaluator import Evaluator, PrunedError
+from rankNAS.evaluation import outputs as evaluation
+from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.pruning import PrunedError
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.objectives import Accuracy, CostObjective, KLDivergence, Latency, Loss, Objective
-from rankNAS.recovery.training import Recovery, TrainingConfig, train
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import Recovery, train
 from rankNAS.search_spaces.compiler import compile_space
 
 
@@ -178,7 +180,7 @@ def count_forwards(ev: Evaluator) -> list[int]:
     def count(*_: Any) -> None:
         calls[0] += 1
 
-    ev._scratch.register_forward_hook(count)
+    ev.backend.network.register_forward_hook(count)
     return calls
 
 
@@ -208,7 +210,7 @@ def test_remembered_metrics_are_not_measured() -> None:
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> None:
     reusing, plain = evaluator(batch_norm), evaluator(batch_norm, low_memory=True)
-    assert reusing._stages is not None and plain._stages is None
+    assert reusing.backend.incremental and not plain.backend.incremental
     layers = reusing.factorisation.space.layers
     rng = random.Random(5)
     current = dict(drawn(reusing, 5))
@@ -225,7 +227,7 @@ def test_what_is_kept_of_earlier_passes_changes_nothing(batch_norm: bool) -> Non
 def test_only_what_follows_the_first_change_is_computed() -> None:
     ev = evaluator(low_memory=False)
     calls = [0]
-    first_layer = ev._scratch[0]  # type: ignore[index]
+    first_layer = ev.backend.network[0]  # type: ignore[index]
     first_layer.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     names = list(ev.factorisation.space.layers)
     dense = dict(ev.factorisation.space.dense)
@@ -528,7 +530,7 @@ def test_a_training_that_diverges_fails_alone() -> None:
 def test_copies_elsewhere_keep_no_activations() -> None:
     own = evaluator()
     copied = pickle.loads(pickle.dumps(own))
-    assert not own.low_memory and copied.low_memory and not copied._passes
+    assert not own.low_memory and copied.low_memory and not copied.backend.incremental
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -541,14 +543,14 @@ def test_lean_copies_of_a_heavy_network_copy_no_weights(
     monkeypatch.setattr("rankNAS.compression.surgery.LIGHT", 0)
     low_memory = pickle.loads(pickle.dumps(own))
     dense = {p.data_ptr() for p in low_memory.factorisation.model.parameters()}
-    assert {p.data_ptr() for p in low_memory._scratch.parameters()} == dense
+    assert {p.data_ptr() for p in low_memory.backend.network.parameters()} == dense
     for allocation in allocations:
         for final in (False, True):
             expected = own.evaluate(allocation, final=final)
             assert low_memory.evaluate(allocation, final=final) == pytest.approx(
                 expected, abs=1e-4
             )
-            assert {p.data_ptr() for p in low_memory._scratch.parameters()} <= dense
+            assert {p.data_ptr() for p in low_memory.backend.network.parameters()} <= dense
     before = low_memory.factorisation.model.state_dict()
     assert all(torch.equal(v, before[k]) for k, v in own.factorisation.model.state_dict().items())
     stops = []
@@ -563,4 +565,4 @@ def test_lean_copies_of_a_heavy_network_copy_no_weights(
 def test_refitted_factors_are_let_go() -> None:
     own = evaluator(sequential=True)
     own.evaluate(drawn(own, 1), final=True)
-    assert all(own._applied[n][0] is f for n, f in own.factorisation.layers.items())
+    assert all(own.backend._applied[n][0] is f for n, f in own.factorisation.layers.items())

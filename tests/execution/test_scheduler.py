@@ -13,7 +13,7 @@ from searches import linear_search, opened
 
 import rankNAS
 from rankNAS.allocation import Allocation
-from rankNAS.evaluation.evaluator import PrunedError
+from rankNAS.evaluation.pruning import PrunedError
 from rankNAS.exceptions import ObjectiveError
 from rankNAS.execution.scheduler import Evaluation, Outcome, Serial, execute, schedule
 from rankNAS.storage.store import Claim

@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["augment"]
+__all__ = ["NO_FLIP", "Augmentation"]
 
 
-def augment(x: Tensor, generator: torch.Generator, *, flip: bool = True) -> Tensor:
-    """Shift every image by up to an eighth of its size, and mirror half of them.
+@dataclass(frozen=True)
+class Augmentation:
+    """Shifts images by up to an eighth of their size, and mirrors half of them.
 
     Pixels from outside an image are 0, the mean of normalised images.
 
     Args:
-        x: Images (N, C, H, W); anything else is returned as it is.
-        generator: A generator on the CPU.
-        flip: Mirror; ``Data.flip`` says whether that keeps the class.
-
-    Returns:
-        New images of the same shape.
+        flip: Whether to mirror; right if a mirrored image keeps its class.
     """
-    if x.ndim != 4:
-        return x
-    count, _, height, width = x.shape
-    rows = _shifted(count, height, generator)
-    columns = _shifted(count, width, generator)
-    if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    pad = (width // 8, width // 8, height // 8, height // 8)
-    padded = functional.pad(x, pad).permute(0, 2, 3, 1)
-    images = torch.arange(count)[:, None, None]
-    picked = (part.to(x.device) for part in (images, rows[:, :, None], columns[:, None, :]))
-    return padded[tuple(picked)].permute(0, 3, 1, 2).contiguous()
+
+    flip: bool = False
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Augment a batch.
+
+        Args:
+            x: Images (N, C, H, W); anything else is returned as it is.
+            generator: A generator on the CPU.
+
+        Returns:
+            New images of the same shape.
+        """
+        if x.ndim != 4:
+            return x
+        count, _, height, width = x.shape
+        rows = _shifted(count, height, generator)
+        columns = _shifted(count, width, generator)
+        if self.flip:
+            mirrored = torch.rand(count, 1, generator=generator) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        pad = (width // 8, width // 8, height // 8, height // 8)
+        padded = functional.pad(x, pad).permute(0, 2, 3, 1)
+        images = torch.arange(count)[:, None, None]
+        picked = (part.to(x.device) for part in (images, rows[:, :, None], columns[:, None, :]))
+        return padded[tuple(picked)].permute(0, 3, 1, 2).contiguous()
+
+
+NO_FLIP = Augmentation()
 
 
 def _shifted(count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.data.batches import batches, channels_last, len_of, subset
-from rankNAS.data.images.augment import augment
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.exceptions import ObjectiveError, WeightsError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
@@ -125,7 +124,7 @@ class Training:
         falling = c.features * math.cos(math.pi / 2 * self.epoch / c.epochs)
         mu = max(min(SMALLEST, c.features), falling)
         for step, (x, y) in enumerate(self._batches(self.training, generator), c.steps):
-            x = augment(x, generator, flip=self.context.flip)
+            x = self.context.splits.augmentation(x, generator)
             targets = self.net.original(x)
             output, maps = self.net.forward(x, {n: w.product() for n, w in chosen.items()})
             loss = _cross_entropy(output, y) + mu * feature_distance(maps, targets)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rankNAS.data.batches import batches
-from rankNAS.data.images.augment import augment
+from rankNAS.data.images.augment import Augmentation
 from rankNAS.data.loading import Data, load_data
 
 
@@ -24,7 +24,7 @@ def coordinates(count: int, height: int, width: int) -> torch.Tensor:
 @pytest.mark.parametrize("flip", [True, False])
 def test_augment_shifts_and_mirrors(flip: bool) -> None:
     x = coordinates(200, 16, 24)
-    made = augment(x, torch.Generator().manual_seed(0), flip=flip)
+    made = Augmentation(flip)(x, torch.Generator().manual_seed(0))
     assert made.shape == x.shape
     shifts, mirrored = set(), 0
     for image in made:
@@ -44,19 +44,21 @@ def test_augment_shifts_and_mirrors(flip: bool) -> None:
 def test_augment_is_reproducible_and_leaves_its_input(digits: Data) -> None:
     x, _ = next(batches(digits.train, 8))
     before = x.clone()
-    first, second = (augment(x, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (
+        Augmentation(flip=True)(x, torch.Generator().manual_seed(3)) for _ in range(2)
+    )
     assert torch.equal(first, second) and torch.equal(x, before)
     assert not torch.equal(first, x)
 
 
 def test_augment_of_what_is_no_image() -> None:
     x = torch.ones(4, 7)
-    assert augment(x, torch.Generator()) is x
+    assert Augmentation(flip=True)(x, torch.Generator()) is x
 
 
 def test_augment_of_tiny_images_only_mirrors() -> None:
     x = coordinates(20, 4, 4)
-    made = augment(x, torch.Generator().manual_seed(0))
+    made = Augmentation(flip=True)(x, torch.Generator().manual_seed(0))
     assert all(
         torch.equal(new, old) or torch.equal(new, old.flip(-1))
         for new, old in zip(made, x, strict=True)

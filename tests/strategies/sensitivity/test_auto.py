@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.allocation import Allocation
-from rankNAS.evaluation.evaluator import test_metrics as metrics_of
+from rankNAS.evaluation.outputs import test_metrics as metrics_of
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies.history import History, Trial

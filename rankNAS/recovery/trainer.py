@@ -1,6 +1,6 @@
 """Short supervised training, with or without the original network as a teacher.
 
-It makes the dense networks of the examples and fine-tunes compressed ones. Everything random is
+It trains the dense networks of the examples and fine-tunes compressed ones. Everything random is
 derived from the seed and the number of the epoch, so that a training resumed at the end of an
 epoch gives the same weights as one that was never interrupted.
 """
@@ -10,123 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from rankNAS.data.batches import batches, len_of
-from rankNAS.data.images.augment import augment
-from rankNAS.exceptions import RankNASError, UsageError
+from rankNAS.data.images.augment import NO_FLIP, Augmentation
+from rankNAS.data.splits import Splits, subsample
+from rankNAS.exceptions import RankNASError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
+from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
+from rankNAS.recovery.losses import loss_function
 
-__all__ = [
-    "RECIPE_VERSION",
-    "Recovery",
-    "TrainingConfig",
-    "default_config",
-    "default_steps",
-    "train",
-]
+__all__ = ["RECIPE_VERSION", "Recovery", "train"]
 
 RECIPE_VERSION = 1  # part of the key of cached results: raise it when `train` changes
-
-# PyTorch on two CPU cores trains at 6 to 12 thousand million multiply-adds of the forward pass a
-# second (ResNet-18 and ResNet-20 at 32 x 32), so that this many take 40 to 85 s. ResNet-18 on the
-# digits gets 12 epochs out of it; with 9, one of two seeds stayed below 97 % in validation.
-_FORWARD_MACS = 500_000_000_000
-_MOST_EPOCHS = 60
 _WARM_UP = 0.1  # of all steps
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train.
-
-    Attributes:
-        epochs: Passes over the data.
-        max_steps: Stops earlier, possibly within an epoch; the schedule ends there too.
-        batch_size: Inputs per step.
-        learning_rate: The peak, reached after a linear warm-up and followed by a cosine to 0
-            (Loshchilov & Hutter 2017).
-        weight_decay: For matrices and kernels; biases and norms are exempt.
-        optimizer: ``"sgd"`` with Nesterov momentum 0.9, or ``"adamw"``.
-        distill: Weight in [0, 1] of the teacher's soft targets (Hinton et al. 2015).
-        temperature: Softens teacher and student in that term.
-        label_smoothing: Share of the label spread over all classes (Szegedy et al. 2016).
-        augment: Whether to shift the images randomly.
-        flip: Whether ``augment`` also mirrors them; wrong for digits and letters.
-        clip: The largest norm of a step's gradient; None for no limit. Factors of a few ranks may
-            have gradients that no learning rate for the rest can bear.
-        seed: Of the order, the augmentation and dropout.
-    """
-
-    epochs: int
-    max_steps: int | None = None
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    weight_decay: float = 5e-4
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    distill: float = 0.0
-    temperature: float = 4.0
-    label_smoothing: float = 0.0
-    augment: bool = True
-    flip: bool = False
-    clip: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check("epochs", self.epochs, self.epochs >= 1, "at least 1")
-        _check(
-            "max_steps",
-            self.max_steps,
-            self.max_steps is None or self.max_steps >= 1,
-            "≥ 1 or None",
-        )
-        _check("batch_size", self.batch_size, self.batch_size >= 2, "at least 2")
-        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
-        _check("clip", self.clip, self.clip is None or self.clip > 0, "above 0 or None")
-        _check("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or more")
-        _check("optimizer", self.optimizer, self.optimizer in ("sgd", "adamw"), "sgd or adamw")
-        _check("distill", self.distill, 0 <= self.distill <= 1, "in [0, 1]")
-        _check("temperature", self.temperature, 0 < self.temperature < math.inf, "above 0")
-        _check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
-
-
-def default_steps(macs: int, images: int, batch_size: int) -> int:
-    """The number of steps for a training of about a minute on two CPU cores.
-
-    It follows from the cost of the network alone, so that it is the same on every machine. A
-    network so small that the minute would hold more than 60 epochs stops after those.
-
-    Args:
-        macs: Multiply-adds of one forward pass of one input.
-        images: The size of the training set.
-        batch_size: Inputs per step.
-    """
-    affordable = _FORWARD_MACS // (max(macs, 1) * batch_size)
-    return max(1, min(affordable, _MOST_EPOCHS * _steps_per_epoch(images, batch_size)))
-
-
-def default_config(macs: int, images: int, *, flip: bool, seed: int = 0) -> TrainingConfig:
-    """The training from random weights that is used when the user gives no weights.
-
-    Args:
-        macs: Multiply-adds of one forward pass of one input.
-        images: The size of the training set.
-        flip: Whether mirrored images keep their class.
-        seed: Of everything random.
-    """
-    batch_size = 64
-    steps = default_steps(macs, images, batch_size)
-    epochs = math.ceil(steps / _steps_per_epoch(images, batch_size))
-    return TrainingConfig(
-        epochs, max_steps=steps, batch_size=batch_size, learning_rate=0.02, flip=flip, seed=seed
-    )
 
 
 def train(
@@ -134,6 +37,7 @@ def train(
     dataset: Dataset[Any],
     config: TrainingConfig,
     *,
+    augmentation: Augmentation = NO_FLIP,
     teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int, float], None] | None = None,
@@ -147,6 +51,7 @@ def train(
             ``device``, in evaluation mode.
         dataset: Inputs and targets.
         config: How to train.
+        augmentation: The augmentation that the data allows.
         teacher: The network to imitate when ``config.distill`` is above 0; it is moved to
             ``device`` and put in evaluation mode.
         device: Where to train.
@@ -164,10 +69,10 @@ def train(
         WriteError: ``checkpoint`` cannot be written; the one of the last epoch is intact.
     """
     device = torch.device(device)
-    loss_function = _loss_function(config, teacher, device)
-    per_epoch = _steps_per_epoch(len_of(dataset), config.batch_size)
+    loss = loss_function(config, teacher, device)
+    per_epoch = steps_per_epoch(len_of(dataset), config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)
-    run = _Run(network, dataset, config, device, loss_function, int(total), on_step)
+    run = _Run(network, dataset, config, augmentation, device, loss, int(total), on_step)
     with _training_mode(network, device):
         if checkpoint is not None and checkpoint.is_file():
             run.load(checkpoint)
@@ -183,15 +88,33 @@ def train(
 
 @dataclass(frozen=True)
 class Recovery:
-    """A short training that every network gets alike, with the dense network as its teacher.
+    """A training that is the same for every network, with the dense network as the teacher.
 
     Args:
         data: Inputs and targets.
         config: How to train.
+        augmentation: The augmentation that the data allows.
     """
 
     data: Dataset[Any]
     config: TrainingConfig
+    augmentation: Augmentation = NO_FLIP
+
+    @classmethod
+    def of(
+        cls, splits: Splits, config: TrainingConfig, seed: int, samples: int | None = None
+    ) -> Recovery:
+        """The training of a study.
+
+        Args:
+            splits: The training data and its augmentation.
+            config: How to train; its seed is replaced.
+            seed: The seed of the study.
+            samples: Train on so many samples at most, drawn by the seed; None for all.
+        """
+        count = len_of(splits.training) if samples is None else samples
+        data = subsample(splits.training, count, seed)
+        return cls(data, replace(config, seed=seed), splits.augmentation)
 
     def train(
         self,
@@ -207,7 +130,13 @@ class Recovery:
             RankNASError: The loss is not finite.
         """
         return train(
-            network, self.data, self.config, teacher=dense, device=device, on_epoch=on_epoch
+            network,
+            self.data,
+            self.config,
+            augmentation=self.augmentation,
+            teacher=dense,
+            device=device,
+            on_epoch=on_epoch,
         )
 
 
@@ -219,6 +148,7 @@ class _Run:
         network: nn.Module,
         dataset: Dataset[Any],
         config: TrainingConfig,
+        augmentation: Augmentation,
         device: torch.device,
         loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
         total: int,
@@ -226,7 +156,7 @@ class _Run:
     ) -> None:
         self.network, self.dataset, self.config = network, dataset, config
         self.device, self.loss_function, self.total = device, loss_function, total
-        self.on_step = on_step
+        self.augmentation, self.on_step = augmentation, on_step
         self.step = 0
         network.to(device)
         self.optimizer = _optimizer(network, config)
@@ -240,7 +170,7 @@ class _Run:
             if self.step == self.total:
                 return
             if self.config.augment and inputs.dim() == 4:
-                inputs = augment(inputs, generator, flip=self.config.flip)
+                inputs = self.augmentation(inputs, generator)
             if self.device.type == "cpu" and inputs.dim() == 4:
                 inputs = inputs.contiguous(memory_format=torch.channels_last)
             self._update(inputs, targets)
@@ -295,21 +225,11 @@ class _Run:
         if self.config.clip is None:  # as before there was a limit
             del config["clip"]
         return config | {
+            "flip": self.augmentation.flip,
             "images": len_of(self.dataset),
             "recipe": RECIPE_VERSION,
             "shapes": shapes,
         }
-
-
-def _check(field: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise UsageError(f"{field} is {value!r}, but it must be {expected}.")
-
-
-def _steps_per_epoch(images: int, batch_size: int) -> int:
-    """Batches of one epoch, without a last one of a single image."""
-    full, rest = divmod(images, batch_size)
-    return max(1, full + (rest > 1))
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -339,45 +259,6 @@ def _optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimi
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.learning_rate)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
-
-
-def _loss_function(
-    config: TrainingConfig, teacher: nn.Module | None, device: torch.device
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The loss of (inputs, logits, targets)."""
-    if config.distill == 0:
-        return lambda inputs, logits, targets: _hard_loss(logits, targets, config)
-    if teacher is None:
-        raise UsageError(
-            f"distill is {config.distill}, but there is no teacher; give the dense network as "
-            "teacher or set distill to 0."
-        )
-    guide = teacher.to(device).eval()
-
-    def loss(inputs: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        with torch.no_grad():
-            guide_logits = guide(inputs)
-        soft = _soft_loss(logits, guide_logits, config.temperature)
-        return (1 - config.distill) * _hard_loss(logits, targets, config) + config.distill * soft
-
-    return loss
-
-
-def _hard_loss(logits: Tensor, targets: Tensor, config: TrainingConfig) -> Tensor:
-    return functional.cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), label_smoothing=config.label_smoothing
-    )
-
-
-def _soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T² KL(teacher ‖ student)``, whose gradients do not shrink with T (Hinton et al. 2015)."""
-    divergence = functional.kl_div(
-        functional.log_softmax(student.flatten(0, -2) / temperature, dim=-1),
-        functional.log_softmax(teacher.flatten(0, -2) / temperature, dim=-1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return temperature**2 * divergence
 
 
 @contextmanager

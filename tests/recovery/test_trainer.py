@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from rankNAS.data.batches import len_of
+from rankNAS.data.images.augment import Augmentation
+from rankNAS.data.loading import load_data
+from rankNAS.data.splits import split
 from rankNAS.exceptions import RankNASError, UsageError, WeightsError
-from rankNAS.recovery import TrainingConfig, default_config, default_steps, train
-from rankNAS.recovery.training import _learning_rate, _soft_loss
+from rankNAS.recovery import TrainingConfig, train
+from rankNAS.recovery.trainer import Recovery, _learning_rate
 
 CONFIG = TrainingConfig(epochs=4, batch_size=16, learning_rate=0.05)
 
@@ -63,8 +66,9 @@ def test_learns_and_leaves_the_network_ready() -> None:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_resumes_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
-    config = replace(CONFIG, optimizer=optimizer, learning_rate=0.01, flip=True)
-    whole = train(network(), images(), config)
+    config = replace(CONFIG, optimizer=optimizer, learning_rate=0.01)
+    augmentation = Augmentation(flip=True)
+    whole = train(network(), images(), config, augmentation=augmentation)
     path = tmp_path / "run.pt"
 
     def interrupt(step: int, total: int, loss: float) -> None:
@@ -73,25 +77,54 @@ def test_resumes_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
 
     broken = network()
     with pytest.raises(KeyboardInterrupt):
-        train(broken, images(), config, checkpoint=path, on_step=interrupt)
+        train(
+            broken,
+            images(),
+            config,
+            augmentation=augmentation,
+            checkpoint=path,
+            on_step=interrupt,
+        )
     torch.rand(5)  # the state of torch's own generator must not matter
     steps: list[int] = []
     resumed = train(
         broken,
         images(),
         config,
+        augmentation=augmentation,
         checkpoint=path,
         on_step=lambda step, total, loss: steps.append(step),
     )
     assert steps == list(range(9, 17)) and same(resumed, whole)
     torch.load(path, weights_only=True)
-    assert same(train(network(), images(), config, checkpoint=path), whole)
+    again = train(network(), images(), config, augmentation=augmentation, checkpoint=path)
+    assert same(again, whole)
+    with pytest.raises(WeightsError):  # it was another augmentation
+        train(network(), images(), config, checkpoint=path)
 
 
 def test_the_seed_decides() -> None:
     first, second = (train(network(), images(), CONFIG) for _ in range(2))
     other = train(network(), images(), replace(CONFIG, seed=1))
     assert same(first, second) and not same(first, other)
+
+
+def test_the_training_of_a_study_takes_seed_and_augmentation_from_it() -> None:
+    data = replace(load_data((images(), images(10))), flip=True)
+    splits = split(data, calibration=10, validation=10, seed=4)
+    assert splits.augmentation == Augmentation(flip=True) != Augmentation()
+    recovery = Recovery.of(splits, CONFIG, 4)
+    assert recovery.data is splits.training and recovery.config == replace(CONFIG, seed=4)
+    whole = train(
+        network(),
+        splits.training,
+        replace(CONFIG, seed=4),
+        augmentation=Augmentation(flip=True),
+    )
+    assert same(recovery.train(network(), network()), whole)
+    assert not same(train(network(), splits.training, replace(CONFIG, seed=4)), whole)
+    few = Recovery.of(splits, CONFIG, 4, 12)
+    assert len_of(few.data) == 12 and len_of(Recovery.of(splits, CONFIG, 4, 999).data) == 50
 
 
 def test_the_random_state_of_the_caller_is_kept() -> None:
@@ -148,24 +181,6 @@ def test_sequence_targets() -> None:
     assert torch.equal(trained(tokens).argmax(-1), (tokens + 1) % 5)
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
-def test_distillation_term(shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, *shape, dtype=torch.float64)
-    assert _soft_loss(teacher, teacher, 4.0) == pytest.approx(0.0, abs=1e-12)
-    p, q = (functional.softmax(x.reshape(6, 5) / 4, dim=1) for x in (teacher, student))
-    expected = 16 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(_soft_loss(student, teacher, 4.0), expected)
-
-
-def test_soft_gradient_approaches_the_logit_difference_when_hot() -> None:
-    # Hinton et al. 2015, equation 4: for zero-mean logits, T² dKL/ds -> (s - t) / classes.
-    teacher = torch.tensor([[1.0, -2.0, 1.0]], dtype=torch.float64)
-    student = torch.tensor([[0.5, 0.5, -1.0]], dtype=torch.float64, requires_grad=True)
-    _soft_loss(student, teacher, 1e4).backward()
-    torch.testing.assert_close(student.grad, (student.detach() - teacher) / 3, rtol=1e-3, atol=0)
-
-
 def test_a_student_equal_to_its_teacher_stays() -> None:
     teacher, student = _linear(), _linear()
     student.load_state_dict(teacher.state_dict())
@@ -210,25 +225,6 @@ def test_a_loss_that_is_not_finite_stops() -> None:
     data.tensors[0][:] = math.inf
     with pytest.raises(RankNASError, match=r"nan at step 1 of 16 with learning rate"):
         train(_linear(), data, CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("epochs", 0), ("max_steps", 0), ("batch_size", 1), ("learning_rate", 0.0)]
-    + [("learning_rate", math.nan), ("weight_decay", -1.0), ("optimizer", "lion")]
-    + [("distill", 1.5), ("temperature", 0.0), ("label_smoothing", 1.0)],
-)
-def test_bad_configurations(field: str, value: object) -> None:
-    with pytest.raises(UsageError, match=field):
-        replace(CONFIG, **{field: value})
-
-
-def test_default_length_follows_from_the_cost() -> None:
-    assert default_steps(37_000_000, 1150, 64) == 500_000_000_000 // (37_000_000 * 64)
-    assert default_steps(1000, 640, 64) == 60 * 10
-    assert default_steps(10**13, 640, 64) == 1
-    config = default_config(41_000_000, 49_000, flip=True, seed=5)
-    assert config.epochs == 1 and config.max_steps == 190 and config.seed == 5 and config.flip
 
 
 def test_a_limit_on_the_gradient_keeps_steps_small() -> None:
