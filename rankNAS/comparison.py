@@ -37,6 +37,7 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Strategy, Trial
+from rankNAS.strategies.binding import bind
 from rankNAS.study import Study
 
 __all__ = ["COLUMNS", "DENSE_MODEL", "OK", "Row", "compare", "summarise"]
@@ -374,7 +375,7 @@ class _Seed:
             resume=False,
         )
         dense = self.context.dense()
-        bound = strategy.bind(self.context)
+        bound = bind(strategy, self.context)
         return Study(name, store, tuple(self.problems), bound, self.context, self.plan.data, dense)
 
     def _on_trial(self) -> Callable[[Trial, Trial | None], None]:

@@ -51,6 +51,7 @@ from rankNAS.solver.pareto import pareto_filter
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Problem, Request, Strategy, Trial
+from rankNAS.strategies.binding import bind
 from rankNAS.strategies.tables import build_problem
 from rankNAS.study import Study
 
@@ -220,7 +221,7 @@ def search(
     if on_record is not None:
         on_record()
     _check_choices(problems[0], store)
-    study = Study(name, store, problems, chosen.bind(context), context, loaded, context.dense())
+    study = Study(name, store, problems, bind(chosen, context), context, loaded, context.dense())
     try:
         run(study, n_trials, on_trial, workers)
     finally:

@@ -12,22 +12,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.spectra import LayerSpectra
 
-if TYPE_CHECKING:
-    from rankNAS.evaluation.context import SearchContext
-
-__all__ = ["PcaGreedy", "output_spectrum", "removal_scores"]
+__all__ = ["PcaGreedy", "removal_scores"]
 
 
 @final
@@ -51,13 +47,12 @@ class PcaGreedy(OneShot):
 
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False, hash=False)
     name = "pca-greedy"
+    needs_spectra = ("outputs",)
     operators = ("svd",)
 
-    def bind(self, context: SearchContext) -> Strategy:
+    def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with the layers' eigenvalues."""
-        layers = context.factorisation.layers
-        spectra = {n: tuple(output_spectrum(x.outputs).tolist()) for n, x in layers.items()}
-        return replace(self, spectra=spectra)
+        return replace(self, spectra={name: found.outputs for name, found in spectra.items()})
 
     def solve(self, problem: Problem) -> Allocation:
         """The first allocation on the greedy path that meets the budgets."""
@@ -91,17 +86,6 @@ class PcaGreedy(OneShot):
             offered = int(np.searchsorted(ranks, r, side="right")) - 1
             path.append((float(scores[r]), 0 if r > ranks[-1] else order[offered]))
         return path
-
-
-def output_spectrum(outputs: Tensor) -> Array:
-    """Eigenvalues (o,) of the covariance of a layer's outputs, largest first.
-
-    Args:
-        outputs: (g, o, o); the eigenvalues of the groups, which share their rank, are summed.
-    """
-    values = torch.linalg.eigvalsh(outputs.double()).clamp_min(0).flip(-1).sum(0)
-    spectrum: Array = values.cpu().numpy()
-    return spectrum
 
 
 def removal_scores(spectrum: Array, cost: float) -> Array:
