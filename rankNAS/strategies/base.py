@@ -66,7 +66,7 @@ class Strategy(ABC):
         >>> class Dense(Strategy):
         ...     name = "dense"
         ...     def propose(self, problem, history, n, rng):
-        ...         allocation = problem.allocation([0] * len(problem.errors))
+        ...         allocation = problem.allocation(problem.all_dense)
         ...         return [] if allocation in history.proposed else [allocation]
         >>> Dense().name
         'dense'

@@ -34,7 +34,7 @@ from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 from rankNAS.strategies.spectra import LayerSpectra, channel_groups
 
 __all__ = ["Alds", "Certificate", "Iteration", "bound", "iterate"]
@@ -254,7 +254,7 @@ def _options(problem: Problem, operators: Sequence[str] | None) -> list[_Options
         costs = costs / limits[:, None]
         total = costs.sum(0)
         families = {
-            k: np.array(sorted([*found, 0], key=lambda j: total[j]))
+            k: np.array(sorted([*found, DENSE_INDEX], key=lambda j: total[j]))
             for k, found in (members or {1: []}).items()
         }
         layers.append(_Options(problem.errors[i], costs, families))

@@ -20,7 +20,7 @@ from rankNAS.allocation import Allocation, Choice
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 from rankNAS.strategies.spectra import LayerSpectra
 
 __all__ = ["PcaGreedy", "removal_scores"]
@@ -60,7 +60,7 @@ class PcaGreedy(OneShot):
         paths = [self._path(table, i) for i in range(len(table.errors))]
         queue = [(path.pop(), i) for i, path in enumerate(paths) if path]
         heapq.heapify(queue)
-        indices = [0] * len(paths)
+        indices = list(table.all_dense)
         while not table.meets(indices):
             if not queue:
                 return Energy().solve(table)
@@ -73,7 +73,7 @@ class PcaGreedy(OneShot):
     def _path(self, table: Problem, i: int) -> list[tuple[float, int]]:
         """(score, choice it leads to) of each removal from a layer, the first one last."""
         name, choices = list(table.choices.items())[i]
-        order = sorted(range(1, len(choices)), key=lambda j: choices[j].rank)
+        order = sorted(range(DENSE_INDEX + 1, len(choices)), key=lambda j: choices[j].rank)
         if not order or not table.limits:
             return []
         ranks = np.array([choices[j].rank[0] for j in order])
@@ -84,7 +84,7 @@ class PcaGreedy(OneShot):
         path = []
         for r in range(int(ranks[0]), len(spectrum)):  # r components are left
             offered = int(np.searchsorted(ranks, r, side="right")) - 1
-            path.append((float(scores[r]), 0 if r > ranks[-1] else order[offered]))
+            path.append((float(scores[r]), DENSE_INDEX if r > ranks[-1] else order[offered]))
         return path
 
 
