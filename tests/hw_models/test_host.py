@@ -20,7 +20,8 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import Host, compile_latency, host, make_hardware
 from rankNAS.hw_models.base import stages
-from rankNAS.hw_models.host import _combined, general_shapes
+from rankNAS.hw_models.blocks import combined as _combined
+from rankNAS.hw_models.host import general_shapes
 from rankNAS.hw_models.networks import place, random_allocations
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of, traffic
@@ -138,7 +139,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     monkeypatch.setattr(Host, "_measure", lambda self, shapes: made.measure(self, shapes))
     monkeypatch.setattr(host, "built", made.built)
     monkeypatch.setattr(host, "waiting", lambda run, device: run)
-    monkeypatch.setattr(host, "Pace", made.pace)
+    monkeypatch.setattr(host, "DriftMonitor", made.pace)
     monkeypatch.setattr(host, "LIMIT", 1e-9)
     return made
 
