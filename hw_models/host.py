@@ -22,7 +22,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.hw_models.base import Progress, StageModel, stages
+from rankNAS.hw_models.base import Progress, StageModel
+from rankNAS.hw_models.blocks import combined
 from rankNAS.hw_models.networks import (
     Watch,
     batched,
@@ -44,11 +45,11 @@ from rankNAS.hw_models.networks import (
     place,
     random_allocations,
 )
+from rankNAS.hw_models.plan import general_shapes, network_key, stage_key, stages_of, thinned
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of
 from rankNAS.hw_models.timing import (
     DriftMonitor,
-    effects_of_blocks,
     interleaved,
     spread_of_median,
     waiting,
@@ -65,7 +66,6 @@ LIMIT = 120.0  # seconds after which no stages are begun but those that must be 
 TURNS = 2  # in which each stage is timed, in different blocks
 FITTED = 500  # stages that the kernel of the regression is learned from, at most
 MOST = 4000  # stages that the regression sees, at most; those of the space first
-DISTURBED = 1.5  # times the usual slowness: a block in which something else ran
 PULL = 0.1  # of the factors of a network towards 1, against one timing each
 
 
@@ -120,9 +120,9 @@ class Host(StageModel):
         inputs: Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> Host:
-        wanted = list(dict.fromkeys(_key(s) for s in _stages(space)))
-        key, profile = _network_key(space), self._profile()
-        chosen = _spread_out(wanted, self.shapes) if self.measures else []
+        wanted = list(dict.fromkeys(stage_key(s) for s in stages_of(space)))
+        key, profile = network_key(space), self._profile()
+        chosen = thinned(wanted, self.shapes) if self.measures else []
         if self.measures and self.general:
             chosen += general_shapes(space.input_shape[0])
         missing = [shape for shape in chosen if shape not in profile.stages]
@@ -153,7 +153,7 @@ class Host(StageModel):
         return replace(model, profile=profile, fit=fit)
 
     def stage(self, shape: LayerShape) -> tuple[float, float]:
-        key = _key(shape)
+        key = stage_key(shape)
         if key not in self.known:
             if self.fitted is None:
                 (found,) = self._measure([key])
@@ -217,7 +217,7 @@ class Host(StageModel):
         self._check_kinds(profile, wanted)
         seen = list(dict.fromkeys([*(s for s in wanted if s in profile.stages), *profile.stages]))
         seen = seen[:MOST]
-        learned = set(_spread_out(seen, FITTED))
+        learned = set(thinned(seen, FITTED))
         rows = [profile.stages[s] for s in seen]
         fitted = StageRegression.fit(
             seen,
@@ -261,7 +261,7 @@ class Host(StageModel):
                 self._keep(profile)
             on_share(share)
         if blocks:
-            profile = profile.with_stages(_combined(blocks))
+            profile = profile.with_stages(combined(blocks))
             self._keep(profile)
         return profile
 
@@ -356,31 +356,6 @@ class _Whole:
     pace: DriftMonitor
 
 
-def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
-    """Square and thin convolutions and linear layers as they are common in networks."""
-    shapes = []
-    for size in (7, 14, 28, 56):
-        for inputs, outputs in ((32, 32), (64, 64), (128, 32), (32, 128), (256, 256), (512, 64)):
-            for k in (1, 3):
-                pads = (k // 2, k // 2)
-                calls = ((batch, size, size),)
-                shapes.append(
-                    LayerShape(
-                        inputs,
-                        outputs,
-                        (k, k),
-                        (1, 1),
-                        pads,
-                        (1, 1),
-                        calls=calls,
-                        itemsize=itemsize,
-                    )
-                )
-    for inputs, outputs in ((64, 64), (256, 64), (64, 256), (768, 768), (768, 96), (96, 768)):
-        shapes += [LayerShape(inputs, outputs, calls=((n * batch,),)) for n in (1, 64)]
-    return shapes
-
-
 def _run(shape: LayerShape, device: torch.device) -> Callable[[], object]:
     layer = shape.build("cpu").to(device, DTYPES.get(shape.itemsize, torch.float32)).eval()
     call = shape.calls[0]
@@ -390,91 +365,3 @@ def _run(shape: LayerShape, device: torch.device) -> Callable[[], object]:
         layer = layer.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     return lambda: layer(x)
-
-
-def _combined(blocks: Sequence[Mapping[LayerShape, Measurement]]) -> dict[LayerShape, Measurement]:
-    """Of stages that were timed in several blocks: their times, and how well these are known.
-
-    Blocks in which something else ran are left out where there is another.
-    """
-    places = {shape: i for i, shape in enumerate({s: None for block in blocks for s in block})}
-    found = [m for block in blocks for m in block.values()]
-    items = np.array([places[shape] for block in blocks for shape in block])
-    numbers = np.array([k for k, block in enumerate(blocks) for _ in block])
-    values = np.log([m.seconds for m in found])
-    effects = effects_of_blocks(items, numbers, values)
-    values -= effects[numbers]
-    quiet = effects[numbers] < math.log(DISTURBED)
-    used = quiet | (np.bincount(items, quiet)[items] == 0)
-    if not used.all():
-        logger.info("something else was running during %d timings of stages", (~used).sum())
-    counts = np.bincount(items, used)
-    means = np.bincount(items, values * used) / counts
-    # Of one timing: how it varies from block to block, or within one where that is more.
-    apart = (np.abs(values - means[items]))[used & (counts[items] > 1)]
-    single = 1.4826 * float(np.median(apart)) * math.sqrt(2) if len(apart) else 0.0
-    within = np.array([m.sigma / m.seconds for m in found])
-    within = np.sqrt(np.bincount(items, used * within**2)) / counts
-    deviations = np.maximum(within, single / np.sqrt(counts))
-    rounds = np.bincount(items, [m.rounds for m in found])
-    return {
-        shape: Measurement(
-            float(np.exp(means[i])), float(np.exp(means[i]) * deviations[i]), int(rounds[i])
-        )
-        for shape, i in places.items()
-    }
-
-
-def _stages(space: SearchSpace) -> Iterable[LayerShape]:
-    return (s for layer in space.layers.values() for c in layer for s in stages(layer, c))
-
-
-def _key(shape: LayerShape) -> LayerShape:
-    """What its time depends on: a bias is added for nothing, whatever pads costs the same."""
-    return replace(shape, bias=False, padding_mode="zeros")
-
-
-def _network_key(space: SearchSpace) -> str:
-    shapes = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
-    text = "\n".join([*shapes, str(space.remainder_cost), str(space.input_shape)])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def _spread_out(shapes: Sequence[LayerShape], most: int) -> list[LayerShape]:
-    """Some of the shapes that stand for all: alike ones share the number, each far from others.
-
-    Within a group of equal geometry, the one farthest from those already taken comes next.
-    """
-    groups: dict[object, list[LayerShape]] = {}
-    for shape in shapes:
-        groups.setdefault((shape.kernel, shape.stride, shape.calls, shape.groups > 1), []).append(
-            shape
-        )
-    shares = _shares([len(group) for group in groups.values()], most)
-    return [
-        shape
-        for group, share in zip(groups.values(), shares, strict=True)
-        for shape in _farthest(group, share)
-    ]
-
-
-def _shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each group: as for its square root, at least two (or all) of each."""
-    roots = np.sqrt(sizes)
-    scale = most / roots.sum()
-    for _ in range(20):  # what small groups cannot take goes to the others
-        shares = np.clip(np.floor(scale * roots), np.minimum(2, sizes), sizes)
-        if shares.sum() >= min(most, sum(sizes)):
-            break
-        scale *= 1.1
-    return [int(share) for share in shares]
-
-
-def _farthest(shapes: Sequence[LayerShape], count: int) -> list[LayerShape]:
-    points = np.log([[s.inputs / s.groups, s.outputs / s.groups, s.groups] for s in shapes])
-    taken = [int(np.argmax(points.sum(1)))]
-    distance = np.full(len(shapes), np.inf)
-    while len(taken) < count:
-        distance = np.minimum(distance, ((points - points[taken[-1]]) ** 2).sum(1))
-        taken.append(int(np.argmax(distance)))
-    return [shapes[i] for i in taken]

@@ -38,6 +38,7 @@ from rankNAS.settings import Settings
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.binding import bind
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
@@ -377,7 +378,7 @@ class _Seed:
             resume=False,
         )
         dense = self.context.dense()
-        bound = strategy.bind(self.context)
+        bound = bind(strategy, self.context)
         return Study(name, store, tuple(self.problems), bound, self.context, self.plan.data, dense)
 
     def _on_trial(self) -> Callable[[Trial, Trial | None], None]:

@@ -25,6 +25,7 @@ from rankNAS.settings import Settings, study_identity
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.binding import bind
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
@@ -145,7 +146,7 @@ def search(
     if on_record is not None:
         on_record()
     _check_choices(problems[0], store)
-    study = Study(name, store, problems, chosen.bind(context), context, loaded, context.dense())
+    study = Study(name, store, problems, bind(chosen, context), context, loaded, context.dense())
     try:
         run(study, n_trials, on_trial, workers, start)
     finally:

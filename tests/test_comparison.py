@@ -100,8 +100,9 @@ class Unbound(Strategy):
     """Cannot look at the model."""
 
     name = "unbound"
+    needs_spectra = ("energy",)
 
-    def bind(self, context: object) -> Strategy:
+    def bind(self, spectra: object) -> Strategy:
         raise RuntimeError("nothing to see")
 
     def propose(

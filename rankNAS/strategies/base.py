@@ -5,17 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankNAS.allocation import Allocation
-from rankNAS.exceptions import StudyError
+from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Array, Problem
 
 if TYPE_CHECKING:
     from rankNAS.evaluation.context import SearchContext
+    from rankNAS.strategies.spectra import LayerSpectra, SpectrumName
 
 __all__ = ["Array", "History", "Problem", "Request", "Strategy", "Trial"]
 
@@ -45,14 +46,18 @@ class Strategy(ABC):
     the problem's space that meets its budgets. An empty list means there is nothing more to
     propose. A strategy must pickle, and is a frozen dataclass of its configuration.
 
-    Three more methods may be overridden: `check` refuses what the strategy cannot do, `bind`
-    takes what it needs to know of the model, and `probes` asks for measurements of allocations
-    that need not meet the budgets.
+    More methods may be overridden: `check` refuses what the strategy cannot do, `bind` takes
+    spectra of the layers, and `probes` asks for measurements of allocations that need not meet
+    the budgets. A strategy that trains the network itself takes the whole search context through
+    `bind_context` instead of `bind`.
 
     Attributes:
         name: As given to ``--strategy``.
         operators: Whose choices it uses; None for all.
         needs_latency: Whether it needs the problem's latency table, budgeted or not.
+        needs_spectra: The spectra that `bind` receives: any of ``energy``, ``outputs`` and
+            ``weight``, see `LayerSpectra`. `bind` is only called where there are some.
+        needs_context: Whether `bind_context` is called, instead of `bind`.
         refits: Whether proposals are evaluated after sequential refitting
             (`rankNAS.compression.reconstruction`), where the settings have that. A trial then
             takes several times longer. Probes are never refitted.
@@ -61,7 +66,7 @@ class Strategy(ABC):
         >>> class Dense(Strategy):
         ...     name = "dense"
         ...     def propose(self, problem, history, n, rng):
-        ...         allocation = problem.allocation([0] * len(problem.errors))
+        ...         allocation = problem.allocation(problem.all_dense)
         ...         return [] if allocation in history.proposed else [allocation]
         >>> Dense().name
         'dense'
@@ -70,13 +75,37 @@ class Strategy(ABC):
     name: str
     operators: tuple[str, ...] | None = None
     needs_latency: bool = False
+    needs_spectra: tuple[SpectrumName, ...] = ()
+    needs_context: bool = False
     refits: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for method, flag in (("bind", "needs_spectra"), ("bind_context", "needs_context")):
+            if method in cls.__dict__ and not getattr(cls, flag):
+                raise UsageError(
+                    f"strategy {cls.__name__} overrides `{method}`, but does not set `{flag}`, so "
+                    "it would never be called. `bind` receives the spectra that `needs_spectra` "
+                    "names; `bind_context` receives the search context if `needs_context` is true."
+                )
 
     def check(self, request: Request) -> None:  # noqa: B027
         """Raise a UsageError if the strategy cannot do what is asked; called before any work."""
 
-    def bind(self, context: SearchContext) -> Strategy:
-        """The strategy with what it needs to know of the model; called once a search."""
+    def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
+        """The strategy with what it needs to know of the layers; called once a search.
+
+        Args:
+            spectra: By layer, those that `needs_spectra` names. They hold numbers alone, so a
+                strategy that keeps them keeps no weights or factors in memory.
+        """
+        return self
+
+    def bind_context(self, context: SearchContext) -> Strategy:
+        """The strategy with the model, its factors and the data; called once a search.
+
+        For strategies that train the network: what is kept of the context stays in memory.
+        """
         return self
 
     def probes(self, problem: Problem, history: History) -> list[Allocation]:

@@ -9,17 +9,18 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rankNAS.allocation import Allocation, Choice
+from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.budget import budget_key
-from rankNAS.exceptions import BudgetError
+from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.objectives.base import Direction
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.tables import SLACK, least_cost
 
-__all__ = ["Array", "Problem"]
+__all__ = ["DENSE_INDEX", "Array", "Problem"]
 
 Array = npt.NDArray[np.float64]
+DENSE_INDEX = 0  # of every layer's choices and tables
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,18 @@ class Problem:
     """A search in numbers: tables over layers and choices, budgets and directions.
 
     Args:
-        choices: Choices of each layer by name, in the order of all tables.
-        errors: Relative error of each choice, one array a layer.
+        choices: Choices of each layer by name, in the order of all tables: dense, once, at
+            `DENSE_INDEX`.
+        errors: Relative error of each choice, one array a layer; 0 for dense.
         costs: By cost name, one array a layer.
         remainder_cost: By cost name, the cost of everything outside the layers.
         budget: By cost name, the fraction kept of the dense model's cost.
         objectives: Names of the objectives.
         directions: Their directions.
+
+    Raises:
+        UsageError: The first choice of a layer is not dense, dense occurs again or has an error,
+            or a table does not fit the choices.
     """
 
     choices: Mapping[str, tuple[Choice, ...]]
@@ -43,6 +49,22 @@ class Problem:
     budget: Mapping[str, float]
     objectives: tuple[str, ...] = ("accuracy",)
     directions: tuple[Direction, ...] = ("maximize",)
+
+    def __post_init__(self) -> None:
+        tables = [("errors", self.errors), *self.costs.items()]
+        for what, table in tables:
+            if [len(row) for row in table] != [len(c) for c in self.choices.values()]:
+                raise UsageError(f"the table of {what} does not fit the choices of the layers.")
+        for (name, choices), errors in zip(self.choices.items(), self.errors, strict=True):
+            operators = [choice.operator for choice in choices]
+            if not operators or operators[DENSE_INDEX] != DENSE.operator:
+                raise UsageError(f"the first choice of layer {name!r} must be dense.")
+            if operators.count(DENSE.operator) > 1:
+                raise UsageError(f"layer {name!r} has the choice dense more than once.")
+            if errors[DENSE_INDEX] != 0:
+                raise UsageError(
+                    f"the error of layer {name!r} left dense must be 0, got {errors[DENSE_INDEX]}."
+                )
 
     @property
     def budget_key(self) -> str:
@@ -56,9 +78,9 @@ class Problem:
 
     @cached_property
     def dense(self) -> dict[str, float]:
-        """By cost name, what the dense model costs; dense is the first choice of every layer."""
+        """By cost name, what the dense model costs."""
         return {
-            name: self.remainder_cost[name] + float(sum(c[0] for c in table))
+            name: self.remainder_cost[name] + float(sum(c[DENSE_INDEX] for c in table))
             for name, table in self.costs.items()
         }
 
@@ -84,11 +106,11 @@ class Problem:
             allowed = [
                 j
                 for j, c in enumerate(choices)
-                if j == 0 or operators is None or c.operator in operators
+                if j == DENSE_INDEX or operators is None or c.operator in operators
             ]
             columns = [self.costs[n][i][allowed] for n in names]
             found = pareto_filter(self.errors[i][allowed], columns, len(allowed))
-            kept.append(sorted({0, *(allowed[j] for j in found)}))
+            kept.append(sorted({DENSE_INDEX, *(allowed[j] for j in found)}))
         return self.restricted(kept)
 
     def restricted(self, kept: Sequence[Sequence[int]]) -> Problem:
@@ -112,9 +134,14 @@ class Problem:
         """The choices of each layer in words."""
         return {name: [str(c) for c in choices] for name, choices in self.choices.items()}
 
+    @property
+    def all_dense(self) -> tuple[int, ...]:
+        """Indices at which every layer is dense."""
+        return (DENSE_INDEX,) * len(self.errors)
+
     def alone(self, layer: int, choice: int) -> tuple[int, ...]:
         """Indices at which one layer has a choice and all others are dense."""
-        return tuple(choice if i == layer else 0 for i in range(len(self.errors)))
+        return tuple(choice if i == layer else DENSE_INDEX for i in range(len(self.errors)))
 
     def least(self, name: str) -> float:
         """The smallest fraction of a cost that any allocation keeps."""

@@ -20,7 +20,8 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import Host, compile_latency, host, make_hardware
 from rankNAS.hw_models.base import stages
-from rankNAS.hw_models.host import _combined, general_shapes
+from rankNAS.hw_models.blocks import combined as _combined
+from rankNAS.hw_models.host import general_shapes
 from rankNAS.hw_models.networks import place, random_allocations
 from rankNAS.hw_models.profiles import Measurement, NetworkFit, Profile, Terms
 from rankNAS.hw_models.regression import StageRegression, kind_of, traffic

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rankNAS.exceptions import BudgetError
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.tables import SLACK
-from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Problem
 
 __all__ = ["decode", "decode_best", "lowered", "lowered_by", "preference"]
 
@@ -57,7 +57,7 @@ def decode(problem: Problem, multipliers: Array, rng: np.random.Generator) -> In
     """
     K = len(problem.limits)
     if K == 0:
-        return np.zeros((len(multipliers), len(problem.errors)), dtype=np.int64)
+        return np.full((len(multipliers), len(problem.errors)), DENSE_INDEX)
     if K == 1:
         return _decode(_front(problem, np.ones(1)), multipliers)
     weightings = [*np.eye(K), np.full(K, 1 / K), *rng.dirichlet(np.ones(K), 4)]

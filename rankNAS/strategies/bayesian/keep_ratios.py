@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from rankNAS.allocation import Allocation
 from rankNAS.solver.tables import SLACK
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 from rankNAS.strategies.sampling.shares import within_shares
 
 __all__ = ["KeepRatios", "kind"]
@@ -77,7 +77,7 @@ class KeepRatios:
         names = list(problem.choices)
         fixed = {i for i, name in enumerate(names) if name.split(".")[-1] in VALUES}
         problem = problem.restricted(
-            [[0] if i in fixed else range(len(e)) for i, e in enumerate(problem.errors)]
+            [[DENSE_INDEX] if i in fixed else range(len(e)) for i, e in enumerate(problem.errors)]
         )
         problem.check()
         # Queries and keys are counted apart, so that those of one block are in one stage.
@@ -103,7 +103,9 @@ class KeepRatios:
 
     @cached_property
     def _dense_cost(self) -> Array:  # (K,)
-        return np.array([sum(float(c[0]) for c in table) for table in self.problem.budgeted()])
+        return np.array(
+            [sum(float(c[DENSE_INDEX]) for c in table) for table in self.problem.budgeted()]
+        )
 
     @cached_property
     def _kept_at_most(self) -> Array:  # (K,)
@@ -114,7 +116,7 @@ class KeepRatios:
         """Per layer, the largest budgeted cost of each choice relative to dense, (C_l,)."""
         tables = self.problem.budgeted()
         return [
-            np.max([table[i] / table[i][0] for table in tables] or [0 * errors], axis=0)
+            np.max([table[i] / table[i][DENSE_INDEX] for table in tables] or [0 * errors], axis=0)
             for i, errors in enumerate(self.problem.errors)
         ]
 
@@ -133,7 +135,7 @@ class KeepRatios:
 
         Where there is none, the cheapest.
         """
-        indices = np.zeros((len(ratios), len(self.problem.errors)), dtype=np.int64)
+        indices = np.full((len(ratios), len(self.problem.errors)), DENSE_INDEX)
         for column, layers in zip(ratios.T, self.variables.values(), strict=True):
             for i in layers:
                 relative = self._relative[i]
@@ -154,7 +156,7 @@ class KeepRatios:
         for v, layers in enumerate(self.variables.values()):
             for table in tables:
                 cost = sum(table[i][indices[:, i]] for i in layers)
-                fractions[:, v] += cost / sum(table[i][0] for i in layers) / len(tables)
+                fractions[:, v] += cost / sum(table[i][DENSE_INDEX] for i in layers) / len(tables)
         return fractions
 
     def feasible(self, indices: Indices, band: float = BAND) -> npt.NDArray[np.bool_]:

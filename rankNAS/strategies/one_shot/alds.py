@@ -22,12 +22,10 @@ import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import UsageError
@@ -36,12 +34,10 @@ from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
+from rankNAS.strategies.spectra import LayerSpectra, channel_groups
 
-if TYPE_CHECKING:
-    from rankNAS.evaluation.context import SearchContext
-
-__all__ = ["Alds", "Certificate", "Iteration", "bound", "iterate", "spectral_errors"]
+__all__ = ["Alds", "Certificate", "Iteration", "bound", "iterate"]
 
 logger = logging.getLogger(__name__)
 Indices = npt.NDArray[np.int64]
@@ -93,6 +89,7 @@ class Alds(OneShot):
         default_factory=dict, repr=False, hash=False
     )
     name = "alds"
+    needs_spectra = ("weight",)
 
     def __post_init__(self) -> None:
         if self.operators is None or not set(self.operators) <= set(OPERATORS):
@@ -101,16 +98,10 @@ class Alds(OneShot):
                 f"theorem bounds, got {self.operators}; 'energy' takes them all."
             )
 
-    def bind(self, context: SearchContext) -> Strategy:
+    def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with the spectral error of every choice of every layer."""
-        layers = context.factorisation.layers
-        return replace(
-            self,
-            spectral={
-                name: _spectral_table(found.weight, found.layer.choices, self.sqrt_k)
-                for name, found in layers.items()
-            },
-        )
+        tables = {name: _spectral_table(found, self.sqrt_k) for name, found in spectra.items()}
+        return replace(self, spectral=tables)
 
     def solve(self, problem: Problem) -> Allocation:
         """The exact min-max allocation; of several, the one of the least total error."""
@@ -150,42 +141,15 @@ class Alds(OneShot):
 # ---------------------------------------------------------------------------------- the errors
 
 
-def spectral_errors(weight: Tensor, groups: int) -> Array:
-    """The table e_k[j] of a weight.
-
-    Args:
-        weight: (g, o, c, kh, kw); the blocks of a grouped convolution are blocks like the others.
-        groups: k, a divisor of c.
-
-    Returns:
-        (R + 1,), one error for each rank j = 0 .. R, where R = min(o, c kh kw / k); the last is 0.
-    """
-    W = weight.detach().double().flatten(2)  # (g, o, n)
-    largest = float(torch.linalg.matrix_norm(W, 2).max())
-    values = torch.linalg.svdvals(W.unflatten(2, (groups, -1)).transpose(1, 2))  # (g, k, R)
-    errors = np.append(values.amax((0, 1)).cpu().numpy(), 0.0)
-    relative: Array = errors / largest if largest > 0 else 0 * errors
-    return relative
-
-
 def bound(errors: Array, groups: int, *, sqrt_k: bool) -> Array:
     """The bound of Theorem 1 from the errors e_k; torchprune's without `sqrt_k`."""
     return errors * np.sqrt(groups) if sqrt_k else errors
 
 
-def _spectral_table(
-    weight: Tensor, choices: Sequence[Choice], sqrt_k: bool
-) -> dict[Choice, float]:
-    usable = [c for c in choices if c.operator in OPERATORS]
-    tables = {
-        k: bound(spectral_errors(weight, k), k, sqrt_k=sqrt_k) for k in set(map(_groups, usable))
-    }
-    return {DENSE: 0.0, **{c: float(tables[_groups(c)][c.rank[-1]]) for c in usable}}
-
-
-def _groups(choice: Choice) -> int:
-    """k: the first of the two numbers of a ``group_svd``, 1 for an ``svd``."""
-    return choice.rank[0] if choice.operator == "group_svd" else 1
+def _spectral_table(found: LayerSpectra, sqrt_k: bool) -> dict[Choice, float]:
+    tables = {k: bound(np.array(e), k, sqrt_k=sqrt_k) for k, e in found.weight.items()}
+    groups = {c: k for c in found.layer.choices if (k := channel_groups(c)) is not None}
+    return {DENSE: 0.0, **{c: float(tables[k][c.rank[-1]]) for c, k in groups.items()}}
 
 
 # ----------------------------------------------------------------------------- the alternation
@@ -286,11 +250,11 @@ def _options(problem: Problem, operators: Sequence[str] | None) -> list[_Options
         members: dict[int, list[int]] = {}
         for j, choice in enumerate(choices):
             if choice != DENSE and (operators is None or choice.operator in operators):
-                members.setdefault(_groups(choice), []).append(j)
+                members.setdefault(channel_groups(choice) or 1, []).append(j)
         costs = costs / limits[:, None]
         total = costs.sum(0)
         families = {
-            k: np.array(sorted([*found, 0], key=lambda j: total[j]))
+            k: np.array(sorted([*found, DENSE_INDEX], key=lambda j: total[j]))
             for k, found in (members or {1: []}).items()
         }
         layers.append(_Options(problem.errors[i], costs, families))

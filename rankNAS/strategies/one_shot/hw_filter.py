@@ -11,7 +11,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Problem
 
 __all__ = ["HardwareFilter", "faster_than_dense"]
 
@@ -29,7 +29,7 @@ def faster_than_dense(problem: Problem, margin: float = 0.0) -> Problem:
     if "latency" not in problem.costs:
         return problem
     kept = [
-        [0, *np.flatnonzero(latency < (1 - margin) * latency[0]).tolist()]
+        [DENSE_INDEX, *np.flatnonzero(latency < (1 - margin) * latency[DENSE_INDEX]).tolist()]
         for latency in problem.costs["latency"]
     ]
     return problem.restricted(kept)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 
@@ -23,12 +23,9 @@ from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.spectra import LayerSpectra
 
-if TYPE_CHECKING:
-    from rankNAS.compression.factors import LayerFactors
-    from rankNAS.evaluation.context import SearchContext
-
-__all__ = ["LearningCompression", "c_step", "energy"]
+__all__ = ["LearningCompression", "c_step"]
 
 OCTAVES = 80.0  # lambda is looked for within a factor of 2^80 of the largest energy
 BISECTIONS = 60
@@ -57,11 +54,12 @@ class LearningCompression(OneShot):
     operators: tuple[str, ...] | None = ("svd", "spatial_svd")
     energies: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     name = "lc"
+    needs_spectra = ("energy",)
 
-    def bind(self, context: SearchContext) -> Strategy:
+    def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with the layers' energies."""
-        layers = context.factorisation.layers
-        return replace(self, energies={name: energy(found) for name, found in layers.items()})
+        found = {name: own.energy for name, own in spectra.items() if own.energy is not None}
+        return replace(self, energies=found)
 
     def solve(self, problem: Problem) -> Allocation:
         """The C step at the least lambda that the budgets allow."""
@@ -83,13 +81,6 @@ def c_step(left: Sequence[Array], costs: Sequence[Array], price: float) -> list[
     """
     pairs = zip(left, costs, strict=True)
     return [int(np.lexsort((cost, price * cost + e))[0]) for e, cost in pairs]
-
-
-def energy(layer: LayerFactors) -> float:
-    """||H W C^1/2||_F^2 of a layer, what its relative errors are relative to."""
-    left = layer.norm.left
-    squared = left(left(layer.outputs).mT)  # H W C W^T H^T
-    return float(squared.diagonal(dim1=-2, dim2=-1).sum())
 
 
 def _bisected(problem: Problem, left: Sequence[Array]) -> Sequence[int]:

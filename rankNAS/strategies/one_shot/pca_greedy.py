@@ -12,22 +12,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
+from rankNAS.strategies.spectra import LayerSpectra
 
-if TYPE_CHECKING:
-    from rankNAS.evaluation.context import SearchContext
-
-__all__ = ["PcaGreedy", "output_spectrum", "removal_scores"]
+__all__ = ["PcaGreedy", "removal_scores"]
 
 
 @final
@@ -51,13 +47,12 @@ class PcaGreedy(OneShot):
 
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False, hash=False)
     name = "pca-greedy"
+    needs_spectra = ("outputs",)
     operators = ("svd",)
 
-    def bind(self, context: SearchContext) -> Strategy:
+    def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with the layers' eigenvalues."""
-        layers = context.factorisation.layers
-        spectra = {n: tuple(output_spectrum(x.outputs).tolist()) for n, x in layers.items()}
-        return replace(self, spectra=spectra)
+        return replace(self, spectra={name: found.outputs for name, found in spectra.items()})
 
     def solve(self, problem: Problem) -> Allocation:
         """The first allocation on the greedy path that meets the budgets."""
@@ -65,7 +60,7 @@ class PcaGreedy(OneShot):
         paths = [self._path(table, i) for i in range(len(table.errors))]
         queue = [(path.pop(), i) for i, path in enumerate(paths) if path]
         heapq.heapify(queue)
-        indices = [0] * len(paths)
+        indices = list(table.all_dense)
         while not table.meets(indices):
             if not queue:
                 return Energy().solve(table)
@@ -78,7 +73,7 @@ class PcaGreedy(OneShot):
     def _path(self, table: Problem, i: int) -> list[tuple[float, int]]:
         """(score, choice it leads to) of each removal from a layer, the first one last."""
         name, choices = list(table.choices.items())[i]
-        order = sorted(range(1, len(choices)), key=lambda j: choices[j].rank)
+        order = sorted(range(DENSE_INDEX + 1, len(choices)), key=lambda j: choices[j].rank)
         if not order or not table.limits:
             return []
         ranks = np.array([choices[j].rank[0] for j in order])
@@ -89,19 +84,8 @@ class PcaGreedy(OneShot):
         path = []
         for r in range(int(ranks[0]), len(spectrum)):  # r components are left
             offered = int(np.searchsorted(ranks, r, side="right")) - 1
-            path.append((float(scores[r]), 0 if r > ranks[-1] else order[offered]))
+            path.append((float(scores[r]), DENSE_INDEX if r > ranks[-1] else order[offered]))
         return path
-
-
-def output_spectrum(outputs: Tensor) -> Array:
-    """Eigenvalues (o,) of the covariance of a layer's outputs, largest first.
-
-    Args:
-        outputs: (g, o, o); the eigenvalues of the groups, which share their rank, are summed.
-    """
-    values = torch.linalg.eigvalsh(outputs.double()).clamp_min(0).flip(-1).sum(0)
-    spectrum: Array = values.cpu().numpy()
-    return spectrum
 
 
 def removal_scores(spectrum: Array, cost: float) -> Array:

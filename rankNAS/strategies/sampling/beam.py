@@ -29,7 +29,7 @@ from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.history import History
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["Beam", "Outcome", "beam_search"]
 
@@ -125,9 +125,9 @@ class Beam(Strategy):
     def _search(self, problem: Problem, score: Callable[[State], float | None]) -> Outcome:
         costs = [np.stack(layer) for layer in zip(*problem.budgeted(), strict=True)]
         if not costs:
-            return Outcome((), ((0,) * len(problem.errors),))
+            return Outcome((), (problem.all_dense,))
         limits = np.array(list(problem.limits.values()))
-        dense = np.sum([cost[:, 0] for cost in costs], axis=0)
+        dense = np.sum([cost[:, DENSE_INDEX] for cost in costs], axis=0)
         compressible = sum(cost.shape[1] > 1 for cost in costs)
         levels = _levels(dense, limits, self.step / max(1, compressible))
         return beam_search(problem.errors, costs, levels, self.width, score, self.children)
@@ -170,7 +170,7 @@ def beam_search(
     score: Callable[[State], float | None],
     children: int | None = None,
 ) -> Outcome:
-    """Beam search over one choice per layer, from the first choice of each.
+    """Beam search over one choice per layer, from dense.
 
     Args:
         errors: Relative error of each choice: which choice a lowered layer gets, and which of two
@@ -184,7 +184,7 @@ def beam_search(
     """
     tables = _Tables(errors, costs, children)
     last = levels[-1]
-    beam: list[State] = [(0,) * len(errors)]
+    beam: list[State] = [(DENSE_INDEX,) * len(errors)]
     if tables.meets(beam[0], last):
         return Outcome((), tuple(beam))
     finished: dict[State, tuple[int, int]] = {}

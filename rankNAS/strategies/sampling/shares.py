@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.tables import SLACK
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["within_shares"]
 
@@ -54,7 +54,7 @@ def _padded(problem: Problem) -> tuple[Array, Array]:
     tables = problem.budgeted()
     for i, row in enumerate(problem.errors):
         errors[i, : len(row)] = row
-        parts = [table[i] / table[i][0] for table in tables] or [0 * row]
+        parts = [table[i] / table[i][DENSE_INDEX] for table in tables] or [0 * row]
         relative[i, : len(row)] = np.max(parts, axis=0)
     return errors, relative
 

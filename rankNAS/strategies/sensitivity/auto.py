@@ -127,7 +127,7 @@ class Auto(Strategy):
         return trials[int(np.argmin(score))]
 
     def _regression(self, problem: Problem, history: History) -> _Regression:
-        dense = history.found.get(problem.allocation(problem.alone(0, 0)))
+        dense = history.found.get(problem.allocation(problem.all_dense))
         measured = dense is not None and dense.state == "complete"
         return _Regression.fit(
             problem,

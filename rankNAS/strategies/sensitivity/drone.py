@@ -20,7 +20,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["Drone"]
 
@@ -60,7 +60,7 @@ class Drone(Strategy):
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
         """The dense model, and each layer alone at a few choices over its range of errors."""
         table = problem.within(self.operators)
-        rows = [table.alone(0, 0)]
+        rows = [table.all_dense]
         for i, errors in enumerate(table.errors):
             rows += [table.alone(i, j) for j in self._spread(errors)]
         return [table.allocation(row) for row in sorted(rows)]
@@ -77,14 +77,15 @@ class Drone(Strategy):
         """Choices at about evenly spaced roots of the error; the largest error is among them."""
         if len(errors) == 1:
             return []
-        roots = np.sqrt(errors[1:])
+        first = DENSE_INDEX + 1
+        roots = np.sqrt(errors[first:])
         wanted = roots.max() * np.arange(1, self.levels + 1) / self.levels
-        return sorted({1 + int(np.abs(roots - w).argmin()) for w in wanted})
+        return sorted({first + int(np.abs(roots - w).argmin()) for w in wanted})
 
 
 def _rises(problem: Problem, table: Problem, history: History) -> tuple[Array, ...]:
     """Rise of the loss of each choice of `table`; the errors, where measurements are missing."""
-    dense = history.found.get(problem.allocation([0] * len(problem.errors)))
+    dense = history.found.get(problem.allocation(problem.all_dense))
     if dense is None or dense.state == "failed":
         return table.errors
     points = _alone(problem, dense, history)
@@ -94,7 +95,7 @@ def _rises(problem: Problem, table: Problem, history: History) -> tuple[Array, .
     for errors, found in zip(table.errors, points, strict=True):
         x, y = np.array(sorted([(0.0, 0.0), *found])).T
         rise = np.interp(errors, x, isotonic_regression(y).x.clip(0))
-        rise[0] = 0.0  # dense itself, whatever the noise
+        rise[DENSE_INDEX] = 0.0  # dense itself, whatever the noise
         rises.append(rise)
     scale = max(float(rise.max()) for rise in rises) or 1.0
     return tuple(r + TIE * scale * e for r, e in zip(rises, table.errors, strict=True))

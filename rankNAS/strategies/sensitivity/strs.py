@@ -19,7 +19,7 @@ from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.one_shot.base import OneShot, sweep
 from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["Measured", "Strs", "truncate"]
 
@@ -55,13 +55,13 @@ def truncate(
 
     Args:
         measured: Layers at ratios.
-        sizes: One table a budget, of one array a layer; index 0 is dense.
+        sizes: One table a budget, of one array a layer; dense at `DENSE_INDEX`.
         target: One bound a budget.
 
     Returns:
         One index a layer; None if not even all of them applied meet the target.
     """
-    chosen = [0] * len(sizes[0]) if sizes else []
+    chosen = [DENSE_INDEX] * len(sizes[0]) if sizes else []
     smallest = [np.inf] * len(chosen)
 
     def fits() -> bool:
@@ -124,7 +124,7 @@ class _Truncated(OneShot):
         narrowed = problem.within(self.operators)
         limits = list(narrowed.limits.values())
         if not limits:
-            return narrowed.allocation([0] * len(narrowed.errors))
+            return narrowed.allocation(narrowed.all_dense)
         chosen = truncate(self._measured(narrowed), narrowed.budgeted(), limits)
         if chosen is not None and narrowed.meets(chosen):
             return narrowed.allocation(chosen)
@@ -161,16 +161,18 @@ def _grid(problem: Problem) -> Iterator[tuple[int, float, int]]:
     if not names:
         return
     costs = [
-        np.max([problem.costs[n][i] / problem.costs[n][i][0] for n in names], axis=0)
+        np.max([problem.costs[n][i] / problem.costs[n][i][DENSE_INDEX] for n in names], axis=0)
         for i in range(len(problem.errors))
     ]
-    lowest = [0] * len(costs)
+    lowest = list(problem.all_dense)
     for ratio in RATIOS + FURTHER:
         if ratio < RATIOS[-1] and problem.meets(lowest):
             break
         for layer, (cost, errors) in enumerate(zip(costs, problem.errors, strict=True)):
             within = cost <= (ratio or cost.min()) * (1 + SLACK)
-            choice = int(np.argmin(np.where(within, errors, np.inf))) if within.any() else 0
-            if choice:
+            choice = (
+                int(np.argmin(np.where(within, errors, np.inf))) if within.any() else DENSE_INDEX
+            )
+            if choice != DENSE_INDEX:
                 lowest[layer] = choice
                 yield layer, ratio, choice

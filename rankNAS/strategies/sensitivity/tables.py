@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from rankNAS.allocation import Allocation
 from rankNAS.strategies.history import History, Trial
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["degradation", "sensitivity_tables", "sensitivity_probes"]
 
@@ -29,7 +29,7 @@ def sensitivity_probes(problem: Problem, errors: Sequence[float]) -> list[Alloca
 
     Neighbours agree in the first layers.
     """
-    rows = {problem.alone(0, 0)}
+    rows = {problem.all_dense}
     for layer, table in enumerate(problem.errors):
         rows |= {problem.alone(layer, _nearest(table, error)) for error in errors}
     return [problem.allocation(row) for row in sorted(rows)]
@@ -61,7 +61,7 @@ def sensitivity_tables(
         One array a layer, 0 for dense, positive elsewhere: a e^b between and beyond the measured
         points, through them in between. None if the dense model or all layers failed.
     """
-    base = history.found.get(problem.allocation(problem.alone(0, 0)))
+    base = history.found.get(problem.allocation(problem.all_dense))
     if base is None or base.state != "complete":
         return None
     points = [_measured(problem, history, base, i, errors) for i in range(len(problem.errors))]
@@ -77,7 +77,11 @@ def sensitivity_tables(
 
 
 def _nearest(table: Array, error: float) -> int:
-    return int(np.argmin(np.abs(table[1:] - error))) + 1 if len(table) > 1 else 0
+    """The choice of the nearest error; dense only where there is no other."""
+    others = table[DENSE_INDEX + 1 :]
+    if not len(others):
+        return DENSE_INDEX
+    return DENSE_INDEX + 1 + int(np.argmin(np.abs(others - error)))
 
 
 def _measured(
@@ -89,7 +93,7 @@ def _measured(
         choice = _nearest(problem.errors[layer], error)
         trial = history.found.get(problem.allocation(problem.alone(layer, choice)))
         value = float(problem.errors[layer][choice])
-        if choice and value > 0 and trial is not None and trial.state == "complete":
+        if choice != DENSE_INDEX and value > 0 and trial is not None and trial.state == "complete":
             found[value] = degradation(problem, trial) - degradation(problem, base)
     ordered = sorted(found)
     sensitivities = accumulate((found[e] for e in ordered), max)

@@ -16,7 +16,7 @@ from rankNAS.allocation import Choice
 from rankNAS.decompositions import LayerShape
 from rankNAS.solver.min_sum import min_sum
 from rankNAS.solver.pareto import pareto_filter
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["coarse", "picked"]
 
@@ -50,11 +50,11 @@ def coarse(
         allowed = [
             j for j, c in enumerate(choices) if operators is None or c.operator in operators
         ]
-        cheapest = {min(allowed, key=cost.__getitem__, default=0) for cost in costs}
+        cheapest = {min(allowed, key=cost.__getitem__, default=DENSE_INDEX) for cost in costs}
         nearest = _equal_ranks(choices, shapes[name], operators, granularity)
-        rows = sorted({0} | cheapest | nearest)
+        rows = sorted({DENSE_INDEX} | cheapest | nearest)
         found = pareto_filter(problem.errors[i][rows], [cost[rows] for cost in costs], len(rows))
-        kept.append(sorted({0, *(rows[j] for j in found)}))
+        kept.append(sorted({DENSE_INDEX, *(rows[j] for j in found)}))
     return problem.restricted(kept)
 
 

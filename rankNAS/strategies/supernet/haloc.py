@@ -53,7 +53,7 @@ __all__ = ["Haloc"]
 class Haloc(Strategy):
     """Differentiable search of equal Tucker-2 ranks on a super-net; a reconstruction.
 
-    It needs a model and training data (see `bind`), classes and a budget, and proposes one
+    It needs a model and training data (see `bind_context`), classes and a budget, and proposes one
     allocation per problem. The training is continued where it was interrupted.
 
     Args:
@@ -85,6 +85,7 @@ class Haloc(Strategy):
     features: float = 0.5
     operators: tuple[str, ...] | None = ("tucker2", "svd")
     name = "haloc"
+    needs_context = True
 
     def __post_init__(self) -> None:
         for number in ("epochs", "steps", "granularity"):
@@ -118,7 +119,7 @@ class Haloc(Strategy):
                 f"samples, but there are {training}; lower `batch_size` or give more data."
             )
 
-    def bind(self, context: SearchContext) -> Strategy:
+    def bind_context(self, context: SearchContext) -> Strategy:
         """The strategy with the model and the data that it trains on."""
         self._check_size(len_of(context.splits.training))
         return _Bound(self, context, self.operators)
@@ -127,8 +128,9 @@ class Haloc(Strategy):
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
         raise UsageError(
-            "strategy 'haloc' has no model and no training data yet; call `bind(context)` "
-            "first, as `rankNAS.search` does, and propose with what it returns."
+            "strategy 'haloc' has no model and no training data yet; call "
+            "`bind_context(context)` first, as `rankNAS.search` does, and propose with what it "
+            "returns."
         )
 
 

@@ -112,7 +112,7 @@ def test_a_preference_decodes_to_something_at_least_as_good(
 
 def test_a_preference_weighs_each_layer_by_one_over_its_error() -> None:
     problem = replace(
-        random_problem(0, layers=2), errors=(np.array([0.0, 0.2]), np.array([0.0, 0.5]))
+        random_problem(0, layers=2, choices=2), errors=(np.array([0.0, 0.2]), np.array([0.0, 0.5]))
     )
     assert preference(problem, np.array([[1, 1]])).tolist() == [[5.0, 2.0]]
     # an exact layer wants an error below the smallest that is not zero

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import logging
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,14 +19,15 @@ from torch import Tensor, nn
 
 import rankNAS
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.compression.factorisation import factorise
+from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.decompositions import ErrorNorm, GroupSvd, LayerShape, Operator, Svd, Target
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces import RankPolicy, compile_space
 from rankNAS.solver.min_max import min_max
-from rankNAS.strategies.one_shot.alds import Alds, bound, iterate, spectral_errors
+from rankNAS.strategies.one_shot.alds import Alds, bound, iterate
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.spectra import make_spectra, spectral_errors
 from rankNAS.strategies.tables import build_problem
 from rankNAS.testing import StrategyContract
 
@@ -57,13 +57,19 @@ def normal(seed: int, *size: int) -> Tensor:
 
 def benched(
     model: nn.Module, inputs: Tensor, budget: dict[str, float]
-) -> tuple[SimpleNamespace, Problem]:
-    """What `bind` reads of a workbench, and the problem."""
+) -> tuple[Factorisation, Problem]:
+    """A model's factors, and the problem."""
     policy = RankPolicy(operators=("svd", "group_svd"))
     space = compile_space(model, inputs, policy=policy, exclude=("head",), min_weights=1)
     factorisation = factorise(model, space, norm="weight")
     problem = build_problem(factorisation.space, factorisation.errors(), budget)
-    return SimpleNamespace(factorisation=factorisation), problem
+    return factorisation, problem
+
+
+def bound_to(factorisation: Factorisation, sqrt_k: bool = True) -> Alds:
+    bound_ = Alds(sqrt_k=sqrt_k).bind(make_spectra(factorisation, ("weight",)))
+    assert isinstance(bound_, Alds)
+    return bound_
 
 
 def grouped_problem(seed: int, layers: int) -> Problem:
@@ -227,13 +233,11 @@ def two_directions(budget: int) -> tuple[Alds, Problem]:
     W[0, 0], W[1, 8] = 3, 2
     model = nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 4))
     model[0].weight = nn.Parameter(W)
-    context, problem = benched(model, torch.zeros(1, 16), {})
+    factorisation, problem = benched(model, torch.zeros(1, 16), {})
     kept = (budget + problem.remainder_cost["params"]) / problem.dense["params"]
-    problem = build_problem(
-        context.factorisation.space, context.factorisation.errors(), {"params": kept}
-    )
+    problem = build_problem(factorisation.space, factorisation.errors(), {"params": kept})
     assert problem.limits["params"] == pytest.approx(budget)
-    strategy = Alds().bind(context)
+    strategy = bound_to(factorisation)
     assert isinstance(strategy, Alds)
     return strategy, problem
 
@@ -360,16 +364,17 @@ def test_t_a9_fine_ranks_use_the_budget_to_half_a_percent() -> None:
 
 @pytest.mark.parametrize("sqrt_k", [True, False])
 def test_bound_errors_belong_to_their_choices(small_net: nn.Module, sqrt_k: bool) -> None:
-    context, problem = benched(small_net, torch.zeros(1, 3, 8, 8), {"params": 0.6})
-    strategy = Alds(sqrt_k=sqrt_k).bind(context)
+    factorisation, problem = benched(small_net, torch.zeros(1, 3, 8, 8), {"params": 0.6})
+    strategy = bound_to(factorisation, sqrt_k)
     assert isinstance(strategy, Alds)
-    assert pickle.loads(pickle.dumps(strategy)) == strategy == Alds(sqrt_k=sqrt_k).bind(context)
+    assert pickle.loads(pickle.dumps(strategy)) == strategy
+    assert strategy == bound_to(factorisation, sqrt_k)
     assert strategy != Alds(sqrt_k=sqrt_k)
     groups = set()
     for name, choices in problem.choices.items():
         assert set(strategy.spectral[name]) == set(choices)
         assert strategy.spectral[name][DENSE] == 0
-        weight = context.factorisation.layers[name].weight
+        weight = factorisation.layers[name].weight
         for choice in choices[1:]:
             k = choice.rank[0] if choice.operator == "group_svd" else 1
             groups.add(k)
@@ -387,7 +392,7 @@ def test_choices_of_other_operators_are_left_out(small_net: nn.Module) -> None:
     factorisation = factorise(small_net, space, norm="weight")
     problem = build_problem(factorisation.space, factorisation.errors(), {"macs": 0.5})
     assert {"tucker2", "spatial_svd"} <= {c.operator for x in problem.choices.values() for c in x}
-    for strategy in (Alds(), Alds().bind(SimpleNamespace(factorisation=factorisation))):
+    for strategy in (Alds(), bound_to(factorisation)):
         assert isinstance(strategy, Alds)
         allocation = strategy.solve(problem)
         assert {c.operator for c in allocation.values()} <= {"dense", "svd", "group_svd"}

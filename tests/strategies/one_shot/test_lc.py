@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +18,9 @@ from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise
 from rankNAS.decompositions.norms import NORMS
 from rankNAS.search_spaces import compile_space
-from rankNAS.strategies.one_shot.lc import LearningCompression, c_step, energy
+from rankNAS.strategies.one_shot.lc import LearningCompression, c_step
 from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.spectra import energy, make_spectra
 from rankNAS.testing import StrategyContract, random_problem
 
 seeds = st.integers(0, 10**6)
@@ -146,8 +146,7 @@ def test_error_times_energy_is_what_is_left_out(small_net: nn.Module, norm: str)
     space = compile_space(small_net, inputs[:1])
     statistics = calibrate(small_net, space, inputs, norm=norm)
     factorisation = factorise(small_net, space, statistics, norm=norm)
-    context = SimpleNamespace(factorisation=factorisation)
-    strategy = LearningCompression().bind(context)
+    strategy = LearningCompression().bind(make_spectra(factorisation, ("energy",)))
     assert isinstance(strategy, LearningCompression)
     assert pickle.loads(pickle.dumps(strategy)) == strategy
     for name, found in factorisation.layers.items():

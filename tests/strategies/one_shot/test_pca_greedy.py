@@ -14,8 +14,9 @@ from torch import nn
 
 import rankNAS
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.strategies.one_shot.pca_greedy import PcaGreedy, output_spectrum, removal_scores
+from rankNAS.strategies.one_shot.pca_greedy import PcaGreedy, removal_scores
 from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.spectra import output_spectrum
 from rankNAS.testing import StrategyContract, random_problem
 
 seeds = st.integers(0, 10**6)
