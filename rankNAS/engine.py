@@ -43,6 +43,7 @@ from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.recovery.training import Recovery, TrainingConfig
+from rankNAS.renamed import renamed
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -60,6 +61,7 @@ logger = logging.getLogger(__name__)
 Source = str | Data | tuple[Dataset[Any], Dataset[Any]]
 
 
+@renamed(metric="norm")
 @dataclass(frozen=True)
 class Settings:
     """How candidates are made and measured; part of a study's configuration.

@@ -18,6 +18,7 @@ from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator, test_metrics
 from rankNAS.models import artifact
 from rankNAS.recovery.training import TrainingConfig, train
+from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import History, Problem, Strategy, Trial
@@ -25,6 +26,7 @@ from rankNAS.strategies.base import History, Problem, Strategy, Trial
 __all__ = ["Study", "front"]
 
 
+@renamed(answer="solution", record="store", bench="context")
 @dataclass
 class Study:
     """What `search` returns.

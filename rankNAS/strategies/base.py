@@ -16,6 +16,7 @@ from rankNAS.allocation import Allocation, Choice
 from rankNAS.budget import budget_key
 from rankNAS.exceptions import BudgetError, StudyError
 from rankNAS.objectives.base import Direction
+from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.programmes import SLACK, least_cost, min_max
 
@@ -27,6 +28,7 @@ __all__ = ["History", "Problem", "Request", "Strategy", "Trial"]
 Array = npt.NDArray[np.float64]
 
 
+@renamed(target="budget_key")
 @dataclass(frozen=True)
 class Trial:
     """One evaluated allocation.
@@ -133,6 +135,7 @@ class History:
         return ChainMap(waiting, self.found).keys()
 
 
+@renamed(label="budget_key", rest="remainder_cost")
 @dataclass(frozen=True)
 class Problem:
     """A search in numbers: tables over layers and choices, budgets and directions.
