@@ -23,8 +23,8 @@ class Catalogue(Mapping[str, T]):
         make: Makes the value from the name and the attribute; by default the attribute is it.
 
     >>> folders = Catalogue({"path": ("pathlib:Path", "A path.")})
-    >>> folders["path"].__name__, folders.lines["path"]
-    ('Path', 'A path.')
+    >>> folders["path"].__name__
+    'Path'
     """
 
     def __init__(
@@ -35,8 +35,6 @@ class Catalogue(Mapping[str, T]):
         self._homes = {name: home for name, (home, _) in entries.items()}
         self._make = make
         self._values: dict[str, T] = {}
-        #: By name, the one line; nothing is imported for it.
-        self.lines: Mapping[str, str] = {name: line for name, (_, line) in entries.items()}
 
     def __getitem__(self, name: str) -> T:
         if name not in self._values:
