@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.hw_models.base import (
-    CallableModel,
-    HardwareModel,
-    LatencyTables,
-    StageModel,
-    compile_latency,
-)
 from rankNAS.hw_models.devices import Device, device_names, read_device
-from rankNAS.hw_models.host import Host
-from rankNAS.hw_models.imc import ImcArray
-from rankNAS.hw_models.roofline import Roofline
-from rankNAS.hw_models.systolic import Systolic
-from rankNAS.hw_models.table import MeasuredTable
-from rankNAS.hw_models.validation import Agreement, agreement, validate
+from rankNAS.lazy import Catalogue, exports
 from rankNAS.plugins import is_plugin, load_callable
 
+if TYPE_CHECKING:
+    from rankNAS.hw_models.base import (
+        CallableModel,
+        HardwareModel,
+        LatencyTables,
+        StageModel,
+        compile_latency,
+    )
+    from rankNAS.hw_models.host import Host
+    from rankNAS.hw_models.imc import ImcArray
+    from rankNAS.hw_models.roofline import Roofline
+    from rankNAS.hw_models.systolic import Systolic
+    from rankNAS.hw_models.table import MeasuredTable
+    from rankNAS.hw_models.validation import Agreement, agreement, validate
+
 __all__ = [
+    "CATALOGUE",
     "HW_MODELS",
     "Agreement",
     "CallableModel",
@@ -44,11 +48,36 @@ __all__ = [
     "validate",
 ]
 
-HW_MODELS: dict[str, Callable[[], HardwareModel]] = {
-    "host": Host,
-    "systolic": Systolic,
-    "imc": ImcArray,
+#: By name: the class, and the first line of its docstring. Nothing is imported to list them.
+CATALOGUE: dict[str, tuple[str, str]] = {
+    "host": (
+        "rankNAS.hw_models.host:Host",
+        "Latency on a device of this machine, random weights and inputs.",
+    ),
+    "systolic": (
+        "rankNAS.hw_models.systolic:Systolic",
+        "An analytical model of an array of processing elements; nothing of it is measured.",
+    ),
+    "imc": (
+        "rankNAS.hw_models.imc:ImcArray",
+        "Latency, and energy if the cost of a cycle is given, on in-memory-computing arrays.",
+    ),
 }
+#: By name, the class, imported on first use.
+HW_MODELS: Mapping[str, Callable[[], HardwareModel]] = Catalogue(CATALOGUE)
+
+_HOMES = {
+    "base": ("CallableModel", "HardwareModel", "LatencyTables", "StageModel", "compile_latency"),
+    "host": ("Host",),
+    "imc": ("ImcArray",),
+    "roofline": ("Roofline",),
+    "systolic": ("Systolic",),
+    "table": ("MeasuredTable",),
+    "validation": ("Agreement", "agreement", "validate"),
+}
+__getattr__ = exports(
+    __name__, {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+)
 
 
 def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> HardwareModel:
@@ -64,6 +93,10 @@ def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> Hardwa
         UnknownNameError: No such model.
         UsageError: Neither a name nor a hardware model, or a file that is wrong.
     """
+    from rankNAS.hw_models.base import CallableModel, HardwareModel
+    from rankNAS.hw_models.host import Host
+    from rankNAS.hw_models.table import MeasuredTable
+
     if isinstance(given, HardwareModel):
         return given
     if not isinstance(given, str):
@@ -89,6 +122,10 @@ def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> Hardwa
 
 
 def _from_device(given: str) -> HardwareModel:
+    from rankNAS.hw_models.imc import ImcArray
+    from rankNAS.hw_models.roofline import Roofline
+    from rankNAS.hw_models.systolic import Systolic
+
     kind, content = read_device(given)
     name = Path(given).stem
     if kind == "roofline":

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.exceptions import UsageError
+from rankNAS.renamed import renamed
 from rankNAS.search_spaces.base import Layer, SearchSpace
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ Progress = Callable[[int, int], None]
 DTYPES = {1: "int8", 2: "float16", 4: "float32", 8: "float64"}
 
 
+@renamed(rest="remainder_cost")
 class HardwareModel(ABC):
     """Predicts the latency of a layer under a choice.
 
@@ -162,6 +164,7 @@ class CallableModel(HardwareModel):
         return float(self.fn(layer, choice)), 0.0
 
 
+@renamed(rest="remainder_cost")
 @dataclass(frozen=True)
 class LatencyTables:
     """The predictions for every choice of a space, as arrays.

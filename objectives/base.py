@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import ObjectiveError, UsageError
+from rankNAS.renamed import renamed_exports
 
 __all__ = ["EvaluationResult", "Direction", "Objective", "ObjectiveBase"]
 
 Direction = Literal["maximize", "minimize"]
+__getattr__ = renamed_exports(__name__, {"Candidate": "EvaluationResult"})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ The public names are loaded when first used, so that ``import rankNAS`` is quick
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from rankNAS.settings import Settings
     from rankNAS.strategies import Strategy, Trial
     from rankNAS.study import Study
+
+    __version__: str
 
 _HOMES = {
     "DENSE": "allocation",
@@ -72,13 +73,10 @@ __all__ = [
     "search",
 ]
 
-try:
-    __version__ = version("ranknas")
-except PackageNotFoundError:  # a bare checkout
-    __version__ = "0.0.0"
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'rankNAS' has no attribute {name!r}")
     return getattr(import_module(f"rankNAS.{_HOMES[name]}"), name)
@@ -86,3 +84,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ranknas")
+    except PackageNotFoundError:  # a bare checkout
+        return "0.0.0"

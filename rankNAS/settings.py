@@ -14,12 +14,14 @@ from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.objectives.base import ObjectiveBase
 from rankNAS.recovery.config import TrainingConfig
+from rankNAS.renamed import renamed
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies.base import Strategy
 
 __all__ = ["Settings", "study_identity"]
 
 
+@renamed(metric="norm")
 @dataclass(frozen=True)
 class Settings:
     """How candidates are made and measured. A study keeps its settings.

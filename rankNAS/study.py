@@ -21,6 +21,7 @@ from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.models import artifact
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train
+from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
@@ -30,6 +31,7 @@ from rankNAS.strategies.problem import Problem
 __all__ = ["Study", "front"]
 
 
+@renamed(answer="solution", record="store", bench="context")
 @dataclass
 class Study:
     """What `search` returns.

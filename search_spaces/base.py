@@ -9,6 +9,7 @@ from functools import cached_property
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
 from rankNAS.exceptions import UsageError
+from rankNAS.renamed import renamed
 
 __all__ = ["COSTS", "Layer", "SearchSpace", "Skipped"]
 
@@ -71,6 +72,7 @@ class Skipped:
     cost: Cost
 
 
+@renamed(rest="remainder_cost")
 @dataclass(frozen=True)
 class SearchSpace:
     """The decomposable layers of a model with their choices, and the cost of all the rest.

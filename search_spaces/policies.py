@@ -15,6 +15,7 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, Operator, Rank
 from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
 from rankNAS.exceptions import UnknownNameError, UsageError
+from rankNAS.renamed import renamed
 
 __all__ = [
     "RankPolicy",
@@ -31,6 +32,7 @@ T = TypeVar("T")
 ROUNDING = 1e-9  # of means over a step
 
 
+@renamed(latency_steps="latency_tolerance", only_faster="require_speedup")
 @dataclass(frozen=True)
 class RankPolicy:
     """How the candidate ranks of each layer are chosen.

@@ -17,7 +17,7 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "formats", "plugins"},
+    {"exceptions", "allocation", "budget", "formats", "lazy", "plugins", "renamed"},
     {"io", "data", "decompositions", "solver"},
     {"search_spaces"},
     {"compression", "recovery", "objectives"},

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
-from rankNAS.cli.options import SearchOptions
+from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.results import describe_trial, load_result
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.storage.backends import open_storage, storage_name

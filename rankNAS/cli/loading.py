@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankNAS.cli.options import ModelOptions, SearchOptions
-from rankNAS.cli.output import Reporter
+from rankNAS.cli.options.common import SpaceOptions
+from rankNAS.cli.options.model import ModelOptions
+from rankNAS.cli.options.search import SearchOptions
+from rankNAS.cli.output import ProgressDisplay
 from rankNAS.data.batches import len_of
 from rankNAS.data.loading import Data, load_data
 from rankNAS.data.splits import split
@@ -30,17 +32,20 @@ from rankNAS.recovery.config import TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
-from rankNAS.search_spaces.zoo import build_model
+from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
 from rankNAS.settings import Settings
 from rankNAS.strategies.tables import build_problem
 
 __all__ = [
     "check_options",
     "check_writable",
+    "image_side",
     "load_model",
     "load_named_data",
     "load_space",
+    "rank_policy",
     "training_config",
+    "workers_of",
 ]
 
 
@@ -57,12 +62,10 @@ def check_options(options: ModelOptions) -> Settings:
     make_hardware(options.hardware, strict=options.strict_hw)
     for objective in options.objective:
         make_objective(objective)
-    if options.trials < 1:
-        raise UsageError(f"`--trials` must be at least 1, got {options.trials}.")
     training_config(options, options.finetune)
     own: dict[str, Any] = {}
     policy = replace(
-        rank_policy(options.operators, options.candidates, options.multiple_of),
+        rank_policy(options),
         latency_tolerance=options.latency_tolerance,
         require_speedup=options.require_speedup,
     )
@@ -92,10 +95,16 @@ def workers_of(options: SearchOptions) -> Workers:
     )
 
 
-def rank_policy(operators: str | None, candidates: int, multiple_of: int) -> RankPolicy:
+def rank_policy(options: SpaceOptions) -> RankPolicy:
     """The policy that the options name."""
-    policy = RankPolicy(candidates, multiple_of)
-    return replace(policy, operators=tuple(operators.split(","))) if operators else policy
+    policy, names = RankPolicy(options.candidates, options.multiple_of), options.operators
+    return replace(policy, operators=tuple(names.split(","))) if names else policy
+
+
+def image_side(space: str, image_size: int | None) -> int:
+    """Pixels along a side of the images of a space, unless they are given."""
+    small = space in CATALOGUE and family(space) == "cifar"
+    return image_size or (32 if small else 224)
 
 
 def check_writable(folder: Path) -> None:
@@ -162,7 +171,7 @@ def load_model(
     settings: Settings,
     space: SearchSpace,
     seed: int,
-    reporter: Reporter,
+    progress: ProgressDisplay,
 ) -> nn.Module:
     """The dense model with the weights that the options name, or trained now, under a seed.
 
@@ -188,7 +197,7 @@ def load_model(
         config=default_config(space.dense_cost.macs, images),
         augmentation=splits.augmentation,
         device=options.device,
-        on_step=lambda step, total, loss: reporter.stage("train", step, total, f"loss {loss:.3f}"),
+        on_step=lambda step, total, loss: progress.stage("train", step, total, f"loss {loss:.3f}"),
     )
 
 

@@ -20,10 +20,19 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Reporter", "number", "print_json", "print_table", "reporting"]
+from rankNAS.cli.notices import flush_notices
+
+__all__ = [
+    "ProgressDisplay",
+    "number",
+    "percent",
+    "print_json",
+    "print_table",
+    "progress_display",
+]
 
 
-class Reporter:
+class ProgressDisplay:
     """Shows stages as progress bars; silent if there is no progress display."""
 
     def __init__(self, progress: Progress | None) -> None:
@@ -52,10 +61,11 @@ class Reporter:
 
 
 @contextmanager
-def reporting(quiet: bool) -> Iterator[Reporter]:
-    """A reporter on stderr."""
+def progress_display(quiet: bool) -> Iterator[ProgressDisplay]:
+    """Progress on stderr, after the warnings that have waited for the options to be checked."""
+    flush_notices()
     if quiet:
-        yield Reporter(None)
+        yield ProgressDisplay(None)
         return
     columns = (
         TextColumn("{task.description:<10}"),
@@ -67,7 +77,7 @@ def reporting(quiet: bool) -> Iterator[Reporter]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Reporter(progress)
+        yield ProgressDisplay(progress)
 
 
 def print_json(document: Any) -> None:

@@ -13,17 +13,17 @@ from typing import Any
 from torch import nn
 
 from rankNAS.budget import parse_budget
-from rankNAS.cli.environment import machine, versions
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
 from rankNAS.cli.loading import training_config
 from rankNAS.cli.measuring import concerns_latency, measure
-from rankNAS.cli.options import SearchOptions
-from rankNAS.cli.output import Reporter
+from rankNAS.cli.options.search import SearchOptions
+from rankNAS.cli.output import ProgressDisplay
 from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.recovery.config import TrainingConfig
+from rankNAS.reporting.environment import machine, versions
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
@@ -32,7 +32,7 @@ __all__ = ["solution_for", "describe_trial", "keep", "load_result"]
 
 
 def keep(
-    options: SearchOptions, study: Study, model: nn.Module, reporter: Reporter
+    options: SearchOptions, study: Study, model: nn.Module, progress: ProgressDisplay
 ) -> dict[str, Any]:
     """Write the artifacts and return the result document.
 
@@ -42,10 +42,10 @@ def keep(
     trials = study.to_pandas()
     save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
     dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
-    solutions = [_solution(options, study, p, model, reporter) for p in study.problems]
+    solutions = [_solution(options, study, p, model, progress) for p in study.problems]
     dense = _summary(study.dense, dense_test)
     if concerns_latency(study):
-        reporter.say("timing the dense network and the compressed ones")
+        progress.say("timing the dense network and the compressed ones")
         chosen = [study.solution(p).allocation for p in study.problems]
         times = measure(study, chosen, options.latency_batch)
         for summary, found in zip([dense, *(a["best"] for a in solutions)], times, strict=True):
@@ -69,7 +69,11 @@ def keep(
 
 
 def _solution(
-    options: SearchOptions, study: Study, problem: Problem, model: nn.Module, reporter: Reporter
+    options: SearchOptions,
+    study: Study,
+    problem: Problem,
+    model: nn.Module,
+    progress: ProgressDisplay,
 ) -> dict[str, Any]:
     """The trial chosen for one budget, its network kept, tested and fine-tuned."""
     suffix = f"-{_safe(problem.budget_key)}" if len(study.problems) > 1 else ""
@@ -91,7 +95,7 @@ def _solution(
     }
     config = training_config(options, options.finetune)
     if config is not None:
-        tuned = _finetune(study.context.recovery(config).config, study, model, network, reporter)
+        tuned = _finetune(study.context.recovery(config).config, study, model, network, progress)
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
         solution["finetuned"] = tuned | {"artifact": str(artifact)}
@@ -109,7 +113,7 @@ def _finetune(
     study: Study,
     model: nn.Module,
     network: nn.Module,
-    reporter: Reporter,
+    progress: ProgressDisplay,
 ) -> dict[str, Any]:
     """Train a chosen network in place; measured like the others."""
     started = time.perf_counter()
@@ -117,7 +121,7 @@ def _finetune(
         network,
         model,
         config,
-        on_step=lambda step, total, loss: reporter.stage(
+        on_step=lambda step, total, loss: progress.stage(
             "finetune", step, total, f"loss {loss:.3f}"
         ),
     )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.exceptions import UsageError
+from rankNAS.renamed import renamed
 
 __all__ = ["NORMS", "ErrorNorm", "NormName", "Statistics", "Target", "make_norm", "matrix_root"]
 
@@ -32,6 +33,7 @@ NORMS: tuple[NormName, ...] = get_args(NormName)
 RIDGE = 1e-6  # of the mean diagonal: statistics of few samples are rank-deficient
 
 
+@renamed(moment="input_second_moment", gradient="output_gradient_second_moment")
 @dataclass(frozen=True)
 class Statistics:
     """What calibration records of one layer, all in float64.

@@ -12,13 +12,12 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision import models
 
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.images.normalise import normalization_from_metadata
@@ -29,6 +28,9 @@ from rankNAS.io.tensors import damaged, read_tensors, write_tensors
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import RECIPE_VERSION, train
 from rankNAS.search_spaces.zoo import SPACES
+
+if TYPE_CHECKING:
+    from torchvision import models
 
 __all__ = [
     "load_state",
@@ -290,6 +292,8 @@ def _listing(names: list[str]) -> str:
 
 
 def _default_weights(spec: str) -> models.WeightsEnum:
+    from torchvision import models
+
     name = spec.removeprefix("torchvision:")
     from_zoo = spec in SPACES and SPACES[spec].family == "torchvision"
     known = models.list_models(module=models)

@@ -9,11 +9,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 from rankNAS.allocation import Allocation
+from rankNAS.renamed import renamed
 from rankNAS.strategies.problem import Problem
 
 __all__ = ["History", "Trial"]
 
 
+@renamed(target="budget_key")
 @dataclass(frozen=True)
 class Trial:
     """One evaluated allocation.

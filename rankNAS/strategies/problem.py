@@ -13,6 +13,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.budget import budget_key
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.objectives.base import Direction
+from rankNAS.renamed import renamed
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.tables import SLACK, least_cost
@@ -23,6 +24,7 @@ Array = npt.NDArray[np.float64]
 DENSE_INDEX = 0  # of every layer's choices and tables
 
 
+@renamed(label="budget_key", rest="remainder_cost")
 @dataclass(frozen=True)
 class Problem:
     """A search in numbers: tables over layers and choices, budgets and directions.

@@ -24,7 +24,7 @@ from rankNAS.strategies.problem import Array
 
 if TYPE_CHECKING:
     from rankNAS.compression.factorisation import Factorisation
-from rankNAS.compression.factors import LayerFactors
+    from rankNAS.compression.factors import LayerFactors
 
 __all__ = [
     "LayerSpectra",

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.search_spaces.zoo.cifar import resnet20, resnet56, vgg16_cifar
-from rankNAS.search_spaces.zoo.external import file_model, timm_model, torchvision_factory
+from rankNAS.lazy import Catalogue
 
-__all__ = ["SPACES", "SpaceEntry", "build_model"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["CATALOGUE", "SPACES", "SpaceEntry", "build_model", "family"]
+
+_TORCHVISION = "rankNAS.search_spaces.zoo.external:torchvision_factory"
+_CIFAR = "rankNAS.search_spaces.zoo.cifar"
+#: By name: what makes the network, and what it is. Nothing is imported to list them.
+CATALOGUE: dict[str, tuple[str, str]] = {
+    "resnet18": (_TORCHVISION, "ResNet-18 for ImageNet (He et al. 2016)"),
+    "resnet34": (_TORCHVISION, "ResNet-34 for ImageNet (He et al. 2016)"),
+    "resnet50": (_TORCHVISION, "ResNet-50 for ImageNet (He et al. 2016)"),
+    "mobilenet_v2": (_TORCHVISION, "MobileNetV2 (Sandler et al. 2018)"),
+    "vgg16_bn": (
+        _TORCHVISION,
+        "VGG-16 with batch norm for ImageNet (Simonyan & Zisserman 2015)",
+    ),
+    "vit_b_16": (_TORCHVISION, "ViT-B/16, sides a multiple of 16 (Dosovitskiy et al. 2021)"),
+    "resnet20": (f"{_CIFAR}:resnet20", "ResNet-20 for CIFAR, option A (He et al. 2016, 4.2)"),
+    "resnet56": (f"{_CIFAR}:resnet56", "ResNet-56 for CIFAR, option A (He et al. 2016, 4.2)"),
+    "vgg16_cifar": (f"{_CIFAR}:vgg16_cifar", "VGG-16 with batch norm and one linear layer"),
+}
 
 _GENERAL_FORMS = (
     "Other forms: torchvision:NAME, timm:NAME, or path/to/file.py:factory for your own network."
@@ -37,31 +55,18 @@ class SpaceEntry:
     family: Literal["torchvision", "cifar"]
 
 
-def _torchvision(name: str, description: str) -> SpaceEntry:
-    return SpaceEntry(name, description, torchvision_factory(name), "torchvision")
+def _entry(name: str, found: Callable[..., Any]) -> SpaceEntry:
+    factory = found(name) if family(name) == "torchvision" else found
+    return SpaceEntry(name, CATALOGUE[name][1], factory, family(name))
 
 
-SPACES: dict[str, SpaceEntry] = {
-    "resnet18": _torchvision("resnet18", "ResNet-18 for ImageNet (He et al. 2016)"),
-    "resnet34": _torchvision("resnet34", "ResNet-34 for ImageNet (He et al. 2016)"),
-    "resnet50": _torchvision("resnet50", "ResNet-50 for ImageNet (He et al. 2016)"),
-    "mobilenet_v2": _torchvision("mobilenet_v2", "MobileNetV2 (Sandler et al. 2018)"),
-    "vgg16_bn": _torchvision(
-        "vgg16_bn", "VGG-16 with batch norm for ImageNet (Simonyan & Zisserman 2015)"
-    ),
-    "vit_b_16": _torchvision(
-        "vit_b_16", "ViT-B/16, sides a multiple of 16 (Dosovitskiy et al. 2021)"
-    ),
-    "resnet20": SpaceEntry(
-        "resnet20", "ResNet-20 for CIFAR, option A (He et al. 2016, 4.2)", resnet20, "cifar"
-    ),
-    "resnet56": SpaceEntry(
-        "resnet56", "ResNet-56 for CIFAR, option A (He et al. 2016, 4.2)", resnet56, "cifar"
-    ),
-    "vgg16_cifar": SpaceEntry(
-        "vgg16_cifar", "VGG-16 with batch norm and one linear layer", vgg16_cifar, "cifar"
-    ),
-}
+def family(name: str) -> Literal["torchvision", "cifar"]:
+    """Where a network of the `CATALOGUE` comes from."""
+    return "torchvision" if CATALOGUE[name][0] == _TORCHVISION else "cifar"
+
+
+#: By name, the entry, imported on first use.
+SPACES: Mapping[str, SpaceEntry] = Catalogue(CATALOGUE, _entry)
 
 
 def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
@@ -78,6 +83,8 @@ def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) ->
         UsageError: The network can not take inputs of this shape, or the form of ``spec`` needs a
             package that is not installed.
     """
+    from rankNAS.search_spaces.zoo.external import file_model, timm_model, torchvision_factory
+
     if spec in SPACES:
         _check_image(spec, input_shape)
         return SPACES[spec].factory(num_classes, input_shape)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchvision import models
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.plugins import load_callable
@@ -34,6 +33,8 @@ def torchvision_model(num_classes: int, input_shape: tuple[int, ...], *, name: s
         UnknownNameError: torchvision has no classifier of this name.
         UsageError: ``input_shape`` is not that of an image the network can take.
     """
+    from torchvision import models
+
     known = models.list_models(module=models)
     if name not in known:
         raise UnknownNameError("torchvision model", name, known)

@@ -94,7 +94,7 @@ def test_all_are_all_that_are_listed(
     compare: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = {name: strategies.STRATEGIES[name] for name in ("energy", "uniform")}
-    monkeypatch.setattr("rankNAS.cli.comparing.STRATEGIES", listed)
+    monkeypatch.setattr("rankNAS.cli.commands.compare.STRATEGIES", listed)
     assert compare("--quiet", "--strategies", "all", "--budget", "0.5") == 0
     rows = pd.read_csv(tmp_path / "out" / "results.csv")
     assert rows.strategy.tolist() == ["dense", "energy", "uniform"]

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rankNAS.cli import main
-from rankNAS.cli.serving import guarded, note
+from rankNAS.cli.commands.dashboard import guarded, note
 
 WAIT = 60  # seconds, at most, for the server and for a page
 
@@ -124,7 +124,7 @@ def test_only_the_machine_itself_unless_told_otherwise(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("optuna_dashboard", reason="needs the extra `dashboard`")
-    from rankNAS.cli import serving
+    from rankNAS.cli.commands import dashboard as serving
 
     def interrupt(server: Any) -> None:
         assert server.server_address[0] == host
@@ -155,7 +155,7 @@ def test_a_note_of_somebody_else_stays(study: Path) -> None:
     dashboard = pytest.importorskip("optuna_dashboard", reason="needs the extra `dashboard`")
     import optuna
 
-    from rankNAS.cli.serving import publish
+    from rankNAS.cli.commands.dashboard import publish
 
     result = json.loads((study / "result.json").read_text())
     found = optuna.load_study(study_name="small", storage=f"sqlite:///{study / 'study.db'}")

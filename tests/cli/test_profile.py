@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from rankNAS.cli import main
-from rankNAS.cli.profiling import draw
+from rankNAS.cli.commands.profile import draw
 from rankNAS.hw_models import Host, device_names, validation
 
 Command = Callable[..., int]

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from rankNAS.cli.environment import PACKAGES, machine, versions
+from rankNAS.reporting.environment import PACKAGES, machine, versions
 
 
 def test_versions_are_those_of_the_installed_packages() -> None:

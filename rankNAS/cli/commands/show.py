@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from rankNAS.cli.options import study_folder
+from rankNAS.cli.options.stored import study_folder
+from rankNAS.cli.options.studies import ShowOptions
 from rankNAS.cli.output import number, percent, print_json, print_table
 from rankNAS.cli.results import load_result
 
@@ -15,10 +16,10 @@ __all__ = ["run_show"]
 Document = dict[str, Any]
 
 
-def run_show(study: str, out: str, top: int, *, as_json: bool) -> None:
+def run_show(options: ShowOptions) -> None:
     """Print a study's answer to each budget, its best trials and the chosen ranks."""
-    result = load_result(study_folder(study, out))
-    if as_json:
+    result = load_result(study_folder(options.study, options.out))
+    if options.json:
         print_json(result)
         return
     trials = result["trials"]
@@ -32,7 +33,7 @@ def run_show(study: str, out: str, top: int, *, as_json: bool) -> None:
     )
     for solution in result["solutions"]:
         _print_answer(result, solution)
-        _print_trials(result, solution, top)
+        _print_trials(result, solution, options.top)
         _print_layers(solution)
 
 

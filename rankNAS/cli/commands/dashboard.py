@@ -21,7 +21,8 @@ from rankNAS.cli.documents import (
     study_document,
     without_passwords,
 )
-from rankNAS.cli.options import parsing_context, read_options, study_folder
+from rankNAS.cli.options.stored import parsing_context, read_options, study_folder
+from rankNAS.cli.options.studies import DashboardOptions
 from rankNAS.exceptions import UsageError
 from rankNAS.reporting import figures
 
@@ -46,7 +47,7 @@ class _Quiet(WSGIRequestHandler):
         """Nothing: a page asks every few seconds."""
 
 
-def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bool) -> None:
+def run_dashboard(options: DashboardOptions) -> None:
     """Serve optuna-dashboard on a study, with our Pareto fronts and a note, until interrupted.
 
     Raises:
@@ -54,11 +55,11 @@ def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bo
             listened on.
         StudyError: The storage cannot be read.
     """
-    options = read_options(study_folder(study, out))
-    storage = open_recorded(options, trust=trust_study)
-    found = load_study(options, storage)
+    searched, trust = read_options(study_folder(options.study, options.out)), options.trust_study
+    storage = open_recorded(searched, trust=trust)
+    found, host = load_study(searched, storage), options.host
     # Before the import below, which takes long: a wrong port is known at once.
-    with _listen(host, port) as server, warnings.catch_warnings():
+    with _listen(host, options.port) as server, warnings.catch_warnings():
         # Of the dashboard's libraries, to their authors; nothing that the user could change.
         warnings.simplefilter("ignore")
         try:
@@ -67,8 +68,8 @@ def run_dashboard(study: str, out: str, host: str, port: int, *, trust_study: bo
             raise UsageError(
                 "`ranknas dashboard` needs optuna-dashboard: pip install 'ranknas[dashboard]'"
             ) from None
-        with parsing_context(options.folder / "result.json"):
-            publish(found, without_passwords(study_document(options, trust=trust_study)))
+        with parsing_context(searched.folder / "result.json"):
+            publish(found, without_passwords(study_document(searched, trust=trust)))
         app: WSGIApplication = optuna_dashboard.wsgi(storage)
         address = f"[{host}]" if ":" in host else host
         if _is_loopback(str(server.server_address[0])):

@@ -20,12 +20,14 @@ from rankNAS.cli.loading import (
     load_space,
     training_config,
 )
-from rankNAS.cli.options import CompareOptions
-from rankNAS.cli.output import print_json, print_table, reporting
-from rankNAS.cli.report import draw, markdown, tables
+from rankNAS.cli.options.common import ConfigurableOptions
+from rankNAS.cli.options.compare import CompareOptions
+from rankNAS.cli.options.stored import upgraded
+from rankNAS.cli.output import print_json, print_table, progress_display
 from rankNAS.comparison import COLUMNS, DENSE_MODEL, OK, Row, compare
-from rankNAS.exceptions import StudyError, UsageError
+from rankNAS.exceptions import StudyError
 from rankNAS.io.files import read_json, save_atomically, write_json
+from rankNAS.reporting.comparison import draw, markdown, tables
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
@@ -34,17 +36,15 @@ __all__ = ["run_compare"]
 MAY_CHANGE = ("strategies", "seeds", "out", "device")
 
 
-def run_compare(options: CompareOptions, *, as_json: bool, quiet: bool) -> None:
+def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
     """Compare strategies; rows that are in the folder already are not searched again."""
     settings = check_options(options)
     names = _strategies(options.strategies)
-    if options.seeds < 1:
-        raise UsageError(f"`--seeds` must be at least 1, got {options.seeds}.")
     folder = Path(options.out)
     check_writable(folder)
     earlier = _earlier(folder, options)
     kept: list[Any] = earlier.to_dict("records")
-    with reporting(quiet) as reporter:
+    with progress_display(control.quiet) as progress:
         data = load_named_data(options)
         training = training_config(options, options.finetune)
         space = load_space(options, data, settings)
@@ -53,11 +53,11 @@ def run_compare(options: CompareOptions, *, as_json: bool, quiet: bool) -> None:
             kept.append(asdict(row))
             write_json(folder / "config.json", options.to_json())
             _write_csv(folder / "results.csv", pd.DataFrame(kept))
-            reporter.say(_line(row))
+            progress.say(_line(row))
 
         try:
             rows = compare(
-                lambda seed: load_model(options, data, settings, space, seed, reporter),
+                lambda seed: load_model(options, data, settings, space, seed, progress),
                 data,
                 names,
                 options.budgets,
@@ -72,12 +72,12 @@ def run_compare(options: CompareOptions, *, as_json: bool, quiet: bool) -> None:
                 device=options.device,
                 earlier=earlier,
                 on_row=on_row,
-                on_progress=reporter.stage,
+                on_progress=progress.stage,
             )
         except KeyboardInterrupt:
-            reporter.say("interrupted; finished rows are kept. The same command goes on.")
+            progress.say("interrupted; finished rows are kept. The same command goes on.")
             sys.exit(130)
-    _finish(rows, options, as_json=as_json)
+    _finish(rows, options, as_json=control.json)
 
 
 def _strategies(given: str) -> list[str]:
@@ -98,7 +98,9 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
         return pd.DataFrame(columns=list(COLUMNS))
     try:
         # Options that did not exist yet had the effect of their defaults.
-        stored = CompareOptions().to_json() | read_json(folder / "config.json")
+        stored = CompareOptions().to_json() | upgraded(
+            CompareOptions, read_json(folder / "config.json")
+        )
         rows = pd.read_csv(path)[list(COLUMNS)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
@@ -135,7 +137,7 @@ def _finish(rows: pd.DataFrame, options: CompareOptions, *, as_json: bool) -> No
     """Write what follows from the rows, and print them."""
     folder = Path(options.out)
     about = (
-        f"{options.space} on {options.data}, metric {options.norm}, {options.seeds} seeds, "
+        f"{options.space} on {options.data}, norm {options.norm}, {options.seeds} seeds, "
         f"{options.trials} trials a budget."
     )
     if options.finetune:

@@ -1,12 +1,11 @@
-"""``ranknas search`` and ``ranknas resume``."""
+"""``ranknas search``."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import typer
@@ -21,14 +20,15 @@ from rankNAS.cli.loading import (
     load_space,
     workers_of,
 )
-from rankNAS.cli.options import (
-    CONFIGURATION,
-    SearchOptions,
-    check_trusted,
-    read_options,
-    study_folder,
+from rankNAS.cli.options.search import CONFIGURATION, SearchControl, SearchOptions
+from rankNAS.cli.output import (
+    ProgressDisplay,
+    number,
+    percent,
+    print_json,
+    print_table,
+    progress_display,
 )
-from rankNAS.cli.output import Reporter, number, percent, print_json, print_table, reporting
 from rankNAS.cli.results import keep
 from rankNAS.data.loading import Data
 from rankNAS.engine import search
@@ -44,51 +44,31 @@ from rankNAS.strategies import make_strategy
 from rankNAS.strategies.history import Trial
 from rankNAS.study import Study
 
-__all__ = ["run_resume", "run_search"]
+__all__ = ["run_search"]
 
 
-def run_resume(
-    study: str,
-    out: str,
-    changes: Mapping[str, Any],
-    *,
-    trust_study: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Go on with a study from the options in its folder, some of them changed.
-
-    Other budgets bound the same costs.
-    """
-    options = read_options(study_folder(study, out))
-    if not trust_study:
-        # A storage that is given now is not the file's.
-        check_trusted(replace(options, storage=None) if "storage" in changes else options)
-    run_search(replace(options, **changes), resume=True, as_json=as_json, quiet=quiet)
-
-
-def run_search(options: SearchOptions, *, resume: bool, as_json: bool, quiet: bool) -> None:
+def run_search(options: SearchOptions, control: SearchControl) -> None:
     """Search, test, fine-tune, keep and print."""
     started = time.perf_counter()
-    options = options.named(resume)
-    if resume:
+    options = options.named(control.resume)
+    if control.resume:
         _check_storage(options)
     settings = check_options(options)
     strategy = make_strategy(options.strategy)
     check_writable(options.folder)
-    with reporting(quiet) as reporter, interruptible():
+    with progress_display(control.quiet) as progress, interruptible():
         data = load_named_data(options)
         measured = [make_objective(o) for o in options.objective]
         for request in requests(data, options.budgets, measured, settings):
             strategy.check(request)
         space = load_space(options, data, settings)
-        model = load_model(options, data, settings, space, options.seed, reporter)
-        study = _search(options, settings, data, model, space, reporter, resume)
-        reporter.say("testing the dense network and the compressed ones")
-        result = keep(options, study, model, reporter)
+        model = load_model(options, data, settings, space, options.seed, progress)
+        study = _search(options, settings, data, model, space, progress, control.resume)
+        progress.say("testing the dense network and the compressed ones")
+        result = keep(options, study, model, progress)
     result["seconds"] = round(time.perf_counter() - started, 2)
     write_json(options.folder / "result.json", result)
-    if as_json:
+    if control.json:
         print_json(result)
     else:
         _print(options, result)
@@ -112,7 +92,7 @@ def _search(
     data: Data,
     model: nn.Module,
     space: SearchSpace,
-    reporter: Reporter,
+    progress: ProgressDisplay,
     resume: bool,
 ) -> Study:
     folder, best = options.folder, _Best(options)
@@ -135,23 +115,23 @@ def _search(
             space=space,
             device=options.device,
             workers=workers_of(options),
-            on_progress=reporter.stage,
+            on_progress=progress.stage,
             on_record=lambda: write_json(folder / CONFIGURATION, options.to_json()),
-            on_trial=_counting(options, reporter, best),
+            on_trial=_counting(options, progress, best),
         )
     except KeyboardInterrupt:
         resume_with = f"ranknas resume {options.study} --out {options.out}"
         if options.storage and without_password(options.storage) != options.storage:
             resume_with += " --storage URL"  # its password is not kept
-        reporter.insist(*best.lines())
-        reporter.insist(f"interrupted; finished trials are kept. Go on with: {resume_with}")
+        progress.insist(*best.lines())
+        progress.insist(f"interrupted; finished trials are kept. Go on with: {resume_with}")
         sys.exit(130)
     finally:
         with suppress(OSError):  # nothing is left of a search that never began
             for path in fresh:
                 path.rmdir()
     count = len(study.trials)  # a strategy may have proposed fewer than were asked for
-    reporter.stage("trials", count, count)
+    progress.stage("trials", count, count)
     study.model = {
         "space": options.space,
         "num_classes": data.num_classes,
@@ -177,7 +157,7 @@ class _Best:
 
 
 def _counting(
-    options: SearchOptions, reporter: Reporter, found: _Best
+    options: SearchOptions, progress: ProgressDisplay, found: _Best
 ) -> Callable[[Trial, Trial | None], None]:
     """Shows the trials of all budgets in one bar, which grows by every probe."""
     total = options.trials * len(options.budgets)
@@ -191,7 +171,7 @@ def _counting(
         note = "" if best is None else f"best {options.objective[0]} {best.values[0]:.4f}"
         note += f" at {trial.budget_key}" if len(options.budgets) > 1 else ""
         # A resumed study has probes and trials of other budgets that were not counted above.
-        reporter.stage("trials", done, max(done, total), note)
+        progress.stage("trials", done, max(done, total), note)
 
     return on_trial
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,11 @@ import torch
 import typer
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.cli.listing import side_of
-from rankNAS.cli.loading import rank_policy
-from rankNAS.cli.options import parsing_context, study_folder
-from rankNAS.cli.output import print_json, print_table, reporting
+from rankNAS.cli.loading import image_side, rank_policy
+from rankNAS.cli.options.common import OutputOptions
+from rankNAS.cli.options.profile import ProfileOptions
+from rankNAS.cli.options.stored import parsing_context, study_folder
+from rankNAS.cli.output import print_json, print_table, progress_display
 from rankNAS.cli.results import load_result
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.hw_models import (
@@ -39,56 +40,21 @@ from rankNAS.search_spaces.zoo import build_model
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ProfileOptions", "run_profile"]
+__all__ = ["run_profile"]
 
 BEST = 10  # allocations of a study
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProfileOptions:
-    """One field an option of ``ranknas profile``; see its help."""
-
-    space: str = "resnet18"
-    hw: str = "host"
-    batch: int = 1
-    threads: int | None = None
-    out: str | None = None
-    shapes: int = 320
-    general: bool = False
-    validate: int = 0
-    seconds: float = 600.0
-    study: str | None = None
-    studies: str = "ranknas-studies"
-    seed: int = 0
-    num_classes: int = 10
-    image_size: int | None = None
-    operators: str | None = None
-    candidates: int = 256
-    multiple_of: int = 1
-    exclude: list[str] = field(default_factory=list)
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "threads", "shapes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"`--{name}` must be at least 1, got {value}.")
-        if self.out is not None and not self.out.endswith(".json"):
-            raise UsageError(f"`--out` must end in .json, got {self.out!r}.")
-        if self.out is not None and self.hw != "host":
-            raise UsageError(f"`--out` is for --hw host; {self.hw!r} measures nothing.")
-
-
-def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
+def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
     """Measure, predict, and, if asked for, validate."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    size = side_of(options.space, options.image_size)
+    size = image_side(options.space, options.image_size)
     shape = (3, size, size)
     model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
     model = separate_attention(model).to(options.device).eval()
     inputs = torch.randn(1, *shape, device=options.device)
-    policy = rank_policy(options.operators, options.candidates, options.multiple_of)
+    policy = rank_policy(options)
     space = compile_space(model, inputs, policy=policy, exclude=options.exclude)
     space = space.at_batch(options.batch)
     allocations = _allocations(options, space)
@@ -108,9 +74,9 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
         nonlocal rows
         rows = so_far
 
-    with reporting(quiet) as reporter:
+    with progress_display(control.quiet) as progress:
         try:
-            hardware = hardware.bind(model, space, inputs, partial(reporter.stage, "measure"))
+            hardware = hardware.bind(model, space, inputs, partial(progress.stage, "measure"))
             tables = compile_latency(hardware, space)
             if allocations:
                 validate(
@@ -122,11 +88,11 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
                     device=options.device,
                     seconds=options.seconds,
                     seed=options.seed,
-                    on_progress=partial(reporter.stage, "validate"),
+                    on_progress=partial(progress.stage, "validate"),
                     on_rows=on_rows,
                 )
         except KeyboardInterrupt:
-            reporter.say("interrupted; what was measured is kept. The same command goes on.")
+            progress.say("interrupted; what was measured is kept. The same command goes on.")
             if rows is None:
                 sys.exit(130)
             interrupted = True
@@ -138,7 +104,7 @@ def run_profile(options: ProfileOptions, *, as_json: bool, quiet: bool) -> None:
     if rows is not None:
         timed = hardware.fit.timed if isinstance(hardware, Host) else math.nan
         document |= _write(rows, agreement(rows, timed), options)
-    _print(document, rows, options, as_json)
+    _print(document, rows, options, control.json)
     if interrupted:
         sys.exit(130)
 

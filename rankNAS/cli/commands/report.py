@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import typer
 
 from rankNAS.cli.documents import study_document, without_passwords
-from rankNAS.cli.options import SearchOptions, parsing_context, read_options, study_folder
+from rankNAS.cli.options.fields import specs
+from rankNAS.cli.options.search import SearchOptions
+from rankNAS.cli.options.stored import parsing_context, read_options, study_folder
+from rankNAS.cli.options.studies import ReportOptions
 from rankNAS.cli.output import print_json
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically
@@ -19,21 +21,19 @@ from rankNAS.storage.redaction import redacted
 __all__ = ["reproduction", "run_report"]
 
 
-def run_report(
-    study: str, out: str, output: str | None, *, trust_study: bool, as_json: bool
-) -> None:
+def run_report(options: ReportOptions) -> None:
     """Write the report of a study and print where it is.
 
     Raises:
         UsageError: The file cannot be written.
     """
-    options = read_options(study_folder(study, out))
-    path = Path(output) if output else options.folder / "report.html"
-    given = without_passwords({k: v for k, v in options.to_json().items() if k != "out"})
+    searched = read_options(study_folder(options.study, options.out))
+    path = Path(options.output) if options.output else searched.folder / "report.html"
+    given = without_passwords({k: v for k, v in searched.to_json().items() if k != "out"})
     shown = {name.replace("_", " "): _words(value) for name, value in given.items()}
-    with parsing_context(options.folder / "result.json"):
-        document = without_passwords(study_document(options, trust=trust_study))
-        text = render(document, shown, redacted(reproduction(options)))
+    with parsing_context(searched.folder / "result.json"):
+        document = without_passwords(study_document(searched, trust=options.trust_study))
+        text = render(document, shown, redacted(reproduction(searched)))
     try:
         save_atomically(path, lambda temporary: _write(temporary, text))
     except OSError as error:
@@ -41,7 +41,7 @@ def run_report(
             f"the report {str(path)!r} cannot be written ({error.strerror}); give another "
             "--output."
         ) from None
-    if as_json:
+    if options.json:
         print_json({"file": str(path), "bytes": len(text.encode())})
     else:
         typer.echo(path)
@@ -50,10 +50,10 @@ def run_report(
 def reproduction(options: SearchOptions) -> str:
     """The command that begins the same search: the options that are not the default ones."""
     words = ["ranknas", "search"]
-    for field in fields(options):
-        value, name = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
-        default = getattr(SearchOptions(), field.name)
-        if field.name in ("out", "study") or (value == default and field.name != "space"):
+    for spec in specs(type(options)):
+        value, name = getattr(options, spec.name), spec.flag
+        is_default = value == spec.default and spec.name != "space"
+        if spec.name in ("out", "study") or is_default:
             continue
         if isinstance(value, bool):
             words.append(name if value else name.replace("--", "--no-", 1))

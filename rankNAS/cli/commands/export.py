@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import typer
 
-from rankNAS.cli.options import parsing_context, study_folder
+from rankNAS.cli.options.stored import parsing_context, study_folder
+from rankNAS.cli.options.studies import ExportOptions
 from rankNAS.cli.output import print_json
 from rankNAS.cli.results import load_result, solution_for
 from rankNAS.exceptions import UnknownNameError, UsageError
@@ -20,38 +20,31 @@ from rankNAS.search_spaces.zoo import build_model
 __all__ = ["run_export"]
 
 
-def run_export(
-    study: str,
-    out: str,
-    format: str,
-    output: str | None,
-    space: str | None,
-    budget: Sequence[str],
-    *,
-    as_json: bool,
-) -> None:
+def run_export(options: ExportOptions) -> None:
     """Write a study's network for a budget in a format, and print how far its outputs are off."""
-    if format not in FORMATS:
-        raise UnknownNameError("format", format, FORMATS)
-    folder = study_folder(study, out)
+    if options.format not in FORMATS:
+        raise UnknownNameError("format", options.format, FORMATS)
+    folder = study_folder(options.study, options.out)
     result = load_result(folder)
     with parsing_context(folder / "result.json"):
         # Its name alone: wherever the folder is now, and nowhere else.
-        artifact = folder / Path(solution_for(result, list(budget))["artifact"]).name
+        artifact = folder / Path(solution_for(result, options.budget)["artifact"]).name
         searched = str(result["space"])
         classes, shape = int(result["num_classes"]), tuple(map(int, result["input_shape"]))
     factory = None
     if is_plugin(searched):
-        if space is None:
+        if options.space is None:
             raise UsageError(
                 f"the study's model comes from {searched!r}, whose code would run; name it "
                 "with --space if you trust it."
             )
-        factory = partial(build_model, space, num_classes=classes, input_shape=shape)
+        factory = partial(build_model, options.space, num_classes=classes, input_shape=shape)
     network = load(artifact, factory)
-    path = Path(output) if output else folder / f"{artifact.stem}-export.{format}"
-    difference = export(network, path, format, shape)
-    if as_json:
-        print_json({"file": str(path), "format": format, "max_absolute_difference": difference})
+    suffix = f"-export.{options.format}"
+    path = Path(options.output) if options.output else folder / f"{artifact.stem}{suffix}"
+    difference = export(network, path, options.format, shape)
+    if options.json:
+        found = {"file": str(path), "format": options.format}
+        print_json(found | {"max_absolute_difference": difference})
     else:
         typer.echo(f"{path}: max absolute difference of outputs {difference:.3g}")

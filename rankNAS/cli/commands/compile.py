@@ -1,0 +1,96 @@
+"""``ranknas compile``: the search space of a model, printed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import typer
+
+from rankNAS.cli.loading import image_side, rank_policy
+from rankNAS.cli.options.profile import CompileOptions
+from rankNAS.cli.output import number, print_json, print_table
+from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.zoo import build_model
+
+__all__ = ["run_compile"]
+
+
+def run_compile(options: CompileOptions) -> None:
+    """Compile a space on the meta device and print it."""
+    policy = rank_policy(options)
+    size = image_side(options.space, options.image_size)
+    shape = (3, size, size)
+    with torch.device("meta"):
+        model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
+        example = torch.zeros(1, *shape)
+    compiled = compile_space(model, example, policy=policy, exclude=options.exclude)
+    if options.json:
+        print_json(_document(options.space, compiled))
+    else:
+        _print_space(options.space, compiled)
+
+
+def _print_space(name: str, space: SearchSpace) -> None:
+    rows: list[tuple[str, ...]] = []
+    for layer in space.layers.values():
+        dense, least = layer.costs[0], min(cost.macs for cost in layer.costs)
+        rows.append(
+            (
+                layer.name,
+                _shape(layer),
+                number(dense.macs),
+                number(dense.params),
+                f"{100 * least / dense.macs:.1f} %",
+                ", ".join(f"{k} {v}" for k, v in _counts(layer).items()),
+            )
+        )
+    for skipped in space.skipped:
+        cost = skipped.cost
+        rows.append(
+            (skipped.name, "dense", number(cost.macs), number(cost.params), "", skipped.reason)
+        )
+    columns = ("layer", "shape", "MACs", "params", "least MACs", "choices, or why dense")
+    print_table(f"{name} at {'x'.join(map(str, space.input_shape))}", columns, rows, left=2)
+    total = space.dense_cost
+    least = space.remainder_cost.macs + sum(
+        min(c.macs for c in x.costs) for x in space.layers.values()
+    )
+    typer.echo(
+        f"{len(space.layers)} layers to decompose, {len(space.skipped)} left dense; "
+        f"{number(total.macs)} MACs, {number(total.params)} params; "
+        f"smallest budget: macs={least / total.macs:.4f}"
+    )
+
+
+def _shape(layer: Layer) -> str:
+    shape = layer.shape
+    kernel = "x".join(map(str, shape.kernel))
+    text = f"{shape.inputs}->{shape.outputs}" + (f" {kernel}" if kernel else "")
+    if shape.stride and max(shape.stride) > 1:
+        text += f" /{shape.stride[0]}"
+    text += f" g{shape.groups}" if shape.groups > 1 else ""
+    return text + (f" ({len(shape.calls)} calls)" if len(shape.calls) > 1 else "")
+
+
+def _counts(layer: Layer) -> Counter[str]:
+    return Counter(choice.operator for choice in layer.choices)
+
+
+def _document(name: str, space: SearchSpace) -> dict[str, Any]:
+    return {
+        "space": name,
+        "input_shape": list(space.input_shape),
+        "macs": space.dense_cost.macs,
+        "params": space.dense_cost.params,
+        "layers": {
+            layer.name: {
+                str(choice): {"macs": cost.macs, "params": cost.params}
+                for choice, cost in layer.items()
+            }
+            for layer in space.layers.values()
+        },
+        "dense": {s.name: s.reason for s in space.skipped},
+    }

@@ -1,0 +1,94 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankNAS.cli.options.fields import (
+    MODEL,
+    OUTPUT,
+    RANKS,
+    RUNNING,
+    SEARCH,
+    Options,
+    argument,
+    option,
+)
+
+__all__ = [
+    "ConfigurableOptions",
+    "JsonOptions",
+    "OutputOptions",
+    "SpaceOptions",
+    "StudyOptions",
+    "TrustOptions",
+]
+
+STUDIES = "ranknas-studies"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceOptions(Options):
+    """A network, and which ranks of its layers are offered."""
+
+    space: str = option(
+        "resnet18",
+        "Network: a built-in space, torchvision:NAME, timm:NAME or path/to/file.py:factory.",
+        MODEL,
+    )
+    image_size: int | None = option(None, "Side of the input images in pixels.", MODEL, min=1)
+    operators: str | None = option(
+        None, "Operators, comma-separated: svd,spatial_svd,tucker2,group_svd. Default: all.", RANKS
+    )
+    candidates: int = option(
+        256, "Maximum number of choices per layer.", RANKS, min=1, hidden=True
+    )
+    multiple_of: int = option(1, "Ranks are multiples of this number.", RANKS, min=1)
+    exclude: list[str] = option(
+        [], "Regular expression of layers that stay dense. Repeatable.", RANKS
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions(Options):
+    """The form of the output."""
+
+    json: bool = option(False, "Print one JSON document on stdout.", OUTPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(JsonOptions):
+    """The form of the output, and progress."""
+
+    quiet: bool = option(False, "Show no progress on stderr.", OUTPUT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigurableOptions(OutputOptions):
+    """Options of a command whose other options may come from a file."""
+
+    config: str | None = option(
+        None, "Read options from a TOML file; the command line takes precedence.", OUTPUT
+    )
+    print_config: bool = option(
+        False,
+        "Print all options, with those that this help leaves out, as TOML for --config.",
+        OUTPUT,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(Options):
+    """An existing study."""
+
+    study: str = argument("Name of a study in --out, or path of its folder.")
+    out: str = option(STUDIES, "Folder that contains the studies' folders.", SEARCH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustOptions(Options):
+    """Whether a study's own options may name another machine."""
+
+    trust_study: bool = option(
+        False, "Open the storage that the study's options name, on any machine.", RUNNING
+    )

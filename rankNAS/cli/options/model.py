@@ -1,0 +1,126 @@
+"""The options that ``ranknas search`` and ``ranknas compare`` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankNAS import renamed
+from rankNAS.budget import parse_budgets
+from rankNAS.cli.options.common import SpaceOptions
+from rankNAS.cli.options.fields import (
+    EVALUATION,
+    GOAL,
+    HARDWARE,
+    MODEL,
+    RANKS,
+    RUNNING,
+    SEARCH,
+    TRAINING,
+    option,
+)
+
+__all__ = ["ModelOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(SpaceOptions):
+    """A dense model, its data, the goal of a search and how candidates are measured."""
+
+    budget: list[str] = option(
+        [],
+        "Fraction kept of the dense MACs, or COST=FRACTION; COST is macs, params, weight_bytes or "
+        "latency. Repeat for joint constraints. A comma-separated list runs one search per "
+        "budget.",
+        GOAL,
+    )
+    cost: str = option(
+        "macs",
+        "Cost that a bare --budget bounds: macs, params, weight_bytes or latency.",
+        GOAL,
+        hidden=True,
+    )
+    objective: list[str] = option(
+        ["accuracy"],
+        "Objective: a name (see `ranknas objectives`) or file.py:function[=minimize]. Repeatable.",
+        GOAL,
+        min=1,
+        renamed_values=renamed.OBJECTIVES,
+    )
+    data: str = option(
+        "digits",
+        "Data: digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory.",
+        MODEL,
+    )
+    normalize: str | None = option(
+        None,
+        "Normalisation of images: imagenet, cifar10 or MEAN,STD. Default: the weights' metadata, "
+        "else imagenet.",
+        MODEL,
+        hidden=True,
+    )
+    weights: str | None = option(
+        None,
+        "Weights: a safetensors or state-dict file, or 'pretrained'. Default: train first.",
+        MODEL,
+    )
+    trials: int = option(
+        40, "Total number of trials per budget; probes are not counted.", SEARCH, min=1
+    )
+    finetune: int = option(
+        0, "Number of epochs that each chosen network is fine-tuned.", TRAINING, min=0
+    )
+    distill: float = option(
+        0.5, "Weight of distillation from the dense model.", TRAINING, hidden=True
+    )
+    learning_rate: float = option(0.01, "Peak learning rate.", TRAINING, hidden=True)
+    norm: str = option(
+        "fisher", "Norm of the decomposition error: fisher, input, pooled or weight.", RANKS
+    )
+    calibration: int = option(1024, "Training samples for layer statistics.", EVALUATION, min=1)
+    validation: int = option(1024, "Training samples for the objectives.", EVALUATION, min=1)
+    batch_norm: bool = option(
+        True,
+        "Correct batch-norm statistics after truncation.",
+        EVALUATION,
+        hidden=True,
+        negatable=True,
+    )
+    sequential: bool = option(
+        True,
+        "Refit layers sequentially to compressed activations.",
+        EVALUATION,
+        hidden=True,
+        negatable=True,
+    )
+    hardware: str = option(
+        "host",
+        "Latency model: a name (see `ranknas hardware`), a device file (.toml, .json), a table of "
+        "measured layers (.csv) or file.py:function(layer, choice) -> seconds.",
+        HARDWARE,
+    )
+    latency_batch: int = option(
+        1, "Batch size of the forward pass whose latency counts.", HARDWARE, min=1, hidden=True
+    )
+    strict_hw: bool = option(
+        False, "Fail where a table lacks a layer or choice.", HARDWARE, hidden=True
+    )
+    latency_tolerance: float | None = option(
+        None,
+        "Drop ranks dominated in latency: a larger rank takes at most (1+x) times as long.",
+        HARDWARE,
+        min=0,
+        hidden=True,
+    )
+    require_speedup: bool = option(
+        False, "Drop choices that are not faster than the dense layer.", HARDWARE, hidden=True
+    )
+    device: str = option("cpu", "Device, for example cuda.", RUNNING)
+
+    @property
+    def budgets(self) -> list[dict[str, float]]:
+        """The budgets, each cost name to fraction kept.
+
+        Raises:
+            BudgetError: They are malformed.
+        """
+        return parse_budgets(self.budget, self.cost)
