@@ -472,6 +472,7 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
     assert Profile.read(tmp_path / "p.json") == profile
 
 
+@pytest.mark.slow
 def test_common_shapes_are_measured_on_request(clock: MadeUp, tmp_path: Path) -> None:
     bound(tmp_path / "host.json", general=True)
     assert set(general_shapes(1)) <= set(clock.stages)
