@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
 import store_worker as worker
 from postgres import PASSWORD, USER, Cluster
 from processes import FORKS

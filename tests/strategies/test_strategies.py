@@ -76,10 +76,10 @@ problems = st.builds(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TABLES)
 @settings(max_examples=12, deadline=None)
 @given(problem=problems, n=st.integers(1, 4), seed=st.integers(0, 100))
-@pytest.mark.slow
 def test_first_proposals_meet_every_budget(name: str, problem: Problem, n: int, seed: int) -> None:
     strategy = make_strategy(name)
     proposals = strategy.propose(problem, History(), n, rng(seed))
