@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from networks import small, split
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -214,12 +215,17 @@ def test_only_refusals_need_no_model(small_data: Pair) -> None:
     assert len(rows) == len(BUDGETS)
 
 
+@pytest.fixture(scope="module")
+def whole() -> pd.DataFrame:
+    """The rows of a comparison that was not interrupted. Read them only, or copy them."""
+    return run(small(), split(), ["random", "energy"])
+
+
 @pytest.mark.parametrize("lost", [[1, 2], [4], [3], [0, 5], range(6, 12)])
 def test_an_interrupted_comparison_goes_on_as_if_it_never_was(
-    small_net: nn.Module, small_data: Pair, lost: Iterable[int]
+    whole: pd.DataFrame, small_net: nn.Module, small_data: Pair, lost: Iterable[int]
 ) -> None:
     """Rows 0 to 5 are dense, random, random, bo, bo and a row of the other seed."""
-    whole = run(small_net, small_data, ["random", "energy"])
     seeds: list[int] = []
     new: list[Row] = []
 

@@ -268,6 +268,7 @@ def study(folder: Path, model: nn.Module | None = None) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     folder = study(tmp_path / "mine")
     output = tmp_path / "old.safetensors"

@@ -39,6 +39,11 @@ FORMS = (
 JOURNAL = "journal:"
 BUSY = 60.0  # seconds that SQLite waits for another process's transaction
 BEGINNING = b'{"op_code":'  # of every line of a journal
+RACES = (  # what databases say when two programs make the same tables
+    "already exists",
+    "UNIQUE constraint failed: alembic_version",
+    "duplicate key value",
+)
 STALE = 5  # seconds after which a journal's lock of a killed process is broken
 DRIVERS = {  # by dialect: modules that SQLAlchemy may use, best first, and what to install
     "postgresql": (("psycopg", "psycopg2"), "'ranknas[postgresql]'"),
@@ -206,7 +211,7 @@ def _made(text: str, options: dict[str, Any]) -> RDBStorage:
         try:
             return RDBStorage(text, engine_kwargs=options)
         except Exception as error:
-            if "already exists" not in str(error):
+            if not any(text in str(error) for text in RACES):
                 raise
         time.sleep(0.5)  # until the other one is done
     return RDBStorage(text, engine_kwargs=options)

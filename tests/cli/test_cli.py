@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Command
 from safetensors.torch import load_file, save_file
 
 from rankNAS.cli import main
@@ -78,8 +79,11 @@ def search(model_file: str, weights: str, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_search_show_resume_and_export(search: list[str], model_file: str, tmp_path: Path) -> None:
-    """One study from start to end; each step needs the one before."""
+@pytest.mark.slow
+def test_search_show_resume_and_export(
+    here: Run, search: list[str], model_file: str, tmp_path: Path
+) -> None:
+    """One study from start to end; each step needs the one before. The first is a process."""
     done = ranknas(*search, "--json", "--finetune", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -99,24 +103,20 @@ def test_search_show_resume_and_export(search: list[str], model_file: str, tmp_p
     model = load_callable(model_file)(num_classes=10)
     assert result["dense"]["macs"] == count_macs(model, torch.zeros(1, *result["input_shape"]))
 
-    shown = ranknas("show", "first", cwd=tmp_path)
+    shown = here("show", "first")
     assert shown.returncode == 0 and "chosen ranks" in shown.stdout
     assert all(layer in shown.stdout for layer in result["best"]["allocation"])
-    assert json.loads(ranknas("show", "first", "--json", cwd=tmp_path).stdout) == result
+    assert json.loads(here("show", "first", "--json").stdout) == result
 
-    untrusted = ranknas("resume", "first", cwd=tmp_path)
+    untrusted = here("resume", "first")
     assert untrusted.returncode == 2 and "--trust-study" in untrusted.stderr
-    more = ranknas(
-        *("resume", "first", "--trials", "5", "--trust-study", "--json", "--quiet"), cwd=tmp_path
-    )
+    more = here(*("resume", "first", "--trials", "5", "--trust-study", "--json", "--quiet"))
     assert more.returncode == 0, more.stderr
     trials = json.loads(more.stdout)["trials"]
     assert [t["allocation"] for t in trials[:3]] == [t["allocation"] for t in result["trials"]]
     assert len(trials) == 5
 
-    exported = ranknas(
-        *("export", "first", "--format", "pt2", "--space", model_file, "--json"), cwd=tmp_path
-    )
+    exported = here(*("export", "first", "--format", "pt2", "--space", model_file, "--json"))
     assert exported.returncode == 0, exported.stderr
     assert json.loads(exported.stdout)["max_absolute_difference"] < 1e-4
 
@@ -211,7 +211,7 @@ def test_show_prints_the_front_and_what_is_dominated(
         "        return Random().propose(problem, history, n, rng)\n"
     )
     changed = ["--strategy", "mine.py:Probing", "--objective", "loss", "--objective", "macs"]
-    found = ranknas(*search, *changed, "--trials", "9", cwd=tmp_path)
+    found = here(*search, *changed, "--trials", "9")
     assert found.returncode == 0 and "9 trials and 1 probes" in found.stdout, found.stderr
     assert not found.stderr
     result = json.loads(here("show", "first", "--json").stdout)
@@ -226,25 +226,23 @@ def test_show_prints_the_front_and_what_is_dominated(
         assert f"dominated by {by}" in shown
 
 
-def test_killed_and_resumed_equals_uninterrupted(search: list[str], tmp_path: Path) -> None:
-    arguments = [*search[: search.index("--trials")], "--trials", "40", "--json"]
-    whole = ranknas(*arguments, "--quiet", "--out", "whole", cwd=tmp_path)
+@pytest.mark.slow
+@pytest.mark.xdist_group("cli/test_interrupts.py")  # whose server of processes it needs
+def test_killed_and_resumed_equals_uninterrupted(
+    here: Run, search: list[str], tmp_path: Path
+) -> None:
+    arguments = [*search[: search.index("--trials")], "--trials", "40", "--json", "--quiet"]
+    whole = here(*arguments, "--out", "whole")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rankNAS", *arguments, "--quiet", "--out", "cut"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = Command([*arguments, "--out", "cut"], tmp_path)
     database = tmp_path / "cut" / "first" / "study.db"
-    while process.poll() is None and finished(database) < 4:
+    while command.ended() is None and finished(database) < 4:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command.send(signal.SIGKILL)
+    assert command.ended(60) == -signal.SIGKILL
     kept = finished(database)
     assert 4 <= kept < 40
-    resumed = ranknas(*arguments, "--quiet", "--out", "cut", "--resume", cwd=tmp_path)
+    resumed = here(*arguments, "--out", "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
 
     def essence(text: str) -> list[tuple[object, ...]]:
@@ -340,10 +338,10 @@ def test_the_name_of_a_study_of_several_budgets_is_a_safe_folder() -> None:
 
 
 def test_an_objective_that_fails_three_times_stops_with_its_reason(
-    search: list[str], tmp_path: Path
+    here: Run, search: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text("def broken(network, data):\n    return float('nan')\n")
-    stopped = ranknas(*search, "--objective", "mine.py:broken", cwd=tmp_path)
+    stopped = here(*search, "--objective", "mine.py:broken")
     assert stopped.returncode == 2
     assert "3 trials in a row failed" in stopped.stderr and "nan" in stopped.stderr
     assert "Traceback" not in stopped.stderr

@@ -61,6 +61,7 @@ def wait_for(browser: Any, *texts: str) -> str:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_browser_sees_trials_parameters_and_the_pareto_front(
     study: Path, address: str, browser: Any
 ) -> None:

@@ -84,6 +84,7 @@ def result_of(study: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_file_is_written_and_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report("small") == 0
     assert Path(capsys.readouterr().out.strip()) == Path("ranknas-studies/small/report.html")
@@ -242,6 +243,7 @@ def test_a_report_that_cannot_be_written_says_so(
     assert "--output" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_browser_draws_every_figure(study: Path, browser: Any) -> None:
     assert report("small") == 0
     browser.get((study / "report.html").resolve().as_uri())

@@ -53,6 +53,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 FIXED = ["profile", "--space", "mine.py:net", "--image-size", "8", "--candidates", "12"]
 
 
+@pytest.mark.slow
 def test_a_profile_is_measured_validated_and_used(
     command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

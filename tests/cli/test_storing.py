@@ -56,6 +56,7 @@ def shown(folder: Path) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_password_is_used_but_not_kept(
     ranknas: Run, search: list[str], postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_password_is_used_but_not_kept(
         assert secret not in everything
 
 
+@pytest.mark.slow
 def test_a_journal(ranknas: Run, search: list[str], tmp_path: Path) -> None:
     code, told = ranknas(*search, "--storage", f"journal:{tmp_path}/study.log")
     assert code == 0, told

@@ -79,6 +79,7 @@ def done(executor: Parallel, evaluations: list[Evaluation]) -> dict[Allocation, 
     return found
 
 
+@pytest.mark.slow
 def test_each_trial_fails_alone(cluster: str, tmp_path: Path, small_net: nn.Module) -> None:
     own = evaluator(tmp_path, small_net)
     space = own.factorisation.space
@@ -110,6 +111,7 @@ def test_each_trial_fails_alone(cluster: str, tmp_path: Path, small_net: nn.Modu
         assert outcomes[i].evaluation == evaluations[i]
 
 
+@pytest.mark.slow
 def test_one_worker_measures_what_no_worker_does(
     cluster: str, small_net: nn.Module, small_data: Pair
 ) -> None:
@@ -135,6 +137,7 @@ def test_one_worker_measures_what_no_worker_does(
         assert other.metrics == pytest.approx(one.metrics, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_search(cluster: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(5) for layer in (nn.Linear(64, 64), nn.ReLU())]

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def network() -> nn.Module:
     ).eval()
 
 
+@cache
 def space(policy: RankPolicy | None = None) -> SearchSpace:
     policy = policy or RankPolicy(candidates=60)
     return compile_space(network(), torch.randn(1, 8, 6, 6), policy=policy, min_weights=1)
@@ -90,8 +92,8 @@ class MadeUp:
         ]
         return [Measurement(t, 0.01 * t, 9) for t in times]
 
-    def pace(self, runs: Sequence[FakeNetwork], **_: object) -> FakePace:
-        return FakePace(runs)
+    def drift_monitor(self, runs: Sequence[FakeNetwork], **_: object) -> FakeDriftMonitor:
+        return FakeDriftMonitor(runs)
 
     def built(self, network: nn.Module, allocation: Allocation, x: torch.Tensor) -> FakeNetwork:
         self.networks += 1
@@ -117,7 +119,7 @@ class FakeNetwork:
         return self.times
 
 
-class FakePace:
+class FakeDriftMonitor:
     """Networks take what they take."""
 
     def __init__(self, runs: Sequence[FakeNetwork]) -> None:
@@ -139,7 +141,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     monkeypatch.setattr(Host, "_measure", lambda self, shapes: made.measure(self, shapes))
     monkeypatch.setattr(host, "built", made.built)
     monkeypatch.setattr(host, "waiting", lambda run, device: run)
-    monkeypatch.setattr(host, "DriftMonitor", made.pace)
+    monkeypatch.setattr(host, "DriftMonitor", made.drift_monitor)
     monkeypatch.setattr(host, "LIMIT", 1e-9)
     return made
 
@@ -147,6 +149,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> MadeUp:
 def bound(path: Path, **options: object) -> Host:
     inputs = torch.randn(1, 8, 6, 6)
     return Host(file=path, **options).bind(network(), space(), inputs)
+
+
+PROFILES: list[str] = []  # the text of the first
+
+
+def profiled(path: Path, clock: MadeUp) -> Path:
+    """The profile that `bound` makes, which is made once. Needs `clock`."""
+    if PROFILES:
+        path.write_text(PROFILES[0])
+    else:
+        bound(path)
+        PROFILES.append(path.read_text())
+    return path
 
 
 def test_a_part_is_measured_and_the_rest_is_predicted(clock: MadeUp, tmp_path: Path) -> None:
@@ -340,8 +355,7 @@ def test_kinds_and_batch_sizes_that_a_file_has_not_seen(
 
 
 def test_other_terms_are_refused(clock: MadeUp, tmp_path: Path) -> None:
-    path = tmp_path / "board.json"
-    bound(path)
+    path = profiled(tmp_path / "board.json", clock)
     content = json.loads(path.read_text())
     content["terms"]["threads"] += 3
     del content["sha256"]
@@ -368,8 +382,7 @@ def test_other_terms_are_refused(clock: MadeUp, tmp_path: Path) -> None:
 def test_damaged_files_are_named(
     clock: MadeUp, tmp_path: Path, change: Callable[[dict[str, object]], None], message: str
 ) -> None:
-    path = tmp_path / "board.json"
-    bound(path)
+    path = profiled(tmp_path / "board.json", clock)
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -402,8 +415,7 @@ def test_every_flipped_byte_of_a_profile_is_found_or_does_not_matter(
 
 
 def test_an_edited_profile_says_what_to_do(clock: MadeUp, tmp_path: Path) -> None:
-    path = tmp_path / "board.json"
-    bound(path)
+    path = profiled(tmp_path / "board.json", clock)
     content = json.loads(path.read_text())
     content["stages"][0]["seconds"] *= 2
     path.write_text(json.dumps(content))
@@ -425,8 +437,7 @@ def test_profiles_that_are_something_else(tmp_path: Path, content: bytes) -> Non
 
 
 def test_truncated_and_missing_files(clock: MadeUp, tmp_path: Path) -> None:
-    path = tmp_path / "board.json"
-    bound(path)
+    path = profiled(tmp_path / "board.json", clock)
     path.write_text(path.read_text()[:-200])
     with pytest.raises(UsageError, match=r"board.json' cannot be read"):
         make_hardware(str(path)).bind(None, space())
@@ -462,6 +473,7 @@ def test_files_come_back_as_they_were(tmp_path: Path) -> None:
     assert Profile.read(tmp_path / "p.json") == profile
 
 
+@pytest.mark.slow
 def test_common_shapes_are_measured_on_request(clock: MadeUp, tmp_path: Path) -> None:
     bound(tmp_path / "host.json", general=True)
     assert set(general_shapes(1)) <= set(clock.stages)

@@ -64,6 +64,7 @@ def test_the_summary_has_the_command_the_dense_model_and_the_reasons() -> None:
     assert "torch" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategies", "budgets", "tuned"), [(17, 3, True), (17, 1, False), (1, 1, False)]
 )

@@ -339,8 +339,28 @@ def test_two_drivers(postgres: Cluster) -> None:
     assert study_names(url.replace("postgresql:", "postgresql+psycopg:")) == ["name"]
 
 
+@pytest.mark.parametrize(
+    ("error", "statement", "message"),
+    [
+        (sqlalchemy.exc.OperationalError, "CREATE TABLE studies", "table already exists"),
+        (
+            sqlalchemy.exc.IntegrityError,
+            "INSERT INTO alembic_version",
+            "UNIQUE constraint failed: alembic_version.version_num",
+        ),
+        (
+            sqlalchemy.exc.IntegrityError,
+            "CREATE TABLE studies",
+            'duplicate key value violates unique constraint "pg_type_typname_nsp_index"',
+        ),
+    ],
+)
 def test_tables_that_another_program_makes_at_the_same_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[sqlalchemy.exc.DBAPIError],
+    statement: str,
+    message: str,
 ) -> None:
     """As a dashboard may, which knows nothing of our lock."""
     made, begun = module.RDBStorage, []
@@ -349,9 +369,7 @@ def test_tables_that_another_program_makes_at_the_same_moment(
         begun.append(1)
         if len(begun) == 1:
             made(*arguments, **options)
-            raise sqlalchemy.exc.OperationalError(
-                "CREATE TABLE studies", {}, Exception("table already exists")
-            )
+            raise error(statement, {}, Exception(message))
         return made(*arguments, **options)
 
     monkeypatch.setattr(module, "RDBStorage", racing)

@@ -17,6 +17,7 @@ from rankNAS.storage.locks import file_of, study_lock
 from rankNAS.storage.retries import ConnectionLostError
 
 
+@pytest.mark.slow
 def test_a_lock_goes_with_the_process_that_holds_it(
     shared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
 import store_worker as worker
 from postgres import PASSWORD, USER, Cluster
 from processes import FORKS
@@ -110,6 +111,7 @@ def test_a_killed_process_loses_no_trial_and_others_finish(shared: str) -> None:
         assert store.others() == ()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back(postgres: Cluster) -> None:
     storage = postgres.new_database()
     with workers(storage, 60, 0.05, 0.05) as processes:

@@ -76,6 +76,7 @@ problems = st.builds(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_TABLES)
 @settings(max_examples=12, deadline=None)
 @given(problem=problems, n=st.integers(1, 4), seed=st.integers(0, 100))

@@ -97,6 +97,7 @@ def test_a_power_law_is_recovered_and_its_optimum_proposed_first(seed: int, laye
     assert value <= best.value * (1 + 2e-3) + 1e-5 * largest  # what HiGHS takes for equal
 
 
+@pytest.mark.slow
 def test_learns_multipliers_that_the_probes_did_not_show() -> None:
     """Among others, one layer harms ten times as much as alone: proposals come to spare it."""
     problem = random_problem(10, layers=6, choices=12)
