@@ -1,4 +1,4 @@
-"""What is known of a study: its result document, or what its storage holds before there is one."""
+"""The document that describes a study: its result, or its trials while the search runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["load_study", "open_recorded", "study_document", "without_passwords"]
 
 
 def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, Any]:
-    """The result document; of a search that has not ended, one without answers.
+    """The result document; of a search that has not ended, one without solutions.
 
     Args:
         options: Those in the study's folder.

@@ -1,4 +1,4 @@
-"""The trials within a budget: which of them are on the Pareto front, and what dominates others."""
+"""The Pareto front of the trials within a budget, and which of them dominates each other one."""
 
 from __future__ import annotations
 

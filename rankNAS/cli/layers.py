@@ -1,4 +1,4 @@
-"""The chosen ranks of an answer, against what each layer could have had."""
+"""The chosen ranks of a solution, with the break-even and full ranks of each layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["describe_layers"]
 def describe_layers(
     problem: Problem, layers: Mapping[str, Layer], allocation: Mapping[str, Choice]
 ) -> dict[str, dict[str, Any]]:
-    """What was chosen for each layer, as JSON values.
+    """The choice of each layer, as JSON values.
 
     Args:
         problem: Its tables hold the predicted latency, if that is known.

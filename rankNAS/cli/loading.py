@@ -1,4 +1,4 @@
-"""The data, the space and the dense model that options name; all their mistakes, found early."""
+"""Loads the data, the space and the dense model that options name; checks options first."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ CLIP = 1.0  # norm of a gradient; without it, factors of small networks diverged
 
 
 def check_options(options: ModelOptions) -> Settings:
-    """Everything that can be wrong with the options themselves, before any work is done.
+    """Check the options before any work is done, and return the settings of the search.
 
     Raises:
-        UsageError: What is wrong.
+        UsageError: An option is wrong.
     """
     _ = options.budgets
     make_hardware(options.hardware, strict=options.strict_hw)

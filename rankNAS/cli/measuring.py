@@ -1,4 +1,4 @@
-"""How long the dense network and the answers of a search really take, beside what is predicted."""
+"""Measured latency of the dense network and of the solutions of a search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def concerns_latency(study: Study) -> bool:
 def measure(
     study: Study, allocations: Sequence[Allocation], batch: int
 ) -> list[dict[str, float | int]]:
-    """Time the dense network and others end to end, in turns, on the device of the search.
+    """Time the dense network and others end to end, interleaved, on the device of the search.
 
     Args:
         study: The search.

@@ -1,4 +1,4 @@
-"""What a search leaves in its folder: the networks, a table of the trials, ``result.json``."""
+"""The files that a search writes: the networks, a table of the trials, ``result.json``."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def load_result(folder: Path) -> dict[str, Any]:
 
 
 def solution_for(result: Mapping[str, Any], budget: list[str]) -> dict[str, Any]:
-    """The answer of a study to one of its budgets; to the first if none is given.
+    """The solution of a study for one of its budgets; for the first if none is given.
 
     Raises:
         UsageError: The study has no such budget.

@@ -1,4 +1,4 @@
-"""The summary and the picture of a comparison, from its rows."""
+"""Summary and figure of a comparison, from its rows."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
 NOTES = (
     "Mean ± sample standard deviation over seeds, the most accurate strategy first (after "
     "fine-tuning, if there is any). Divergence: of the dense model's predictions on the test data "
-    "from the answer's, Kullback-Leibler, in nats. MACs and params: what is kept of the dense "
+    "from the solution's, Kullback-Leibler, in nats. MACs and params: what is kept of the dense "
     "model's. Each "
     "strategy answers the budgets in one study, in the order above; evaluations (probes "
     "included) and search seconds are those of the study so far, so the last budget shows its "

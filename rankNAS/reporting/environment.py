@@ -1,4 +1,4 @@
-"""What a result depends on besides its options: the versions of libraries, and the machine."""
+"""The environment of a result: versions of libraries, and the machine."""
 
 from __future__ import annotations
 

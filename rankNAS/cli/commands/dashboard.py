@@ -89,7 +89,7 @@ def run_dashboard(options: DashboardOptions) -> None:
 
 
 def guarded(app: WSGIApplication, host: str) -> WSGIApplication:
-    """Answer only who asks for this machine by an address of its own.
+    """Reject requests that do not name this machine by an address of its own.
 
     A web page of somebody else may let its own name lead to this machine, and its script then read
     and change what a browser here can reach. The name is in the request.

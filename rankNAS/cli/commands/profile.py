@@ -1,4 +1,4 @@
-"""``ranknas profile``: measure this machine, and hold predictions against whole networks."""
+"""``ranknas profile``: measure this machine; validate predictions on whole networks."""
 
 from __future__ import annotations
 

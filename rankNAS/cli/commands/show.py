@@ -17,7 +17,7 @@ Document = dict[str, Any]
 
 
 def run_show(options: ShowOptions) -> None:
-    """Print a study's answer to each budget, its best trials and the chosen ranks."""
+    """Print a study's solution for each budget, its best trials and the chosen ranks."""
     result = load_result(study_folder(options.study, options.out))
     if options.json:
         print_json(result)
@@ -32,12 +32,12 @@ def run_show(options: ShowOptions) -> None:
         + f", {failed} failed" * bool(failed)
     )
     for solution in result["solutions"]:
-        _print_answer(result, solution)
+        _print_solution(result, solution)
         _print_trials(result, solution, options.top)
         _print_layers(solution)
 
 
-def _print_answer(result: Document, solution: Document) -> None:
+def _print_solution(result: Document, solution: Document) -> None:
     dense, best = result["dense"], solution["best"]
     typer.echo(
         f"\n{solution['budget_key'] if solution['budget'] else 'no budget'}: "
