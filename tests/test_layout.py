@@ -25,7 +25,7 @@ LEVELS = [
     {"strategies"},
     {"storage", "study", "testing"},
     {"execution"},
-    {"settings", "pipeline"},
+    {"settings", "pipeline", "rows"},
     {"engine"},
     {"comparison", "reporting"},
     {"cli", "__main__"},

@@ -23,9 +23,10 @@ from rankNAS.cli.loading import (
 from rankNAS.cli.options import CompareOptions
 from rankNAS.cli.output import print_json, print_table, reporting
 from rankNAS.cli.report import draw, markdown, tables
-from rankNAS.comparison import COLUMNS, DENSE_MODEL, OK, Row, compare
+from rankNAS.comparison import compare
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import read_json, save_atomically, write_json
+from rankNAS.rows import COLUMNS, DENSE_MODEL, OK, Row
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rankNAS.cli.report import draw, markdown, tables
-from rankNAS.comparison import Row
+from rankNAS.rows import Row
 
 BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
 
