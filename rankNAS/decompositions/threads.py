@@ -13,8 +13,8 @@ import torch
 
 __all__ = ["SMALL", "limited_threads"]
 
-# The side of the largest matrix that one thread factorises. On two busy cores, an eigendecomposition
-# of side 512 takes five times as long with two threads as with one.
+# The side of the largest matrix that one thread factorises. On two busy cores, two threads took
+# five times as long as one for a matrix of side 512.
 SMALL = 640
 
 
