@@ -72,6 +72,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         in the order of their first row; within one the most accurate strategy, after training if
         there was any, comes first.
 
+    >>> from dataclasses import asdict
     >>> rows = [Row("bo", "macs<=0.5", s, test_accuracy=a) for s, a in enumerate((0.7, 0.9))]
     >>> table = summarise(pd.DataFrame(map(asdict, rows)))
     >>> table[["strategy", "seeds", "test_accuracy", "test_accuracy_std"]].round(3).values.tolist()
