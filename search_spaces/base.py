@@ -22,8 +22,11 @@ class Layer(Mapping[Choice, Cost]):
         name: Path of the module in the model.
         aliases: Other paths that hold the same weight.
         shape: Its shape, with the input sizes of every call in one forward pass.
-        choices: What it may become; the first is dense.
+        choices: The first is dense, and no other.
         costs: The cost of each choice, all calls together.
+
+    Raises:
+        UsageError: The first choice is not dense, or another one is.
     """
 
     name: str
@@ -31,6 +34,13 @@ class Layer(Mapping[Choice, Cost]):
     shape: LayerShape
     choices: tuple[Choice, ...]
     costs: tuple[Cost, ...]
+
+    def __post_init__(self) -> None:
+        if self.choices[:1] != (DENSE,) or self.choices.count(DENSE) > 1:
+            raise UsageError(
+                f"layer {self.name!r} has the choices {', '.join(map(str, self.choices[:3]))}, …; "
+                "the first one, and no other, must be dense."
+            )
 
     @cached_property
     def _table(self) -> dict[Choice, Cost]:

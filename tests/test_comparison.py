@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.allocation import Allocation
-from rankNAS.comparison import COLUMNS, OK, Row, compare, summarise
+from rankNAS.comparison import compare
 from rankNAS.data.batches import subset
 from rankNAS.evaluation import outputs as evaluation
 from rankNAS.evaluation.outputs import predictions
@@ -25,6 +25,7 @@ from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.objectives.quality import kl_divergence
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train
+from rankNAS.rows import COLUMNS, OK, Row, summarise
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.history import History

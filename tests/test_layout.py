@@ -17,7 +17,7 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "formats", "lazy", "plugins", "renamed"},
+    {"exceptions", "allocation", "budget", "formats", "lazy", "plugins", "renamed", "rows"},
     {"io", "data", "decompositions", "solver"},
     {"search_spaces"},
     {"compression", "recovery", "objectives"},
@@ -25,7 +25,7 @@ LEVELS = [
     {"strategies"},
     {"storage", "study", "testing"},
     {"execution"},
-    {"settings", "pipeline"},
+    {"settings", "pipeline", "rows"},
     {"engine"},
     {"comparison", "reporting"},
     {"cli", "__main__"},

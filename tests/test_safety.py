@@ -22,7 +22,6 @@ import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.cli import main
 from rankNAS.cli.options import CompareOptions, SearchOptions, check_name
-from rankNAS.comparison import COLUMNS
 from rankNAS.compression.calibration import calibrate
 from rankNAS.data.loading import load_data
 from rankNAS.exceptions import DataError, UsageError, WeightsError
@@ -34,6 +33,7 @@ from rankNAS.models import artifact
 from rankNAS.models.weights import load_weights, peek_metadata, trained_model
 from rankNAS.objectives import make_objective
 from rankNAS.recovery import TrainingConfig, train
+from rankNAS.rows import COLUMNS
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.storage.store import StudyStore

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Target
 from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.decompositions.threads import limited_threads
 from rankNAS.search_spaces.base import Layer
 
 __all__ = ["LayerFactors", "factorise_layer"]
@@ -107,14 +108,15 @@ def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFa
     shape = layer.shape
     weight = shape.fold(_oriented(module))
     target = Target(weight, norm)
-    factors = {
-        name: OPERATORS[name].factorise(shape, target, ranks)
-        for name, ranks in ranks_by_operator(layer.choices).items()
-    }
+    with limited_threads(max(shape.width, shape.outputs // shape.groups)):
+        factors = {
+            name: OPERATORS[name].factorise(shape, target, ranks)
+            for name, ranks in ranks_by_operator(layer.choices).items()
+        }
+        outputs = target.WC @ target.W.mT
     bias: Any = module.bias
     bias = None if bias is None else bias.detach()
     # C is as large as all factors together, and no longer needed.
-    outputs = target.WC @ target.W.mT
     return LayerFactors(layer, weight, bias, replace(norm, C=None), factors, outputs)
 
 

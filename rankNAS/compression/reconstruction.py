@@ -29,6 +29,7 @@ from rankNAS.compression.patches import folded, patches
 from rankNAS.compression.surgery import changeable_copy, shared_copy
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
+from rankNAS.decompositions.threads import limited_threads
 
 __all__ = ["refit_sequentially"]
 
@@ -73,8 +74,10 @@ def refit_sequentially(
         choice, layer = allocation[name], factorisation.layers[name].restrict([allocation[name]])
         if len(layer.layer.shape.calls) == 1:
             moments = _Moments.of(layer, pairs, seed)
-            if moments.count >= SAMPLES * layer.layer.shape.width:
-                layer = moments.refit(layer, choice)
+            shape = layer.layer.shape
+            if moments.count >= SAMPLES * shape.width:
+                with limited_threads(max(shape.width, shape.outputs // shape.groups)):
+                    layer = moments.refit(layer, choice)
         layers[name] = layer
         layer.write(compressed, choice)
         if on_layer is not None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.norms import Target, matrix_root
+from rankNAS.decompositions.threads import limited_threads
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
@@ -86,7 +87,8 @@ class NestedBasis:
     def solve(self, M: Tensor) -> Tensor:  # (g, *, m) -> (g, *, m)
         """M L^-1 for coefficients on the orthonormal features, back on the features Phi."""
         m = M.shape[-1]
-        A = torch.linalg.solve_triangular(self.L[:, :m, :m], M, upper=False, left=False)
+        with limited_threads(m):
+            A = torch.linalg.solve_triangular(self.L[:, :m, :m], M, upper=False, left=False)
         scaled: Tensor = A * self.scale[:, None, :m]
         return scaled
 
@@ -116,10 +118,11 @@ def nested_basis(target: Target, basis: Tensor, columns: Tensor) -> NestedBasis:
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
     gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
     gram.diagonal(dim1=-2, dim2=-1).copy_(torch.ones_like(norms))
-    L = _cholesky(gram)
-    M = torch.linalg.solve_triangular(
-        L.mT, cross * scale.unsqueeze(-2), upper=True, left=False
-    )  # (g, o, K)
+    with limited_threads(R * b):
+        L = _cholesky(gram)
+        M = torch.linalg.solve_triangular(
+            L.mT, cross * scale.unsqueeze(-2), upper=True, left=False
+        )  # (g, o, K)
     return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy)
 
 
@@ -168,13 +171,17 @@ def leading_rows(
         R: How many rows, at most ``min(rows, w)``.
     """
     if T.shape[-2] <= T.shape[-1]:
-        values, U = torch.linalg.eigh((T if C is None else T @ C) @ T.mT)
+        energy = (T if C is None else T @ C) @ T.mT
+        with limited_threads(energy.shape[-1]):
+            values, U = torch.linalg.eigh(energy)
         rows = U.flip(-1)[..., :R].mT @ T
     else:
         N = T.mT @ T
         root = torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
         root = root if C is None else matrix_root(C)
-        values, V = torch.linalg.eigh(root.mT @ N @ root)
+        energy = root.mT @ N @ root
+        with limited_threads(energy.shape[-1]):
+            values, V = torch.linalg.eigh(energy)
         rows = V.flip(-1)[..., :R].mT @ root.mT @ N
     values = values.flip(-1)[..., :R]
     alive = values > DEAD * values[..., :1]

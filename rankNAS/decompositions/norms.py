@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rankNAS.decompositions.threads import limited_threads
 from rankNAS.exceptions import UsageError
 from rankNAS.renamed import renamed
 
@@ -163,6 +164,7 @@ def ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
 
 def matrix_root(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
     """The symmetric square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(A)
+    with limited_threads(A.shape[-1]):
+        values, vectors = torch.linalg.eigh(A)
     root: Tensor = (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
     return root

@@ -27,6 +27,7 @@ from rankNAS.decompositions.nested import (
 )
 from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
+from rankNAS.decompositions.threads import limited_threads
 
 __all__ = ["Tucker2", "TuckerFactors"]
 
@@ -68,7 +69,8 @@ class TuckerFactors(Factors):
         nested, U = self.refined.get(rank, (self.nested, self.U))
         U = U[:, :, :r_out]
         core = nested.solve(U.mT @ nested.HM[:, :, : r_in * nested.blocks])
-        P = U if self.H is None else torch.linalg.solve(self.H, U)
+        with limited_threads(U.shape[-2]):
+            P = U if self.H is None else torch.linalg.solve(self.H, U)
         return [nested.basis[:, 0, :r_in], core, P]
 
 
@@ -116,12 +118,19 @@ class Tucker2(Operator):
         index = torch.arange(shape.width, device=target.W.device)
         columns = index.reshape(target.weight.shape[2], -1).T.contiguous()  # (s, c)
         nested = _input_basis(target, target.HW, columns, max(r_in for _, r_in in ranks))
-        U = torch.linalg.eigh(target.HWC @ target.HW.mT).eigenvectors.flip(-1)
+        U = _leading(target.HWC @ target.HW.mT)
         refined = {
             rank: _refine(target, columns, nested, U, rank, self.sweeps)
             for rank in (ranks if self.sweeps else [])
         }
         return TuckerFactors(self, shape, nested, target.norm.H, U, refined, _errors(nested, U))
+
+
+def _leading(energy: Tensor) -> Tensor:  # (g, o, o) -> (g, o, o)
+    """Eigenvectors in the order of decreasing eigenvalues."""
+    with limited_threads(energy.shape[-1]):
+        vectors: Tensor = torch.linalg.eigh(energy).eigenvectors
+    return vectors.flip(-1)
 
 
 def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBasis:
@@ -161,7 +170,7 @@ def _refine(
         HM = best[1].HM[:, :, : r_in * nested.blocks]
         # Where HM has fewer columns than r_out, the directions it leaves open are those of H W.
         energy = HM @ HM.mT + TIE * target.HWC @ target.HW.mT
-        U = torch.linalg.eigh(energy).eigenvectors.flip(-1)
+        U = _leading(energy)
         projected = U[:, :, :r_out].mT @ target.HW
         candidate = _input_basis(target, projected, columns, r_in)
         error = _errors(candidate, U)[r_out][r_in]

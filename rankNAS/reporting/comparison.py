@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from rankNAS.comparison import DENSE_MODEL, OK, summarise
 from rankNAS.reporting.environment import machine, versions
+from rankNAS.rows import DENSE_MODEL, OK, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,8 +19,8 @@ from unittest import mock
 import pandas as pd
 
 import rankNAS
-from rankNAS.comparison import DENSE_MODEL, Row, summarise
 from rankNAS.models.weights import load_weights, recorded_normalization
+from rankNAS.rows import DENSE_MODEL, Row, summarise
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.strategies import Auto, Energy, Solve, Strategy
 

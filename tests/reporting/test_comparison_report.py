@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from rankNAS.comparison import Row
 from rankNAS.reporting.comparison import draw, markdown, tables
+from rankNAS.rows import Row
 
 BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
 

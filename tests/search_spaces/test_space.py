@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -102,3 +103,11 @@ def test_costs_are_a_monoid() -> None:
     a, b = Cost(1, 2, 3), Cost(10, 20, 30)
     assert a + b == b + a == Cost(11, 22, 33) and a + Cost(0, 0, 0) == a
     assert [a[name] for name in COSTS] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1], [0, 1, 0], []])
+def test_the_first_choice_and_no_other_is_dense(order: list[int]) -> None:
+    layer = space().layers["1"]
+    choices = tuple(layer.choices[i] for i in order)
+    with pytest.raises(UsageError, match="layer '1' has the choices .*must be dense"):
+        replace(layer, choices=choices, costs=tuple(layer[choice] for choice in choices))

@@ -24,10 +24,11 @@ from rankNAS.cli.options.common import ConfigurableOptions
 from rankNAS.cli.options.compare import CompareOptions
 from rankNAS.cli.options.stored import upgraded
 from rankNAS.cli.output import print_json, print_table, progress_display
-from rankNAS.comparison import COLUMNS, DENSE_MODEL, OK, Row, compare
+from rankNAS.comparison import compare
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import read_json, save_atomically, write_json
 from rankNAS.reporting.comparison import draw, markdown, tables
+from rankNAS.rows import COLUMNS, DENSE_MODEL, OK, Row
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
