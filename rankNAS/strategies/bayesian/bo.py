@@ -28,6 +28,7 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.solver.pareto import non_dominated
+from rankNAS.solver.threads import limited_threads
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import Indices, decode, preference
 from rankNAS.strategies.history import History, Trial
@@ -235,17 +236,12 @@ def _acquisition(X: Tensor, Y: Tensor, met: Tensor, waiting: Tensor | None, seed
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
     """Own random numbers, and one thread: small matrices, and workers that do not fight."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), limited_threads():
         # Deprecations inside the libraries, and jitter that they add to covariances by themselves.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="A not p.d., added jitter")
         torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 def _joined(a: Tensor | None, b: Tensor) -> Tensor:
