@@ -1,9 +1,9 @@
-"""Times of stages from measurements of some of them: a Gaussian process.
+"""Gaussian-process regression of stage latencies on a part of the stages.
 
-The logarithm of a stage's time is a linear function of the logarithms of its work, its traffic and
-its sizes, plus a Gaussian process of these and of how its channels fill the vector units, plus
-something of its own. A stage that was measured has its share of that, by how well it was measured:
-a search looks for stages that came out too short, so measurements cannot be taken as they are.
+The logarithm of a stage's time is a linear function of the logarithms of its work, traffic and
+sizes, plus a Gaussian process of these and of the fill of the vector units, plus an independent
+effect per stage. Measured stages are shrunk by their noise: a search selects stages that were
+measured too short (winner's curse).
 """
 
 from __future__ import annotations

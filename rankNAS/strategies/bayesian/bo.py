@@ -2,8 +2,8 @@
 
 A Gaussian process models each objective as a function of the layers' relative errors. The
 acquisition function is maximised over a pool of allocations, each decoded from a preference by the
-exact solver (`decode`), so the process never proposes, and never needs to model, a point that
-breaks a budget. Preferences are drawn around the best allocations found and at large; the first
+exact solver (`decode`), so every modelled point
+meets the budgets. Preferences are drawn around the best allocations found and at large; the first
 proposals are those of `energy` and `uniform`.
 
 References:
@@ -167,7 +167,7 @@ def _signed(problem: Problem, trials: Sequence[Trial]) -> Array:
 
 
 def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), in [0, 1]
-    """Square root of each layer's relative error: harm is nearly additive and smooth in it."""
+    """Square root of each layer's relative error: the loss is nearly additive and smooth in it."""
     errors = np.stack([e[rows[:, i]] for i, e in enumerate(problem.errors)], axis=1)
     return torch.from_numpy(np.sqrt(np.clip(errors, 0, 1)))
 
