@@ -1,4 +1,4 @@
-"""Times of stages that were timed in several blocks, freed of what each block adds."""
+"""Combination of block timings: stage times with the effects of the blocks removed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DISTURBED = 1.5  # times the usual slowness: a block in which something else ran
 
 
 def combined(blocks: Sequence[Mapping[LayerShape, Measurement]]) -> dict[LayerShape, Measurement]:
-    """Of stages that were timed in several blocks: their times, and how well these are known.
+    """Times of stages that were timed in several blocks, and their deviations.
 
-    Blocks in which something else ran are left out where there is another.
+    Disturbed blocks are left out where a stage has another one.
     """
     places = {shape: i for i, shape in enumerate({s: None for block in blocks for s in block})}
     found = [m for block in blocks for m in block.values()]

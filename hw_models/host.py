@@ -1,17 +1,18 @@
-"""This machine, measured: stages of layers, and whole networks to put their sum right.
+"""Latency profiler for the local device: per-stage timings, calibrated against whole networks.
 
-1. Of all the stages that a space's choices consist of, a spread-out part is timed, and as many of
-   the others as there is time for: in blocks of a few, each stage in two of them. How far the two
-   are apart says how slow the machine was in each block, and how well a stage is known.
-2. A Gaussian process (`StageRegression`) predicts all, with its uncertainty.
-3. The network itself is timed, dense and under a few random allocations, as it runs: with its
-   normalisations and activations. Each layer is timed there too: the cache state that its
-   neighbours leave gives a factor for every layer and operator (`in_network_factors`). A constant
-   and two factors absorb the remaining difference to the whole (`NetworkFit`).
+1. A representative part of a space's stages is timed, and as many of the others as time allows.
+   Stages are timed interleaved in randomised blocks; each stage appears in two blocks to separate
+   machine drift from noise.
+2. A Gaussian process (`StageRegression`) predicts all stages, with uncertainties.
+3. The network is timed end to end, dense and under a few random allocations, with its
+   normalisations and activations. Each layer is timed inside it too: in-network cache state
+   differs from isolated timing, which gives a factor per layer and operator
+   (`in_network_factors`). A constant and two factors absorb the remaining difference to the
+   end-to-end time (`NetworkFit`).
 
-The network is timed between the stages, all the while (`DriftMonitor`).
+The network is timed between the stages throughout (`DriftMonitor`).
 
-Everything measured is kept in a file, and a network that is profiled again costs nothing.
+All measurements are kept in a file; a network that is profiled again costs nothing.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class Host(StageModel):
         return factor * seconds, factor * sigma
 
     def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
-        """What is outside the layers; its deviation is what the stages leave unexplained."""
+        """Seconds outside the layers; the deviation is the residual of the stage model."""
         dense = sum(self.latency(layer, DENSE)[0] for layer in space.layers.values())
         return self.fit.remainder_cost, self.fit.residual * (dense + self.fit.remainder_cost)
 
@@ -316,7 +317,7 @@ class Host(StageModel):
         return _Whole(allocations, watched, pace)
 
     def _fit_network(self, space: SearchSpace, whole: _Whole) -> NetworkFit:
-        """Explain the times of a network under a few allocations, dense first, by its stages'."""
+        """Fit the end-to-end times of a network, dense first, by the times of its stages."""
         allocations = whole.allocations
         whole.pace.after(1.0)  # what is left of its rounds
         times = whole.pace.seconds()[: len(allocations)]

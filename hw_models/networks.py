@@ -128,7 +128,7 @@ def random_allocations(space: SearchSpace, count: int, seed: int) -> list[Alloca
 
 
 def place(layer: str, choice: Choice) -> str:
-    """What a layer's time in its network, against alone, depends on: where it is, and as what."""
+    """The key of an in-network factor: layer and operator."""
     return f"{layer} {choice.operator}"
 
 
@@ -138,10 +138,10 @@ def in_network_factors(
     seconds: Sequence[Array],
     alone: Callable[[Layer, Choice], float],
 ) -> dict[str, float]:
-    """How much longer layers take in their network than alone, for every `place` of a space.
+    """In-network latency factors: how much longer layers take in the network than alone.
 
-    A layer finds its inputs in other caches there, and its neighbours leave their work in them.
-    Where a place was seen a few times, what is between it and its operator's mean counts in part.
+    In-network cache state differs from isolated timing. Factors of rarely seen places are shrunk
+    towards the mean of their operator.
 
     Args:
         space: Of the network.

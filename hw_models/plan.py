@@ -1,4 +1,4 @@
-"""Which stages a device is profiled on: those of a space, thinned out, and common shapes."""
+"""Selection of the stages to profile: a representative part of a space, and common shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stages_of(space: SearchSpace) -> Iterable[LayerShape]:
 
 
 def stage_key(shape: LayerShape) -> LayerShape:
-    """What its time depends on: a bias is added for nothing, whatever pads costs the same."""
+    """The shape as its time depends on it: bias and padding mode cost nothing."""
     return replace(shape, bias=False, padding_mode="zeros")
 
 
@@ -33,7 +33,7 @@ def network_key(space: SearchSpace) -> str:
 
 
 def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
-    """Square and thin convolutions and linear layers as they are common in networks."""
+    """Common square and thin convolutions and linear layers."""
     shapes = []
     for size in (7, 14, 28, 56):
         for inputs, outputs in ((32, 32), (64, 64), (128, 32), (32, 128), (256, 256), (512, 64)):
@@ -58,7 +58,7 @@ def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
 
 
 def thinned(shapes: Sequence[LayerShape], most: int) -> list[LayerShape]:
-    """Some of the shapes that stand for all: alike ones share the number, each far from others.
+    """A representative part of the shapes: farthest-point selection within groups.
 
     Within a group of equal geometry, the one farthest from those already taken comes next.
     """

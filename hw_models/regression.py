@@ -1,9 +1,9 @@
-"""Times of stages from measurements of some of them: a Gaussian process.
+"""Gaussian-process regression of stage latencies on a part of the stages.
 
-The logarithm of a stage's time is a linear function of the logarithms of its work, its traffic and
-its sizes, plus a Gaussian process of these and of how its channels fill the vector units, plus
-something of its own. A stage that was measured has its share of that, by how well it was measured:
-a search looks for stages that came out too short, so measurements cannot be taken as they are.
+The logarithm of a stage's time is a linear function of the logarithms of its work, traffic and
+sizes, plus a Gaussian process of these and of the fill of the vector units, plus an independent
+effect per stage. Measured stages are shrunk by their noise: a search selects stages that were
+measured too short (winner's curse).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from scipy.linalg import cho_solve, solve_triangular
 
 from rankNAS.decompositions import LayerShape
+from rankNAS.solver.threads import limited_threads
 
 if TYPE_CHECKING:
     from sklearn.gaussian_process.kernels import Kernel
@@ -94,7 +95,7 @@ class StageRegression:
             np.full(Z.shape[1], 2.0), (0.1, 1e3), nu=2.5
         ) + WhiteKernel(1e-3, (1e-6, 1.0))
         process = GaussianProcessRegressor(kernel, alpha=noise[some], random_state=0)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), limited_threads():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound
             process.fit(Z[some], left[some])
         smooth, own = process.kernel_.k1, float(process.kernel_.k2.noise_level)

@@ -1,4 +1,4 @@
-"""Timing several things against each other: in turns, so that what disturbs one disturbs all."""
+"""Interleaved timing: several runs in turns, so that a disturbance affects all of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def wait_for(device: torch.device) -> None:
 
 
 class InterleavedTimer:
-    """Several things timed in turns, for as many rounds as are asked for.
+    """Times several runs in turns, for a given number of rounds.
 
     Args:
         runs: What to time; each must return when it is done.
@@ -107,7 +107,7 @@ def interleaved(
 
 
 class DriftMonitor:
-    """Whole networks timed in turns, a few rounds at a time, between other measurements.
+    """Times whole networks in turns, a few rounds at a time, between other measurements.
 
     A machine changes its speed while it is measured, so the networks are timed over as long a
     while as everything else.

@@ -1,4 +1,4 @@
-"""Predicted against measured: whole networks, end to end."""
+"""Validation of latency predictions against end-to-end measurements of networks."""
 
 from __future__ import annotations
 
@@ -79,9 +79,8 @@ def validate(
     """Measure networks end to end, with arbitrary weights, beside what is predicted.
 
     The networks are visited again and again, a few at a time, each time built anew and timed in
-    turns with the dense network twice. How much longer they take than it changes with the state of
-    the machine, so that many rounds at once would say less than they seem to: what counts is the
-    median over the visits, and how far these are apart.
+    turns with the dense network twice. Consecutive rounds are correlated; the
+    median over spaced visits is reported, and its deviation from the spread of the visits.
 
     Args:
         tables: Predictions for a space of the network.

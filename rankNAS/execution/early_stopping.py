@@ -1,8 +1,8 @@
-"""Which trials are not worth finishing: asynchronous successive halving.
+"""Asynchronous successive halving (ASHA): the pruner of trials.
 
-An evaluation is a sequence of steps: epochs of training where trials are trained, otherwise more
-and more validation samples. At each step but the last, a trial goes on only if it is among the
-best of all that came as far. No trial waits for another one, so workers are never idle.
+An evaluation is a sequence of steps: epochs of training if trials are trained, otherwise growing
+parts of the validation samples. At each step but the last, a trial continues only if it is among
+the best of those that reached the step. No trial waits for another, so workers are never idle.
 
 References:
     Li et al., MLSys 2020 (ASHA), in the variant that stops trials instead of promoting them
@@ -31,16 +31,16 @@ PARTS = (0.25, 0.5, 1.0)  # of the epochs, or of the validation samples
 
 @dataclass
 class SuccessiveHalving:
-    """Says whether a trial goes on.
+    """ASHA pruner: decides whether to continue a trial.
 
-    A trial goes on from a step if fewer than 1 / `reduction` of the trials that came to this step
-    for the same budget, itself included, are better than it in every objective; the first one
-    always does.
+    A trial continues from a step if fewer than 1 / `reduction` of the trials that reached the
+    step for the same budget, itself included, are better in every objective; the first one always
+    continues.
 
     Args:
         objectives: Their names; those that are measured at the end alone play no part.
         directions: Their directions.
-        reduction: How many trials come to a step for each one that goes on.
+        reduction: Trials that reach a step for each one that continues.
 
     Raises:
         UsageError: A reduction below 2, or no objective is known before the end.
@@ -70,7 +70,7 @@ class SuccessiveHalving:
             )
 
     def __call__(self, budget_key: str, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether a trial goes on, given its metrics at a step; remembered."""
+        """Whether to continue a trial, given its metrics at a step; the metrics are kept."""
         own = np.array([sign * metrics.get(n, 0.0) for n, sign in self._signs.items()])
         others = self._seen.setdefault((budget_key, step), [])
         better = sum(bool((other > own).all()) for other in others)
@@ -78,7 +78,7 @@ class SuccessiveHalving:
         return better < max(1, math.ceil(len(others) / self.reduction))
 
     def learn(self, history: History) -> None:
-        """Take in the steps of the trials of an earlier session."""
+        """Add the steps of the trials of an earlier session."""
         for trial in history.trials:
             for step, metrics in steps(trial.metrics).items():
                 self(trial.budget_key, step, metrics)

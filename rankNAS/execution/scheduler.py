@@ -36,8 +36,8 @@ POLL = 0.5  # seconds between looks at what other processes have done
 PATIENCE = 0.2  # seconds between looks for the best trial, which takes longer with every one
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
-#: Takes a target, a step, and the metrics then; whether to go on. A step is the number of
-#: validation samples seen, or of epochs trained.
+#: Pruner: (budget key, step, metrics) -> continue? A step is the number of validation samples
+#: seen, or of epochs trained.
 Pruner = Callable[[str, int, Mapping[str, float]], bool]
 OnTrial = Callable[[Trial, Trial | None], None]
 
@@ -57,10 +57,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a task.
+    """The result of an evaluation.
 
     Args:
-        evaluation: The task.
+        evaluation: The evaluation.
         state: ``complete``, ``failed`` or ``pruned``.
         metrics: What was measured; at the steps before the last, as ``NAME@STEP``.
         seconds: How long it took.
@@ -75,32 +75,32 @@ class Outcome:
 
 
 class Executor(ABC):
-    """Does tasks, one or several at a time.
+    """Runs evaluations, one or several at a time.
 
     Attributes:
-        slots: How many tasks it takes before `wait` must be called.
+        slots: How many evaluations it takes before `wait` must be called.
     """
 
     slots: int
 
     @abstractmethod
     def submit(self, evaluation: Evaluation) -> None:
-        """Begin a task."""
+        """Begin an evaluation."""
 
     @abstractmethod
     def wait(self) -> Sequence[Outcome]:
-        """Wait for at least one task to end, or for a short while."""
+        """Wait for at least one evaluation to end, or for a short while."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of what the executor holds; tasks that have not ended are dropped."""
+        """Let go of what the executor holds; evaluations that have not ended are dropped."""
 
 
 class Serial(Executor):
-    """Evaluates here and now, one task after the other.
+    """Evaluates in this process, one allocation after the other.
 
     Args:
         evaluator: Evaluates.
-        pruner: Says which evaluations are not worth finishing.
+        pruner: Decides which evaluations to stop early.
     """
 
     slots = 1

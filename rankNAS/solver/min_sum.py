@@ -183,7 +183,7 @@ def _programme(
         indices = tuple(int(k[j]) for k, j in zip(kept, last, strict=True))
         if meets(costs, limits, indices):
             return indices, float(result.mip_dual_bound) * scale
-        # Rounding inside the solver let it pass a limit by a hair: never that allocation again.
+        # The solution violates a budget by solver tolerance: add a no-good cut.
         again = np.zeros(N)
         for i, j, k in zip(starts, last, kept, strict=True):
             again[i + j] = 1

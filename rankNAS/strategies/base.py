@@ -23,7 +23,7 @@ __all__ = ["Array", "History", "Problem", "Request", "Strategy", "Trial"]
 
 @dataclass(frozen=True)
 class Request:
-    """What a search is asked for, before any work is done.
+    """The demands on a search, known before any work is done.
 
     Args:
         budget: As in `Problem`.
@@ -58,9 +58,9 @@ class Strategy(ABC):
         needs_spectra: The spectra that `bind` receives: any of ``energy``, ``outputs`` and
             ``weight``, see `LayerSpectra`. `bind` is only called where there are some.
         needs_context: Whether `bind_context` is called, instead of `bind`.
-        refits: Whether proposals are evaluated after sequential refitting
-            (`rankNAS.compression.reconstruction`), where the settings have that. A trial then
-            takes several times longer. Probes are never refitted.
+        refits: Evaluate proposals after sequential refitting
+            (`rankNAS.compression.reconstruction`), if the settings have it. A trial then takes
+            several times longer. Probes are never refitted.
 
     Example:
         >>> class Dense(Strategy):
@@ -118,9 +118,9 @@ class Strategy(ABC):
         return []
 
     def select(self, problem: Problem, history: History) -> Trial:
-        """The answer to a problem: of the trials that meet its budgets, the best measured one.
+        """The solution of a problem: the best measured trial that meets its budgets.
 
-        By the first objective; of equals, the one of the smaller loss, then the earlier one.
+        By the first objective; ties go to the smaller loss, then to the earlier trial.
 
         Raises:
             StudyError: No trial has succeeded yet.

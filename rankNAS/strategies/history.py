@@ -22,13 +22,13 @@ class Trial:
 
     Args:
         number: Position in the study, from 0.
-        allocation: What was evaluated.
+        allocation: The evaluated allocation.
         state: ``complete``, ``failed``, or ``pruned`` if it was stopped early.
         values: The objectives, in the order of the problem; empty unless complete.
         metrics: Everything that was measured, by name.
         seconds: How long the evaluation took.
         reason: Why it failed or was stopped.
-        probe: Whether it was evaluated to learn from it, whatever its cost.
+        probe: Whether it is a probe, which need not meet the budget.
         budget_key: The label of the budget that it was proposed for.
 
     Example:
@@ -56,15 +56,15 @@ class History:
     pending: tuple[Allocation, ...] = ()
 
     def extended(self, *trials: Trial) -> History:
-        """With further trials; what is known of the earlier ones is not looked at again."""
+        """The history with further trials; cached views are carried over."""
         return self._with(History((*self.trials, *trials), self.pending), trials)
 
     def awaiting(self, pending: Sequence[Allocation]) -> History:
-        """With other allocations that are being evaluated."""
+        """The history with other pending allocations."""
         return self._with(History(self.trials, tuple(pending)), ())
 
     def _with(self, later: History, trials: Sequence[Trial]) -> History:
-        """Hand what was computed on to a later history, so that a trial costs the same always."""
+        """Carry cached views to the extended history (amortised O(1) per trial)."""
         later.__dict__["_filtered"] = self._filtered
         if "complete" in self.__dict__:
             found = tuple(t for t in trials if t.state == "complete")
@@ -106,7 +106,7 @@ class History:
     def _filter(
         self, key: int | str, problem: Problem, wanted: Callable[[Trial], bool]
     ) -> tuple[Trial, ...]:
-        """The trials that are wanted; those that were looked at before are not again."""
+        """The wanted trials; earlier results are cached."""
         _, seen, known = self._filtered.get(key, (problem, 0, ()))
         if seen > len(self.trials):  # of a later history
             seen, known = 0, ()

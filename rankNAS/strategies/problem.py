@@ -70,17 +70,17 @@ class Problem:
 
     @property
     def budget_key(self) -> str:
-        """The budgets in words: ``macs<=0.5``, or ``dense`` without any."""
+        """The budgets as text: ``macs<=0.5``, or ``dense`` without any."""
         return budget_key(self.budget)
 
     @cached_property
     def signs(self) -> Array:
-        """By objective, what to multiply a value by so that larger is better."""
+        """By objective, the sign that makes larger values better."""
         return np.array([1.0 if d == "maximize" else -1.0 for d in self.directions])
 
     @cached_property
     def dense(self) -> dict[str, float]:
-        """By cost name, what the dense model costs."""
+        """By cost name, the cost of the dense model."""
         return {
             name: self.remainder_cost[name] + float(sum(c[DENSE_INDEX] for c in table))
             for name, table in self.costs.items()
@@ -88,14 +88,14 @@ class Problem:
 
     @cached_property
     def limits(self) -> dict[str, float]:
-        """By budgeted cost, what the layers together may cost."""
+        """By budgeted cost, the limit on the sum over the layers."""
         return {
             name: fraction * self.dense[name] - self.remainder_cost[name]
             for name, fraction in self.budget.items()
         }
 
     def within(self, operators: Sequence[str] | None) -> Problem:
-        """The problem with only the choices of some operators that are worth their cost.
+        """The problem with only the non-dominated choices of some operators.
 
         Args:
             operators: Their names; None allows all. A layer that none of them can decompose stays
@@ -133,7 +133,7 @@ class Problem:
         )
 
     def labels(self) -> dict[str, list[str]]:
-        """The choices of each layer in words."""
+        """The choices of each layer as text."""
         return {name: [str(c) for c in choices] for name, choices in self.choices.items()}
 
     @property

@@ -1,4 +1,4 @@
-"""What a strategy may know of the layers beside the tables: a few spectra, and no factors.
+"""Spectra of the layers, for strategies that need more than the tables; no factors.
 
 A strategy names the spectra that it needs (`Strategy.needs_spectra`); only these are computed,
 once a search, and nothing here refers to a layer's weights or factors.

@@ -1,4 +1,4 @@
-"""Space and factors to tables: what a strategy and the solver see."""
+"""Search space and relative errors to the tables of a `Problem`."""
 
 from __future__ import annotations
 

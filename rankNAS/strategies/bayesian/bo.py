@@ -2,8 +2,8 @@
 
 A Gaussian process models each objective as a function of the layers' relative errors. The
 acquisition function is maximised over a pool of allocations, each decoded from a preference by the
-exact solver (`decode`), so the process never proposes, and never needs to model, a point that
-breaks a budget. Preferences are drawn around the best allocations found and at large; the first
+exact solver (`decode`), so every modelled point
+meets the budgets. Preferences are drawn around the best allocations found and at large; the first
 proposals are those of `energy` and `uniform`.
 
 References:
@@ -28,6 +28,7 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.solver.pareto import non_dominated
+from rankNAS.solver.threads import limited_threads
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import Indices, decode, preference
 from rankNAS.strategies.history import History, Trial
@@ -166,7 +167,7 @@ def _signed(problem: Problem, trials: Sequence[Trial]) -> Array:
 
 
 def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), in [0, 1]
-    """Square root of each layer's relative error: harm is nearly additive and smooth in it."""
+    """Square root of each layer's relative error: the loss is nearly additive and smooth in it."""
     errors = np.stack([e[rows[:, i]] for i, e in enumerate(problem.errors)], axis=1)
     return torch.from_numpy(np.sqrt(np.clip(errors, 0, 1)))
 
@@ -235,17 +236,12 @@ def _acquisition(X: Tensor, Y: Tensor, met: Tensor, waiting: Tensor | None, seed
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
     """Own random numbers, and one thread: small matrices, and workers that do not fight."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), limited_threads():
         # Deprecations inside the libraries, and jitter that they add to covariances by themselves.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="A not p.d., added jitter")
         torch.manual_seed(seed)
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        yield
 
 
 def _joined(a: Tensor | None, b: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ SHORTEST, LONGEST = 1.2e-3, 1.09  # bounds of the length scales
 class Bolaco(Strategy):
     """Expected improvement over keep-ratios that layers of one kind share; one objective.
 
-    What is minimised is loss + `divergence_weight` x KL(compressed || dense), both measured on the
+    It minimises loss + `divergence_weight` x KL(compressed || dense), both measured on the
     validation data; where they were not, the first objective. Published is the perplexity plus
     1e-3 times the divergence summed over sequences of 4096 tokens: at a perplexity of 8, which
     changes by 8 for a unit of loss, that is 4.1 / 8 times the mean divergence of a token.
@@ -128,10 +128,10 @@ class Bolaco(Strategy):
 
     def _best(self, problem: Problem, history: History) -> Trial:
         trials = history.feasible(problem)
-        return trials[int(self._harm(problem, trials).argmin())]
+        return trials[int(self._value(problem, trials).argmin())]
 
-    def _harm(self, problem: Problem, trials: Sequence[Trial]) -> Array:
-        """What is minimised, (trials,)."""
+    def _value(self, problem: Problem, trials: Sequence[Trial]) -> Array:
+        """The minimised value, (trials,)."""
         if all("loss" in t.metrics and "reverse_kl" in t.metrics for t in trials):
             pairs = [(t.metrics["loss"], t.metrics["reverse_kl"]) for t in trials]
             return np.array(pairs) @ [1.0, self.divergence_weight]
@@ -152,7 +152,7 @@ class Bolaco(Strategy):
             warnings.filterwarnings("ignore", message="Negative variance values detected")
             trials, lengths = history.complete, np.choose(ratios.attention, LENGTHS)
             X = torch.from_numpy(_kept(problem, ratios, [t.allocation for t in trials]))
-            y = torch.from_numpy(self._harm(problem, trials)).unsqueeze(1)
+            y = torch.from_numpy(self._value(problem, trials)).unsqueeze(1)
             met = [problem.meets(problem.indices(t.allocation)) for t in trials]
             least = float(y[torch.tensor(met)].min())
             model = surrogate(X, y, lengths.tolist())

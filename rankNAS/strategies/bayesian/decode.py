@@ -1,4 +1,4 @@
-"""From continuous preferences to allocations on the budget.
+"""Decoding of preferences: continuous layer multipliers to allocations on the budget.
 
 A preference is one positive multiplier per layer. Its allocation minimises the worst
 multiplier x error within the budgets, and then spends what is left on the layers that are worst

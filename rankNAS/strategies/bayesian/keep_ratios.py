@@ -1,4 +1,4 @@
-"""Allocations from a few keep-ratios that layers of one kind share: Bolaco's search variables.
+"""Keep-ratios shared by layers of one kind: the search variables of Bolaco.
 
 A layer's kind is its path without the numbers that count repetitions, so that one kind runs
 through all blocks of a network. Queries and keys are one kind; values are never compressed.
@@ -38,7 +38,7 @@ ROUND = 512  # samples of a round
 
 
 def kind(name: str) -> str:
-    """What a layer is, wherever it is repeated.
+    """The kind of a layer: its path without repetition numbers.
 
     >>> kind("model.layers.3.mlp.up_proj"), kind("model.layers.3.self_attn.k_proj")
     ('model.layers.mlp.up_proj', 'model.layers.self_attn.queries_and_keys')

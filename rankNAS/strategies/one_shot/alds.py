@@ -1,4 +1,4 @@
-"""ALDS: the least possible worst spectral error over the layers.
+"""ALDS: min-max allocation of the relative spectral error over the layers.
 
 Notation, per layer of weight W (f x n, input channels in k groups of columns W_1 .. W_k):
 
@@ -8,8 +8,8 @@ Notation, per layer of weight W (f x n, input channels in k groups of columns W_
 
 The published algorithm alternates between one threshold for all layers (global step) and the
 number of groups of each layer (local step), from several starts. On tables the same problem,
-equation 4, can be solved exactly: `Alds` does, and `iterate` shows what the alternation would have
-found.
+equation 4, can be solved exactly: `Alds` does, and `iterate` runs the published
+alternation for comparison.
 
 References:
     Liebenwein, Maalouf, Feldman and Rus, NeurIPS 2021: the bound, the problem, the algorithm.
@@ -47,10 +47,10 @@ FIXED = (1, 3, 5, 7, 9)  # groups of the first starts; torchprune's, and 1: plai
 
 @dataclass(frozen=True)
 class Certificate:
-    """How good the answer is.
+    """How good the solution is.
 
     Args:
-        exact: The least possible worst error, which the answer attains.
+        exact: The least possible worst error, which the solution attains.
         iterated: The worst error that the published alternation finds; infinite if no start of it
             meets the budgets.
     """
@@ -70,7 +70,7 @@ class Alds(OneShot):
     """The ranks and numbers of channel groups of the least worst spectral error, exactly.
 
     The errors are those of the weight, without data, whatever the metric of the factors. Which
-    choices a layer has was decided in that metric; only among them is the answer optimal. Before
+    choices a layer has was decided in that metric; the solution is optimal among them. Before
     `bind`, the square root of the problem's relative error stands in for the spectral error.
 
     Args:

@@ -19,15 +19,15 @@ SWEEP = 12  # budgets of a front
 
 
 class OneShot(Strategy):
-    """A strategy whose answer follows from the tables alone.
+    """A strategy whose solution follows from the tables alone.
 
-    Where a cost is an objective there is no single answer: the budget on it is swept down to the
-    least possible, which gives a front.
+    Where a cost is an objective, the budget on it is swept down to the least possible one, which
+    gives a front.
     """
 
     @abstractmethod
     def solve(self, problem: Problem) -> Allocation:
-        """The answer to a problem.
+        """The solution of a problem.
 
         Raises:
             BudgetError: The strategy finds no allocation that meets the budgets.
@@ -36,7 +36,7 @@ class OneShot(Strategy):
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        """The answer; or, where a cost is an objective, the answers to a sweep of budgets."""
+        """The solution; or, where a cost is an objective, the solutions of a sweep of budgets."""
         found: list[Allocation] = []
         for swept in sweep(problem):
             try:

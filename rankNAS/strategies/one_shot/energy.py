@@ -1,4 +1,8 @@
-"""Min-max allocation: the least worst relative error over the layers, solved exactly."""
+"""Min-max allocation: the least worst relative error over the layers, solved exactly.
+
+References:
+    Liebenwein et al., NeurIPS 2021 (ALDS), equation 4: the same problem for spectral errors.
+"""
 
 from __future__ import annotations
 

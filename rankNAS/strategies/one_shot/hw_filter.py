@@ -1,4 +1,4 @@
-"""Decompose only the layers that get faster by it."""
+"""Latency filter: only choices that are faster than the dense layer, then min-max allocation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def faster_than_dense(problem: Problem, margin: float = 0.0) -> Problem:
 @final
 @dataclass(frozen=True)
 class HardwareFilter(OneShot):
-    """The min-max allocation over the layers, and their choices, that latency falls for.
+    """The min-max allocation over the choices that are faster than the dense layer.
 
     Fewer operations are not always faster: a decomposed layer reads and writes one more tensor
     and starts one more kernel. Choices whose latency is not below the dense layer's are removed,

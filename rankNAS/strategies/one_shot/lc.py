@@ -1,7 +1,9 @@
-"""Learning-compression, its allocation step: one price for cost in all layers.
+"""Learning-compression (LC), its allocation step: Lagrangian allocation with a single multiplier.
 
-Notation: energy_l(r) what rank r of layer l leaves out, cost_l(r) relative to the budget, lambda
-the price.
+It minimises the total energy left out plus lambda times the total cost.
+
+Notation: energy_l(r) the energy that rank r of layer l leaves out, cost_l(r) relative to the
+budget, lambda the multiplier.
 
 References:
     Idelbayev and Carreira-Perpinan, CVPR 2020: the C step. Its two reshapings of a
@@ -77,7 +79,7 @@ def c_step(left: Sequence[Array], costs: Sequence[Array], price: float) -> list[
     Args:
         left: Energy that each choice leaves out, one array a layer.
         costs: Their costs.
-        price: lambda.
+        price: The multiplier lambda.
     """
     pairs = zip(left, costs, strict=True)
     return [int(np.lexsort((cost, price * cost + e))[0]) for e, cost in pairs]

@@ -1,4 +1,4 @@
-"""PCA of the outputs, and greedy removal of their least valuable components.
+"""Greedy PCA rank selection: remove the output component with the least energy per cost.
 
 Notation: sigma_1 >= sigma_2 >= .. the eigenvalues of the covariance of a layer's outputs.
 

@@ -1,4 +1,8 @@
-"""The best allocation of an additive model of harm: one value per choice, exactly optimised."""
+"""Multiple-choice knapsack (MCKP): the least total error within the budgets, solved exactly.
+
+References:
+    Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,8 @@ Rule = Literal["sum", "max"]
 class Solve(OneShot):
     """The allocation of the least total, or worst, power of the layers' relative errors.
 
-    The harm of an allocation is modelled as a sum of what each layer contributes. Finding the
-    least is then a multiple-choice knapsack, which is solved to a proven gap; the gap is logged.
+    The degradation of an allocation is modelled as a sum over layers. Its minimum is a
+    multiple-choice knapsack, solved to a proven gap; the gap is logged.
 
     Args:
         rule: ``sum`` or ``max`` of the layers' values.

@@ -1,4 +1,4 @@
-"""Beam search over per-layer choices: BSR's joint selection of ranks, as a reconstruction.
+"""Beam search (BSR): joint selection of ranks, from dense down to the budget; a reconstruction.
 
 The search descends levels of equal cost. A child lowers one layer of its parent, to the most
 accurate choice that brings the whole network to the next level; the best few of all children, as
@@ -39,10 +39,10 @@ NARROWINGS = 40  # halvings of a level that no single layer can reach
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a beam search has come to.
+    """The state of a beam search.
 
     Args:
-        missing: States whose scores it needs before it can go on; none at the end.
+        missing: States whose scores are needed to continue; none at the end.
         finished: States within the last level, likely best first.
     """
 

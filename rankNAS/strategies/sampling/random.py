@@ -1,4 +1,4 @@
-"""Random search: the baseline that every search must beat."""
+"""Random search: random shares of each layer's cost, scaled onto the budget; the baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optuna's samplers over preferences: the usual black-box optimisers, on the budget.
+"""Optuna samplers over preferences: black-box optimisers whose proposals lie on the budget.
 
 The search variables are one log-multiplier a layer, decoded by the exact solver (`decode`), so
 that every proposal lies on the budget; where a cost is an objective, the budget on it is one more
@@ -38,7 +38,7 @@ SHARE = "share"  # the variable of the budget; those of the layers are their pos
 class Sampled(Strategy):
     """A strategy that asks an Optuna sampler.
 
-    It is told of the trials that were proposed for the problem's budgets: under another budget,
+    It sees the trials that were proposed for the problem's budgets only: under another budget,
     the same preference is another allocation. A draw that gives an allocation that was seen
     before is repeated; after `attempts` of them, draws are uniform.
     """

@@ -1,4 +1,4 @@
-"""Allocations from the share of its own cost that each layer may keep."""
+"""Decoding of cost shares: per layer, the most accurate choice within its share."""
 
 from __future__ import annotations
 

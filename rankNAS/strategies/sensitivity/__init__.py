@@ -1,1 +1,1 @@
-"""Strategies that measure layers one at a time."""
+"""Strategies that measure the sensitivity of one layer at a time."""

@@ -1,19 +1,19 @@
-"""The default strategy: measured harm, solved exactly, corrected by what the answers show.
+"""Measured sensitivities, exact allocation, Bayesian correction from evaluated candidates.
 
-1. Each layer is measured alone at a few errors (`sensitivity`), which gives a table of harm.
-2. The exact solver minimises the sum of harm within the budget: the first proposal.
-3. Every proposal is evaluated with its factors refitted to each other, as its network would be
-   handed out; that makes up for more of some layers' harm than of others', and tells how much the
-   sum was wrong. Bayesian linear regression on one
-   multiplier a layer, with the measured harm as the prior mean, is updated in closed form; the
-   next proposal solves its mean, or, where that is known already, a sample of it (Thompson
-   sampling), so that layers about which little is known are tried both ways, always on the budget.
-4. The answer is not the best measured proposal but the best after shrinking the measurements
-   towards the regression: the more proposals are tried on one validation set, the luckier the
-   best of them is.
+The default strategy. It minimises the degradation of the network within the budget.
 
-With several objectives the first proposals sweep the budget; the Gaussian processes and the
-acquisition function of `bo` go on from there, on the measured harm.
+1. Each layer is compressed alone at a few relative errors; this gives its sensitivity table.
+2. The exact solver minimises the sum of sensitivities within the budget: the first candidate.
+3. Candidates are evaluated after sequential refitting, which recovers different amounts per
+   layer; a regression learns the correction. It is a Bayesian linear regression on one multiplier
+   per layer, with the measured sensitivities as its prior mean, updated in closed form. The next
+   candidate minimises its mean or, if that is known already, a posterior sample (Thompson
+   sampling). Every candidate lies on the budget.
+4. Selection bias grows with the number of candidates (winner's curse). The solution is therefore
+   the candidate with the best score after shrinking measurements towards the regression.
+
+With several objectives the first candidates sweep the budget; the Gaussian processes and the
+acquisition function of `bo` continue from there, on the measured sensitivities.
 
 References:
     Thompson, Biometrika 1933; Russo et al., Foundations and Trends in Machine Learning 2018.
@@ -45,7 +45,7 @@ from rankNAS.strategies.sensitivity.tables import (
 
 __all__ = ["Auto"]
 
-STARTS = (Solve(), Energy())  # tried beside the measured harm, in case that misleads
+STARTS = (Solve(), Energy())  # tried in addition, in case the sensitivities mislead
 ATTEMPTS = 12  # samples drawn for a proposal that is new
 WIDENING = 1.3  # of the samples, each time one gives a known allocation
 LEAST = 0.05  # multiplier of a layer, relative to that all layers share
@@ -56,14 +56,13 @@ GAP = 1e-3  # of the solver, far below what samples differ by
 @final
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """Measured harm, the exact solver, and Thompson sampling over the layers' multipliers.
+    """Measured sensitivities, the exact solver, and Thompson sampling of layer multipliers.
 
     Args:
         errors: Relative errors at which each layer is measured alone.
-        uncertainty: Relative standard deviation of a layer's measured harm, as a prior for the
-            harm that it does among others.
-        misfit: Relative standard deviation of what the sum of harm leaves unexplained.
-        shrinkage: Weight of the regression, against the measurement, in choosing the answer.
+        uncertainty: Prior relative standard deviation of a layer's multiplier.
+        misfit: Relative standard deviation of the residual of the additive model.
+        shrinkage: Weight of the regression, against the measurement, in `select`.
 
     Raises:
         UsageError: An error outside (0, 1), or a number that is not positive.
@@ -92,7 +91,7 @@ class Auto(Strategy):
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        """The solution of the measured harm first, then those of samples of the regression."""
+        """First the optimum of the measured sensitivities, then those of posterior samples."""
         if len(problem.objectives) > 1:
             return self._on_the_front(problem, history, n, rng)
         regression = self._regression(problem, history)
@@ -113,7 +112,7 @@ class Auto(Strategy):
         return found
 
     def select(self, problem: Problem, history: History) -> Trial:
-        """The trial of the least harm, each measurement shrunk towards the regression.
+        """The trial with the least degradation, measurements shrunk towards the regression.
 
         Raises:
             StudyError: No trial has succeeded yet.
@@ -141,7 +140,7 @@ class Auto(Strategy):
     def _on_the_front(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        """Solutions of a sweep of budgets, then the proposals of `bo`, on the measured harm."""
+        """Solutions of a sweep of budgets, then the proposals of `bo`, on the sensitivities."""
         sensitivity = sensitivity_tables(problem, history, self.errors) or problem.errors
         largest = max(float(table.max()) for table in sensitivity) or 1.0
         # `bo` takes errors to be at most 1.
@@ -159,11 +158,11 @@ def _starts(problem: Problem, regression: _Regression) -> Iterator[Allocation]:
 
 @dataclass(frozen=True)
 class _Regression:
-    """The harm of an allocation as a weighted sum of the harm of its layers.
+    """The degradation of an allocation as a weighted sum of layer sensitivities.
 
     Args:
         sensitivity: One array a layer.
-        base: What the dense model scores.
+        base: Degradation of the dense model.
         mean: Posterior mean of the layers' multipliers, (L,).
         root: A square root of their posterior covariance, (L, L).
     """
@@ -191,7 +190,7 @@ class _Regression:
         if not usable.any():
             return prior
         X, y = X[usable], np.array([degradation(problem, t) for t in trials])[usable] - base
-        # Harms add up to more or less than their sum, by a factor that all layers share.
+        # A factor common to all layers: sensitivities do not add up exactly.
         common = max(float(np.median(y / X.sum(1))), 1e-3)
         X = common * X
         noise = np.diag((misfit * np.maximum(np.abs(y), 1e-3 * X.sum(1))) ** 2)
@@ -202,13 +201,13 @@ class _Regression:
         return cls(sensitivity, base, common * mean, common * vectors * np.sqrt(values.clip(0)))
 
     def sums(self, problem: Problem, trials: Sequence[Trial]) -> Array:
-        """The harm of each layer of each trial's allocation, (trials, L)."""
+        """The sensitivity of each layer in each trial's allocation, (trials, L)."""
         rows = [problem.indices(t.allocation) for t in trials]
         found = [[h[i] for h, i in zip(self.sensitivity, row, strict=True)] for row in rows]
         return np.array(found, dtype=float).reshape(len(trials), len(self.sensitivity))
 
     def predict(self, problem: Problem, trials: Sequence[Trial]) -> Array:
-        """What the trials are expected to score, (trials,)."""
+        """Expected degradation of the trials, (trials,)."""
         expected: Array = self.base + self.sums(problem, trials) @ self.mean
         return expected
 
@@ -219,7 +218,7 @@ class _Regression:
         return multipliers
 
     def solve(self, problem: Problem, multipliers: Array) -> Allocation:
-        """The allocation of the least weighted harm, exact."""
+        """The allocation with the least weighted sum of sensitivities, exact."""
         tables = [m * h for m, h in zip(multipliers, self.sensitivity, strict=True)]
         limits = list(problem.limits.values())
         return problem.allocation(min_sum(tables, problem.budgeted(), limits, gap=GAP).indices)

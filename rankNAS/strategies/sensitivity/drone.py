@@ -1,7 +1,8 @@
-"""DRONE: every layer as far down as a common loss allows.
+"""DRONE rank selection: the smallest ranks within an equal loss increase per layer.
 
-A reconstruction: the paper's closed form for one layer is in `rankNAS.decompositions`; its search
-of ranks is rebuilt here from descriptions, not from the paper.
+It minimises the largest loss increase that one layer causes alone. This is a reconstruction: the
+closed form for one layer is in `rankNAS.decompositions`; the search of ranks is rebuilt from
+descriptions of the paper.
 
 References:
     Chen, Yu, Dhillon and Hsieh, NeurIPS 2021: data-aware low-rank compression (DRONE).
@@ -30,7 +31,7 @@ TIE = 1e-3  # of the largest loss: noise may make measured losses flat, more err
 @final
 @dataclass(frozen=True)
 class Drone(Strategy):
-    """The smallest ranks whose measured rises of the loss stay within an equal share each.
+    """The smallest ranks whose measured loss increases stay within an equal share each.
 
     Reconstruction of DRONE's rank selection, which grants each layer a share of an allowed loss
     and takes the smallest rank within it. Here the rise of each layer alone is measured at a few
@@ -109,12 +110,12 @@ def _alone(problem: Problem, dense: Trial, history: History) -> list[list[tuple[
         if len(changed) == 1:
             (i,) = changed
             error = float(problem.errors[i][problem.indices(trial.allocation)[i]])
-            points[i].append((error, _harm(problem, trial, dense)))
+            points[i].append((error, _increase(problem, trial, dense)))
     return points
 
 
-def _harm(problem: Problem, trial: Trial, dense: Trial) -> float:
-    """By how much a trial is worse than the dense model."""
+def _increase(problem: Problem, trial: Trial, dense: Trial) -> float:
+    """The loss increase of a trial over the dense model."""
     if "loss" in trial.metrics and "loss" in dense.metrics:
         return trial.metrics["loss"] - dense.metrics["loss"]
     return float(problem.signs[0]) * (dense.values[0] - trial.values[0])

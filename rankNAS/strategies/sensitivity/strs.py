@@ -1,4 +1,7 @@
-"""STRS: truncate the least sensitive layers first, as measured one layer at a time.
+"""STRS (ASVD): sensitivity-based truncation rank search.
+
+Each layer is measured alone at several ratios; the least sensitive truncations are applied until
+the budget is met.
 
 References:
     Yuan et al., 2023, arXiv 2312.05821 (ASVD), sensitivity-based truncation rank searching.
@@ -28,13 +31,13 @@ FURTHER = (0.3, 0.2, 0.1, 0.0)  # 0: the cheapest choice
 
 
 class Measured(NamedTuple):
-    """How much harm one layer does alone.
+    """The measured sensitivity of one layer at one ratio.
 
     Args:
         layer: Its position.
         ratio: The share of its cost that it keeps.
         choice: Index of the choice that keeps so much.
-        score: The harm; smaller is better.
+        score: The sensitivity; smaller is better.
     """
 
     layer: int
@@ -48,8 +51,8 @@ def truncate(
 ) -> list[int] | None:
     """The largest allocation within the target that one cut through the sorted scores gives.
 
-    Everything less harmful than the cut is applied: a layer gets its smallest ratio below the
-    cut, and stays dense if it has none. Of equal scores the larger ratio counts as less harmful.
+    Every truncation with a score below the cut is applied: a layer gets its smallest ratio below
+    the cut, and stays dense if it has none. Of equal scores the larger ratio comes first.
     The released search bisects the cut and may stop one step above the target; this is the
     largest cut with a size of at most the target.
 
@@ -87,9 +90,9 @@ class Strs(Strategy):
     and counts parameters; the activation-aware scaling of its decomposition is not part of this
     strategy, the errors are those of the study's metric. Where all layers at 0.4 do not meet the
     budgets, which the paper does not treat, ratios 0.3, 0.2, 0.1 and the cheapest choice are
-    measured too, as far as needed. Probes that failed count as the most harmful; without any
+    measured too, as far as needed. Failed probes count as the most sensitive; without any
     measurement the tables' errors take their place. If several budgets pull in different
-    directions so that no cut fits, the answer is the min-max allocation.
+    directions so that no cut fits, the solution is the min-max allocation.
 
     Args:
         operators: Whose choices may be used; None for all.
@@ -114,7 +117,7 @@ class Strs(Strategy):
 
 @dataclass(frozen=True)
 class _Truncated(OneShot):
-    """The answer once the layers are measured."""
+    """The solution once the layers are measured."""
 
     found: Mapping[Allocation, Trial]
     operators: tuple[str, ...] | None

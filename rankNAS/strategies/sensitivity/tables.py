@@ -1,8 +1,8 @@
-"""What each choice of each layer costs in quality, from measurements of one layer at a time.
+"""Per-layer sensitivity: the loss increase when one layer alone is compressed.
 
-The relative errors of the tables say how well a layer is approximated, not how much that matters:
-at the same error, layers differ many times in the harm they do. Each layer is therefore measured
-alone at a few errors, and a power law through these points gives the harm of all its choices.
+At equal relative error, layer sensitivities differ by an order of magnitude, so relative errors
+alone do not rank layers. Each layer is measured alone at a few relative errors; a power law
+through these points gives the sensitivity of all its choices.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
 __all__ = ["degradation", "sensitivity_tables", "sensitivity_probes"]
 
-EXPONENTS = 0.5, 4.0  # of harm as a function of the error, where two points say otherwise
-FLOOR = 1e-3  # the least harm of a measured choice, relative to the largest one
+EXPONENTS = 0.5, 4.0  # bounds of the power law's exponent between and beyond measured points
+FLOOR = 1e-3  # the smallest sensitivity of a measured choice, relative to the largest
 QUALITY = {"accuracy", "loss", "kl_divergence", "reverse_kl"}
 
 
@@ -36,11 +36,11 @@ def sensitivity_probes(problem: Problem, errors: Sequence[float]) -> list[Alloca
 
 
 def degradation(problem: Problem, trial: Trial) -> float:
-    """How much worse than the dense model a trial is; smaller is better.
+    """How much worse a trial is than the dense model; smaller is better.
 
-    The divergence from the dense model's predictions, if the first objective is one of quality:
-    it needs no labels, is smooth where accuracy jumps, and cannot be gained by fitting the
-    validation labels. Otherwise the first objective itself.
+    The KL divergence from the dense model's predictions, if the first objective is a quality
+    metric: it needs no labels, is smooth where accuracy jumps, and cannot be improved by fitting
+    the validation labels. Otherwise the first objective itself.
     """
     if problem.objectives[0] in QUALITY and "kl_divergence" in trial.metrics:
         return trial.metrics["kl_divergence"]
@@ -50,10 +50,10 @@ def degradation(problem: Problem, trial: Trial) -> float:
 def sensitivity_tables(
     problem: Problem, history: History, errors: Sequence[float]
 ) -> tuple[Array, ...] | None:
-    """The harm of each choice of each layer.
+    """The sensitivity of each choice of each layer.
 
     Args:
-        problem: Its relative errors e are what harm is a function of.
+        problem: Its relative errors e are the argument of the power laws.
         history: Holds the probes of `sensitivity_probes`; failed ones are left out.
         errors: As for `sensitivity_probes`.
 
@@ -87,7 +87,7 @@ def _nearest(table: Array, error: float) -> int:
 def _measured(
     problem: Problem, history: History, base: Trial, layer: int, errors: Sequence[float]
 ) -> list[tuple[float, float]]:
-    """The (error, harm) points of a layer, by increasing error; harm never falls with it."""
+    """The (error, sensitivity) points of a layer, both increasing."""
     found: dict[float, float] = {}
     for error in errors:
         choice = _nearest(problem.errors[layer], error)
@@ -101,7 +101,7 @@ def _measured(
 
 
 def _typical(points: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """What stands in for a layer whose probes all failed: the median at the median error."""
+    """The substitute for a layer whose probes all failed: the medians over all points."""
     flat = np.array([point for found in points for point in found])
     return [(float(np.median(flat[:, 0])), float(np.median(flat[:, 1])))]
 

@@ -1,4 +1,4 @@
-"""The candidates of a super-net, and the allocation that its logits stand for.
+"""The candidates of a super-net, and decoding of its logits to an allocation.
 
 Notation: p_lj the probability of candidate j of layer l.
 """
@@ -82,7 +82,7 @@ def _equal_ranks(
 
 
 def picked(problem: Problem, logits: Sequence[Tensor], *, within: bool = True) -> tuple[int, ...]:
-    """Positions of the candidates that logits stand for.
+    """Positions of the candidates that the logits select.
 
     The argmax of every layer, if that spends the budget; within the budgets, the most probable
     allocation. Where a short search leaves logits soft, the argmax can cost a fraction of a tight

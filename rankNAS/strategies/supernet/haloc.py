@@ -3,9 +3,9 @@
 Every layer has a few candidates of equal Tucker-2 ranks in coarse steps, all truncations of one
 weight, and one logit per candidate. Each epoch first improves the logits on training data that the
 weights do not see, by the cross-entropy under a penalty on the expected cost, and then trains the
-network at the likely ranks, its feature maps held close to the dense network's. The answer
-is the most probable allocation within the budgets; what is evaluated is the original weights,
-decomposed anew.
+network at the likely ranks, its feature maps held close to the dense network's. The
+solution is the most probable allocation within the budgets; the original weights, decomposed
+anew, are evaluated.
 
 Notation: p_lj the probability of candidate j of layer l, T the budget.
 
@@ -19,10 +19,10 @@ AdamW on the logits, the loss CE (cost / T)^1.5 above the budget, fixed ranks be
 weights, and the coefficient of the regulariser. Own choices: dense and the cheapest choice as
 candidates, the cost expected under softmax(logits) where ComCAT weighs it by the relaxed sample,
 the relative error in the regulariser, few steps an epoch, the expected ranks where the argmax,
-which ComCAT takes, leaves a tenth of the budget (`picked`), exact decoding of the answer, and SVD
-where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so
-the method is not tied to images). The super-net truncates in the norm of the weights; the answer
-is decomposed in the metric of the study.
+which ComCAT takes, leaves a tenth of the budget (`picked`), exact decoding of the solution, and
+SVD where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so
+the method is not tied to images). The super-net truncates in the norm of the weights; the solution
+is decomposed in the norm of the study.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _check_budget(budget: Mapping[str, float]) -> None:
 @final
 @dataclass(frozen=True)
 class _Bound(Strategy):
-    """`Haloc` on a workbench; equal to another of the same configuration."""
+    """`Haloc` on a search context; equal to another of the same configuration."""
 
     configuration: Haloc
     context: SearchContext = field(compare=False, repr=False)
@@ -160,7 +160,7 @@ class _Bound(Strategy):
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        """The answer, once; it is trained for if no checkpoint has it.
+        """The solution, once; trained, unless a checkpoint has it.
 
         Raises:
             ObjectiveError: The training diverged.

@@ -222,15 +222,15 @@ def test_the_loss_and_the_divergence_are_minimised_together() -> None:
         trial(problem, 0, a, loss=1.0, reverse_kl=0.2),
         trial(problem, 1, b, loss=0.9, reverse_kl=0.6),
     )
-    assert Bolaco(divergence_weight=0.5)._harm(problem, trials).tolist() == pytest.approx(
+    assert Bolaco(divergence_weight=0.5)._value(problem, trials).tolist() == pytest.approx(
         [1.1, 1.2]
     )
-    assert Bolaco(divergence_weight=0.0)._harm(problem, trials).tolist() == [1.0, 0.9]
+    assert Bolaco(divergence_weight=0.0)._value(problem, trials).tolist() == [1.0, 0.9]
     without = tuple(replace(t, metrics={"loss": 1.0}) for t in trials)
     values = [-t.values[0] for t in trials]
-    assert Bolaco()._harm(problem, without).tolist() == values  # accuracy is to be large
+    assert Bolaco()._value(problem, without).tolist() == values  # accuracy is to be large
     smaller = replace(problem, directions=("minimize",))
-    assert Bolaco()._harm(smaller, without).tolist() == [-v for v in values]
+    assert Bolaco()._value(smaller, without).tolist() == [-v for v in values]
 
 
 def test_equal_results_do_not_stop_it() -> None:
