@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy.linalg import cho_solve, solve_triangular
 
 from rankNAS.decompositions import LayerShape
-from rankNAS.solver.threads import limited_threads
+from rankNAS.threads import one_thread
 
 if TYPE_CHECKING:
     from sklearn.gaussian_process.kernels import Kernel
@@ -95,7 +95,7 @@ class StageRegression:
             np.full(Z.shape[1], 2.0), (0.1, 1e3), nu=2.5
         ) + WhiteKernel(1e-3, (1e-6, 1.0))
         process = GaussianProcessRegressor(kernel, alpha=noise[some], random_state=0)
-        with warnings.catch_warnings(), limited_threads():
+        with warnings.catch_warnings(), one_thread():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound
             process.fit(Z[some], left[some])
         smooth, own = process.kernel_.k1, float(process.kernel_.k2.noise_level)

@@ -11,20 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rankNAS.exceptions import StudyError
+from rankNAS.renamed import OBJECTIVES, OPTIONS
 
-__all__ = ["FORMAT", "Kind", "current_format", "format_of", "upgraded"]
+__all__ = ["FORMAT", "TRIAL_METRICS", "Kind", "current_format", "format_of", "upgraded"]
 
 Content = dict[str, Any]
 Kind = Literal["options", "result", "study", "network", "device"]
 
 FORMAT = "format"  # the entry of a file that names it
-
-METRICS = {"agreement": "kl_divergence", "reverse_agreement": "reverse_kl"}
-OPTIONS = {
-    "metric": "norm",
-    "latency_steps": "latency_tolerance",
-    "only_faster": "require_speedup",
-}
+TRIAL_METRICS = "ranknas:metrics"  # the user attribute of a trial in Optuna
 
 
 def current_format(kind: Kind) -> int:
@@ -89,7 +84,7 @@ def _renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> Content:
 def _objectives(names: list[str]) -> list[str]:
     """Objectives by their new names; a direction (``NAME=minimize``) stays."""
     parts = [name.partition("=") for name in names]
-    return [METRICS.get(name, name) + sign + direction for name, sign, direction in parts]
+    return [OBJECTIVES.get(name, name) + sign + direction for name, sign, direction in parts]
 
 
 def _options(content: Content) -> Content:
@@ -106,11 +101,11 @@ def _result(content: Content) -> Content:
     """The result document of a search, from format 1."""
     renamed = _solution(_renamed(content, {"answers": "solutions"}))
     renamed["objectives"] = _objectives(renamed["objectives"])
-    renamed["dense"] = _renamed(renamed["dense"], METRICS)
+    renamed["dense"] = _renamed(renamed["dense"], OBJECTIVES)
     renamed["solutions"] = [_solution(solution) for solution in renamed["solutions"]]
     renamed["trials"] = [
         _renamed(trial, {"target": "budget_key"})
-        | {"metrics": _renamed(trial["metrics"], METRICS)}
+        | {"metrics": _renamed(trial["metrics"], OBJECTIVES)}
         for trial in renamed["trials"]
     ]
     return renamed
@@ -118,21 +113,20 @@ def _result(content: Content) -> Content:
 
 def _solution(content: Content) -> Content:
     renamed = _renamed(content, {"label": "budget_key"})
-    return renamed | {"best": _renamed(renamed["best"], METRICS)}
+    return renamed | {"best": _renamed(renamed["best"], OBJECTIVES)}
 
 
 def _study(content: Content) -> Content:
     """User attributes of a trial in Optuna, from format 1."""
-    renamed = _renamed(content, {"target": "budget_key", **METRICS})
-    metrics = "ranknas:metrics"
-    return (
-        renamed | {metrics: _renamed(renamed[metrics], METRICS)} if metrics in renamed else renamed
-    )
+    renamed = _renamed(content, {"target": "budget_key", **OBJECTIVES})
+    if TRIAL_METRICS in renamed:
+        renamed[TRIAL_METRICS] = _renamed(renamed[TRIAL_METRICS], OBJECTIVES)
+    return renamed
 
 
 def _network(content: Content) -> Content:
     """The measured metrics in the metadata of a compressed network, from format 1."""
-    return content | {"metrics": _renamed(content["metrics"], METRICS)}
+    return content | {"metrics": _renamed(content["metrics"], OBJECTIVES)}
 
 
 def _device(content: Content) -> Content:

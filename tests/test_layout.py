@@ -17,7 +17,7 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "formats", "lazy", "plugins", "renamed", "rows"},
+    {"exceptions", "allocation", "budget", "formats", "lazy", "plugins", "renamed", "threads"},
     {"io", "data", "decompositions", "solver"},
     {"search_spaces"},
     {"compression", "recovery", "objectives"},

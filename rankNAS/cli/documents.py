@@ -11,6 +11,7 @@ from optuna.storages import BaseStorage
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.results import describe_trial, load_result
 from rankNAS.exceptions import StudyError, UsageError
+from rankNAS.renamed import OBJECTIVES
 from rankNAS.storage.backends import open_storage, storage_name
 from rankNAS.storage.redaction import redacted
 from rankNAS.storage.store import CHOICES, CONFIGURATION, StudyStore
@@ -34,14 +35,15 @@ def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, 
     study = load_study(options, storage)
     attributes = study.user_attrs
     store = StudyStore(study, storage, attributes[CHOICES])
-    objectives = [o.rpartition("=") for o in attributes[CONFIGURATION]["objectives"]]
+    given = [o.rpartition("=") for o in attributes[CONFIGURATION]["objectives"]]
+    objectives = [(OBJECTIVES.get(name, name), direction) for name, _, direction in given]
     return {
         "study": options.study,
         "strategy": options.strategy,
         "space": options.space,
         "cost": options.cost,
-        "objectives": [name for name, _, _ in objectives],
-        "directions": [direction for _, _, direction in objectives],
+        "objectives": [name for name, _ in objectives],
+        "directions": [direction for _, direction in objectives],
         "dense": {},
         "solutions": [],
         "trials": [describe_trial(t) for t in store.history().trials],

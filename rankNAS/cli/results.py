@@ -18,9 +18,11 @@ from rankNAS.cli.layers import describe_layers
 from rankNAS.cli.loading import training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
+from rankNAS.cli.options.stored import parsing_context
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.exceptions import UsageError
+from rankNAS.formats import FORMAT, current_format, upgraded
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.reporting.environment import machine, versions
@@ -51,6 +53,7 @@ def keep(
         for summary, found in zip([dense, *(a["best"] for a in solutions)], times, strict=True):
             summary["measured_latency"] = found
     return {
+        FORMAT: current_format("result"),
         "study": options.study,
         "strategy": options.strategy,
         "space": options.space,
@@ -162,13 +165,14 @@ def load_result(folder: Path) -> dict[str, Any]:
         UsageError: The search has not finished.
     """
     try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
     except (OSError, ValueError):
         raise UsageError(
             f"study {folder.name!r} has no result yet; go on with: ranknas resume {folder.name} "
             f"--out {folder.parent}"
         ) from None
-    return result
+    with parsing_context(folder / "result.json"):
+        return upgraded("result", result, f"the result {str(folder / 'result.json')!r}")
 
 
 def solution_for(result: Mapping[str, Any], budget: list[str]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Target
 from rankNAS.decompositions.shapes import is_hf_conv1d
-from rankNAS.decompositions.threads import limited_threads
 from rankNAS.search_spaces.base import Layer
+from rankNAS.threads import limited_threads
 
 __all__ = ["LayerFactors", "factorise_layer"]
 

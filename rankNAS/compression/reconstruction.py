@@ -29,7 +29,7 @@ from rankNAS.compression.patches import folded, patches
 from rankNAS.compression.surgery import changeable_copy, shared_copy
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
-from rankNAS.decompositions.threads import limited_threads
+from rankNAS.threads import limited_threads
 
 __all__ = ["refit_sequentially"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.norms import Target, matrix_root
-from rankNAS.decompositions.threads import limited_threads
+from rankNAS.threads import limited_threads
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 

@@ -23,9 +23,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.threads import limited_threads
 from rankNAS.exceptions import UsageError
 from rankNAS.renamed import renamed
+from rankNAS.threads import limited_threads
 
 __all__ = ["NORMS", "ErrorNorm", "NormName", "Statistics", "Target", "make_norm", "matrix_root"]
 

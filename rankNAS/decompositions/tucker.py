@@ -27,7 +27,7 @@ from rankNAS.decompositions.nested import (
 )
 from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
-from rankNAS.decompositions.threads import limited_threads
+from rankNAS.threads import limited_threads
 
 __all__ = ["Tucker2", "TuckerFactors"]
 

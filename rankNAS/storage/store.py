@@ -24,6 +24,7 @@ from sqlalchemy.engine import Engine
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError
+from rankNAS.formats import FORMAT, current_format, format_of
 from rankNAS.objectives.base import Direction
 from rankNAS.storage.backends import open_storage, storage_name
 from rankNAS.storage.claims import LEASE, Claim, Owner, keep_alive
@@ -38,6 +39,7 @@ __all__ = ["Claim", "StudyStore", "study_names"]
 
 logger = logging.getLogger(__name__)
 CONFIGURATION, CHOICES = "ranknas:configuration", "ranknas:choices"
+STUDY_FORMAT = f"ranknas:{FORMAT}"
 LOOK = 1.0  # seconds
 T = TypeVar("T")
 
@@ -71,7 +73,9 @@ class StudyStore:
         self._owner = Owner(choices)
         self._one_thread = threading.RLock()
         self._ended: threading.Event | None = None
-        self._format = TrialFormat(choices)
+        written = study.user_attrs.get(STUDY_FORMAT)
+        where = f"study {study.study_name!r} in {storage_name(storage)}"
+        self._format = TrialFormat(choices, format_of("study", written, where))
         self._writer = TrialWriter(storage, self._id, self._format.distributions)
         self._history = History()
         self._read = 0  # trials of the Optuna study that were looked at
@@ -127,6 +131,7 @@ class StudyStore:
                         raise StudyError(f"study {name!r} exists and was not made by RankNAS.")
                     # The configuration last: without it, a start that was killed is done again.
                     study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
+                    study.set_user_attr(STUDY_FORMAT, current_format("study"))
                     study.set_user_attr(CONFIGURATION, canonical(configuration))
                     return cls(study, opened, choices)
                 size = len(study.get_trials(deepcopy=False))
@@ -137,6 +142,7 @@ class StudyStore:
                 f"study {name!r} exists already, with {size} trials: add --resume to go on with "
                 "it, or give another --study name."
             )
+        _check_format(name, attributes.get(STUDY_FORMAT), storage_name(opened))
         _check_configuration(name, attributes[CONFIGURATION], configuration)
         return cls(study, opened, attributes[CHOICES])
 
@@ -448,6 +454,18 @@ def study_names(storage: str) -> list[str]:
         return optuna.get_all_study_names(opened)
     except Exception as error:
         raise format_error(error, storage_name(opened)) from None
+
+
+def _check_format(name: str, written: object, place: str) -> None:
+    """Raise a StudyError unless a study has the format that this version writes."""
+    current = current_format("study")
+    found = format_of("study", written, f"study {name!r} in {place}")
+    if found < current:
+        raise StudyError(
+            f"study {name!r} in {place} was made by an older version of RankNAS (format {found}; "
+            f"this version continues format {current}). Search anew under another name and begin "
+            "with its best allocation: search(..., start=[allocation]), or --start FOLDER."
+        )
 
 
 def _check_configuration(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

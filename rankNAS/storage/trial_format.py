@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
@@ -17,12 +18,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from rankNAS.allocation import Allocation, Choice
+from rankNAS.formats import FORMAT, TRIAL_METRICS, current_format, upgraded
 from rankNAS.storage.claims import Claim
 from rankNAS.strategies.history import Trial
 
 __all__ = ["TrialFormat"]
 
-METRICS = "ranknas:metrics"
 CHECK = "ranknas:check"  # a token that no other trial has, and a checksum
 STATES = {
     "complete": TrialState.COMPLETE,
@@ -37,12 +38,16 @@ class TrialFormat:
 
     Args:
         choices: The choices of each layer as labels.
+        format: The format that the study was written in.
 
     Attributes:
         distributions: Of the parameters.
     """
 
-    def __init__(self, choices: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, choices: Mapping[str, Sequence[str]], format: int = current_format("study")
+    ) -> None:
+        self.format = format
         self.distributions = {k: CategoricalDistribution(list(v)) for k, v in choices.items()}
         self._parsed = {text: Choice.parse(text) for v in choices.values() for text in v}
 
@@ -54,7 +59,7 @@ class TrialFormat:
             token: By which it will be known again.
         """
         ended = datetime.now()
-        attributes: dict[str, Any] = {METRICS: dict(trial.metrics), **trial.metrics}
+        attributes: dict[str, Any] = {TRIAL_METRICS: dict(trial.metrics), **trial.metrics}
         if trial.reason:
             attributes["reason"] = trial.reason
         if trial.probe:
@@ -92,8 +97,10 @@ class TrialFormat:
             ValueError: It is not as it was written; the message says what is wrong.
         """
         attributes = frozen.user_attrs
-        if METRICS not in attributes and CHECK not in attributes:
+        if TRIAL_METRICS not in attributes and CHECK not in attributes:
             return None
+        where = f"trial {frozen.number}"
+        current = upgraded("study", {FORMAT: self.format, **attributes}, where)
         try:
             choices = frozen.params
             pairs = tuple((layer, self._parsed[choices[layer]]) for layer in self.distributions)
@@ -103,14 +110,15 @@ class TrialFormat:
                 Allocation(pairs),
                 cast(Literal["complete", "failed", "pruned"], state),
                 tuple(frozen.values or ()) if state == "complete" else (),
-                attributes[METRICS],
+                current[TRIAL_METRICS],
                 frozen.duration.total_seconds() if frozen.duration else 0.0,
                 attributes.get("reason", ""),
                 attributes.get("probe", False),
-                attributes.get("budget_key", ""),
+                current.get("budget_key", ""),
             )
             token, digest = attributes.get(CHECK, ("", None))
-            whole = digest in (None, _digest(trial))
+            # The checksum is of the metrics as they were written.
+            whole = digest in (None, _digest(replace(trial, metrics=attributes[TRIAL_METRICS])))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if not whole:

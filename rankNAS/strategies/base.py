@@ -12,13 +12,13 @@ import numpy as np
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.strategies.history import History, Trial
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
     from rankNAS.evaluation.context import SearchContext
     from rankNAS.strategies.spectra import LayerSpectra, SpectrumName
 
-__all__ = ["Array", "History", "Problem", "Request", "Strategy", "Trial"]
+__all__ = ["Request", "Strategy"]
 
 
 @dataclass(frozen=True)

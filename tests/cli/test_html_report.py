@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from rankNAS.cli import main
-from rankNAS.cli.commands.report import reproduction
 from rankNAS.cli.options import SearchOptions
+from rankNAS.cli.options.command import reproduction
 from rankNAS.reporting.html import render
 
 

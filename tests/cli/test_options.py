@@ -21,7 +21,7 @@ from rankNAS.cli.options.compare import CompareOptions
 from rankNAS.cli.options.fields import PANELS, SEARCH, Options, Spec, option, specs
 from rankNAS.cli.options.profile import ProfileOptions
 from rankNAS.cli.options.search import SearchControl, SearchOptions
-from rankNAS.cli.options.stored import read_options, upgraded
+from rankNAS.cli.options.stored import current_options, read_options
 from rankNAS.cli.options.toml_file import read_toml, to_toml
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import write_json
@@ -218,7 +218,7 @@ def test_old_names_in_a_study_are_silent(tmp_path: Path) -> None:
     options = read_options(tmp_path)
     assert options.norm == "input" and options.require_speedup
     assert options.objective == ["kl_divergence", "macs"]
-    assert upgraded(SearchOptions, [1]) == [1]
+    assert current_options([1], Path("config.json")) == [1]
 
 
 # --------------------------------------------------------------------------------------- TOML

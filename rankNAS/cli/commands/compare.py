@@ -22,11 +22,11 @@ from rankNAS.cli.loading import (
 )
 from rankNAS.cli.options.common import ConfigurableOptions
 from rankNAS.cli.options.compare import CompareOptions
-from rankNAS.cli.options.stored import upgraded
+from rankNAS.cli.options.stored import current_options, write_options
 from rankNAS.cli.output import print_json, print_table, progress_display
 from rankNAS.comparison import compare
 from rankNAS.exceptions import StudyError
-from rankNAS.io.files import read_json, save_atomically, write_json
+from rankNAS.io.files import read_json, save_atomically
 from rankNAS.reporting.comparison import draw, markdown, tables
 from rankNAS.rows import COLUMNS, DENSE_MODEL, OK, Row
 from rankNAS.strategies import STRATEGIES, make_strategy
@@ -52,7 +52,7 @@ def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
 
         def on_row(row: Row) -> None:
             kept.append(asdict(row))
-            write_json(folder / "config.json", options.to_json())
+            write_options(folder / "config.json", options)
             _write_csv(folder / "results.csv", pd.DataFrame(kept))
             progress.say(_line(row))
 
@@ -99,10 +99,11 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
         return pd.DataFrame(columns=list(COLUMNS))
     try:
         # Options that did not exist yet had the effect of their defaults.
-        stored = CompareOptions().to_json() | upgraded(
-            CompareOptions, read_json(folder / "config.json")
-        )
+        file = folder / "config.json"
+        stored = CompareOptions().to_json() | current_options(read_json(file), file)
         rows = pd.read_csv(path)[list(COLUMNS)]
+    except StudyError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"the comparison in {str(folder)!r} is damaged ({error}); give another --out."

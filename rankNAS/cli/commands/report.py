@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import typer
 
 from rankNAS.cli.documents import study_document, without_passwords
-from rankNAS.cli.options.fields import specs
-from rankNAS.cli.options.search import SearchOptions
+from rankNAS.cli.options.command import reproduction
 from rankNAS.cli.options.stored import parsing_context, read_options, study_folder
 from rankNAS.cli.options.studies import ReportOptions
 from rankNAS.cli.output import print_json
@@ -18,7 +16,7 @@ from rankNAS.io.files import save_atomically
 from rankNAS.reporting.html import render
 from rankNAS.storage.redaction import redacted
 
-__all__ = ["reproduction", "run_report"]
+__all__ = ["run_report"]
 
 
 def run_report(options: ReportOptions) -> None:
@@ -45,22 +43,6 @@ def run_report(options: ReportOptions) -> None:
         print_json({"file": str(path), "bytes": len(text.encode())})
     else:
         typer.echo(path)
-
-
-def reproduction(options: SearchOptions) -> str:
-    """The command that begins the same search: the options that are not the default ones."""
-    words = ["ranknas", "search"]
-    for spec in specs(type(options)):
-        value, name = getattr(options, spec.name), spec.flag
-        is_default = value == spec.default and spec.name != "space"
-        if spec.name in ("out", "study") or is_default:
-            continue
-        if isinstance(value, bool):
-            words.append(name if value else name.replace("--", "--no-", 1))
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            words += [name, shlex.quote(str(item))]
-    return " ".join(words)
 
 
 def _words(value: object) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import typer
 from torch import nn
 
+from rankNAS.allocation import Allocation
 from rankNAS.cli.interrupts import interruptible
 from rankNAS.cli.loading import (
     check_options,
@@ -20,7 +22,9 @@ from rankNAS.cli.loading import (
     load_space,
     workers_of,
 )
+from rankNAS.cli.options.command import reproduction
 from rankNAS.cli.options.search import CONFIGURATION, SearchControl, SearchOptions
+from rankNAS.cli.options.stored import options_format, write_options
 from rankNAS.cli.output import (
     ProgressDisplay,
     number,
@@ -30,9 +34,11 @@ from rankNAS.cli.output import (
     progress_display,
 )
 from rankNAS.cli.results import keep
+from rankNAS.cli.starting import keep_start, start_allocations
 from rankNAS.data.loading import Data
 from rankNAS.engine import search
 from rankNAS.exceptions import StudyError
+from rankNAS.formats import current_format
 from rankNAS.io.files import write_json
 from rankNAS.objectives import make_objective
 from rankNAS.pipeline import requests
@@ -52,18 +58,21 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
     started = time.perf_counter()
     options = options.named(control.resume)
     if control.resume:
-        _check_storage(options)
+        _check_resumable(options)
     settings = check_options(options)
     strategy = make_strategy(options.strategy)
     check_writable(options.folder)
+    start = start_allocations(options)
     with progress_display(control.quiet) as progress, interruptible():
         data = load_named_data(options)
         measured = [make_objective(o) for o in options.objective]
         for request in requests(data, options.budgets, measured, settings):
             strategy.check(request)
         space = load_space(options, data, settings)
+        for allocation in start:
+            space.check(allocation)
         model = load_model(options, data, settings, space, options.seed, progress)
-        study = _search(options, settings, data, model, space, progress, control.resume)
+        study = _search(options, settings, data, model, space, progress, control.resume, start)
         progress.say("testing the dense network and the compressed ones")
         result = keep(options, study, model, progress)
     result["seconds"] = round(time.perf_counter() - started, 2)
@@ -74,10 +83,17 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         _print(options, result)
 
 
-def _check_storage(options: SearchOptions) -> None:
-    """Raise a StudyError if a study was begun, but its storage has lost it."""
+def _check_resumable(options: SearchOptions) -> None:
+    """Raise a StudyError if a study was begun in an older format, or its storage has lost it."""
     if not (options.folder / CONFIGURATION).is_file():
         return
+    found, current = options_format(options.folder), current_format("options")
+    if found < current:
+        raise StudyError(
+            f"study {options.study!r} was made by an older version of RankNAS (format {found}; "
+            f"this version continues format {current}). Start anew from its best allocation with: "
+            f"{reproduction(replace(options, start=str(options.folder)))}"
+        )
     if options.study not in study_names(options.storage_url):
         raise StudyError(
             f"the study storage {redacted(options.storage_url)!r} has no study {options.study!r}, "
@@ -94,6 +110,7 @@ def _search(
     space: SearchSpace,
     progress: ProgressDisplay,
     resume: bool,
+    start: Sequence[Allocation],
 ) -> Study:
     folder, best = options.folder, _Best(options)
     fresh = [path for path in (folder, folder.parent) if not path.exists()]
@@ -110,13 +127,14 @@ def _search(
             name=options.study or "",
             seed=options.seed,
             resume=resume,
+            start=start,
             settings=settings,
             hardware=options.hardware,
             space=space,
             device=options.device,
             workers=workers_of(options),
             on_progress=progress.stage,
-            on_record=lambda: write_json(folder / CONFIGURATION, options.to_json()),
+            on_record=lambda: _keep_options(options, start),
             on_trial=_counting(options, progress, best),
         )
     except KeyboardInterrupt:
@@ -138,6 +156,12 @@ def _search(
         "input_shape": list(data.input_shape),
     }
     return study
+
+
+def _keep_options(options: SearchOptions, start: Sequence[Allocation]) -> None:
+    """Write what the study goes on with; the options last, as they make the folder a study."""
+    keep_start(options, start)
+    write_options(options.folder / CONFIGURATION, options)
 
 
 class _Best:

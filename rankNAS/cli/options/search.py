@@ -37,6 +37,11 @@ class SearchOptions(ModelOptions):
     )
     seed: int = option(0, "Random seed.", SEARCH)
     study: str | None = option(None, "Name of the study. Default: a new one.", SEARCH)
+    start: str | None = option(
+        None,
+        "Evaluate this allocation first: a file such as best.json, or a study, whose best it is.",
+        SEARCH,
+    )
     storage: str | None = option(
         None,
         "sqlite:///FILE, journal:FILE (for network file systems) or a database URL such as "

@@ -9,12 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankNAS.cli.options.fields import checked, with_current_names
+from rankNAS.cli.options.fields import checked
+from rankNAS.cli.options.model import ModelOptions
 from rankNAS.cli.options.search import CONFIGURATION, SearchOptions
 from rankNAS.exceptions import RankNASError, StudyError
-from rankNAS.io.files import read_json
+from rankNAS.formats import FORMAT, current_format, format_of, upgraded
+from rankNAS.io.files import read_json, write_json
 
-__all__ = ["parsing_context", "read_options", "study_folder", "upgraded"]
+__all__ = [
+    "current_options",
+    "options_format",
+    "parsing_context",
+    "read_options",
+    "study_folder",
+    "write_options",
+]
 
 
 def study_folder(study: str, out: str) -> Path:
@@ -43,7 +52,9 @@ def read_options(folder: Path) -> SearchOptions:
     """
     path = folder / CONFIGURATION
     try:
-        options = SearchOptions(**checked(SearchOptions, upgraded(SearchOptions, read_json(path))))
+        options = SearchOptions(**checked(SearchOptions, current_options(read_json(path), path)))
+    except StudyError:
+        raise
     except (OSError, ValueError) as error:
         raise StudyError(
             f"the study's configuration {str(path)!r} is damaged: {error}. Restore it, or search "
@@ -52,17 +63,38 @@ def read_options(folder: Path) -> SearchOptions:
     return replace(options, study=folder.name, out=str(folder.parent))
 
 
-def upgraded(cls: type, content: Any) -> Any:
-    """The content of an options file as the current version would write it.
+def current_options(content: Any, path: Path) -> Any:
+    """The content of an options file in the current format, without the format.
 
     Every options file goes through here before it becomes a dataclass. Wrong content is returned
     as it is; `checked` finds what is wrong.
 
     Args:
-        cls: The dataclass of the options.
         content: The parsed file.
+        path: The file.
+
+    Raises:
+        StudyError: The format is newer than this version.
     """
-    return with_current_names(cls, content, None) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        return content
+    found = upgraded("options", content, f"the configuration {str(path)!r}")
+    return {name: value for name, value in found.items() if name != FORMAT}
+
+
+def write_options(path: Path, options: ModelOptions) -> None:
+    """Write an options file, with its format."""
+    write_json(path, {**options.to_json(), FORMAT: current_format("options")})
+
+
+def options_format(folder: Path) -> int:
+    """The format of a study's options file.
+
+    Raises:
+        StudyError: The format is newer than this version.
+    """
+    path = folder / CONFIGURATION
+    return format_of("options", read_json(path).get(FORMAT), f"the configuration {str(path)!r}")
 
 
 @contextmanager

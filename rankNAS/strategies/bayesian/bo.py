@@ -28,13 +28,13 @@ from torch import Tensor
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.solver.pareto import non_dominated
-from rankNAS.solver.threads import limited_threads
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import Indices, decode, preference
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.uniform import Uniform
 from rankNAS.strategies.problem import Array, Problem
+from rankNAS.threads import one_thread
 
 __all__ = ["BayesianOptimisation", "deterministic"]
 
@@ -236,7 +236,7 @@ def _acquisition(X: Tensor, Y: Tensor, met: Tensor, waiting: Tensor | None, seed
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
     """Own random numbers, and one thread: small matrices, and workers that do not fight."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), limited_threads():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), one_thread():
         # Deprecations inside the libraries, and jitter that they add to covariances by themselves.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="A not p.d., added jitter")

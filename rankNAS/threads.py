@@ -1,7 +1,7 @@
-"""Threads of small dense linear algebra.
+"""Thread limits for small dense linear algebra.
 
-A factorisation of a small matrix gains little from a second thread, and waits long for it if
-another process holds a core.
+A small matrix gains little from a second thread. Where another process uses a core, threads that
+wait for each other take up to ten times as long as one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["SMALL", "limited_threads"]
+__all__ = ["SMALL", "limited_threads", "one_thread"]
 
 # The side of the largest matrix that one thread factorises. On two busy cores, two threads took
 # five times as long as one for a matrix of side 512.
@@ -20,9 +20,9 @@ SMALL = 640
 
 @contextmanager
 def limited_threads(size: int) -> Iterator[None]:
-    """Within, PyTorch uses one thread if the matrices are small.
+    """Limit PyTorch to one thread if the matrices are small; restored afterwards.
 
-    The number of threads is restored afterwards, also after an error. Calls may be nested.
+    Cheap enough for inner loops. Calls may be nested.
 
     Args:
         size: The side of the largest square matrix that is factorised or solved.
@@ -43,3 +43,15 @@ def limited_threads(size: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Limit PyTorch and the BLAS of NumPy and SciPy to one thread; restored afterwards.
+
+    It takes some milliseconds to enter, so it belongs around a whole fit.
+    """
+    from threadpoolctl import threadpool_limits  # not at the top: few need it
+
+    with limited_threads(1), threadpool_limits(1):
+        yield
