@@ -11,6 +11,8 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 # As Ray does for a cluster of its own; whoever joins one by its address has to say so.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+# Else Ray's workers wait for all other tests: they would run at a niceness of 15.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import subprocess
 import sys

@@ -23,11 +23,13 @@ FIRST = (
     "test_faults.py",
     "test_engine.py",
     "study",
-    "cli/test_interrupts.py",
     "hw_models/test_host.py",
+    "cli/test_profile.py",
+    "cli/test_interrupts.py",
     "test_comparison.py",
     "strategies/test_haloc.py",
     "strategies/test_strategies.py",
+    "test_full_disk.py",
     "decompositions/test_operators.py",
 )
 

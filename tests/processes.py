@@ -30,7 +30,9 @@ class Command:
     def __init__(self, arguments: Sequence[str], folder: Path, *, fresh: bool = False) -> None:
         self.errors = folder / "stderr"
         self.process = FORKS.Process(
-            target=_fresh if fresh else _command, args=([*arguments], folder, dict(os.environ))
+            target=_fresh if fresh else _command,
+            args=([*arguments], folder, dict(os.environ)),
+            daemon=True,  # a test that fails leaves nothing behind
         )
         self.process.start()
 

@@ -20,16 +20,22 @@ from safetensors.torch import save_file
 from rankNAS.cli import main
 from rankNAS.plugins import load_callable
 
-SECONDS = 120.0  # for what should take a few
+SECONDS = 600.0  # for what should take a few; other tests run beside it
+
+CALLS = 8  # of the objective that take no time
 
 
 def begun(model_file: str, tmp_path: Path, *options: str, fresh: bool = False) -> Command:
-    """A search whose trials take a while, once it has finished a few of them."""
-    objective = tmp_path / "slow.py"
+    """A search that has finished a few trials and is in the midst of one."""
+    objective, calls = tmp_path / "slow.py", tmp_path / "calls"
     objective.write_text(
-        "import time\n"
+        "import pathlib, time\n"
         "def slow(network, data):\n"
-        "    time.sleep(0.3)\n"
+        f"    calls = pathlib.Path({str(calls)!r})\n"
+        "    with calls.open('a') as file:\n"
+        "        file.write('.')\n"
+        f"    if calls.stat().st_size > {CALLS}:\n"
+        "        time.sleep(3600)\n"
         "    return float(sum(p.numel() for p in network.parameters()))\n"
         "slow.direction = 'minimize'\n"
     )
@@ -41,7 +47,7 @@ def begun(model_file: str, tmp_path: Path, *options: str, fresh: bool = False) -
     arguments += ["--trials", "400", "--objective", f"{objective}:slow", *options]
     command = Command(arguments, tmp_path, fresh=fresh)
     until = time.monotonic() + SECONDS
-    while finished(tmp_path) < 3:
+    while finished(tmp_path) < 3 or calls.stat().st_size <= CALLS:
         assert command.ended() is None, command.errors.read_text()
         assert time.monotonic() < until, "the search does not begin"
         time.sleep(0.1)
@@ -89,6 +95,7 @@ def test_once_ends_cleanly(
     assert {t.state for t in broken} == {TrialState.FAIL}
     assert {t.user_attrs["reason"] for t in broken} == {"interrupted"}
     count = finished(tmp_path)
+    (tmp_path / "calls").unlink()
     arguments = ["resume", "s", "--out", str(tmp_path), "--trials", str(count + 2)]
     arguments += ["--workers", "1", "--trust-study", "--json"]
     capfd.readouterr()
