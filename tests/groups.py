@@ -27,7 +27,7 @@ FIRST = (
     "cli/test_profile.py",
     "cli/test_interrupts.py",
     "test_comparison.py",
-    "strategies/test_haloc.py",
+    "strategies/supernet/test_haloc.py",
     "strategies/test_strategies.py",
     "test_full_disk.py",
     "decompositions/test_operators.py",

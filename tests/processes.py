@@ -13,7 +13,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("rankNAS.storage.store", "optuna", "sqlalchemy", "alembic", "psycopg"),
-        *("rankNAS.engine", "rankNAS.cli", "rankNAS.cli.searching", "sklearn.datasets"),
+        *("rankNAS.engine", "rankNAS.cli", "rankNAS.cli.commands.search", "sklearn.datasets"),
     ]
 )
 
