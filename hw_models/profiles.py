@@ -19,8 +19,8 @@ import torch
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.formats import FORMAT, current_format, upgraded
 from rankNAS.io.files import read_json, write_json
+from rankNAS.io.formats import FORMAT, current_format, upgraded
 
 __all__ = ["Measurement", "NetworkFit", "Profile", "Terms"]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankNAS.allocation import DENSE, Allocation, Choice
     from rankNAS.comparison import compare
-    from rankNAS.data.loading import Data, load_data
+    from rankNAS.data.base import Data
+    from rankNAS.data.loading import load_data
     from rankNAS.decompositions import Operator
     from rankNAS.engine import search
     from rankNAS.exceptions import RankNASError, UsageError
@@ -30,7 +31,7 @@ _HOMES = {
     "Allocation": "allocation",
     "CallableModel": "hw_models",
     "Choice": "allocation",
-    "Data": "data.loading",
+    "Data": "data",
     "HardwareModel": "hw_models",
     "Objective": "objectives",
     "Operator": "decompositions",

@@ -23,7 +23,8 @@ from torch import nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import budget_key, check_budgets
-from rankNAS.data.loading import Data, DataSource, load_data
+from rankNAS.data.base import Data
+from rankNAS.data.loading import DataSource, load_data
 from rankNAS.engine import run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.outputs import predictions, test_metrics
@@ -33,7 +34,7 @@ from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.objectives.quality import accuracy, kl_divergence
 from rankNAS.pipeline import prepare, requests
 from rankNAS.recovery.config import TrainingConfig
-from rankNAS.rows import COLUMNS, DENSE_MODEL, OK, Key, Row
+from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Key, Row
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
 from rankNAS.storage.store import StudyStore

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, Select, factorise
+from rankNAS.data.base import Data
 from rankNAS.data.batches import in_memory, len_of
 from rankNAS.data.labels import check_labels
-from rankNAS.data.loading import Data
 from rankNAS.data.splits import Splits, held_out, split
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.pruning import PARTS
 from rankNAS.exceptions import UsageError
-from rankNAS.execution.early_stopping import PARTS
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase

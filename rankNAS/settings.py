@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rankNAS.data.loading import Data
+from rankNAS.data.base import Data
 from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint

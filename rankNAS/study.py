@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
-from rankNAS.data.loading import Data
+from rankNAS.data.base import Data
 from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from rankNAS.data.loading import Data
+from rankNAS.data.base import Data
 
 
 def pixels(count: int, seed: int = 0, height: int = 8, width: int = 8) -> np.ndarray:

@@ -25,7 +25,7 @@ from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.objectives.quality import kl_divergence
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train
-from rankNAS.rows import COLUMNS, OK, Row, summarise
+from rankNAS.reporting.rows import COLUMNS, OK, Row, summarise
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.history import History

@@ -17,17 +17,16 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "formats", "lazy", "plugins", "renamed", "threads"},
+    {"exceptions", "allocation", "budget", "lazy", "plugins", "renamed", "threads"},
     {"io", "data", "decompositions", "solver"},
     {"search_spaces"},
     {"compression", "recovery", "objectives"},
     {"hw_models", "models", "evaluation"},
     {"strategies"},
-    {"storage", "study", "testing"},
+    {"storage", "study", "testing", "settings", "pipeline", "reporting"},
     {"execution"},
-    {"settings", "pipeline", "rows"},
     {"engine"},
-    {"comparison", "reporting"},
+    {"comparison"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

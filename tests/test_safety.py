@@ -33,7 +33,7 @@ from rankNAS.models import artifact
 from rankNAS.models.weights import load_weights, peek_metadata, trained_model
 from rankNAS.objectives import make_objective
 from rankNAS.recovery import TrainingConfig, train
-from rankNAS.rows import COLUMNS
+from rankNAS.reporting.rows import COLUMNS
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.storage.store import StudyStore

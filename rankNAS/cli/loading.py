@@ -14,8 +14,9 @@ from rankNAS.cli.options.common import SpaceOptions
 from rankNAS.cli.options.model import ModelOptions
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.output import ProgressDisplay
+from rankNAS.data.base import Data
 from rankNAS.data.batches import len_of
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import UsageError
 from rankNAS.execution.parallel import Workers

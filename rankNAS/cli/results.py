@@ -22,8 +22,8 @@ from rankNAS.cli.options.stored import parsing_context
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.evaluation.outputs import test_metrics
 from rankNAS.exceptions import UsageError
-from rankNAS.formats import FORMAT, current_format, upgraded
 from rankNAS.io.files import save_atomically, write_json
+from rankNAS.io.formats import FORMAT, current_format, upgraded
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.reporting.environment import machine, versions
 from rankNAS.strategies.history import Trial

@@ -1,5 +1,6 @@
 """Data sets: reading, splitting, batching."""
 
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.base import Data
+from rankNAS.data.loading import load_data
 
 __all__ = ["Data", "load_data"]

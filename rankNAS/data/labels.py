@@ -14,7 +14,7 @@ from rankNAS.data.images.dataset import Images
 from rankNAS.exceptions import DataError
 
 if TYPE_CHECKING:
-    from rankNAS.data.loading import Data
+    from rankNAS.data.base import Data
 
 __all__ = ["check_labels", "labels_of", "num_classes_of"]
 

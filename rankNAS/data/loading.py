@@ -7,64 +7,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import item_of
 from rankNAS.data.fingerprint import digest, sampled_bytes
-from rankNAS.data.images.augment import Augmentation
 from rankNAS.data.images.normalise import parse_normalization
 from rankNAS.data.images.readers import READERS
 from rankNAS.data.labels import labels_of, num_classes_of
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError
 from rankNAS.plugins import is_plugin, load_callable
 
-__all__ = ["Data", "DataSource", "load_data"]
+__all__ = ["DataSource", "load_data"]
 
 #: A name, the data itself, or a training and a test set; see `load_data`.
 DataSource: TypeAlias = "str | Data | tuple[Dataset[Any], Dataset[Any]]"
 SOURCES = ("digits", "parquet:DIR", "imagefolder:DIR", "cifar10:DIR", "path/to/file.py:factory")
-
-
-@dataclass(frozen=True, eq=False)
-class Data:
-    """A training and a test set; map-style datasets of (input tensor, target tensor).
-
-    Attributes:
-        name: The source as it was given.
-        train: Items are (input, target), normalised already.
-        test: The same for the test set.
-        input_shape: The shape of one input.
-        num_classes: One more than the largest label; None if this is no classification.
-        fingerprint: A key (hex) of content and preprocessing, equal on all machines.
-        normalize: The mean and std in use, as ``load_data`` takes it; None if unknown.
-        flip: Whether a mirrored input still belongs to the same class.
-
-    Example:
-        >>> import torch
-        >>> from torch.utils.data import TensorDataset
-        >>> items = TensorDataset(torch.zeros(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]))
-        >>> data = load_data((items, items))
-        >>> data.input_shape, data.num_classes
-        ((3,), 3)
-    """
-
-    name: str
-    train: Dataset[Any]
-    test: Dataset[Any]
-    input_shape: tuple[int, ...]
-    num_classes: int | None
-    fingerprint: str
-    normalize: str | None = None
-    flip: bool = False
-
-    @property
-    def augmentation(self) -> Augmentation:
-        """The augmentation that keeps the classes of the training data."""
-        return Augmentation(flip=self.flip)
 
 
 def load_data(

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import Pair, gather, len_of, permutation, subset
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
-from rankNAS.data.loading import Data
 from rankNAS.exceptions import DataError
 
 __all__ = ["Splits", "held_out", "split", "subsample"]

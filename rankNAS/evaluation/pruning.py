@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["PruneCallback", "PrunedError", "check_pruning", "part_ends"]
+__all__ = ["PARTS", "PruneCallback", "PrunedError", "check_pruning", "part_ends"]
 
 #: Pruning callback: takes the step (validation samples or epochs) and the metrics; returns whether
 #: to continue.
 PruneCallback = Callable[[int, Mapping[str, float]], bool]
+PARTS = (0.25, 0.5, 1.0)  # of the epochs, or of the validation samples
 
 
 class PrunedError(Exception):

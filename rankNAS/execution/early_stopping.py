@@ -24,9 +24,7 @@ from rankNAS.strategies.history import History
 from rankNAS.strategies.problem import Array
 from rankNAS.strategies.sensitivity.tables import QUALITY
 
-__all__ = ["PARTS", "SuccessiveHalving"]
-
-PARTS = (0.25, 0.5, 1.0)  # of the epochs, or of the validation samples
+__all__ = ["SuccessiveHalving"]
 
 
 @dataclass

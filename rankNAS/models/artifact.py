@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rankNAS.allocation import Allocation
 from rankNAS.compression.factorisation import skeleton
 from rankNAS.exceptions import StudyError, UsageError, WeightsError
-from rankNAS.formats import FORMAT, current_format, upgraded
+from rankNAS.io.formats import FORMAT, current_format, upgraded
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.models.weights import load_state
 

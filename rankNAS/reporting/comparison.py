@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from rankNAS.reporting.environment import machine, versions
-from rankNAS.rows import DENSE_MODEL, OK, summarise
+from rankNAS.reporting.rows import DENSE_MODEL, OK, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,15 +17,15 @@ def versions() -> dict[str, str]:
     >>> list(versions())[:3]
     ['rankNAS', 'python', 'torch']
     """
-    from rankNAS import __version__
+    found = {"rankNAS": _version("ranknas"), "python": platform.python_version()}
+    return found | {package: _version(package) for package in PACKAGES}
 
-    found = {"rankNAS": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a build from source may have another name
-            found[package] = "unknown"
-    return found
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a build from source may have another name
+        return "unknown"
 
 
 def machine() -> dict[str, str | int]:

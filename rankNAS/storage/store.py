@@ -24,7 +24,7 @@ from sqlalchemy.engine import Engine
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError
-from rankNAS.formats import FORMAT, current_format, format_of
+from rankNAS.io.formats import FORMAT, current_format, format_of
 from rankNAS.objectives.base import Direction
 from rankNAS.storage.backends import open_storage, storage_name
 from rankNAS.storage.claims import LEASE, Claim, Owner, keep_alive

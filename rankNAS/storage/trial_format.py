@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.formats import FORMAT, TRIAL_METRICS, current_format, upgraded
+from rankNAS.io.formats import FORMAT, TRIAL_METRICS, current_format, upgraded
 from rankNAS.storage.claims import Claim
 from rankNAS.strategies.history import Trial
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 import rankNAS
 from rankNAS.models.weights import load_weights, recorded_normalization
-from rankNAS.rows import DENSE_MODEL, Row, summarise
+from rankNAS.reporting.rows import DENSE_MODEL, Row, summarise
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.strategies import Auto, Energy, Solve, Strategy
 

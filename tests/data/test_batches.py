@@ -8,9 +8,10 @@ import torch
 from image_sets import Labelled, numbered, pixels, tensors, write_parquet
 from torch.utils.data import Subset
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import batches, subset
 from rankNAS.data.images.dataset import Images
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 from rankNAS.exceptions import DataError
 
 

@@ -10,7 +10,8 @@ from image_sets import Labelled, fill_folder, pixels, tensors, write_parquet
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.base import Data
+from rankNAS.data.loading import load_data
 
 
 @pytest.fixture

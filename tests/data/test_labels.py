@@ -11,11 +11,12 @@ import torch
 from image_sets import Labelled, pixels, tensors, write_parquet
 from torch.utils.data import Subset
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import subset
 from rankNAS.data.images.dataset import Images
 from rankNAS.data.images.normalise import parse_normalization
 from rankNAS.data.labels import check_labels
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 from rankNAS.exceptions import DataError
 
 

@@ -10,8 +10,9 @@ import torch
 from image_sets import Labelled, tensors
 from torch.utils.data import IterableDataset, TensorDataset
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import len_of
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 from rankNAS.exceptions import DataError, UnknownNameError, UsageError
 
 

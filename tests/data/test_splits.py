@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sets import numbered
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import batches, len_of
 from rankNAS.data.images.dataset import Images
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import DataError
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rankNAS.reporting.comparison import draw, markdown, tables
-from rankNAS.rows import Row
+from rankNAS.reporting.rows import Row
 
 BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
 

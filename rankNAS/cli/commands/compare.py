@@ -28,7 +28,7 @@ from rankNAS.comparison import compare
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import read_json, save_atomically
 from rankNAS.reporting.comparison import draw, markdown, tables
-from rankNAS.rows import COLUMNS, DENSE_MODEL, OK, Row
+from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]

@@ -35,11 +35,11 @@ from rankNAS.cli.output import (
 )
 from rankNAS.cli.results import keep
 from rankNAS.cli.starting import keep_start, start_allocations
-from rankNAS.data.loading import Data
+from rankNAS.data.base import Data
 from rankNAS.engine import search
 from rankNAS.exceptions import StudyError
-from rankNAS.formats import current_format
 from rankNAS.io.files import write_json
+from rankNAS.io.formats import current_format
 from rankNAS.objectives import make_objective
 from rankNAS.pipeline import requests
 from rankNAS.search_spaces.base import SearchSpace

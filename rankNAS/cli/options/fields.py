@@ -12,8 +12,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from rankNAS import renamed
 from rankNAS.exceptions import UsageError
+from rankNAS.renamed import OPTIONS, warn_renamed
 
 __all__ = [
     "PANELS",
@@ -134,7 +134,7 @@ class Spec:
     @property
     def old_names(self) -> list[str]:
         """Its earlier names, which are still accepted."""
-        return [old for old, new in renamed.OPTIONS.items() if new == self.name]
+        return [old for old, new in OPTIONS.items() if new == self.name]
 
     @property
     def plain_kind(self) -> Any:
@@ -242,7 +242,7 @@ def with_current_names(
                 earlier, now = where + written(old), written(spec.name)
                 if spec.name in found:
                     raise UsageError(f"{earlier} is now {now}; give only one of them.")
-                renamed.warn_renamed(earlier, now)
+                warn_renamed(earlier, now)
             found[spec.name] = found.pop(old)
         values = spec.option.renamed_values
         if values and isinstance(found.get(spec.name), list):
@@ -257,7 +257,7 @@ def _current_values(spec: Spec, given: Sequence[Any], where: str | None) -> list
     for value in given:
         known = isinstance(value, str) and value in table
         if known and where is not None:
-            renamed.warn_renamed(f"{where}{spec.name} {value!r}", repr(table[value]))
+            warn_renamed(f"{where}{spec.name} {value!r}", repr(table[value]))
         found.append(table[value] if known else value)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankNAS import renamed
 from rankNAS.budget import parse_budgets
 from rankNAS.cli.options.common import SpaceOptions
 from rankNAS.cli.options.fields import (
@@ -18,6 +17,7 @@ from rankNAS.cli.options.fields import (
     TRAINING,
     option,
 )
+from rankNAS.renamed import OBJECTIVES
 
 __all__ = ["ModelOptions"]
 
@@ -44,7 +44,7 @@ class ModelOptions(SpaceOptions):
         "Objective: a name (see `ranknas objectives`) or file.py:function[=minimize]. Repeatable.",
         GOAL,
         min=1,
-        renamed_values=renamed.OBJECTIVES,
+        renamed_values=OBJECTIVES,
     )
     data: str = option(
         "digits",

@@ -13,8 +13,8 @@ from rankNAS.cli.options.fields import checked
 from rankNAS.cli.options.model import ModelOptions
 from rankNAS.cli.options.search import CONFIGURATION, SearchOptions
 from rankNAS.exceptions import RankNASError, StudyError
-from rankNAS.formats import FORMAT, current_format, format_of, upgraded
 from rankNAS.io.files import read_json, write_json
+from rankNAS.io.formats import FORMAT, current_format, format_of, upgraded
 
 __all__ = [
     "current_options",

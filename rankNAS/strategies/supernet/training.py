@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.supernet.candidates import picked
 from rankNAS.strategies.supernet.losses import (
     Maps,
+    Penalty,
     expected_costs,
     feature_distance,
     gumbel_softmax,
@@ -30,10 +31,7 @@ from rankNAS.strategies.supernet.losses import (
 )
 from rankNAS.strategies.supernet.network import FactoredWeight, SuperNet
 
-if TYPE_CHECKING:
-    from rankNAS.strategies.supernet.haloc import Haloc
-
-__all__ = ["Training"]
+__all__ = ["Schedule", "Training"]
 
 logger = logging.getLogger(__name__)
 VERSION = 3  # part of the key of checkpoints: raise it when the training changes
@@ -43,16 +41,37 @@ MOMENTUM = 0.9
 SMALLEST = 0.01  # the coefficient of the regulariser falls no further [ComCAT]
 
 
+class Schedule(Protocol):
+    """The configuration of a training; see `Haloc`, whose fields these are."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def penalty(self) -> Penalty: ...
+    @property
+    def strength(self) -> float: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_rate(self) -> float: ...
+    @property
+    def features(self) -> float: ...
+
+
 class Training:
     """The training of a super-net in progress: what changes from epoch to epoch.
 
     Args:
-        configuration: Of the search.
+        configuration: Its printed form is part of the key of checkpoints.
         context: The model and the data.
         problem: Its choices are the candidates.
     """
 
-    def __init__(self, configuration: Haloc, context: SearchContext, problem: Problem) -> None:
+    def __init__(self, configuration: Schedule, context: SearchContext, problem: Problem) -> None:
         self.configuration, self.context, self.problem = configuration, context, problem
         space = context.factorisation.space.restrict(problem.choices)
         self.net = SuperNet(context.factorisation.model, space)

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import batches
 from rankNAS.data.images.augment import Augmentation
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,11 @@ import torch
 from image_sets import fill_folder, pixels, png, write_parquet
 from PIL import Image
 
+from rankNAS.data.base import Data
 from rankNAS.data.batches import len_of
 from rankNAS.data.images import readers
 from rankNAS.data.images.decode import ImageDecoder, StoredPixels
-from rankNAS.data.loading import Data, load_data
+from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import DataError
 

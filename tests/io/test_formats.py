@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import rankNAS
 from rankNAS.cli import main
 from rankNAS.exceptions import StudyError, WeightsError
-from rankNAS.formats import UPGRADES, current_format, format_of, upgraded
 from rankNAS.hw_models.profiles import Profile
 from rankNAS.io.files import read_json, write_json
+from rankNAS.io.formats import UPGRADES, current_format, format_of, upgraded
 from rankNAS.models.artifact import read_metadata
 from rankNAS.plugins import load_callable
 from rankNAS.storage.backends import open_storage
