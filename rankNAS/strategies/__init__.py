@@ -66,7 +66,7 @@ __all__ = [
 CATALOGUE: dict[str, tuple[str, str]] = {
     "auto": (
         "rankNAS.strategies.sensitivity.auto:Auto",
-        "Measured harm, the exact solver, and Thompson sampling over the layers' multipliers.",
+        "Measured sensitivities, the exact solver, and Thompson sampling of layer multipliers.",
     ),
     "solve": (
         "rankNAS.strategies.one_shot.solve:Solve",
@@ -95,7 +95,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "drone": (
         "rankNAS.strategies.sensitivity.drone:Drone",
-        "The smallest ranks whose measured rises of the loss stay within an equal share each.",
+        "The smallest ranks whose measured loss increases stay within an equal share each.",
     ),
     "strs": (
         "rankNAS.strategies.sensitivity.strs:Strs",
@@ -103,7 +103,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "hw-filter": (
         "rankNAS.strategies.one_shot.hw_filter:HardwareFilter",
-        "The min-max allocation over the layers, and their choices, that latency falls for.",
+        "The min-max allocation over the choices that are faster than the dense layer.",
     ),
     "beam": (
         "rankNAS.strategies.sampling.beam:Beam",

@@ -61,6 +61,6 @@ def random_trial(problem: Problem, number: int, allocation: Allocation) -> Trial
     """An evaluation of an allocation: accuracy falls with each layer's error, unequally."""
     indices = problem.indices(allocation)
     slopes = np.random.default_rng(0).uniform(0.1, 2, len(indices))
-    harm = sum(s * e[i] for s, e, i in zip(slopes, problem.errors, indices, strict=True))
-    values = (1 - float(harm), problem.fractions(indices)["macs"])
+    degradation = sum(s * e[i] for s, e, i in zip(slopes, problem.errors, indices, strict=True))
+    values = (1 - float(degradation), problem.fractions(indices)["macs"])
     return Trial(number, allocation, "complete", values[: len(problem.objectives)])
