@@ -61,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Commands that run in this process may have changed the number of threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import rankNAS
 from rankNAS.engine import run
+from rankNAS.io.formats import TRIAL_METRICS
 from rankNAS.objectives import Objective
-from rankNAS.storage.trial_format import METRICS
 
 KILLS, TRIALS = 50, 120
 SECONDS = 0.03  # of an evaluation, beyond what it takes
@@ -113,5 +113,5 @@ def optuna_trials(storage: str) -> list[int]:
         opened = storage
     trials = optuna.load_study(study_name="study", storage=opened).trials
     assert all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
-    assert all(len(t.params) == 5 and METRICS in t.user_attrs and t.values for t in trials)
+    assert all(len(t.params) == 5 and TRIAL_METRICS in t.user_attrs and t.values for t in trials)
     return [t.number for t in trials]

@@ -28,6 +28,7 @@ from rankNAS.exceptions import DataError, UsageError, WeightsError
 from rankNAS.hw_models import Host, device_names, make_hardware
 from rankNAS.hw_models.profiles import Profile, Terms
 from rankNAS.io.files import cache_folder, write_json
+from rankNAS.io.formats import current_format
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.models import artifact
 from rankNAS.models.weights import load_weights, peek_metadata, trained_model
@@ -301,7 +302,8 @@ def evil(tmp_path: Path, trace: Path) -> str:
 
 def stored(folder: Path, /, **changes: Any) -> Path:
     """A study's configuration with some entries replaced."""
-    write_json(folder / "config.json", SearchOptions(study=folder.name).to_json() | changes)
+    written = {**SearchOptions(study=folder.name).to_json(), "format": current_format("options")}
+    write_json(folder / "config.json", written | changes)
     return folder
 
 
@@ -328,7 +330,7 @@ def test_the_configuration_is_refused_for_what_would_run(
     run: Run, tmp_path: Path, evil: str, trace: Path
 ) -> None:
     """With the flag the same study does run it: the tests above are about something."""
-    folder = stored(tmp_path / "study", hardware=f"{evil}:factory", metric="unknown")
+    folder = stored(tmp_path / "study", hardware=f"{evil}:factory", norm="unknown")
     optuna.create_study(storage=f"sqlite:///{folder}/study.db", study_name="study")
     code, error = run("resume", str(folder), "--trust-study", "--quiet")
     assert code == 2 and trace.exists(), error

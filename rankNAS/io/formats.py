@@ -98,22 +98,22 @@ def _options(content: Content) -> Content:
 
 
 def _result(content: Content) -> Content:
-    """The result document of a search, from format 1."""
+    """The result document of a search, from format 1. Missing entries are the reader's matter."""
     renamed = _solution(_renamed(content, {"answers": "solutions"}))
-    renamed["objectives"] = _objectives(renamed["objectives"])
-    renamed["dense"] = _renamed(renamed["dense"], OBJECTIVES)
-    renamed["solutions"] = [_solution(solution) for solution in renamed["solutions"]]
+    renamed["objectives"] = _objectives(renamed.get("objectives", []))
+    renamed["dense"] = _renamed(renamed.get("dense", {}), OBJECTIVES)
+    renamed["solutions"] = [_solution(solution) for solution in renamed.get("solutions", [])]
     renamed["trials"] = [
         _renamed(trial, {"target": "budget_key"})
-        | {"metrics": _renamed(trial["metrics"], OBJECTIVES)}
-        for trial in renamed["trials"]
+        | {"metrics": _renamed(trial.get("metrics", {}), OBJECTIVES)}
+        for trial in renamed.get("trials", [])
     ]
     return renamed
 
 
 def _solution(content: Content) -> Content:
     renamed = _renamed(content, {"label": "budget_key"})
-    return renamed | {"best": _renamed(renamed["best"], OBJECTIVES)}
+    return renamed | {"best": _renamed(renamed.get("best", {}), OBJECTIVES)}
 
 
 def _study(content: Content) -> Content:
