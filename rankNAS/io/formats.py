@@ -99,21 +99,30 @@ def _options(content: Content) -> Content:
 
 def _result(content: Content) -> Content:
     """The result document of a search, from format 1. Missing entries are the reader's matter."""
-    renamed = _solution(_renamed(content, {"answers": "solutions"}))
-    renamed["objectives"] = _objectives(renamed.get("objectives", []))
-    renamed["dense"] = _renamed(renamed.get("dense", {}), OBJECTIVES)
-    renamed["solutions"] = [_solution(solution) for solution in renamed.get("solutions", [])]
-    renamed["trials"] = [
-        _renamed(trial, {"target": "budget_key"})
-        | {"metrics": _renamed(trial.get("metrics", {}), OBJECTIVES)}
-        for trial in renamed.get("trials", [])
-    ]
-    return renamed
+    parts: dict[str, Callable[[Any], Any]] = {
+        "objectives": _objectives,
+        "dense": _metrics,
+        "solutions": lambda found: [_solution(solution) for solution in found],
+        "trials": lambda found: [_trial(trial) for trial in found],
+    }
+    return _with_parts(_solution(_renamed(content, {"answers": "solutions"})), parts)
 
 
 def _solution(content: Content) -> Content:
-    renamed = _renamed(content, {"label": "budget_key"})
-    return renamed | {"best": _renamed(renamed.get("best", {}), OBJECTIVES)}
+    return _with_parts(_renamed(content, {"label": "budget_key"}), {"best": _metrics})
+
+
+def _trial(content: Content) -> Content:
+    return _with_parts(_renamed(content, {"target": "budget_key"}), {"metrics": _metrics})
+
+
+def _metrics(content: Content) -> Content:
+    return _renamed(content, OBJECTIVES)
+
+
+def _with_parts(content: Content, parts: Mapping[str, Callable[[Any], Any]]) -> Content:
+    """With some entries upgraded, those of them that exist."""
+    return {key: parts[key](v) if key in parts else v for key, v in content.items()}
 
 
 def _study(content: Content) -> Content:
