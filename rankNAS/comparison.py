@@ -1,10 +1,9 @@
-"""Strategies side by side: for each seed the same model, splits, factors and tables for all.
+"""Comparison of strategies: per seed, all share the model, splits, factors and tables.
 
-Everything that strategies share is prepared once a seed. Each strategy then has a study of its
-own, in which it answers the budgets in the order they are given, and an evaluator that has
-forgotten what it measured for others. What a strategy learns for one budget serves it for the
-next ones, so evaluations and seconds are counted from the beginning of the study: those of the
-last budget are the study's totals.
+Shared parts are prepared once per seed. Each strategy then has its own study, in which it solves
+the budgets in the given order, and an evaluator with an empty cache. A strategy reuses its results
+for later budgets. Evaluations and seconds are therefore counted from the start of the study: those
+of the last budget are the study's totals.
 """
 
 from __future__ import annotations
@@ -69,41 +68,41 @@ def compare(
     on_row: Callable[[Row], object] | None = None,
     on_progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Search with several strategies on equal terms.
+    """Compare several strategies under equal conditions.
 
-    A strategy that refuses what is asked, or fails, has rows that say why; the others go on.
+    Rows of a strategy that rejects the task or fails state the reason; the others continue.
 
     Args:
         model: The trained dense model of a classifier; or a function of the seed that returns
-            one, called for the seeds that have rows missing.
+            one, called for seeds with missing rows.
         data: As for `search`.
-        strategies: Names or strategies; a mapping gives them the names that rows show.
-        budgets: Each cost name to fraction kept.
-        seeds: Of everything that is drawn. The splits differ between seeds, so that strategies
-            which draw nothing vary too.
+        strategies: Names or strategies; the keys of a mapping name them in the rows.
+        budgets: One mapping per budget, from cost name to the fraction kept.
+        seeds: Random seeds. The splits differ between seeds, so that deterministic strategies
+            vary too.
         objectives: As for `search`.
-        n_trials: Trials proposed for each budget; probes come on top.
-        training: How each answer is fine-tuned; its seed is replaced by the row's. None to leave
-            that out.
-        training_samples: Fine-tune on that many samples, drawn by the seed; None for all but the
+        n_trials: Trials proposed for each budget; probes are extra.
+        training: Configuration of the fine-tuning of each solution; its seed is replaced by the
+            row's. None skips fine-tuning.
+        training_samples: Size of the random subset for fine-tuning; None for all but the
             validation data.
-        settings: How candidates are made and measured.
-        hardware: Where latency is budgeted, or a strategy needs it.
-        space: From `compile_space`; compiled here if not given.
-        device: Where to evaluate and train.
-        earlier: Rows of an interrupted comparison on the same terms. Those that are ``ok`` are
-            not searched again; if a study has only some of its rows, it is searched as a whole,
-            so that the others come out as they would have.
+        settings: How candidates are built and measured.
+        hardware: The hardware model, used if latency is budgeted or a strategy needs it.
+        space: A space from `compile_space`; compiled here if not given.
+        device: The device for evaluation and training.
+        earlier: Rows of an interrupted comparison with the same arguments. Rows that are ``ok``
+            are kept. A study with missing rows is searched as a whole, so that those rows equal
+            the ones of an uninterrupted comparison.
         on_row: Called with each new row as soon as it is known.
-        on_progress: Called with a stage's name, steps done, and steps in all.
+        on_progress: Called with a stage's name, the steps done, and the total number of steps.
 
     Returns:
-        One row a strategy, budget and seed, and one of the dense model a seed; see `Row`.
+        One row per strategy, budget and seed, and one row of the dense model per seed; see `Row`.
 
     Raises:
-        BudgetError: Nothing can meet a budget.
-        DataError: Data that is missing or does not fit the model.
-        UsageError: Arguments that are wrong for any strategy.
+        BudgetError: No allocation meets a budget.
+        DataError: Data is missing or does not fit the model.
+        UsageError: Arguments are wrong for every strategy.
 
     Example:
         >>> import torch
@@ -166,7 +165,7 @@ def _named(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is the same for all seeds; the fields are the arguments of `compare`."""
+    """Settings shared by all seeds; the fields are the arguments of `compare`."""
 
     model: nn.Module | Callable[[int], nn.Module]
     data: Data
@@ -198,7 +197,7 @@ class _Plan:
             )
 
     def keys(self, seed: int) -> list[Key]:
-        """What there is to know under a seed."""
+        """Keys of all rows of a seed."""
         pairs = [(name, budget_key(budget)) for name in self.strategies for budget in self.budgets]
         return [(*pair, seed) for pair in [(DENSE_MODEL, DENSE_MODEL), *pairs]]
 
@@ -219,7 +218,7 @@ class _Plan:
         context, problems = prepare(
             model,
             self.data,
-            # All of them, so that a continued comparison has the choices of a whole one.
+            # All of them, so that a resumed comparison has the choices of a full one.
             strategies=list(accepted.values()),
             budgets=self.budgets,
             objectives=self.objectives,
@@ -238,7 +237,7 @@ class _Plan:
                 yield from at.study(name, strategy, missing)
 
     def _refusals(self) -> dict[str, str]:
-        """By name, why a strategy cannot do what is asked."""
+        """Reasons, by name, of the strategies that cannot perform the task."""
         asked = requests(self.data, self.budgets, self.objectives, self.settings)
         refusals: dict[str, str] = {}
         for name, strategy in self.strategies.items():
@@ -252,7 +251,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Tested:
-    """What a network does on validation and test data, and on the latter once trained."""
+    """Quality of a network on validation and test data, and on test data after training."""
 
     validation: float
     test: float
@@ -262,7 +261,7 @@ class _Tested:
 
 @dataclass(frozen=True)
 class _Seed:
-    """What all strategies of a seed share."""
+    """State shared by all strategies of a seed."""
 
     plan: _Plan
     seed: int
@@ -274,12 +273,12 @@ class _Seed:
 
     @cached_property
     def dense_predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the dense model on the test data, and the targets."""
+        """Predictions of the dense model on the test data, and the targets."""
         model, test = copy.deepcopy(self.model), self.context.splits.test
         return predictions(model, test, device=self.plan.device)
 
     def dense_row(self) -> Row:
-        """The dense model itself."""
+        """The row of the dense model."""
         return Row(
             DENSE_MODEL,
             DENSE_MODEL,
@@ -294,14 +293,14 @@ class _Seed:
         )
 
     def study(self, name: str, strategy: Strategy, missing: set[Key]) -> Iterator[Row]:
-        """Search the budgets one after the other; a row each, if it is missing."""
+        """Search the budgets in order; yield a row for each one that is missing."""
         keys = [(name, problem.budget_key, self.seed) for problem in self.problems]
         self.context.evaluator.forget()
         seconds = 0.0
         started = time.perf_counter()
         try:
             study = self._open(name, strategy)
-        except Exception as error:  # of one strategy; the others can still be compared
+        except Exception as error:  # in one strategy; the others can still be compared
             yield from (_failed(key, error) for key in keys if key in missing)
             return
         for key, problem in zip(keys, self.problems, strict=True):
@@ -317,7 +316,7 @@ class _Seed:
             if row is not None and key in missing:
                 yield row
             started = time.perf_counter()
-        count = len(study.trials)  # a strategy may have proposed fewer than were asked for
+        count = len(study.trials)  # a strategy may propose fewer than requested
         self.plan.report("trials", count, count)
 
     def _open(self, name: str, strategy: Strategy) -> Study:
@@ -362,7 +361,7 @@ class _Seed:
         )
 
     def _tested(self, study: Study, allocation: Allocation) -> _Tested:
-        """What the network of an allocation does; equal ones are trained once."""
+        """Quality of the network of an allocation; equal allocations are trained once."""
         network, config = study.materialise(allocation), self.plan.training
         test, targets = predictions(network, self.context.splits.test, device=self.plan.device)
         validation = test_metrics(network, self.context.splits.validation, device=self.plan.device)
@@ -386,7 +385,7 @@ class _Seed:
 
 def _failed(key: Key, error: Exception) -> Row:
     reason = str(error)
-    if not isinstance(error, RankNASError):  # a mistake in the strategy, so say where
+    if not isinstance(error, RankNASError):  # an error in the strategy: log its traceback
         logger.warning("%s failed at %s, seed %d", *key, exc_info=error)
         reason = f"{type(error).__name__}: {error}"
     return Row(*key, status=" ".join(reason.split()))

@@ -1,4 +1,4 @@
-"""A study: the trials of a search and the networks they stand for."""
+"""A study: the trials of a search and their networks."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ __all__ = ["Study", "front"]
 @renamed(answer="solution", record="store", bench="context")
 @dataclass
 class Study:
-    """What `search` returns.
+    """The result of `search`.
 
     Args:
         name: The study's name in its storage.
         store: The Optuna study behind it.
-        problems: Tables, budgets and directions; one a budget, with the same tables.
-        strategy: What proposed the trials.
+        problems: Tables, budgets and directions; one problem per budget, with shared tables.
+        strategy: The strategy that proposed the trials.
         context: The model, its factors, the evaluator and the parts of the data.
         data: The data.
         dense: Metrics of the dense model on the validation data, and its costs.
-        model: How the dense model is built, for `save`; empty for a model of the caller's.
+        model: Recipe of the dense model, for `save`; empty for a model of the caller.
         seconds: Wall-clock time of this session of the search.
 
     Example:
@@ -89,7 +89,7 @@ class Study:
 
     @property
     def evaluator(self) -> Evaluator:
-        """Evaluates further allocations on the same terms."""
+        """The evaluator, for further allocations under the same settings."""
         return self.context.evaluator
 
     @property
@@ -99,12 +99,12 @@ class Study:
 
     @property
     def final(self) -> bool:
-        """Whether trials, probes apart, are evaluated as the networks that are handed out."""
+        """Whether trials, except probes, evaluate the network that `materialise` returns."""
         return self.strategy.refits or self.evaluator.recovery is not None
 
     @property
     def best(self) -> Trial:
-        """The strategy's answer to the first budget, usually the best trial that meets it.
+        """The strategy's solution for the first budget, usually the best trial that meets it.
 
         Raises:
             StudyError: No trial has succeeded yet.
@@ -112,7 +112,7 @@ class Study:
         return self.solution(self.problem)
 
     def solution(self, problem: Problem) -> Trial:
-        """The strategy's answer to one of the budgets.
+        """The strategy's solution for one of the budgets.
 
         Raises:
             StudyError: No trial has succeeded yet.
@@ -120,14 +120,14 @@ class Study:
         return self.strategy.select(problem, self.history)
 
     def pareto_front(self) -> list[Trial]:
-        """The trials within the first budget that no other one dominates in the objectives.
+        """The Pareto front of the trials within the first budget, sorted by the first objective.
 
-        The best in the first objective comes first.
+        The best trial comes first.
         """
         return front(self.problem, self.history)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a trial: number, state, metrics, and a column ``layer:NAME`` per layer."""
+        """One row per trial: number, state, metrics, and a column ``layer:NAME`` per layer."""
         rows = [
             {"number": t.number, "state": t.state, "probe": t.probe, "budget_key": t.budget_key}
             | {"seconds": t.seconds, **t.metrics}
@@ -137,7 +137,7 @@ class Study:
         return pd.DataFrame(rows)
 
     def materialise(self, allocation: Allocation | None = None) -> nn.Module:
-        """The compressed network of an allocation (by default the best), an ordinary module."""
+        """The compressed network of an allocation (by default the best), as a plain module."""
         network = self.evaluator.network(
             self.best.allocation if allocation is None else allocation
         )
@@ -160,9 +160,9 @@ class Study:
         """Train a compressed network in place, on the training data or a part of it.
 
         Args:
-            network: From `materialise`.
-            dense: The model that it is to imitate, if the configuration distills; left as it is.
-            config: How to train.
+            network: A network from `materialise`.
+            dense: The teacher model, if the configuration distills; unchanged.
+            config: The training configuration.
             data: Other training data.
             on_step: As for `train`.
         """
@@ -195,7 +195,7 @@ class Study:
 
 
 def front(problem: Problem, history: History) -> list[Trial]:
-    """The trials within the budget that no other one dominates, by the first objective."""
+    """The Pareto front of the trials within the budget, sorted by the first objective."""
     trials = history.feasible(problem)
     if not trials:
         return []

@@ -47,7 +47,7 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; mistakes of the user exit with 2 and one line, no traceback."""
+    """Run the command line; user errors exit with 2 and one line, without a traceback."""
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.io.files import is_full
 
@@ -59,10 +59,10 @@ def main() -> None:
             _fail(error, 2)
         except RankNASError as error:
             _fail(error, 1)
-        except BrokenPipeError:  # the reader of a pipe, `head` say, has left
+        except BrokenPipeError:  # the reader of a pipe, such as `head`, has exited
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
-        except OSError as error:  # of a file that is not ours to write in one step, or a folder
+        except OSError as error:  # from a folder, or from a file not written atomically by us
             if not is_full(error):
                 raise
             name = "" if error.filename is None else f" for {error.filename!r}"
@@ -70,14 +70,14 @@ def main() -> None:
 
 
 def _own_stdout() -> None:
-    """Keep stdout to ourselves: what C libraries print, as HiGHS does at times, goes to stderr."""
+    """Reserve stdout for our output; redirect output of C libraries, such as HiGHS, to stderr."""
     before = sys.__stdout__
-    if before is None or sys.stdout is not before:  # somebody else's already
+    if before is None or sys.stdout is not before:  # already replaced by other code
         return
     try:
         own = os.dup(1)
         os.dup2(2, 1)
-    except OSError:  # closed, or no file
+    except OSError:  # closed, or not a file
         return
     buffering = 1 if os.isatty(own) else -1
     encoding, errors = before.encoding, before.errors
@@ -85,7 +85,7 @@ def _own_stdout() -> None:
 
 
 def _fail(error: Exception | str, code: int) -> None:
-    notes = taken_notices()  # in the same line
+    notes = taken_notices()  # on the same line
     said = f" ({' '.join(notes)})" if notes else ""
     typer.echo(f"ranknas: error: {error}{said}", err=True)
     sys.exit(code)

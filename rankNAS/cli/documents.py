@@ -20,10 +20,10 @@ __all__ = ["load_study", "open_recorded", "study_document", "without_passwords"]
 
 
 def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, Any]:
-    """The result document; of a search that has not ended, one without solutions.
+    """The result document of a study; without solutions if the search has not ended.
 
     Args:
-        options: Those in the study's folder.
+        options: The options in the study's folder.
         trust: As for `open_recorded`.
 
     Raises:
@@ -51,15 +51,15 @@ def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, 
 
 
 def open_recorded(options: SearchOptions, *, trust: bool) -> BaseStorage:
-    """The storage that a study's options name.
+    """The storage named by a study's options.
 
     Args:
-        options: Those in the study's folder.
-        trust: Whether a storage other than an SQLite file may be opened; it can be on another
-            machine, and load a driver.
+        options: The options in the study's folder.
+        trust: Whether to open a storage other than an SQLite file; such a storage can be on
+            another machine and load a driver.
 
     Raises:
-        UsageError: It is not trusted.
+        UsageError: The storage is not trusted.
         StudyError: The storage cannot be read.
     """
     if "storage" in options.elsewhere() and not trust:
@@ -90,7 +90,7 @@ def load_study(options: SearchOptions, storage: BaseStorage) -> optuna.Study:
 
 
 def without_passwords(value: Any) -> Any:
-    """A copy of JSON values in which no text shows a password."""
+    """A copy of JSON values with passwords removed from all texts."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, Mapping):

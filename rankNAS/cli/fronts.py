@@ -1,4 +1,4 @@
-"""The Pareto front of the trials within a budget, and which of them dominates each other one."""
+"""The Pareto front of the trials within a budget, and the dominating trial of each other one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def describe_front(problem: Problem, history: History) -> dict[str, Any]:
 
     Returns:
         ``feasible``, the numbers of the trials within the budgets, and ``pareto_front``, those of
-        the ones that no other dominates, the best in the first objective first. With several
-        objectives also ``dominated_by``, for each other one the first trial of the front that
-        dominates it; and ``hypervolume``, the volume between the front and ``reference``: in each
-        objective the worst value of all successful trials of the study, in the objective's units.
-        A front that touches this point in one objective has no volume there.
+        the non-dominated trials, the best in the first objective first. With several objectives
+        also ``dominated_by``, for each dominated trial the first trial of the front that dominates
+        it; and ``hypervolume``, the volume between the front and the point ``reference``. The
+        reference is the worst value of all successful trials of the study in each objective, in
+        the objective's units. Front points equal to the reference in one objective add no volume.
     """
     feasible, best = history.feasible(problem), front(problem, history)
     numbers = {"feasible": [t.number for t in feasible], "pareto_front": [t.number for t in best]}
@@ -41,7 +41,7 @@ def describe_front(problem: Problem, history: History) -> dict[str, Any]:
     better = (fronts[None] > values[:, None]).any(2)
     first = (as_good & better).argmax(1)
     with warnings.catch_warnings():
-        # importing linear_operator, which botorch needs
+        # from the import of linear_operator, a dependency of botorch
         warnings.simplefilter("ignore", FutureWarning)
         volume = hypervolume(values, reference)
     return numbers | {

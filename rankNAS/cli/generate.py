@@ -1,4 +1,4 @@
-"""Makes the functions that typer turns into commands, from the dataclasses of their options."""
+"""Generates typer command functions from option dataclasses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rankNAS.lazy import load
 
 __all__ = ["make_command"]
 
-#: How the help shows a type; a flag takes no value.
+#: Names of types in the help; a flag takes no value.
 METAVARS = {str: "TEXT", int: "INT", float: "NUMBER", bool: " "}
 
 
@@ -32,10 +32,10 @@ def make_command(summary: str, target: str, *groups: type[Options]) -> Callable[
     """A function whose parameters are the options of dataclasses.
 
     Args:
-        summary: What the command does, for its help.
-        target: ``module:function`` that runs the command; imported then. It is given one object
-            of each dataclass.
-        groups: The dataclasses. If one of them has the option ``--config``, the file holds
+        summary: Summary of the command for its help.
+        target: ``module:function`` that runs the command, imported at run time. It receives one
+            object of each dataclass.
+        groups: The dataclasses. If one of them has the option ``--config``, the file contains
             options of the first.
     """
 
@@ -55,7 +55,7 @@ def make_command(summary: str, target: str, *groups: type[Options]) -> Callable[
 
 
 def _made(groups: Sequence[type[Options]], given: dict[str, Any]) -> list[Options]:
-    """The objects of the options: what is given here, else in the file, else the defaults."""
+    """Option objects; values come from the command line, else the file, else the defaults."""
     made = []
     for cls in groups:
         known = {spec.name for spec in specs(cls)}
@@ -74,7 +74,7 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 
 
 def _parameters(groups: Sequence[type[Options]]) -> list[inspect.Parameter]:
-    """In the order of the panels, which is that of the help."""
+    """Parameters of all options, in the order of the panels of the help."""
     every = [spec for cls in groups for spec in specs(cls)]
     every.sort(key=lambda spec: PANELS.index(spec.option.panel))
     named = [_parameter(spec) for spec in every]
@@ -82,7 +82,7 @@ def _parameters(groups: Sequence[type[Options]]) -> list[inspect.Parameter]:
 
 
 def _parameter(spec: Spec, old: str | None = None) -> inspect.Parameter:
-    """The parameter of an option, or of an earlier name of it, which the help does not show."""
+    """The parameter of an option, or of its earlier name, which is hidden in the help."""
     name, option = old or spec.name, spec.option
     if option.positional:
         info = typer.Argument(help=option.help, metavar=name.upper())
@@ -113,7 +113,7 @@ def _show_help(ctx: typer.Context, wanted: bool) -> None:
 
 
 _CONTEXT = _named("ctx", typer.Context, inspect.Parameter.empty)
-#: In the last panel; typer's own would be in a panel before all others.
+#: Shown in the last panel; typer's own help option would be in the first.
 _HELP = _named(
     "help",
     Annotated[

@@ -1,4 +1,4 @@
-"""Ctrl-C: once to finish cleanly, twice to stop at once."""
+"""Handling of Ctrl-C: the first finishes cleanly, the second stops at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, the first SIGINT or SIGTERM raises KeyboardInterrupt, and the next one kills.
+    """Context in which the first SIGINT or SIGTERM raises KeyboardInterrupt; the next one kills.
 
-    The second one is left to the operating system, which does not wait for whatever runs.
+    The operating system handles the second signal, without waiting for running code.
     """
-    if threading.current_thread() is not threading.main_thread():  # handlers are set there alone
+    if threading.current_thread() is not threading.main_thread():  # only it can set handlers
         yield
         return
 

@@ -21,16 +21,16 @@ def describe_layers(
     """The choice of each layer, as JSON values.
 
     Args:
-        problem: Its tables hold the predicted latency, if that is known.
-        layers: Of the space that was searched.
-        allocation: What was chosen.
+        problem: The problem; its tables contain the predicted latency, if available.
+        layers: The layers of the searched space.
+        allocation: The chosen allocation.
 
     Returns:
         By name of the layer: ``macs`` of the dense layer and ``best_macs`` of the choice, the
-        layer's ``shape`` in words, the ``operator`` and ``rank`` that were chosen, the
-        ``break_even_rank`` and the ``full_rank`` (see `rank_limits`; None for a dense layer) and
-        ``full_macs``, those at full rank. Where latency was predicted also
-        ``predicted_latency`` and ``best_predicted_latency``, in seconds.
+        layer's ``shape`` in words, the chosen ``operator`` and ``rank``, the ``break_even_rank``
+        and the ``full_rank`` (see `rank_limits`; None for a dense layer), and ``full_macs``, the
+        MACs at full rank. If latency was predicted, also ``predicted_latency`` and
+        ``best_predicted_latency``, in seconds.
     """
     seconds = problem.costs.get("latency")
     indices = problem.indices(allocation)

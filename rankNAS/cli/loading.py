@@ -1,4 +1,4 @@
-"""Loads the data, the space and the dense model that options name; checks options first."""
+"""Loading of the data, the space and the dense model named by options; checks of options."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ __all__ = [
 ]
 
 
-CLIP = 1.0  # norm of a gradient; without it, factors of small networks diverged at 0.01
+CLIP = 1.0  # gradient norm; without clipping, factors of small networks diverged at 0.01
 
 
 def check_options(options: ModelOptions) -> Settings:
-    """Check the options before any work is done, and return the settings of the search.
+    """The settings of the search; checks the options before any work is done.
 
     Raises:
         UsageError: An option is wrong.
@@ -90,26 +90,26 @@ def check_options(options: ModelOptions) -> Settings:
 
 
 def workers_of(options: SearchOptions) -> Workers:
-    """Who evaluates the trials."""
+    """The configuration of the workers."""
     return Workers(
         options.workers, options.ray_address, options.gpus_per_trial, options.trial_timeout
     )
 
 
 def rank_policy(options: SpaceOptions) -> RankPolicy:
-    """The policy that the options name."""
+    """The rank policy named by the options."""
     policy, names = RankPolicy(options.candidates, options.multiple_of), options.operators
     return replace(policy, operators=tuple(names.split(","))) if names else policy
 
 
 def image_side(space: str, image_size: int | None) -> int:
-    """Pixels along a side of the images of a space, unless they are given."""
+    """Image side in pixels: the given size, else that of the space."""
     small = space in CATALOGUE and family(space) == "cifar"
     return image_size or (32 if small else 224)
 
 
 def check_writable(folder: Path) -> None:
-    """Raise a UsageError if the folder cannot be made or written, without making it."""
+    """Raise a UsageError if the folder cannot be created or written; does not create it."""
     existing = folder.absolute()
     try:
         while not _exists(existing):
@@ -124,7 +124,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Unlike Path's own, an error for a name that no file can have."""
+    """Whether a path exists; unlike `Path.exists`, raises an error for an invalid name."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -133,7 +133,7 @@ def _exists(path: Path) -> bool:
 
 
 def load_named_data(options: ModelOptions) -> Data:
-    """The data, normalised as the options say or as the weights' metadata do.
+    """The data, normalised according to the options or the metadata of the weights.
 
     Raises:
         UsageError: The data has no classes, or cannot be read.
@@ -152,7 +152,7 @@ def load_named_data(options: ModelOptions) -> Data:
 
 
 def load_space(options: ModelOptions, data: Data, settings: Settings) -> SearchSpace:
-    """The space, on which all budgets but those on latency are checked.
+    """The space; checks that all budgets except latency can be met.
 
     Raises:
         BudgetError: No allocation meets a budget.
@@ -174,9 +174,9 @@ def load_model(
     seed: int,
     progress: ProgressDisplay,
 ) -> nn.Module:
-    """The dense model with the weights that the options name, or trained now, under a seed.
+    """The dense model, with the weights named by the options or trained with a seed.
 
-    The training leaves out what a search with this seed will validate on.
+    The training excludes the validation data of a search with this seed.
     """
     model = _untrained(options, data, seed)
     if options.weights == "pretrained":
@@ -203,7 +203,7 @@ def load_model(
 
 
 def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:
-    """How compressed networks are trained; None for no epochs."""
+    """The training configuration of compressed networks; None for no epochs."""
     if epochs == 0:
         return None
     return TrainingConfig(
@@ -215,7 +215,7 @@ def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None
 
 
 def _untrained(options: ModelOptions, data: Data, seed: int) -> nn.Module:
-    """With weights that follow from the seed."""
+    """The dense model, initialised from the seed."""
     torch.manual_seed(seed)
     return build_model(
         options.space, num_classes=_classes(data), input_shape=data.input_shape
@@ -223,5 +223,5 @@ def _untrained(options: ModelOptions, data: Data, seed: int) -> nn.Module:
 
 
 def _classes(data: Data) -> int:
-    assert data.num_classes is not None  # by load_named_data
+    assert data.num_classes is not None  # checked by load_named_data
     return data.num_classes

@@ -27,16 +27,16 @@ def concerns_latency(study: Study) -> bool:
 def measure(
     study: Study, allocations: Sequence[Allocation], batch: int
 ) -> list[dict[str, float | int]]:
-    """Time the dense network and others end to end, interleaved, on the device of the search.
+    """Interleaved end-to-end latencies of the dense and compressed networks on the search device.
 
     Args:
         study: The search.
-        allocations: Of the networks to time.
-        batch: Inputs of a forward pass.
+        allocations: Allocations of the networks to time.
+        batch: Inputs per forward pass.
 
     Returns:
         For the dense network and then each allocation: ``seconds``, the median; ``spread``, the
-        standard deviation of that median; and how many ``rounds`` there were.
+        standard deviation of that median; and the number of ``rounds``.
     """
     factorisation, evaluator = study.evaluator.factorisation, study.evaluator
     x = batched(study.splits.calibration[0], batch).to(evaluator.device)

@@ -1,4 +1,4 @@
-"""Warnings about old names, each as one plain line on stderr."""
+"""Warnings about old names, printed as one plain line each on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _waiting: list[str] = []
 
 @contextmanager
 def plain_notices() -> Iterator[None]:
-    """Within, a `RenamedWarning` waits to be printed as a line; other warnings are as usual."""
+    """Context that queues each `RenamedWarning` as a line; other warnings are unchanged."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=RenamedWarning)
         usual = warnings.showwarning
@@ -43,13 +43,13 @@ def plain_notices() -> Iterator[None]:
 
 
 def flush_notices() -> None:
-    """Print the lines that wait."""
+    """Print the queued lines."""
     for text in taken_notices():
         print(f"ranknas: warning: {text}", file=sys.stderr)
 
 
 def taken_notices() -> list[str]:
-    """The lines that wait, for whoever prints them in another way."""
+    """Remove and return the queued lines, to be printed in another way."""
     taken = _waiting.copy()
     _waiting.clear()
     return taken

@@ -33,14 +33,14 @@ __all__ = [
 
 
 class ProgressDisplay:
-    """Shows stages as progress bars; silent if there is no progress display."""
+    """Shows stages as progress bars; silent without a progress display."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
     def stage(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar of a stage, which appears when it is first named."""
+        """Update the bar of a stage; the first call creates it."""
         if self._progress is None:
             return
         if name not in self._tasks:
@@ -48,12 +48,12 @@ class ProgressDisplay:
         self._progress.update(self._tasks[name], completed=done, total=total, note=note)
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False)
 
     def insist(self, *lines: str) -> None:
-        """Lines on stderr, even if there is no progress display."""
+        """Print lines on stderr, even without a progress display."""
         for line in lines:
             if self._progress is None:
                 print(line, file=sys.stderr)
@@ -62,7 +62,7 @@ class ProgressDisplay:
 
 @contextmanager
 def progress_display(quiet: bool) -> Iterator[ProgressDisplay]:
-    """Progress on stderr, after the warnings that have waited for the options to be checked."""
+    """Context with progress on stderr; first prints the warnings queued by the option checks."""
     flush_notices()
     if quiet:
         yield ProgressDisplay(None)
@@ -81,14 +81,14 @@ def progress_display(quiet: bool) -> Iterator[ProgressDisplay]:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: int = 1
 ) -> None:
-    """A table on stdout; the first `left` columns are text, the others are aligned right."""
+    """Print a table on stdout; the first `left` columns are text, the others right-aligned."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right", overflow="fold")
@@ -105,5 +105,5 @@ def number(value: float) -> str:
 
 
 def percent(part: Mapping[str, float], whole: Mapping[str, float], name: str) -> str:
-    """What is kept of a cost: ``11,243,520 (30.0 %)``."""
+    """The amount kept of a cost: ``11,243,520 (30.0 %)``."""
     return f"{number(part[name])} ({100 * part[name] / whole[name]:.1f} %)"

@@ -1,4 +1,4 @@
-"""The files that a search writes: the networks, a table of the trials, ``result.json``."""
+"""Output files of a search: the networks, a table of the trials, ``result.json``."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def keep(
 ) -> dict[str, Any]:
     """Write the artifacts and return the result document.
 
-    The document holds one of ``solutions`` for each budget. Those of the first budget are at its
-    top level too.
+    The document contains one entry of ``solutions`` per budget. The entries of the first budget's
+    solution are also at its top level.
     """
     trials = study.to_pandas()
     save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
@@ -78,7 +78,7 @@ def _solution(
     model: nn.Module,
     progress: ProgressDisplay,
 ) -> dict[str, Any]:
-    """The trial chosen for one budget, its network kept, tested and fine-tuned."""
+    """The trial chosen for one budget; saves, tests and fine-tunes its network."""
     suffix = f"-{_safe(problem.budget_key)}" if len(study.problems) > 1 else ""
     chosen = study.solution(problem)
     network = study.materialise(chosen.allocation)
@@ -118,7 +118,7 @@ def _finetune(
     network: nn.Module,
     progress: ProgressDisplay,
 ) -> dict[str, Any]:
-    """Train a chosen network in place; measured like the others."""
+    """Train a chosen network in place and measure it like the others."""
     started = time.perf_counter()
     study.finetune(
         network,

@@ -1,4 +1,4 @@
-"""Allocations that a search evaluates first: a file, or the best ones of an earlier study."""
+"""Initial allocations of a search: from a file, or the best ones of an earlier study."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT = "start.json"
 def start_allocations(options: SearchOptions) -> list[Allocation]:
     """The allocations to evaluate first; none without ``--start``.
 
-    A study that goes on takes those that it began with, from its own folder.
+    A resumed study reads its original ones from its own folder.
 
     Raises:
         UsageError: The file or the study of ``--start`` cannot be read, or has no allocation yet.
@@ -46,7 +46,7 @@ def start_allocations(options: SearchOptions) -> list[Allocation]:
 
 
 def keep_start(options: SearchOptions, start: Iterable[Allocation]) -> None:
-    """Write the allocations into the study's folder, for when it goes on."""
+    """Write the allocations into the study's folder, for a later resume."""
     if found := [allocation.labels() for allocation in start]:
         write_json(options.folder / KEPT, found)
 
@@ -65,7 +65,7 @@ def _of_study(folder: Path) -> list[Allocation]:
 
 
 def _best_trials(document: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Of each budget, the allocation of the trial that is best in the first objective."""
+    """For each budget, the allocation of the best trial in the first objective."""
     sign = 1 if document["directions"][0] == "maximize" else -1
     best: dict[str, Mapping[str, Any]] = {}
     for trial in document["trials"]:

@@ -36,7 +36,7 @@ from rankNAS.evaluation.pruning import part_ends
 
 __all__ = ["Backend", "Timing"]
 
-# Samples per forward pass for each CPU thread: the activations of more leave its caches. On
+# Samples per forward pass for each CPU thread: activations of larger batches exceed its caches. On
 # ResNet-20, 256 samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
 
@@ -118,7 +118,7 @@ class Backend:
     def applying(
         self, allocation: Mapping[str, Choice], factorisation: Factorisation
     ) -> Iterator[None]:
-        """Within, the network has the weights and batch-norm statistics of an allocation.
+        """Context in which the network has the weights and batch-norm statistics of an allocation.
 
         Args:
             allocation: One choice for each layer.
@@ -136,7 +136,7 @@ class Backend:
                 self._write(self.factorisation.space.dense, self.factorisation)
 
     def outputs(self) -> Iterator[Tensor]:
-        """The outputs on the validation inputs, part by part."""
+        """Yield the outputs on the validation inputs, part by part."""
         for number in range(len(self._outputs)):
             started = time.perf_counter()
             logits = self._outputs.part(number, self.network)
@@ -158,7 +158,7 @@ class Backend:
         return network
 
     def invalidate(self, first: int = 0) -> None:
-        """Compute the operations from number `first` on anew."""
+        """Discard cached activations of the operations from number `first` on."""
         self._outputs.invalidate(first)
         if self._calibrating is not None:
             self._calibrating.invalidate(first)

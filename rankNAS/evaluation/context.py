@@ -1,4 +1,4 @@
-"""What a search works with: the model, its factors and its data, on one device."""
+"""The context of a search: the model, its factors and its data, on one device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class SearchContext:
-    """Everything that is made once and shared by all trials, strategies and budgets.
+    """State of a search that is built once and shared by all trials, strategies and budgets.
 
     Args:
         factorisation: The dense model, its space and its factors.
@@ -36,7 +36,7 @@ class SearchContext:
         evaluator: Evaluates allocations.
         device: Where to run.
         seed: The random seed.
-        report: Called with a stage's name, steps done, and steps in all.
+        report: Called with a stage's name, the steps done, and the total number of steps.
     """
 
     factorisation: Factorisation
@@ -55,19 +55,19 @@ class SearchContext:
         }
 
     def recovery(self, config: TrainingConfig, samples: int | None = None) -> Recovery:
-        """A training by the seed of the study, on its training data.
+        """A training on the study's training data, with the study's seed.
 
         Args:
-            config: How to train; its seed is replaced.
-            samples: Train on so many samples at most; None for all.
+            config: The training configuration; its seed is replaced.
+            samples: Maximum number of training samples; None for all.
         """
         return Recovery.of(self.splits, config, self.seed, samples)
 
     def checkpoint(self, key: str) -> Path:
-        """Where a long computation may keep its state; equal for equal models, data and keys.
+        """Path for the state of a long computation; equal for equal models, data and keys.
 
         Args:
-            key: Whatever else the computation depends on, in words.
+            key: All other dependencies of the computation, in words.
         """
         inputs, targets = self.splits.calibration
         tensors = {**self.factorisation.model.state_dict(), "inputs": inputs, "targets": targets}

@@ -36,7 +36,7 @@ class Evaluator:
         factorisation: The factors, shared and never changed.
         calibration: Inputs (samples, …) from which batch-norm statistics are re-estimated.
         validation: Inputs and targets on which metrics are measured.
-        objectives: What to measure besides loss, accuracy, divergences and costs.
+        objectives: Objectives to measure besides loss, accuracy, divergences and costs.
         extra_costs: Further costs of an allocation by name, for example a predicted latency.
         batch_norm: Correct batch-norm statistics by the change that compression causes on the
             calibration inputs; ignored without batch norms.
@@ -47,8 +47,8 @@ class Evaluator:
             compressed network (`refit_sequentially`). Evaluations skip this for speed, unless
             they are final.
         low_memory: Keep no activations and, on the CPU, copy no weights of a network that exceeds
-            the memory limit (`exceeds_memory_limit`): its thin layers are made whenever they are
-            called. Slower. Pickled copies have it on.
+            the memory limit (`exceeds_memory_limit`): its thin layers are built at each call.
+            Slower. Always on in pickled copies.
         known_logits: The dense network's outputs on the validation inputs, if known.
         recovery: A training of returned networks. Evaluations skip it, unless they are final.
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
@@ -115,12 +115,12 @@ class Evaluator:
         Args:
             allocation: One choice a layer.
             final: Evaluate the network that `network` returns, refitted and trained if the
-                evaluator does that. This takes several times longer.
+                evaluator is set so. This takes several times longer.
             should_continue: Called after each of the evaluator's parts but the last, with metrics
                 that lack the measured objectives.
 
         Raises:
-            ObjectiveError: An objective raised or returned something that is not finite, or the
+            ObjectiveError: An objective raised or returned a value that is not finite, or the
                 training diverged.
             PrunedError: ``should_continue`` returned false.
             UsageError: The allocation does not belong to the space.
@@ -140,7 +140,7 @@ class Evaluator:
         self._known[self._key(allocation, final)] = dict(metrics)
 
     def forget(self) -> None:
-        """Forget all metrics and activations, so that everything is evaluated anew."""
+        """Discard all cached metrics and activations."""
         self._known.clear()
         self.backend.invalidate()
 
@@ -210,7 +210,7 @@ class Evaluator:
         costs: dict[str, float],
         should_continue: PruneCallback | None,
     ) -> Tensor:
-        """Train a network, unless the evaluation is pruned; return its outputs in the end."""
+        """Train a network, unless the evaluation is pruned; return its final outputs."""
         epochs = recovery.config.epochs
 
         def on_epoch(epoch: int) -> None:
@@ -242,7 +242,7 @@ class Evaluator:
         return output_metrics(logits, self._targets, self.dense_logits)
 
     def _factors(self, allocation: Allocation, refit: bool) -> Factorisation:
-        """The factors of an allocation, refitted if `refit` and the evaluator does that."""
+        """The factors of an allocation, refitted if `refit` and the evaluator is set so."""
         self.factorisation.space.check(allocation)
         if not (refit and self.sequential):
             return self.factorisation
@@ -251,7 +251,7 @@ class Evaluator:
         )
 
     def _untrained(self, allocation: Allocation) -> nn.Module:
-        """The network of an allocation, its factors refitted if the evaluator does that."""
+        """The network of an allocation, with refitted factors if the evaluator is set so."""
         factors = self._factors(allocation, refit=True)
         with self.backend.applying(allocation, factors):
             return self.backend.build(allocation, factors)

@@ -1,4 +1,4 @@
-"""Outputs of networks on data sets, and the metrics that follow from them."""
+"""Outputs of networks on data sets, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PartwiseOutputs:
         inputs: The inputs (samples, …), on the network's device.
         sizes: The number of samples of each part.
         batch_size: Samples per forward pass, at most.
-        executor: Of the network, if it could be traced. A forward pass then begins at the first
-            operation that changed since the last one.
+        executor: The network's executor, if it could be traced. A forward pass then begins at the
+            first operation that changed since the last one.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PartwiseOutputs:
             self._passes = [CachedPass(executor, part) for part in self._parts]
 
     def invalidate(self, first: int) -> None:
-        """The operations of the executor from number `first` on have changed."""
+        """Mark the executor's operations from number `first` on as changed."""
         for cached in self._passes or ():
             cached.invalidate(first)
 
@@ -57,7 +57,7 @@ class PartwiseOutputs:
 
 
 def output_metrics(logits: Tensor, targets: Tensor, dense_logits: Tensor) -> dict[str, float]:
-    """The metrics that follow from outputs alone.
+    """Metrics computed from outputs alone.
 
     Args:
         logits: Outputs (n, …) on the first validation samples.

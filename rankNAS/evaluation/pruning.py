@@ -1,4 +1,4 @@
-"""Evaluations that are stopped after a part of the work."""
+"""Early stopping of evaluations."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def check_pruning(
 
 
 def part_ends(shares: Sequence[float], count: int) -> list[int]:
-    """The numbers of things, out of `count`, at which the shares end; at least 1."""
+    """Cumulative numbers of items, out of `count`, at which the shares end; at least 1."""
     return sorted({max(1, round(share * count)) for share in shares})

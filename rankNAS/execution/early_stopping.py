@@ -36,9 +36,9 @@ class SuccessiveHalving:
     continues.
 
     Args:
-        objectives: Their names; those that are measured at the end alone play no part.
+        objectives: Names of the objectives; those measured only at the end are ignored.
         directions: Their directions.
-        reduction: Trials that reach a step for each one that continues.
+        reduction: The number of trials that reach a step per trial that continues.
 
     Raises:
         UsageError: A reduction below 2, or no objective is known before the end.

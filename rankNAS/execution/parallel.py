@@ -1,11 +1,11 @@
-"""Many workers: Ray Tune runs them, here or on a cluster.
+"""Parallel evaluation by Ray Tune workers, on this machine or on a cluster.
 
-A trial of Tune is one worker, which evaluates one allocation after the other: Tune places the
-workers, gives them their resources and starts them again when they die. What to evaluate and what
-came of it goes through a mailbox, a small actor, so that an allocation costs a round trip of about
-a millisecond and not a trial of Tune, with its files and its bookkeeping (`worker`). The driver
-proposes and records; nothing of Tune's is needed to go on with a search. The factors and the
-data are put into Ray's object store once (`sharing`).
+One Tune trial is one worker, and a worker evaluates one allocation after another. Tune places the
+workers, assigns their resources and restarts them when they die. Evaluations and outcomes pass
+through a mailbox, a small actor (`worker`). An allocation thus costs a round trip of about a
+millisecond instead of a Tune trial with its files and bookkeeping. The driver proposes and
+records; a resumed search needs no state of Tune. Factors and data are put into Ray's object store
+once (`sharing`).
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from rankNAS.storage.retries import reason
 __all__ = ["Parallel", "Workers"]
 
 logger = logging.getLogger(__name__)
-RESTARTS = 1000  # of a worker
-RETRIES = 2  # of a task whose worker died
-WAIT = 1.0  # seconds between looks at how long tasks have been running
-BEGIN = 600.0  # seconds for the first worker to begin
-LEAVE = 10.0  # seconds that workers may take to go home
-STORE = 1.5  # size of a local object store, relative to what goes into it
+RESTARTS = 1000  # per worker
+RETRIES = 2  # of an evaluation whose worker died
+WAIT = 1.0  # seconds between checks for timeouts
+BEGIN = 600.0  # seconds for the first worker to start
+LEAVE = 10.0  # seconds for workers to exit
+STORE = 1.5  # size of a local object store, relative to its contents
 LEAST_STORE = 128 * 2**20  # bytes
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How trials are run in parallel.
+    """Configuration of parallel evaluation.
 
     Args:
-        count: Workers. One, without a timeout, needs no Ray.
-        address: Of a Ray cluster to join: ``auto``, or ``HOST:PORT``. None starts Ray here and
-            stops it in the end.
-        gpus: GPUs of a worker; a fraction shares one.
-        timeout: Seconds after which a trial is cut off.
+        count: Number of workers. One worker without a timeout needs no Ray.
+        address: Address of a Ray cluster to join: ``auto``, or ``HOST:PORT``. None starts Ray
+            locally and stops it at the end.
+        gpus: GPUs per worker; workers with a fraction share a GPU.
+        timeout: Seconds after which a trial is aborted.
 
     Raises:
         UsageError: Fewer than one worker, or a negative number.
@@ -80,18 +80,18 @@ class Workers:
 
 
 class Parallel(Executor):
-    """Evaluates in workers.
+    """Executor that evaluates in parallel workers.
 
-    A worker that dies is started again, and its task is done again, at most twice more; a worker
-    that takes longer than the timeout is killed, and its task has failed.
+    A worker that dies is restarted, and its evaluation is repeated at most twice. A worker that
+    exceeds the timeout is killed, and its evaluation fails.
 
     Args:
-        evaluator: What each worker gets; its factors and data are shared.
-        workers: How many, and where.
-        pruner: Says which evaluations are not worth finishing; it lives beside the mailbox.
+        evaluator: The evaluator of each worker; its factors and data are shared.
+        workers: Configuration of the workers.
+        pruner: Decides which evaluations to stop early; it runs in the mailbox's process.
 
     Raises:
-        UsageError: The cluster cannot be reached, or something of the user's cannot be sent.
+        UsageError: The cluster cannot be reached, or a user's object cannot be pickled.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Parallel(Executor):
         self.workers, self.slots = workers, workers.count
         self._tasks: dict[int, Evaluation] = {}
         self._tries: dict[int, int] = {}
-        self._outbox: list[tuple[int, Evaluation]] = []  # goes along when news are asked for
-        self._held: dict[int, tuple[int, float]] = {}  # worker: its task, and since when
+        self._outbox: list[tuple[int, Evaluation]] = []  # sent with the next exchange
+        self._held: dict[int, tuple[int, float]] = {}  # worker: evaluation, start time
         self._actors: dict[int, Any] = {}
         self._deaths: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._leaving = threading.Event()
@@ -149,7 +149,7 @@ class Parallel(Executor):
         self._tune.start()
 
     def _fit(self, tuner: Any) -> None:
-        """Run the workers until they are sent home: in a thread, as it does not return before."""
+        """Run the workers until they are dismissed; blocks, so it runs in a thread."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -170,7 +170,7 @@ class Parallel(Executor):
         while self._tasks and not outcomes:
             if not self._tune.is_alive():
                 raise RankNASError(f"Ray Tune ended before the trials did: {self._failure}")
-            while not self._deaths.empty():  # before the worker's successor is heard of
+            while not self._deaths.empty():  # before events of the restarted worker
                 outcomes += self._lost(self._deaths.get())
             outbox, self._outbox = self._outbox, []
             for event in ray.get(self._mailbox.exchange.remote(outbox, WAIT)):
@@ -184,7 +184,7 @@ class Parallel(Executor):
         return outcomes
 
     def _heard(self, kind: str, worker: int, content: Any) -> list[Outcome]:
-        """Take in an event; what it ends."""
+        """Process an event and return the outcomes it yields."""
         self._alive = True
         if kind == "unable":
             raise RankNASError(f"workers cannot begin: {content}")
@@ -200,11 +200,11 @@ class Parallel(Executor):
 
     def _ended(self, number: int, outcome: Outcome) -> Outcome:
         del self._tries[number]
-        # The task that was submitted, whose allocation is the one that the caller knows.
+        # Return the submitted evaluation: its allocation is the caller's own object.
         return replace(outcome, evaluation=self._tasks.pop(number))
 
     def _lost(self, worker: int) -> list[Outcome]:
-        """A worker died, or begins again: what it held before is to be done again."""
+        """Repeat the evaluation of a worker that died or restarted."""
         number, _ = self._held.pop(worker, (None, 0.0))
         if number is None or number not in self._tasks:
             return []
@@ -217,7 +217,7 @@ class Parallel(Executor):
         return []
 
     def _overdue(self) -> list[Outcome]:
-        """Cut off what takes too long."""
+        """Abort evaluations that exceed the timeout."""
         import ray
 
         limit, found = self.workers.timeout, []
@@ -234,7 +234,7 @@ class Parallel(Executor):
     def close(self) -> None:
         import ray
 
-        # Whoever is busy is not waited for: its trial is not wanted any more.
+        # Do not wait for busy workers: their trials are no longer needed.
         with contextlib.suppress(Exception):
             ray.get(self._mailbox.go_home.remote(), timeout=LEAVE)
             for worker in self._held:
@@ -250,11 +250,11 @@ class Parallel(Executor):
 
 
 def _watch(deaths: queue.SimpleQueue[int], leaving: threading.Event) -> Any:
-    """A callback of Tune's that tells of workers' deaths, and ends Tune when it is time."""
+    """A Tune callback that reports the deaths of workers and stops Tune on request."""
     from ray import tune
 
     class Watch(tune.Callback):
-        """What Tune calls; it writes its callbacks to a file too, which nobody reads."""
+        """The callback; Tune also pickles its callbacks to a file, which is not used."""
 
         def __init__(self, deaths: Any = None, leaving: Any = None) -> None:
             self.deaths, self.leaving = deaths, leaving
@@ -263,7 +263,7 @@ def _watch(deaths: queue.SimpleQueue[int], leaving: threading.Event) -> Any:
             return type(self), ()
 
         def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-            # A worker that has just died would keep Tune busy with the next one.
+            # Otherwise Tune would restart a worker that has just died.
             if self.leaving.is_set():
                 raise RuntimeError("the workers are not needed any more")
 
@@ -276,7 +276,7 @@ def _watch(deaths: queue.SimpleQueue[int], leaving: threading.Event) -> Any:
 
 
 def _threads(workers: Workers) -> int:
-    """Of each worker, so that all together have one a core."""
+    """CPU threads per worker, for one thread per core in total."""
     import ray
 
     if workers.address is None:
@@ -286,22 +286,22 @@ def _threads(workers: Workers) -> int:
 
 
 def _connect(workers: Workers, evaluator: Evaluator) -> bool:
-    """Join a cluster, or start one here; whether we have to leave it.
+    """Join a cluster or start one locally; return whether to disconnect at the end.
 
     Raises:
         UsageError: The cluster cannot be reached.
     """
-    # Tune and Ray read these when they are imported.
+    # Tune and Ray read these at import.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # never a cluster that nobody asked for
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # never join a cluster unasked
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # we do not go on from Tune's files
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # no resume from Tune's files
     import ray
 
     for name in ("ray", "ray.air", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # we say ourselves what goes wrong
-    # What workers die of is ours to say; this prints it on stdout, in the midst of results.
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we report errors ourselves
+    # We report the deaths of workers; Ray would print them on stdout, among the results.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
     if ray.is_initialized():
         return False

@@ -1,7 +1,7 @@
-"""Who evaluates what next: proposals are claimed, handed to an executor, and recorded.
+"""Scheduler: claims proposals, submits them to an executor, and records the outcomes.
 
-The loop is the same for one process and for many. What is being evaluated, here and by other
-processes on the same study, is pending in the history that the strategy sees.
+The loop is the same for one process and for many. Strategies see pending trials, those of other
+processes on the same study included.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["Executor", "Outcome", "Pruner", "Serial", "Evaluation", "execute", "schedule"]
 
 logger = logging.getLogger(__name__)
-FAILURES = 3  # in a row, and the search stops
-ATTEMPTS = 5  # proposals that other processes were quicker with, before waiting
-POLL = 0.5  # seconds between looks at what other processes have done
-PATIENCE = 0.2  # seconds between looks for the best trial, which takes longer with every one
+FAILURES = 3  # consecutive failed trials that stop the search
+ATTEMPTS = 5  # proposals already claimed by other processes, before waiting
+POLL = 0.5  # seconds between reads of other processes' trials
+PATIENCE = 0.2  # seconds between searches for the best trial, whose time grows with the trials
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 #: Pruner: (budget key, step, metrics) -> continue? A step is the number of validation samples
@@ -44,7 +44,7 @@ OnTrial = Callable[[Trial, Trial | None], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation to do.
+    """A claimed evaluation.
 
     Args:
         claim: What to evaluate, and for which budget.
@@ -62,9 +62,9 @@ class Outcome:
     Args:
         evaluation: The evaluation.
         state: ``complete``, ``failed`` or ``pruned``.
-        metrics: What was measured; at the steps before the last, as ``NAME@STEP``.
-        seconds: How long it took.
-        reason: Why it failed or was stopped.
+        metrics: The measured metrics; those of steps before the last are named ``NAME@STEP``.
+        seconds: The evaluation time in seconds.
+        reason: The reason of a failure or early stop.
     """
 
     evaluation: Evaluation
@@ -75,31 +75,31 @@ class Outcome:
 
 
 class Executor(ABC):
-    """Runs evaluations, one or several at a time.
+    """Base class of executors, which run one or several evaluations at a time.
 
     Attributes:
-        slots: How many evaluations it takes before `wait` must be called.
+        slots: Number of evaluations that it accepts before a call of `wait`.
     """
 
     slots: int
 
     @abstractmethod
     def submit(self, evaluation: Evaluation) -> None:
-        """Begin an evaluation."""
+        """Start an evaluation."""
 
     @abstractmethod
     def wait(self) -> Sequence[Outcome]:
-        """Wait for at least one evaluation to end, or for a short while."""
+        """Outcomes of ended evaluations; waits for at least one, or for a short time."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of what the executor holds; evaluations that have not ended are dropped."""
+        """Release the executor's resources; unfinished evaluations are discarded."""
 
 
 class Serial(Executor):
-    """Evaluates in this process, one allocation after the other.
+    """Executor that evaluates in this process, one allocation after another.
 
     Args:
-        evaluator: Evaluates.
+        evaluator: The evaluator.
         pruner: Decides which evaluations to stop early.
     """
 
@@ -117,7 +117,7 @@ class Serial(Executor):
 
 
 def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None = None) -> Outcome:
-    """Evaluate an allocation; what goes wrong with it alone is a failed outcome."""
+    """Evaluate an allocation and return its outcome; its own errors yield ``failed``."""
     started = time.perf_counter()
     steps: dict[str, float] = {}
     costs = set(evaluator.costs(evaluation.claim.allocation))
@@ -159,14 +159,14 @@ def schedule(
     """Propose, evaluate and record until every budget has its number of trials.
 
     Args:
-        study: What is known so far; its strategy is bound.
-        n_trials: Trials proposed for each budget, failed ones included. Probes come on top.
-        executor: Evaluates; left open.
+        study: The study; its strategy is bound.
+        n_trials: Trials proposed for each budget, including failed ones. Probes are extra.
+        executor: Runs the evaluations; left open.
         on_trial: Called with each trial of this process and the best one for its budget.
         start: Allocations to evaluate first, for each budget those that meet it.
 
     Raises:
-        ObjectiveError: Three trials in a row failed, or a proposal itself.
+        ObjectiveError: Three consecutive trials failed, or a proposal failed.
     """
     for problem in study.problems:
         fitting = [a for a in dict.fromkeys(start) if problem.meets(problem.indices(a))]
@@ -197,19 +197,19 @@ class _Loop:
                     for outcome in self.executor.wait():
                         self.finish(outcome)
                 else:
-                    time.sleep(POLL)  # what is left is being evaluated by other processes
+                    time.sleep(POLL)  # other processes evaluate the rest
                     self.study.store.history()
         except BaseException:
             self.study.store.interrupt(self.running)
             raise
 
     def history(self) -> History:
-        """All trials, as of the last claim: a claim for what is out of date is not granted."""
+        """All trials as of the last claim; outdated claims are not granted."""
         record = self.study.store
         return record.known().awaiting([c.allocation for c in (*self.running, *record.others())])
 
     def is_done(self) -> bool:
-        """Begin as many tasks as there is room for; whether there is nothing left to do."""
+        """Fill the free slots of the executor; return whether no work is left."""
         while True:
             history = self.history()
             enough = len(history.candidates(self.problem)) >= self.n_trials
@@ -223,7 +223,7 @@ class _Loop:
                 return not history.pending
             granted = self.study.store.claim(wanted, self.running, self.n_trials)
             if not granted:
-                # Another process was quicker; what it has is pending now, so ask for others.
+                # Another process claimed it first; it is pending now, so propose others.
                 self.refused += 1
                 if self.refused % ATTEMPTS:
                     continue
@@ -234,7 +234,7 @@ class _Loop:
                 self.executor.submit(Evaluation(claim, self.study.final and not claim.probe))
 
     def wanted(self, history: History, free: int) -> list[Claim]:
-        """What to evaluate next; nothing as long as probes are being evaluated elsewhere."""
+        """Claims to request next; empty while other processes evaluate probes."""
         strategy, problem = self.study.strategy, self.problem
         left = [a for a in self.probes if a not in history.found]
         if not left:
@@ -251,11 +251,11 @@ class _Loop:
         if first := [a for a in self.start if a not in history.proposed]:
             return [Claim(a, problem.budget_key) for a in first[: min(free, room)]]
         drawn = [self.study.context.seed, len(history.trials) + len(history.pending)]
-        # Processes that count alike would propose alike.
+        # Processes with equal counts would otherwise make equal proposals.
         rng = np.random.default_rng(drawn + [self.refused] * bool(self.refused))
         try:
             proposals = strategy.propose(problem, history, min(free, room), rng)
-        except ObjectiveError as error:  # a training, for example
+        except ObjectiveError as error:  # for example, a training diverged
             dense = problem.allocation([0] * len(problem.errors))
             self.record(Claim(dense, problem.budget_key), "failed", {}, 0.0, str(error))
             raise
@@ -273,7 +273,7 @@ class _Loop:
             )
 
     def finish(self, outcome: Outcome) -> None:
-        """Record what came of a task, and stop if nothing works."""
+        """Record the outcome of an evaluation; stop after repeated failures."""
         claim = outcome.evaluation.claim
         self.running.remove(claim)
         if outcome.state == "failed":
@@ -304,7 +304,7 @@ class _Loop:
         names = self.problem.objectives
         values = tuple(metrics[name] for name in names) if state == "complete" else ()
         trial = Trial(
-            -1,  # the storage numbers it
+            -1,  # the storage assigns the number
             claim.allocation,
             state,
             values,
@@ -317,7 +317,7 @@ class _Loop:
         self.study.store.add(trial, names)
 
     def best_of(self, history: History) -> Trial | None:
-        """The best trial so far, or a short while ago."""
+        """The best trial so far, cached for a short time."""
         now, finished = time.monotonic(), len(history.candidates(self.problem))
         if now - self.looked > PATIENCE or finished >= self.n_trials:
             some = bool(history.feasible(self.problem))

@@ -1,7 +1,7 @@
-"""How an evaluator is sent to workers: tensors lie once on each machine, and are read there.
+"""Zero-copy serialisation of evaluators: each machine holds one copy of the tensors.
 
-Ray lets all processes of a machine read the bytes of arrays in one place. Tensors are pickled as
-such arrays, so that a worker's own memory holds none of the factors and data.
+Ray stores arrays in shared memory, where all processes of a machine read them. Tensors are pickled
+as such arrays, so that the private memory of a worker holds no factors and data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["sending", "shared_bytes"]
 
 
 def shared_bytes(evaluator: Evaluator) -> int:
-    """Bytes of the tensors that an evaluator is sent with, counted by what they pickle to."""
+    """Bytes of an evaluator's tensors, measured on their pickled form."""
     sizes: list[int] = []
     with sending():
         _cloudpickle().dumps(
@@ -33,7 +33,7 @@ def shared_bytes(evaluator: Evaluator) -> int:
 
 
 def _cloudpickle() -> Any:
-    """Ray's own copy of it, which has no types."""
+    """Ray's own copy of cloudpickle, which has no type annotations."""
     from ray import cloudpickle
 
     return cloudpickle
@@ -41,10 +41,10 @@ def _cloudpickle() -> Any:
 
 @contextlib.contextmanager
 def sending() -> Iterator[None]:
-    """Within, an evaluator is pickled for workers.
+    """Context in which an evaluator is pickled for workers.
 
     Raises:
-        UsageError: Something of the user's cannot be pickled.
+        UsageError: A user's object cannot be pickled.
     """
     with _shared_tensors(), _code_by_value():
         try:
@@ -58,7 +58,7 @@ def sending() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shared_tensors() -> Iterator[None]:
-    """Within, tensors are pickled as arrays, which Ray lets all processes read in one place."""
+    """Context in which tensors are pickled as arrays, for Ray's shared memory."""
     dispatch = _cloudpickle().CloudPickler.dispatch
     before = {kind: dispatch.get(kind) for kind in (Tensor, nn.Parameter)}
     dispatch[Tensor] = _reduced
@@ -74,12 +74,12 @@ def _shared_tensors() -> Iterator[None]:
 
 
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
-    """How a tensor is pickled: its bytes as an array, and how they are to be read."""
+    """Pickled form of a tensor: its bytes as an array, with dtype and layout."""
     own = tensor.detach()
     last = own.dim() == 4 and not own.is_contiguous()
     own = (own.permute(0, 2, 3, 1) if last else own).cpu().contiguous()
     flat = own.reshape(-1)
-    if flat.stride() != (1,):  # of one element, any stride counts as contiguous
+    if flat.stride() != (1,):  # with one element, any stride counts as contiguous
         flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
     array = flat.view(torch.uint8).numpy()
     parameter = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
@@ -94,7 +94,7 @@ def _restored(
     parameter: bool | None,
     device: str,
 ) -> Tensor:
-    """The inverse; on the CPU, the tensor's bytes are those of the array."""
+    """Inverse of `_reduced`; on the CPU, the tensor shares the memory of the array."""
     tensor = torch.from_numpy(array).view(dtype) if array.size else torch.empty(0, dtype=dtype)
     tensor = tensor.reshape(shape)
     tensor = (tensor.permute(0, 3, 1, 2) if last else tensor).to(device)
@@ -103,7 +103,7 @@ def _restored(
 
 @contextlib.contextmanager
 def _code_by_value() -> Iterator[None]:
-    """Within, what the user's files define is pickled with its code: workers cannot import it."""
+    """Context that pickles the user's own modules by value; workers cannot import them."""
     cloudpickle = _cloudpickle()
     own = [m for name, m in sys.modules.items() if name.startswith(MODULE_PREFIX)]
     for module in own:

@@ -1,4 +1,4 @@
-"""What runs in workers, and the mailbox between them and the driver."""
+"""The worker loop, and the mailbox between workers and the driver."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from rankNAS.execution.scheduler import Evaluation, Outcome, Pruner, execute
 
 __all__ = ["Mailbox", "work"]
 
-REPORT = 1.0  # seconds between what a worker tells Tune
+REPORT = 1.0  # seconds between a worker's reports to Tune
 
 
 class Mailbox:
-    """Where workers find tasks and leave outcomes; an actor."""
+    """Actor that queues evaluations for workers and their outcomes for the driver."""
 
     def __init__(self, pruner: Pruner | None) -> None:
         self._rule = pruner
@@ -30,34 +30,34 @@ class Mailbox:
         self._events: list[tuple[str, int, Any]] = []
         self._news = asyncio.Event()
         self._home = False
-        self._lives: dict[int, int] = {}  # of each worker, how often it has begun
+        self._lives: dict[int, int] = {}  # by worker, number of starts
 
     def _tell(self, *event: Any) -> None:
         self._events.append(event)
         self._news.set()
 
     async def go_home(self) -> None:
-        """There is nothing more to do."""
+        """Dismiss all workers."""
         self._home = True
         self._tasks.put_nowait(None)
 
     async def hello(self, worker: int, actor: Any) -> tuple[int, bool]:
-        """A worker has begun; which of its lives that is, and whether to ask for verdicts."""
+        """Register a started worker; return its number of starts, and whether pruning is on."""
         self._lives[worker] = self._lives.get(worker, 0) + 1
         self._tell("hello", worker, actor)
         return self._lives[worker], self._rule is not None
 
     async def unable(self, worker: int, reason: str) -> None:
-        """A worker cannot begin."""
+        """Report that a worker cannot start."""
         self._tell("unable", worker, reason)
 
     async def take(self, worker: int, life: int) -> tuple[int, Evaluation] | None:
-        """The next task; None to go home."""
+        """The next evaluation; None to exit."""
         found = await self._tasks.get()
         if found is None or self._home:
             self._tasks.put_nowait(None)  # for the next worker
             return None
-        if life != self._lives[worker]:  # whoever asked has died while it waited
+        if life != self._lives[worker]:  # the caller died while it waited
             self._tasks.put_nowait(found)
             return None
         self._events.append(("took", worker, found[0]))  # no reason to wake the driver
@@ -66,20 +66,20 @@ class Mailbox:
     async def done(
         self, worker: int, life: int, number: int, outcome: Outcome
     ) -> tuple[int, Evaluation] | None:
-        """Leave an outcome and take the next task."""
+        """Deliver an outcome and take the next evaluation."""
         self._tell("done", worker, (number, outcome))
         return await self.take(worker, life)
 
     async def should_continue(
         self, budget_key: str, step: int, metrics: Mapping[str, float]
     ) -> bool:
-        """Whether an evaluation goes on."""
+        """Whether to continue an evaluation."""
         return self._rule is None or self._rule(budget_key, step, metrics)
 
     async def exchange(
         self, evaluations: Sequence[tuple[int, Evaluation]], seconds: float
     ) -> list[tuple[str, int, Any]]:
-        """Leave tasks to do; what has happened since the last call, as soon as something has."""
+        """Queue evaluations; return the events since the last call, once there is one."""
         for evaluation in evaluations:
             self._tasks.put_nowait(evaluation)
         with contextlib.suppress(asyncio.TimeoutError):
@@ -92,7 +92,7 @@ class Mailbox:
 def work(
     config: dict[str, Any], shared: list[Any], mailbox: Any, threads: int, path: list[str]
 ) -> None:
-    """A worker: evaluates until it is sent home."""
+    """The worker loop: evaluates until dismissed."""
     import ray
     from ray import tune
 
@@ -119,7 +119,7 @@ def work(
         try:
             outcome = execute(evaluator, evaluation, pruner if stops else None)
         except Exception as error:
-            # The driver has no use for the exception, which may not even unpickle there.
+            # As text: the driver does not need the exception and may be unable to unpickle it.
             reason = f"{type(error).__name__}: {error}"
             outcome = Outcome(evaluation, "failed", reason=reason)
         finished += 1
@@ -131,6 +131,6 @@ def work(
 
 
 def _give_back() -> None:
-    """Return to the system what evaluations no longer use, which the C library would keep."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another library than glibc
+    """Return free memory to the system; the C library would otherwise keep it."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

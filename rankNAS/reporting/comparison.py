@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 __all__ = ["draw", "markdown", "tables"]
 
 TUNED, TEST = "finetuned_test_accuracy", "test_accuracy"
-#: tab20's saturated colours first, its pale ones after them.
+#: The colours of tab20, first the saturated, then the pale ones.
 COLOURS = [*range(0, 20, 2), *range(1, 20, 2)]
 MARKERS = "os^Dv<>PXp*hd8H"
 
 
 def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """By budget, the header and the lines of a table of strategies, the most accurate first."""
+    """Header and lines of a table of strategies by budget, the most accurate strategy first."""
     table = summarise(rows)
     tuned = bool(table[TUNED].notna().any())
     columns = ["strategy", "test accuracy, %", *(["fine-tuned, %"] if tuned else [])]
@@ -67,11 +67,11 @@ def _seconds(value: float) -> str:
 
 
 def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
-    """The summary of a comparison.
+    """The summary of a comparison in Markdown.
 
     Args:
-        rows: From `rankNAS.comparison.compare`.
-        command: What was run.
+        rows: Rows from `rankNAS.comparison.compare`.
+        command: The command that was run.
         about: A sentence on the model, the data and the number of trials.
     """
     table = summarise(rows)
@@ -118,13 +118,13 @@ def _versions() -> str:
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Accuracy at each budget, and the search time of each strategy.
+    """Figure of the accuracy at each budget and the search time of each strategy.
 
-    Points are means over seeds, bars one standard deviation. The time is that of the study of
-    all budgets.
+    Points are means over seeds, error bars one standard deviation. The time is that of the whole
+    study, over all budgets.
 
     Args:
-        rows: From `rankNAS.comparison.compare`, at least one of a strategy that is ``ok``.
+        rows: Rows from `rankNAS.comparison.compare`, at least one of a strategy that is ``ok``.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -141,7 +141,7 @@ def draw(rows: pd.DataFrame) -> Figure:
     figure = Figure((sum(widths), height + 0.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     palette = matplotlib.colormaps["tab20"]
-    # A look goes with a strategy's place in the rows, so that pictures of the same ones agree.
+    # A strategy's position in the rows sets its style, so that figures of equal rows agree.
     looks = zip(rows.strategy.unique(), cycle(COLOURS), cycle(MARKERS), strict=False)
     given = {name: {"color": palette(i), "marker": marker} for name, i, marker in looks}
     styles = {name: given[name] for name in order}
@@ -164,7 +164,7 @@ def draw(rows: pd.DataFrame) -> Figure:
 def _draw_accuracy(
     axes: Any, table: pd.DataFrame, column: str, budgets: list[str], styles: dict[str, Any]
 ) -> None:
-    """A cloud of points for each budget, side by side so that none hides another."""
+    """Draw the points of each budget side by side, so that they do not overlap."""
     for i, (name, style) in enumerate(styles.items()):
         rows = table[table.strategy == name]
         shift = 0.8 * ((i + 0.5) / len(styles) - 0.5)
@@ -192,7 +192,7 @@ def _draw_accuracy(
 
 
 def _ticks(budgets: Sequence[str]) -> tuple[list[str], str]:
-    """What tells the budgets apart, and what they have in common."""
+    """Tick labels (the differing parts of the budgets), and their common part."""
     pairs = [budget.partition("<=") for budget in budgets]
     if len({name for name, _, _ in pairs}) > 1 or not all(p.count("<=") == 1 for p in budgets):
         return [budget.replace(",", ",\n") for budget in budgets], "budget"
@@ -200,7 +200,7 @@ def _ticks(budgets: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _draw_seconds(axes: Any, table: pd.DataFrame, styles: dict[str, Any]) -> None:
-    """Bars on a logarithmic scale, with the number of evaluations at their ends."""
+    """Draw bars on a logarithmic scale, with the number of evaluations at their ends."""
     totals = table.groupby("strategy")[["search_seconds", "evaluations"]].max()
     seconds = [float(totals.search_seconds[name]) for name in styles]
     axes.barh(range(len(styles)), seconds, color=[style["color"] for style in styles.values()])

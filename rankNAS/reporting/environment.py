@@ -12,7 +12,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "optuna", "botorch", "gpyt
 
 
 def versions() -> dict[str, str]:
-    """By name, the versions of RankNAS, Python and the libraries that results depend on.
+    """Versions, by name, of RankNAS, Python and the libraries that affect results.
 
     >>> list(versions())[:3]
     ['rankNAS', 'python', 'torch']

@@ -1,8 +1,7 @@
-"""Interactive figures of a search, from its result document.
+"""Interactive Plotly figures of a search, from its result document (``result.json``).
 
-The document is that of ``result.json``. Figures are Plotly's, without colours of paper and axes:
-they fit a light page and a dark one. Names that users give are escaped, as Plotly's labels
-understand a little HTML.
+Figures set no colours of paper and axes, so they fit a light page and a dark one. User-defined
+names are escaped, as Plotly's labels interpret some HTML.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["latency", "pareto", "progress", "ranks"]
 
 Document = Mapping[str, Any]
-#: Okabe and Ito's colours, which all kinds of colour vision tell apart.
+#: The Okabe-Ito palette, which is safe for colour blindness.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 OPERATOR_COLOURS = dict(zip(("svd", "spatial_svd", "tucker2", "group_svd"), COLOURS, strict=False))
 GREY = "#8C8C8C"
-COSTS = {"latency": "predicted_latency"}  # by budgeted cost, the metric, where names differ
+COSTS = {"latency": "predicted_latency"}  # metric by budgeted cost, where names differ
 NAMES = {"macs": "MACs", "params": "parameters", "weight_bytes": "bytes of weights"}
-LONGEST = 24  # characters of a layer's name beside its bar
-ROW = 21  # pixels of a layer
+LONGEST = 24  # maximum characters of a layer's name beside its bar
+ROW = 21  # pixels per layer
 
 
 def progress(result: Document) -> Figure:
-    """The first objective of each trial, with the best one so far within each budget."""
+    """Figure of the first objective of each trial, with the running best within each budget."""
     name, sign = result["objectives"][0], _signs(result)[0]
     complete = [t for t in result["trials"] if t["state"] == "complete"]
     lost = [t for t in result["trials"] if t["state"] != "complete"]
@@ -71,17 +70,17 @@ def progress(result: Document) -> Figure:
 
 
 def pareto(result: Document) -> list[Figure]:
-    """The first objective against each other one; a single one against the cost that is bounded.
+    """Figures of the first objective against each other one, or against the budgeted cost.
 
-    Lines are the Pareto fronts: of several objectives those within each budget, of one those of
-    all trials that succeeded.
+    The cost is used if there is only one objective. Lines are Pareto fronts: within each budget
+    for several objectives, of all successful trials for one.
     """
     others = list(result["objectives"][1:])
     return [_against(result, name) for name in others] or [_against(result, None)]
 
 
 def ranks(solution: Document) -> Figure:
-    """What each layer of an answer keeps of its MACs, against break-even and the full rank."""
+    """Figure of the MACs kept per layer of a solution, with break-even and full rank."""
     from plotly.subplots import make_subplots
 
     layers = solution["layers"]
@@ -162,7 +161,7 @@ def ranks(solution: Document) -> Figure:
 
 
 def latency(result: Document) -> Figure | None:
-    """Predicted and measured milliseconds of the networks; None if nothing is known of them."""
+    """Figure of the predicted and measured milliseconds of the networks; None without data."""
     networks = {"dense": result["dense"]}
     networks |= {
         _label(solution["budget_key"]): solution["best"] for solution in result["solutions"]
@@ -196,7 +195,7 @@ def latency(result: Document) -> Figure | None:
 
 
 def _against(result: Document, other: str | None) -> Figure:
-    """The first objective against another one, or against the cost if that is None."""
+    """Figure of the first objective against another one, or against the cost if None."""
     objectives = result["objectives"]
     name, cost = objectives[0], COSTS.get(result["cost"], result["cost"])
     fraction = other is None and bool(result["dense"].get(cost))
@@ -282,7 +281,7 @@ def _fronts(
 
 
 def _running_best(result: Document, solution: Document, sign: float) -> list[tuple[int, float]]:
-    """(number, best value so far) of the trials within the budget of an answer."""
+    """(number, best value so far) of the trials within the budget of a solution."""
     trials = {t["number"]: t["values"][0] for t in result["trials"] if t["values"]}
     steps: list[tuple[int, float]] = []
     for number in sorted(n for n in solution["feasible"] if n in trials):
@@ -302,7 +301,7 @@ def _points(
     colour: str,
     style: Mapping[str, Any],
 ) -> None:
-    """One dot a trial, none if there are no trials."""
+    """Add one point per trial to a figure."""
     if not trials:
         return
     figure.add_scatter(
@@ -317,7 +316,7 @@ def _points(
 
 
 def _trial_hover(result: Document, trial: Document) -> str:
-    """The number of a trial, what became of it, and its metrics."""
+    """Hover text of a trial: its number, state and metrics."""
     lines = [f"<b>trial {trial['number']}</b>" + (" (probe)" if trial["probe"] else "")]
     if trial["state"] != "complete":
         lines.append(escape(f"{trial['state']}: {trial.get('reason', '')}"[:160]))
@@ -357,7 +356,7 @@ def _figure(x: str, y: str) -> Figure:
 
 def _layout(height: int, top: int = 16) -> dict[str, Any]:
     return {
-        "template": {},  # Plotly's own has colours of its own, and 7 kB
+        "template": {},  # Plotly's default sets colours, and takes 7 kB
         "height": height,
         "margin": {"l": 12, "r": 36, "t": top, "b": 12},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -380,7 +379,7 @@ def _signs(result: Document) -> list[float]:
 
 
 def _targets(result: Document) -> list[str]:
-    """The labels of the budgets, those of the answers first."""
+    """The labels of the budgets, those of the solutions first."""
     answered = [solution["budget_key"] for solution in result["solutions"]]
     return list(dict.fromkeys([*answered, *(t["budget_key"] for t in result["trials"])]))
 

@@ -1,7 +1,7 @@
-"""The report of a search: one HTML file that needs nothing else, and no network.
+"""The report of a search: a self-contained HTML file that needs no network.
 
-Plotly's library is written into it. The page's own security policy allows no script but the two
-that it comes with, and no request at all; what users name is escaped besides.
+The file contains Plotly's library. Its content security policy allows only its own two scripts and
+no requests; user-defined names are also escaped.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def render(result: Document, options: Mapping[str, Any], command: str = "") -> s
     """The report as HTML.
 
     Args:
-        result: The result document, as in ``result.json``; of a search that has not ended,
-            ``solutions`` and ``dense`` may be empty.
-        options: By name, what the search was given; no passwords.
-        command: What makes the study again.
+        result: The result document, as in ``result.json``; for an unfinished search, ``solutions``
+            and ``dense`` may be empty.
+        options: The options of the search by name, without passwords.
+        command: The command that reproduces the study.
 
     Raises:
-        KeyError: The document lacks what every result has.
+        KeyError: The document lacks a required entry.
     """
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -68,7 +68,7 @@ def render(result: Document, options: Mapping[str, Any], command: str = "") -> s
 
 @dataclass(frozen=True)
 class _Script:
-    """A script of ours, which goes into the page as it is."""
+    """One of our scripts, inserted into the page without escaping."""
 
     text: str
 
@@ -77,14 +77,14 @@ class _Script:
 
     @property
     def hash(self) -> str:
-        """As in a content security policy."""
+        """The script's hash in the form of a content security policy."""
         digest = hashlib.sha256(self.text.encode()).digest()
         return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """The figures that the page has asked for, in its order."""
+    """The figures of the page, in order."""
 
     found: list[str] = field(default_factory=list)
 
@@ -93,7 +93,7 @@ class _Figures:
         return len(self.found) - 1
 
     def json(self) -> _Script:
-        """Harmless inside a script element: without ``<`` nothing can end it."""
+        """The figures as JSON that is safe in a script element: it contains no ``<``."""
         return _Script(f"[{','.join(self.found)}]".replace("<", "\\u003c"))
 
 
@@ -112,7 +112,7 @@ def _about(result: Document) -> str:
 
 
 def _summary(result: Document) -> list[dict[str, Any]]:
-    """Rows of the summary: a name, and a cell for the dense network and each answer."""
+    """Rows of the summary: a name, and a cell for the dense network and each solution."""
     solutions = result["solutions"]
     if not solutions:
         return []
@@ -139,7 +139,7 @@ def _summary(result: Document) -> list[dict[str, Any]]:
 def _row(
     name: str, networks: Sequence[Document], key: str, form: Any, cost: bool = False
 ) -> dict[str, Any]:
-    """A row of the summary; of a cost, the share that is kept with both numbers."""
+    """A row of the summary; a cost is shown as the fraction kept, with both numbers."""
     whole = networks[0].get(key)
     cells = []
     for network in networks:

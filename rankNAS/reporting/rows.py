@@ -15,26 +15,27 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Row:
-    """A strategy's answer to a budget under a seed; NaN is what was not measured.
+    """A strategy's solution for a budget and a seed; values that were not measured are NaN.
 
     Attributes:
-        strategy: Its name; ``dense`` for the dense model, once a seed.
-        budget: Its label, such as ``macs<=0.5``; ``dense`` for the dense model.
-        seed: Of splits and strategies.
-        validation_accuracy: On the data that the search measured on, without training.
-        test_accuracy: On data that the search did not see, without training.
-        test_divergence: Of the dense model's predictions on that data from the answer's: the mean
-            Kullback-Leibler divergence, in nats. It differs less by chance than accuracy does.
-        macs_fraction: Multiply-adds kept of the dense model's.
-        params_fraction: Parameters kept of the dense model's.
-        search_seconds: Of the strategy's study so far: what it did before the first trial,
-            proposals, evaluations and the choice of the answer. What a strategy keeps on disk, and
-            importing a library for the first time in a process, make it vary.
-        setup_seconds: What all strategies of the seed shared: splits, calibration, factors and
-            tables. Less where a statistic was in the cache.
-        evaluations: Trials of the study so far, failed ones and probes included.
-        finetuned_test_accuracy: On the test data, after the training that is equal for all.
-        status: ``ok``, or why there is no answer.
+        strategy: Name of the strategy; ``dense`` for the dense model, once per seed.
+        budget: Label of the budget, such as ``macs<=0.5``; ``dense`` for the dense model.
+        seed: Seed of splits and strategies.
+        validation_accuracy: Accuracy on the search's validation data, without training.
+        test_accuracy: Accuracy on unseen test data, without training.
+        test_divergence: Mean Kullback-Leibler divergence, in nats, of the dense model's
+            predictions on the test data from the solution's. It has less sampling noise than
+            accuracy.
+        macs_fraction: Fraction of the dense model's multiply-adds kept.
+        params_fraction: Fraction of the dense model's parameters kept.
+        search_seconds: Time of the strategy's study so far: preparation, proposals, evaluations
+            and the selection of the solution. It varies with the strategy's caches on disk and
+            with first imports of libraries.
+        setup_seconds: Time of the shared set-up of the seed: splits, calibration, factors and
+            tables. Cached statistics reduce it.
+        evaluations: Trials of the study so far, including failed ones and probes.
+        finetuned_test_accuracy: Accuracy on the test data after fine-tuning, equal for all.
+        status: ``ok``, or why there is no solution.
     """
 
     strategy: str
@@ -53,7 +54,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What the row is about."""
+        """The key of the row: strategy, budget and seed."""
         return self.strategy, self.budget, self.seed
 
 
@@ -64,13 +65,13 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Means and sample standard deviations over seeds, of the rows that are ``ok``.
 
     Args:
-        rows: From `compare`.
+        rows: Rows from `compare`.
 
     Returns:
-        One row a budget and strategy: ``seeds``, their number; the mean of each measured column
-        under its name; the standard deviations under ``NAME_std``, NaN for one seed. Budgets are
-        in the order of their first row; within one the most accurate strategy, after training if
-        there was any, comes first.
+        One row per budget and strategy: the number of ``seeds``; the mean of each measured column
+        under its name; its standard deviation under ``NAME_std``, NaN for one seed. Budgets are in
+        the order of their first row. Within a budget, strategies are sorted by accuracy, best
+        first, after training if there was any.
 
     >>> from dataclasses import asdict
     >>> rows = [Row("bo", "macs<=0.5", s, test_accuracy=a) for s, a in enumerate((0.7, 0.9))]

@@ -1,1 +1,1 @@
-"""The record of a study in Optuna: transactions, claims, retries."""
+"""Study storage in Optuna: transactions, claims, retries."""

@@ -1,7 +1,7 @@
-"""Where studies are kept: SQLite, a journal file, or the database of any URL.
+"""Storage backends of studies: SQLite, a journal file, or the database of any URL.
 
-Files are checked when they are opened: what is damaged is refused by name, and a line of a journal
-that a killed process left unfinished is taken away. Passwords never reach a message.
+Files are checked when they are opened. A damaged file is rejected by name. An incomplete last line
+of a journal, left by a killed process, is removed. Passwords never appear in messages.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ FORMS = (
     "postgresql://USER@HOST/DATABASE or another URL of SQLAlchemy"
 )
 JOURNAL = "journal:"
-BUSY = 60.0  # seconds that SQLite waits for another process's transaction
-BEGINNING = b'{"op_code":'  # of every line of a journal
-RACES = (  # what databases say when two programs make the same tables
+BUSY = 60.0  # seconds; SQLite's timeout for transactions of other processes
+BEGINNING = b'{"op_code":'  # start of every line of a journal
+RACES = (  # database errors when two programs create the same tables
     "already exists",
     "UNIQUE constraint failed: alembic_version",
     "duplicate key value",
 )
-STALE = 5  # seconds after which a journal's lock of a killed process is broken
-DRIVERS = {  # by dialect: modules that SQLAlchemy may use, best first, and what to install
+STALE = 5  # seconds until a journal lock of a killed process is broken
+DRIVERS = {  # by dialect: modules for SQLAlchemy, preferred first, and what to install
     "postgresql": (("psycopg", "psycopg2"), "'ranknas[postgresql]'"),
     "mysql": (("pymysql", "MySQLdb"), "pymysql"),
     "mariadb": (("pymysql", "MySQLdb"), "pymysql"),
 }
-NAMES = {"MySQLdb": "mysqldb"}  # modules whose driver has another name in SQLAlchemy
+NAMES = {"MySQLdb": "mysqldb"}  # modules with another driver name in SQLAlchemy
 
 
 def open_storage(spec: str | BaseStorage | None, *, create: bool = True) -> BaseStorage:
@@ -60,12 +60,12 @@ def open_storage(spec: str | BaseStorage | None, *, create: bool = True) -> Base
         spec: ``sqlite:///FILE``, ``journal:FILE``, the URL of a database, or the path of a file
             that ends in ``.db``, ``.sqlite``, ``.journal`` or ``.log``. A URL without a password
             takes it from the environment variable ``RANKNAS_STORAGE_PASSWORD``, if that is set.
-            None is a new storage in memory; an Optuna storage is taken as it is.
-        create: Whether a file that does not exist may be made.
+            None creates a storage in memory; an Optuna storage is used unchanged.
+        create: Whether to create a file that does not exist.
 
     Raises:
-        StudyError: The text is none of these, a driver is missing, the database does not let us
-            in, or the file is damaged.
+        StudyError: The text is none of these, a driver is missing, the database denies access, or
+            the file is damaged.
 
     Example:
         >>> storage_name(open_storage(None))
@@ -95,7 +95,7 @@ def open_storage(spec: str | BaseStorage | None, *, create: bool = True) -> Base
 
 
 def storage_name(storage: BaseStorage) -> str:
-    """A storage in words, for messages: its file, or its URL without a password."""
+    """Name of a storage for messages: its file, or its URL without a password."""
     path = file_of(storage)
     if path is not None:
         return repr(str(path))
@@ -110,7 +110,7 @@ def _shown(url: URL) -> str:
 
 
 def _file(text: str, create: bool) -> Path:
-    """The path, if a file can be there."""
+    """The path, checked: a file exists there or can be created."""
     path = Path(text).expanduser().absolute()
     if not text or path.is_dir():
         raise StudyError(f"the study storage {text!r} is no file; expected {FORMS}.")
@@ -138,8 +138,8 @@ def _damaged(path: Path, why: str) -> str:
 
 
 def _url(spec: str) -> URL:
-    """The URL of a text, with its driver and password."""
-    # A password that is not percent-encoded would be read as a part of the host, and be shown.
+    """Parse a URL and add its driver and password."""
+    # A password that is not percent-encoded would be parsed as part of the host, and be shown.
     scheme, found, rest = spec.partition("://")
     if not found:
         shown = redacted(spec) if "@" not in spec else "a text with an @, but without ://"
@@ -163,7 +163,7 @@ def _url(spec: str) -> URL:
     if url.password is None and url.host and (password := os.environ.get(PASSWORD)):
         url = url.set(password=password)
     remember(None if url.password is None else str(url.password))
-    if url.drivername in DRIVERS:  # the dialect alone: take the driver that is there
+    if url.drivername in DRIVERS:  # dialect only: use an installed driver
         modules, package = DRIVERS[kind]
         there = [m for m in modules if importlib.util.find_spec(m) is not None]
         if not there:
@@ -179,10 +179,10 @@ def _open_database(url: URL) -> BaseStorage:
     if path is not None:
         shown, options = repr(str(path)), {"connect_args": {"timeout": BUSY}}
     try:
-        # Optuna fills in a template; braces of a password are none.
+        # Optuna treats the URL as a template; escape braces in a password.
         text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
         first = sqlalchemy.create_engine(url, poolclass=NullPool)
-        # Two processes that make the tables at the same moment would trip over each other.
+        # Two processes that create the tables at the same time would conflict.
         with file_lock(path) if path is not None else database_lock(first, "ranknas open"):
             if path is not None:
                 _check_database(path)
@@ -201,36 +201,36 @@ def _open_database(url: URL) -> BaseStorage:
     weakref.finalize(storage, storage.engine.dispose)  # closes its connections
     if path is not None:
         sqlalchemy.event.listen(storage.engine, "connect", _set_up)
-        storage.engine.dispose()  # connections that were made before are not set up
+        storage.engine.dispose()  # existing connections lack the set-up
     return storage
 
 
 def _made(text: str, options: dict[str, Any]) -> RDBStorage:
-    """The storage, with its tables; another program than ours may make them at the same moment."""
+    """Create the storage with its tables; another program may create them at the same time."""
     for _ in range(3):
         try:
             return RDBStorage(text, engine_kwargs=options)
         except Exception as error:
             if not any(text in str(error) for text in RACES):
                 raise
-        time.sleep(0.5)  # until the other one is done
+        time.sleep(0.5)  # let the other program finish
     return RDBStorage(text, engine_kwargs=options)
 
 
 def _set_up(connection: Any, store: object) -> None:
-    # A finished trial outlives a power cut too; it costs a write to disk, once a trial.
+    # A finished trial survives a power cut, at the cost of one disk write per trial.
     connection.execute("PRAGMA synchronous=FULL")
 
 
 def _check_database(path: Path) -> None:
-    """Raise a StudyError unless a file is a sound SQLite database; switch it to WAL."""
+    """Raise a StudyError unless a file is an intact SQLite database; switch it to WAL."""
     if path.exists() and (size := path.stat().st_size):
         with path.open("rb") as file:
             header = file.read(100)
         page = int.from_bytes(header[16:18], "big")
         log = path.with_name(f"{path.name}-wal")
-        # SQLite takes what is missing of the last page for zeros. While there is a log, a process
-        # may have been killed that was about to write this page.
+        # SQLite reads the missing part of the last page as zeros. If a log exists, a process may
+        # have been killed before it wrote this page.
         if not (log.exists() and log.stat().st_size) and (
             len(header) < 100 or (page and size % (65536 if page == 1 else page))
         ):
@@ -240,10 +240,10 @@ def _check_database(path: Path) -> None:
             found = connection.execute("PRAGMA quick_check(1)").fetchone()
             if found != ("ok",):
                 raise StudyError(_damaged(path, str(found[0]).replace("\n", " ")))
-            # Readers and a writer do not wait for each other, and a commit is one write.
+            # With WAL, readers and a writer do not block each other, and a commit is one write.
             connection.execute("PRAGMA journal_mode=WAL")
     except sqlite3.OperationalError:
-        raise  # locked, or not readable; the file itself may be sound
+        raise  # locked, or not readable; the file itself may be intact
     except sqlite3.DatabaseError as error:
         raise StudyError(_damaged(path, str(error))) from None
 
@@ -252,16 +252,16 @@ def _check_database(path: Path) -> None:
 
 
 class _JournalLock(JournalFileOpenLock):
-    """The lock of a journal, which also takes a line away that was not written to its end.
+    """Lock of a journal; acquiring it also removes an incomplete last line.
 
-    Optuna leaves its lock behind when it is killed, and waits 30 s for it. We hold a lock that
-    dies with the process as well, so what is found of Optuna's is most likely a dead one.
+    A killed Optuna process leaves its lock behind, and others wait 30 s for it. We also hold a
+    lock that ends with the process, so a remaining Optuna lock is most likely stale.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), grace_period=STALE)
         self._path = path
-        # Not the lock of the study, which may be held longer, and by another thread.
+        # The study's lock is not used: it may be held longer, and by another thread.
         self.guard = file_lock(path.with_name(f"{path.name}.append"))
 
     def acquire(self) -> bool:
@@ -282,9 +282,9 @@ class _JournalLock(JournalFileOpenLock):
 
 
 def _cut(path: Path) -> None:
-    """Take the end of a journal away that is no whole line: its writer was killed meanwhile.
+    """Remove an incomplete last line of a journal; its writer was killed.
 
-    Optuna would append to it, and so spoil the next line and all later readings.
+    Optuna would append to it, which corrupts the next line and all later reads.
     """
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
@@ -321,12 +321,12 @@ def _open_journal(path: Path) -> BaseStorage:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     except (StudyError, OSError) as error:
         raise format_error(error, repr(str(path))) from None
-    except Exception as error:  # lines that are JSON, but tell no consistent story
+    except Exception as error:  # lines that are JSON, but inconsistent
         raise StudyError(_damaged(path, f"{type(error).__name__}: {error}")) from None
 
 
 def _check_journal(path: Path) -> None:
-    """Raise a StudyError unless each whole line of a journal is one that Optuna writes."""
+    """Raise a StudyError unless each complete line of a journal has Optuna's format."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

@@ -1,8 +1,8 @@
-"""Who is evaluating what: processes that work on one study claim allocations, on lease.
+"""Leased claims: processes that share a study reserve the allocations they evaluate.
 
-A process writes what it claims into one user attribute of the study, its slot. A claim counts
-until it expires, unless it is renewed, or until its process is found to be gone. Optuna cannot
-delete attributes, so slots that no longer count are taken over.
+A process writes its claims into one user attribute of the study, its slot. A claim is valid until
+its lease expires without renewal, or until its process is found dead. Optuna cannot delete
+attributes, so expired slots are reused.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from rankNAS.allocation import Allocation, Choice
 
 __all__ = ["LEASE", "Claim", "Owner", "keep_alive"]
 
-LEASE = 60.0  # seconds; the clocks of computers that share a study agree better than that
+LEASE = 60.0  # seconds; far above clock differences between computers that share a study
 SLOT = "ranknas:claim:"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An allocation that a process evaluates or is about to.
+    """A reserved allocation: a process evaluates it or will do so next.
 
     Args:
-        allocation: What is evaluated.
+        allocation: The allocation.
         budget_key: The key of the budget that it was proposed for.
-        probe: Whether it does not count as one of the budget's trials.
+        probe: Whether it is a probe, which does not count as a trial of the budget.
     """
 
     allocation: Allocation
@@ -43,11 +43,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Owner:
-    """A holder of claims: one open record in one process.
+    """Owner of claims: one open store in one process.
 
     Args:
         choices: The choices of each layer as labels; an allocation is written as indices.
-        name: Unlike that of any other owner.
+        name: A unique name.
 
     Example:
         >>> choices = {"conv1": ["dense", "svd:4"]}
@@ -62,7 +62,7 @@ class Owner:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def document(self, claims: Sequence[Claim]) -> dict[str, Any]:
-        """What is written into the slot, as JSON values; it counts for `LEASE` seconds."""
+        """Contents of the slot as JSON values; valid for `LEASE` seconds."""
         rows = [[self._indices(c.allocation), c.budget_key, c.probe] for c in claims]
         if not rows:
             return {}
@@ -77,7 +77,7 @@ class Owner:
         }
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether a slot is still this owner's; of a lost lease it may be another's by now.
+        """Whether this owner still has its slot; another owner may have reused an expired one.
 
         Args:
             attributes: The study's user attributes.
@@ -86,7 +86,7 @@ class Owner:
         return any(isinstance(v, dict) and v.get("owner") == self.name for v in slots)
 
     def slot(self, attributes: Mapping[str, Any]) -> str:
-        """The attribute to write into: one's own, or the first that does not count, or a new one.
+        """Name of the attribute to write: the owner's slot, else an expired one, else a new one.
 
         Args:
             attributes: The study's user attributes.
@@ -100,7 +100,7 @@ class Owner:
         return next(free, None) or next(fresh)
 
     def others(self, attributes: Mapping[str, Any]) -> tuple[Claim, ...]:
-        """What all other owners claim now.
+        """Valid claims of all other owners.
 
         Args:
             attributes: The study's user attributes.
@@ -126,14 +126,14 @@ class Owner:
 
 
 def keep_alive(renew: Callable[[], None], every: float) -> threading.Event:
-    """Call a method every so many seconds, in a thread, as long as its object lives.
+    """Call a method periodically in a thread, as long as its object exists.
 
     Args:
         renew: A bound method.
-        every: Seconds.
+        every: The period in seconds.
 
     Returns:
-        What ends it when it is set.
+        The event that stops the thread when set.
     """
     method, ended = weakref.WeakMethod(renew), threading.Event()
 
@@ -150,20 +150,20 @@ def keep_alive(renew: Callable[[], None], every: float) -> threading.Event:
 
 
 def _counts(document: object) -> bool:
-    """Whether the claims of a slot are still to be heeded."""
+    """Whether the claims of a slot are valid."""
     if not isinstance(document, dict) or not document.get("claims"):
         return False
     try:
         if document["expires"] < time.time():
             return False
-        # Of processes elsewhere nothing is known; here, a killed one need not be waited for.
+        # Remote processes cannot be checked; a killed local one frees its slot at once.
         return document["place"] != _place() or bool(_born(document["pid"]) == document["born"])
-    except (KeyError, TypeError):  # nobody writes that
+    except (KeyError, TypeError):  # not in our format
         return False
 
 
 def _place() -> str:
-    """Where a process number means the same process: a machine since its start, a namespace."""
+    """Scope in which a process number is unique: the machine's boot and the PID namespace."""
     parts = [platform.node()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -174,10 +174,10 @@ def _place() -> str:
 
 
 def _born(pid: int) -> str:
-    """When a process was started, as a text to compare; empty if it is gone."""
+    """Start time of a process as text, for comparison; empty if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        # Without a /proc, processes cannot be told from later ones of the same number.
+        # Without /proc, a process cannot be distinguished from a later one with its number.
         return "" if Path("/proc/self/stat").exists() else "unknown"
     return "" if fields[0] in "ZX" else fields[19]

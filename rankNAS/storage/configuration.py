@@ -1,4 +1,4 @@
-"""What a study was made with, in JSON, so that a later session can be held against it."""
+"""The configuration of a study as JSON, for comparison with that of later sessions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 __all__ = ["canonical", "differences"]
 
 CLASS = "class"
-UNKNOWN = "not known"  # to this version, or to the one that made the study
+UNKNOWN = "not known"  # to this version, or to the one that created the study
 
 
 def canonical(value: Any) -> Any:
-    """A value in JSON: a dataclass by its class and the fields that it prints.
+    """Canonical JSON form of a value: a dataclass becomes its class and the fields in its repr.
 
-    Other objects are described by what they print as, functions by their name, and what prints as
-    nothing but an address by its class.
+    Functions become their names. Other objects become their repr, or their class if the repr is
+    only an address.
 
     >>> canonical({"sizes": (1, 2), "by": object()})
     {'sizes': [1, 2], 'by': 'object'}
@@ -37,10 +37,9 @@ def canonical(value: Any) -> Any:
 
 
 def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
-    """In words, where a value differs from what was stored of one by `canonical`.
+    """Differences, in words, between a value and a stored one from `canonical`.
 
-    A field that the stored dataclass did not have yet counts as its default: it is newer than the
-    study.
+    A field that the stored dataclass lacks has its default: the field is newer than the study.
 
     >>> list(differences({"seed": 0, "sizes": [1]}, {"seed": 1, "sizes": (1,)}))
     ['seed was 0, is 1']
@@ -74,7 +73,7 @@ def _printed(value: Any) -> list[Field[Any]]:
 
 
 def _default(field: Field[Any]) -> Any:
-    """Described; MISSING if it has none."""
+    """Canonical default of a field; MISSING if it has none."""
     if field.default_factory is not MISSING:
         return canonical(field.default_factory())
     return MISSING if field.default is MISSING else canonical(field.default)

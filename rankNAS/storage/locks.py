@@ -1,4 +1,4 @@
-"""One process at a time on a study, for moments; a lock goes with the process that holds it."""
+"""Short-term mutual exclusion on a study; a lock ends with the process that holds it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from sqlalchemy.engine import Engine
 
 __all__ = ["database_lock", "file_lock", "file_of", "study_lock"]
 
-WAIT = 120.0  # seconds; who holds a lock for so long is suspended
+WAIT = 120.0  # seconds; a process that holds a lock longer is suspended
 POLL = 0.01  # seconds
 _in_memory: WeakKeyDictionary[optuna.storages.BaseStorage, threading.RLock] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
 def study_lock(storage: optuna.storages.BaseStorage, name: str) -> AbstractContextManager[object]:
-    """A lock on a study, between threads and processes; do not take it twice.
+    """Lock on a study, between threads and processes; not reentrant.
 
-    Beside an SQLite file or a journal it is a locked file (``.NAME.lock``), in PostgreSQL and
-    MySQL an advisory lock; in memory, and in other storages, it is only between threads.
+    SQLite files and journals use a lock file beside them (``.NAME.lock``). PostgreSQL and MySQL
+    use an advisory lock. Storages in memory, and all others, lock between threads only.
 
     Args:
         storage: From `rankNAS.storage.backends.open_storage`.
         name: The study's name.
 
     Raises:
-        OSError, SQLAlchemyError, ConnectionLostError: The lock cannot be had within two minutes.
+        OSError, SQLAlchemyError, ConnectionLostError: The lock is not free within two minutes.
     """
     path = file_of(storage)
     if path is not None:
@@ -61,9 +61,9 @@ def file_of(storage: optuna.storages.BaseStorage) -> Path | None:
 
 
 def file_lock(path: Path) -> filelock.BaseFileLock:
-    """The lock beside a file; a thread that has it may take it again."""
+    """Lock beside a file; reentrant within a thread."""
     resolved = path.resolve()
-    # Hidden, and not NAME.lock, which Optuna makes and removes beside a journal.
+    # Hidden, and not NAME.lock: Optuna creates and removes that file beside a journal.
     return _file_lock(str(resolved.with_name(f".{resolved.name}.lock")))
 
 
@@ -74,17 +74,17 @@ def _file_lock(path: str) -> filelock.BaseFileLock:
 
 @contextmanager
 def database_lock(engine: Engine, name: str) -> Iterator[None]:
-    """A lock of a database server; for servers other than PostgreSQL and MySQL, none.
+    """Advisory lock of a PostgreSQL or MySQL server; no lock on other servers.
 
     Raises:
-        SQLAlchemyError, ConnectionLostError: The lock cannot be had, or was lost meanwhile with
-            the connection that held it.
+        SQLAlchemyError, ConnectionLostError: The lock is not available, or was lost with the
+            connection that held it.
     """
     kind = engine.dialect.name
     digest = hashlib.sha256(name.encode()).digest()
     if kind == "postgresql":
         key = int.from_bytes(digest[:8], "big", signed=True)
-        # Held by a transaction, not by a session: so it works behind a pooler too.
+        # Bound to a transaction, not to a session, so that it also works behind a pooler.
         with engine.begin() as connection:
             wait = f"SET LOCAL lock_timeout = {int(1000 * WAIT)}"
             connection.execute(sqlalchemy.text(wait))

@@ -1,6 +1,6 @@
-"""Passwords stay out of messages, logs and files.
+"""Redaction of passwords in messages, logs and files.
 
-A password is known by its place, in a URL, or by its text, once `remember` was told it.
+A password is recognised by its position in a URL, or by its text after a call of `remember`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from urllib.parse import quote, quote_plus, unquote_plus
 __all__ = ["HIDDEN", "redacted", "remember", "without_password"]
 
 HIDDEN = "***"
-SHORTEST = 4  # a remembered text that is shorter would be found in ordinary words
+SHORTEST = 4  # characters; shorter passwords would match ordinary words
 _secrets: set[str] = set()
 
 _WORDS = r"[\w.%-]*(?:passw(?:or)?d|passphrase|pwd|secret|token|api[_-]?key|odbc_connect)[\w.%-]*"
-# Up to the last @ of the word: a password that should have been percent-encoded may hold one.
+# Up to the last @ of the word: a password without percent-encoding may contain one.
 _IN_AUTHORITY = re.compile(r"(?P<before>://[^\s:/@'\"]*:)[^\s]*@")
 # As SQLAlchemy reads it: the password ends at the first @.
 _LOGIN = re.compile(r"(?P<user>[\w+]+://[^:/?@]*):[^@]*@")
@@ -23,13 +23,13 @@ _IN_QUERY = re.compile(rf"(?P<before>(?<![\w.%-]){_WORDS}=)[^&\s'\"]+", re.IGNOR
 
 
 def remember(secret: str | None) -> None:
-    """Take note of a password, so that `redacted` finds it anywhere, percent-encoded or not."""
+    """Register a password for `redacted`, plain and percent-encoded."""
     if secret and len(secret) >= SHORTEST:
         _secrets.update({secret, quote(secret, safe=""), quote_plus(secret), quote(secret)})
 
 
 def redacted(text: object) -> str:
-    """A text without the passwords of the URLs in it.
+    """The text with its passwords replaced by ``***``.
 
     >>> redacted("no route to postgresql://me:pa%20ss@host/db?sslpassword=abc&a=b")
     'no route to postgresql://me:***@host/db?sslpassword=***&a=b'
@@ -42,7 +42,7 @@ def redacted(text: object) -> str:
 
 
 def without_password(url: str) -> str:
-    """A URL with everything that is secret left out, to be kept in a file.
+    """The URL without its secrets, for storage in a file.
 
     >>> without_password("postgresql://me:secret@host/db?sslpassword=abc&sslmode=require")
     'postgresql://me@host/db?sslmode=require'

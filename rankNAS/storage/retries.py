@@ -1,4 +1,4 @@
-"""A storage that goes away and comes back: what was asked of it is asked again."""
+"""Retries with exponential backoff for storages that are temporarily unavailable."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rankNAS.storage.redaction import redacted
 __all__ = ["ConnectionLostError", "format_error", "reason", "retrying", "watch"]
 
 logger = logging.getLogger(__name__)
-PATIENCE = 600.0  # seconds of an outage
+PATIENCE = 600.0  # seconds; longest outage
 FIRST, LONGEST = 0.2, 30.0  # seconds between two attempts
 FINAL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 PASSING = ("locked", "busy", "disk i/o error", "is full", "unable to open")  # in SQLite's words
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 
 class ConnectionLostError(Exception):
-    """The database does not answer; what was asked of it is done or not done, nobody knows."""
+    """The database does not respond; the outcome of the request is unknown."""
 
 
 def watch(engine: Engine) -> None:
-    """Let an engine raise `ConnectionLostError` when its server is gone.
+    """Make an engine raise `ConnectionLostError` when its server is unreachable.
 
-    SQLAlchemy's own error Optuna takes for a conflict: it repeats the transaction without a look
-    at whether it was carried out before the connection broke, and the trial would be there twice.
+    Optuna treats SQLAlchemy's own error as a conflict. It repeats the transaction without a check
+    whether it was committed before the connection broke, which could store a trial twice.
     """
     if engine.dialect.name != "sqlite" and not sqlalchemy.event.contains(
         engine, "handle_error", _lost
@@ -59,17 +59,17 @@ def _lost(context: ExceptionContext) -> ConnectionLostError | None:
 
 
 def retrying(action: Callable[[], T], name: str) -> T:
-    """The result of an action on a storage, which is repeated while the storage does not answer.
+    """The result of an action on a storage, repeated while the storage does not respond.
 
-    The pauses double from 0.2 s to 30 s, for up to ten minutes. The action must be one that may
-    be done twice: after a lost connection nobody knows whether it was carried out.
+    The pauses double from 0.2 s to 30 s, for up to ten minutes. The action must be idempotent:
+    after a lost connection, its outcome is unknown.
 
     Args:
-        action: Without arguments.
+        action: A function without arguments.
         name: The storage, for messages.
 
     Raises:
-        StudyError: The storage answered with an error, or not at all in ten minutes.
+        StudyError: The storage reported an error, or did not respond for ten minutes.
 
     Example:
         >>> solutions = iter([True])
@@ -103,13 +103,13 @@ def retrying(action: Callable[[], T], name: str) -> T:
                 seconds = time.monotonic() - began
                 logger.warning("the study storage %s answers again, after %.1f s", name, seconds)
             return result
-        # Not all waiting processes at the same moment.
+        # Jitter: waiting processes should not retry at the same time.
         time.sleep(delay * random.uniform(0.5, 1.0))
         delay = min(2 * delay, LONGEST)
 
 
 def format_error(error: Exception, name: str) -> Exception:
-    """An error of a storage as a StudyError without passwords; what is no such error, itself."""
+    """Convert a storage error to a StudyError without passwords; return other errors unchanged."""
     if isinstance(error, RankNASError):
         return error
     known = (ConnectionLostError, SQLAlchemyError, OptunaError, OSError, ValueError, RuntimeError)
@@ -120,7 +120,7 @@ def format_error(error: Exception, name: str) -> Exception:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line, without statements, parameters and passwords."""
+    """One-line description of an error, without statements, parameters and passwords."""
     while isinstance(error, StorageInternalError | DBAPIError):
         deeper = error.orig if isinstance(error, DBAPIError) else error.__cause__
         if deeper is None:
@@ -132,7 +132,7 @@ def reason(error: BaseException) -> str:
 
 
 def _passes(error: BaseException | None) -> bool:
-    """Whether an error may be gone at the next attempt."""
+    """Whether an error may be transient."""
     if isinstance(error, StorageInternalError):
         return _passes(error.__cause__)
     if isinstance(error, ConnectionLostError | DisconnectionError | sqlalchemy.exc.TimeoutError):

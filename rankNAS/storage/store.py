@@ -1,8 +1,8 @@
-"""The record of a search: an Optuna study that can be killed at any moment.
+"""Crash-safe store of a search in an Optuna study.
 
-A trial is written in one transaction when it ends, so there is never half a trial, and nothing to
-clean up after a crash. The configuration is a user attribute of the study; going on with another
-one is refused. Several processes may work on one study: see `StudyStore.claim`.
+A finished trial is written in one transaction, so partial trials do not exist and a crash needs no
+clean-up. The configuration is a user attribute of the study; a search cannot resume with another
+one. Several processes may share a study: see `StudyStore.claim`.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ T = TypeVar("T")
 class StudyStore:
     """An open study.
 
-    Leave it with `close`, or use it in a ``with`` statement: what it claims is then free at once.
+    Call `close` at the end, or use a ``with`` statement, to release its claims at once.
 
     Args:
         study: The Optuna study.
-        storage: The storage that it is in.
-        choices: The choices of each layer as labels: the distributions of the parameters.
+        storage: The study's storage.
+        choices: The choices of each layer as labels, which define the parameters' distributions.
 
     Attributes:
         study: The Optuna study.
@@ -78,14 +78,14 @@ class StudyStore:
         self._format = TrialFormat(choices, format_of("study", written, where))
         self._writer = TrialWriter(storage, self._id, self._format.distributions)
         self._history = History()
-        self._read = 0  # trials of the Optuna study that were looked at
-        self._open: set[int] = set()  # and that were not finished then
-        self._counts: Counter[str] = Counter()  # trials by target, without probes
+        self._read = 0  # number of trials of the Optuna study read so far
+        self._open: set[int] = set()  # those not finished when read
+        self._counts: Counter[str] = Counter()  # trials by budget, without probes
         self._mine: dict[str, Trial] = {}  # by token
-        self._since: dict[Allocation, int] = {}  # claims: how many trials there were before
+        self._since: dict[Allocation, int] = {}  # claims: number of trials when granted
         self._own: tuple[Claim, ...] = ()
         self._others: tuple[Claim, ...] = ()
-        self._looked = 0.0  # when
+        self._looked = 0.0  # time of the last look at other claims
         self._expires = 0.0  # when the lease on the claims ends
 
     @classmethod
@@ -99,25 +99,26 @@ class StudyStore:
         directions: Sequence[Direction],
         resume: bool,
     ) -> StudyStore:
-        """Open or make a study.
+        """Open or create a study.
 
         Args:
             storage: As for `rankNAS.storage.backends.open_storage`; None keeps the study in
                 memory.
             name: The study's name in the storage.
-            configuration: What must not change between sessions: JSON values and dataclasses.
-            choices: Labels of each layer's choices. A resumed study keeps those it was made with.
-            directions: Of the objectives.
-            resume: Whether an existing study may be gone on with.
+            configuration: Settings that must not change between sessions: JSON values and
+                dataclasses.
+            choices: Labels of each layer's choices. A resumed study keeps its original ones.
+            directions: Directions of the objectives.
+            resume: Whether to continue an existing study.
 
         Raises:
             StudyError: The storage cannot be read, the study exists and `resume` is false, or it
-                was made with another configuration.
+                was created with another configuration.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         opened = open_storage(storage)
         try:
-            # Of two processes that start a study at the same moment, the second one resumes it.
+            # If two processes start a study at the same time, the second one resumes it.
             with study_lock(opened, name):
                 study = optuna.create_study(
                     storage=opened,
@@ -129,7 +130,7 @@ class StudyStore:
                 if CONFIGURATION not in attributes:
                     if study.get_trials(deepcopy=False):
                         raise StudyError(f"study {name!r} exists and was not made by RankNAS.")
-                    # The configuration last: without it, a start that was killed is done again.
+                    # Configuration last: a study without it was killed at its start; start anew.
                     study.set_user_attr(CHOICES, {k: list(v) for k, v in choices.items()})
                     study.set_user_attr(STUDY_FORMAT, current_format("study"))
                     study.set_user_attr(CONFIGURATION, canonical(configuration))
@@ -147,34 +148,34 @@ class StudyStore:
         return cls(study, opened, attributes[CHOICES])
 
     def history(self) -> History:
-        """All finished trials, oldest first, those of other processes too.
+        """All finished trials, oldest first, including those of other processes.
 
-        Trials that RankNAS did not write are left out.
+        Trials that RankNAS did not write are excluded.
 
         Raises:
-            StudyError: The storage does not answer, or a trial is damaged.
+            StudyError: The storage does not respond, or a trial is damaged.
         """
         with self._one_thread:
             self._retrying(self._refresh)
             return self._history
 
     def known(self) -> History:
-        """The trials as of the last call that read or wrote some; the storage is not asked."""
+        """Cached trials as of the last read or write; the storage is not accessed."""
         return self._history
 
     def add(self, trial: Trial, objectives: Sequence[str]) -> Trial | None:
-        """Write a finished trial, in one transaction, once, whatever happens to the storage.
+        """Write a finished trial exactly once, in one transaction, despite storage outages.
 
         Args:
-            trial: Its number is not used.
-            objectives: Their names, in the order of the values.
+            trial: The trial; its number is ignored.
+            objectives: Names of the objectives, in the order of the values.
 
         Returns:
-            The trial with its number in the study. None if another process recorded the same
-            allocation while this one had a claim to it, as after a suspension: nothing is written.
+            The trial with its number in the study. None, with nothing written, if another process
+            recorded the allocation while this one held a claim to it, as after a suspension.
 
         Raises:
-            StudyError: The storage does not answer.
+            StudyError: The storage does not respond.
         """
         token = f"{self._owner.name}:{uuid.uuid4().hex}"
         frozen = self._format.finished(trial, token)
@@ -186,10 +187,10 @@ class StudyStore:
             with study_lock(self._storage, self.study.study_name):
                 if attempts > 1:
                     self._settle()
-                # Reading takes longer with every trial; of what is on lease there is no news.
+                # Read time grows with the trials; a leased allocation cannot have changed.
                 if attempts > 1 or not self._leased(trial.allocation):
                     self._refresh()
-                if token in self._mine:  # the connection broke after it was written
+                if token in self._mine:  # the connection broke after the write
                     return self._mine.pop(token)
                 if self._overtaken(trial.allocation):
                     return None
@@ -210,23 +211,24 @@ class StudyStore:
         running: Sequence[Claim] = (),
         most: Mapping[str, int] | int = 0,
     ) -> list[Claim]:
-        """Ask for allocations to evaluate that no other process evaluates.
+        """Claim allocations that no other process evaluates.
 
-        What is granted or running is held until it is left out of the next call, or released. It
-        is on lease, renewed by a thread: what a killed process held is free after a minute, or at
-        once if it ran on this computer.
+        Granted and running claims are held until the next call omits them, or until release. A
+        thread renews their lease. Claims of a killed process expire after a minute, or at once if
+        the process ran on this computer.
 
         Args:
-            wanted: What to evaluate next, most wanted first.
-            running: What this process evaluates already; it goes on holding that and nothing else.
-            most: How many trials each target shall have in the end, of all processes together,
-                probes excepted; one number for all targets, or by target.
+            wanted: Allocations to evaluate next, in order of preference.
+            running: Evaluations of this process in progress; their claims are kept, all others
+                released.
+            most: Total number of trials of each budget, over all processes and without probes; one
+                number for all budgets, or a number by budget.
 
         Returns:
-            Those of `wanted` that are neither finished nor claimed, and not too many.
+            Claims of `wanted` that are neither finished nor claimed, within the limits of `most`.
 
         Raises:
-            StudyError: The storage does not answer.
+            StudyError: The storage does not respond.
         """
 
         def ask() -> list[Claim]:
@@ -245,24 +247,24 @@ class StudyStore:
             return granted
 
     def interrupt(self, claims: Sequence[Claim]) -> None:
-        """Put on record that evaluations were broken off, for whoever looks, and release them.
+        """Record interrupted evaluations, for information only, and release their claims.
 
-        They are no trials of the history: a search that goes on does them again. Where the storage
-        does not answer, nothing is written.
+        They are not part of the history: a resumed search evaluates them again. If the storage
+        does not respond, nothing is written.
         """
         with self._one_thread:
             try:
                 for claim in claims:
                     self.study.add_trial(self._format.broken_off(claim))
                 self._hold(())
-            except Exception as error:  # whoever interrupts does not want to wait
+            except Exception as error:  # an interrupt must not wait
                 logger.debug("not recorded: %s", format_error(error, self._place))
 
     def release(self, claims: Sequence[Claim]) -> None:
-        """Give claims up, so that other processes may have them.
+        """Release claims, so that other processes can take them.
 
         Raises:
-            StudyError: The storage does not answer.
+            StudyError: The storage does not respond.
         """
         with self._one_thread:
             left = tuple(c for c in self._own if c not in claims)
@@ -270,20 +272,20 @@ class StudyStore:
                 self._retrying(lambda: self._hold(left))
 
     def others(self) -> tuple[Claim, ...]:
-        """What other processes are evaluating, as was known a second ago.
+        """Claims of other processes, at most about one second old.
 
         Raises:
-            StudyError: The storage does not answer.
+            StudyError: The storage does not respond.
         """
         with self._one_thread:
-            # What comes anew is seen by `claim`; what ends, even by a kill, must be seen here.
+            # `claim` sees new claims; claims that end, even by a kill, must be seen here.
             if self._others and time.monotonic() - self._looked > LOOK:
                 self._retrying(lambda: self._look(self._attributes()))
             found = self._history.found
             return tuple(c for c in self._others if c.allocation not in found)
 
     def close(self) -> None:
-        """Give all claims up, if the storage answers; the record may still be used."""
+        """Release all claims, if the storage responds; the store remains usable."""
         with self._one_thread:
             if self._ended is not None:
                 self._ended.set()
@@ -291,7 +293,7 @@ class StudyStore:
             if self._own:
                 try:
                     self._hold(())
-                except Exception as error:  # they expire; an exit need not wait for the storage
+                except Exception as error:  # they expire; an exit must not wait for the storage
                     logger.debug("claims were not given up: %s", format_error(error, self._place))
 
     def __enter__(self) -> StudyStore:
@@ -304,14 +306,14 @@ class StudyStore:
         return retrying(action, self._place)
 
     def _attributes(self) -> Mapping[str, Any]:
-        # Without the deep copy that the study would make of all choices; only looked at.
+        # Read-only, without the study's deep copy of all choices.
         return self._storage.get_study_user_attrs(self._id)
 
     # ------------------------------------------------------------------------------ reading
 
     def _refresh(self) -> None:
-        """Look at the trials that are new, and at those that were not finished before."""
-        # A list of all takes longer with every trial.
+        """Read new trials, and those not finished at the last read."""
+        # The time to list all trials grows with their number.
         fresh = list(self._news()) if self._read else self.study.get_trials(deepcopy=False)
         late = [f for n in sorted(self._open) if (f := self._numbered(n)).state.is_finished()]
         new = [self._trial(f) for f in fresh if f.state.is_finished()]
@@ -327,19 +329,19 @@ class StudyStore:
             self._extend(trials)
 
     def _numbered(self, number: int) -> FrozenTrial:
-        """A trial of the Optuna study by number; a KeyError if there is none."""
+        """A trial of the Optuna study by number; raises KeyError if it does not exist."""
         found = self._storage.get_trial_id_from_study_id_trial_number(self._id, number)
         return self._storage.get_trial(found)
 
     def _news(self) -> Iterator[FrozenTrial]:
-        """The trials that were not read yet."""
+        """Trials not read yet."""
         with suppress(KeyError):
             for number in count(self._read):
                 yield self._numbered(number)
 
     def _take_in(self, frozen: FrozenTrial) -> None:
-        """Have the trial that was just written among those that were read."""
-        if frozen.number != self._read:  # there are others that were not read
+        """Add a trial just written to the trials read."""
+        if frozen.number != self._read:  # other trials are not read yet
             self._refresh()
             return
         self._read += 1
@@ -351,7 +353,7 @@ class StudyStore:
             self._counts.update(t.budget_key for t in trials if not t.probe)
 
     def _trial(self, frozen: FrozenTrial) -> Trial | None:
-        """A finished trial of Optuna as ours; None if it is not ours."""
+        """Convert a finished Optuna trial; None if RankNAS did not write it."""
         try:
             found = self._format.read(frozen)
         except ValueError as error:
@@ -369,19 +371,19 @@ class StudyStore:
     # ------------------------------------------------------------------------------ writing
 
     def _leased(self, allocation: Allocation) -> bool:
-        """Whether nobody else can have been granted an allocation, though clocks differ a bit."""
+        """Whether our lease on an allocation is certainly valid, given small clock differences."""
         held = any(c.allocation == allocation for c in self._own)
         return held and time.time() < self._expires - LEASE / 2
 
     def _overtaken(self, allocation: Allocation) -> bool:
-        """Whether another process recorded an allocation since this one was granted it."""
+        """Whether another process recorded an allocation after it was granted to this one."""
         since = self._since.get(allocation)
         if since is None or allocation not in self._history.found:
             return False
         return any(t.allocation == allocation for t in self._history.trials[since:])
 
     def _settle(self) -> None:
-        """Wait for what a broken connection has left half done in the database."""
+        """Wait for a transaction that a broken connection left unfinished in the database."""
         engine = getattr(self._storage, "engine", None)
         if isinstance(engine, Engine) and engine.dialect.name != "sqlite":
             # Optuna locks this row before it writes a trial.
@@ -414,7 +416,7 @@ class StudyStore:
         self._looked = time.monotonic()
 
     def _publish(self, claims: tuple[Claim, ...], attributes: Mapping[str, Any]) -> None:
-        """Write what is held into the slot, under the study's lock, if it is not there."""
+        """Write held claims into the slot, under the study's lock, unless already there."""
         held = self._owner.holds(attributes)
         if (claims and not held) or (held and claims != self._own):
             self._write_claims(claims, attributes)
@@ -432,19 +434,19 @@ class StudyStore:
             self._publish(claims, self._attributes())
 
     def _renew(self) -> None:
-        """Lengthen the lease; called by a thread."""
+        """Renew the lease; called by a thread."""
         with self._one_thread:
             if not self._own:
                 return
             try:
                 with study_lock(self._storage, self.study.study_name):
                     self._write_claims(self._own, self._attributes())
-            except Exception as error:  # the next call may do better
+            except Exception as error:  # the next call may succeed
                 logger.debug("the lease was not renewed: %s", format_error(error, self._place))
 
 
 def study_names(storage: str) -> list[str]:
-    """The names of all studies in a storage, which must exist.
+    """Names of all studies in an existing storage.
 
     Raises:
         StudyError: The storage cannot be read.
@@ -457,7 +459,7 @@ def study_names(storage: str) -> list[str]:
 
 
 def _check_format(name: str, written: object, place: str) -> None:
-    """Raise a StudyError unless a study has the format that this version writes."""
+    """Raise a StudyError unless a study has the format of this version."""
     current = current_format("study")
     found = format_of("study", written, f"study {name!r} in {place}")
     if found < current:

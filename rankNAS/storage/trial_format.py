@@ -1,7 +1,7 @@
-"""Trials as Optuna keeps them.
+"""Conversion between our trials and Optuna's.
 
-The parameters are the layers' choices, the values the objectives, the user attributes the metrics.
-A checksum goes with each trial, so that what was damaged on disk is never taken for a result.
+Optuna's parameters are the layers' choices, its values the objectives, its user attributes the
+metrics. Each trial has a checksum, so that a trial damaged on disk is never read as a result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rankNAS.strategies.history import Trial
 
 __all__ = ["TrialFormat"]
 
-CHECK = "ranknas:check"  # a token that no other trial has, and a checksum
+CHECK = "ranknas:check"  # a unique token, and a checksum
 STATES = {
     "complete": TrialState.COMPLETE,
     "failed": TrialState.FAIL,
@@ -34,14 +34,14 @@ NAMES = {state: name for name, state in STATES.items()}
 
 
 class TrialFormat:
-    """From our trials to Optuna's, and back.
+    """Converts our trials to Optuna's, and back.
 
     Args:
         choices: The choices of each layer as labels.
-        format: The format that the study was written in.
+        format: The format of the study.
 
     Attributes:
-        distributions: Of the parameters.
+        distributions: Distributions of the parameters.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class TrialFormat:
         self._parsed = {text: Choice.parse(text) for v in choices.values() for text in v}
 
     def finished(self, trial: Trial, token: str) -> FrozenTrial:
-        """A finished trial of ours as Optuna's, not numbered yet.
+        """The Optuna form of a finished trial, without a number.
 
         Args:
-            trial: Its number is not used.
-            token: By which it will be known again.
+            trial: The trial; its number is ignored.
+            token: Identifies the trial.
         """
         ended = datetime.now()
         attributes: dict[str, Any] = {TRIAL_METRICS: dict(trial.metrics), **trial.metrics}
@@ -77,13 +77,13 @@ class TrialFormat:
             datetime_complete=ended,
             **self._parameters(trial.allocation),
             user_attrs=attributes,
-            # What samplers and the dashboard read: a probe need not meet the budget.
+            # For samplers and the dashboard: a probe need not meet the budget.
             system_attrs={"constraints": (1.0 if trial.probe else 0.0,)},
             intermediate_values={},
         )
 
     def broken_off(self, claim: Claim) -> FrozenTrial:
-        """A trial of Optuna that says what was not finished; it will not be read as ours."""
+        """An Optuna trial that describes an interrupted evaluation; `read` ignores it."""
         return optuna.trial.create_trial(
             state=TrialState.FAIL,
             **self._parameters(claim.allocation),
@@ -91,10 +91,10 @@ class TrialFormat:
         )
 
     def read(self, frozen: FrozenTrial) -> tuple[Trial, str] | None:
-        """A finished trial of Optuna as ours with its token; None if it is not ours.
+        """Our form of a finished Optuna trial, with its token; None if RankNAS did not write it.
 
         Raises:
-            ValueError: It is not as it was written; the message says what is wrong.
+            ValueError: The trial was altered; the message says how.
         """
         attributes = frozen.user_attrs
         if TRIAL_METRICS not in attributes and CHECK not in attributes:
@@ -117,7 +117,7 @@ class TrialFormat:
                 current.get("budget_key", ""),
             )
             token, digest = attributes.get(CHECK, ("", None))
-            # The checksum is of the metrics as they were written.
+            # The checksum covers the metrics as written.
             whole = digest in (None, _digest(replace(trial, metrics=attributes[TRIAL_METRICS])))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
@@ -131,7 +131,7 @@ class TrialFormat:
 
 
 def _digest(trial: Trial) -> str:
-    """A checksum of what is stored of a trial, its time apart."""
+    """Checksum of a stored trial, without its time."""
     stored = [
         trial.allocation.labels(),
         trial.state,

@@ -1,9 +1,9 @@
-"""Writing a finished trial into a database, in few statements.
+"""Bulk insertion of a finished trial into a database.
 
-Optuna asks the database about each parameter and attribute of a trial before it writes it: some
-fifty queries, and as many milliseconds, for ten layers. Here the same rows, by Optuna's own
-models, go into the same tables at once. The models are no public interface, so with an Optuna that
-has others, or another schema, Optuna writes the trial itself.
+Optuna queries the database for each parameter and attribute before it writes it: about fifty
+queries, and as many milliseconds, for ten layers. This module inserts the same rows into the same
+tables at once, with Optuna's own models. These models are not a public interface. If Optuna's
+models or schema differ from the expected ones, Optuna writes the trial itself.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sqlalchemy.orm import Session
 __all__ = ["TrialWriter"]
 
 logger = logging.getLogger(__name__)
-SCHEMA = 12  # of Optuna's tables, that this was written for
+SCHEMA = 12  # version of Optuna's tables supported here
 
 
 class TrialWriter:
     """Writes finished trials of one study.
 
     Args:
-        storage: Of any kind.
+        storage: A storage of any kind.
         study_id: The study's number in it.
-        distributions: Of all parameters.
+        distributions: Distributions of all parameters.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class TrialWriter:
         self._models: Any = _models() if isinstance(storage, RDBStorage) else None
 
     def write(self, trial: FrozenTrial) -> int:
-        """Write a trial, in one transaction; its number in the study.
+        """Write a trial in one transaction and return its number in the study.
 
         Args:
-            trial: Finished; without intermediate values.
+            trial: A finished trial without intermediate values.
         """
         if self._models is None:
             written = self._storage.create_new_trial(self._study_id, template_trial=trial)
             return self._storage.get_trial_number_from_id(written)
         assert isinstance(self._storage, RDBStorage)
         with Session(self._storage.engine) as session, session.begin():
-            # Other writers wait here until the number is taken.
+            # Other writers wait here until the number is assigned.
             self._models.StudyModel.find_or_raise_by_id(self._study_id, session, for_update=True)
             row = self._models.TrialModel(
                 study_id=self._study_id,
@@ -73,7 +73,7 @@ class TrialWriter:
         return number
 
     def _parts(self, trial: FrozenTrial) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-        """The rows of a trial but the one of the trial itself, by model, without its number."""
+        """The dependent rows of a trial by model, without the trial's number."""
         models = self._models
         yield (
             models.TrialParamModel,
@@ -99,7 +99,7 @@ class TrialWriter:
 
 
 def _models() -> Any:
-    """Optuna's models; None if they are not those that are expected."""
+    """Optuna's models; None if they differ from the expected ones."""
     try:
         from optuna.storages._rdb import models
 

@@ -1,4 +1,4 @@
-"""The commands: a module runs each; here is what they do and their options."""
+"""The table of commands: their summaries and options. Each command has a module that runs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankNAS.cli.options.studies import (
 
 __all__ = ["COMMANDS"]
 
-#: By name of the command: what runs it, what it does, and its options.
+#: By name of the command: its target, its summary, and its options.
 COMMANDS: dict[str, tuple[str, str, tuple[type[Options], ...]]] = {
     "search": (
         "search:run_search",

@@ -33,12 +33,12 @@ from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
 
-#: A comparison may go on with more of these; everything else must stay.
+#: Options that a resumed comparison may change; all others must stay equal.
 MAY_CHANGE = ("strategies", "seeds", "out", "device")
 
 
 def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
-    """Compare strategies; rows that are in the folder already are not searched again."""
+    """Compare strategies; rows already in the folder are kept."""
     settings = check_options(options)
     names = _strategies(options.strategies)
     folder = Path(options.out)
@@ -98,7 +98,7 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS))
     try:
-        # Options that did not exist yet had the effect of their defaults.
+        # Options newer than the file had the effect of their defaults.
         file = folder / "config.json"
         stored = CompareOptions().to_json() | current_options(read_json(file), file)
         rows = pd.read_csv(path)[list(COLUMNS)]
@@ -136,7 +136,7 @@ def _line(row: Row) -> str:
 
 
 def _finish(rows: pd.DataFrame, options: CompareOptions, *, as_json: bool) -> None:
-    """Write what follows from the rows, and print them."""
+    """Write the summary and figure of the rows, and print them."""
     folder = Path(options.out)
     about = (
         f"{options.space} on {options.data}, norm {options.norm}, {options.seeds} seeds, "

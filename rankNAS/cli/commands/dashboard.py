@@ -35,7 +35,7 @@ NOTE = "*Renewed by `ranknas dashboard`; remove this line to keep a text of your
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True  # or Ctrl-C would wait for open pages
+    daemon_threads = True  # otherwise Ctrl-C would wait for open pages
 
 
 class _Server6(_Server):
@@ -44,23 +44,23 @@ class _Server6(_Server):
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a page asks every few seconds."""
+        """Log nothing: a page sends requests every few seconds."""
 
 
 def run_dashboard(options: DashboardOptions) -> None:
     """Serve optuna-dashboard on a study, with our Pareto fronts and a note, until interrupted.
 
     Raises:
-        UsageError: The extra is missing, the storage is not trusted, or the address cannot be
-            listened on.
+        UsageError: The extra is missing, the storage is not trusted, or the server cannot listen
+            on the address.
         StudyError: The storage cannot be read.
     """
     searched, trust = read_options(study_folder(options.study, options.out)), options.trust_study
     storage = open_recorded(searched, trust=trust)
     found, host = load_study(searched, storage), options.host
-    # Before the import below, which takes long: a wrong port is known at once.
+    # Listen before the slow import below, so that a wrong port fails at once.
     with _listen(host, options.port) as server, warnings.catch_warnings():
-        # Of the dashboard's libraries, to their authors; nothing that the user could change.
+        # Warnings inside the dashboard's libraries; the user cannot act on them.
         warnings.simplefilter("ignore")
         try:
             import optuna_dashboard
@@ -89,21 +89,21 @@ def run_dashboard(options: DashboardOptions) -> None:
 
 
 def guarded(app: WSGIApplication, host: str) -> WSGIApplication:
-    """Reject requests that do not name this machine by an address of its own.
+    """Reject requests whose Host header is no address of this machine (DNS rebinding protection).
 
-    A web page of somebody else may let its own name lead to this machine, and its script then read
-    and change what a browser here can reach. The name is in the request.
+    A foreign web page may resolve its own name to this machine. Its script could then read and
+    change everything that a local browser can reach. The Host header contains that name.
 
     Args:
-        app: Answers the others.
-        host: A further name to answer to.
+        app: The application that handles all other requests.
+        host: A further accepted host name.
     """
 
     def solution(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         try:
             name = urlsplit(f"//{environ.get('HTTP_HOST', '')}").hostname or ""
             known = name in ("localhost", host) or _is_loopback(name)
-        except ValueError:  # no address
+        except ValueError:  # not an address
             known = False
         if known:
             return app(environ, start)
@@ -114,9 +114,9 @@ def guarded(app: WSGIApplication, host: str) -> WSGIApplication:
 
 
 def publish(study: optuna.Study, document: dict[str, Any]) -> None:
-    """Give a study names of its objectives, our figures of its Pareto fronts, and a note.
+    """Add to a study the names of its objectives, our Pareto-front figures, and a note.
 
-    A note that somebody else has written stays.
+    A note by another author is kept.
 
     Args:
         study: The Optuna study.
@@ -141,7 +141,7 @@ def publish(study: optuna.Study, document: dict[str, Any]) -> None:
 
 
 def note(document: dict[str, Any]) -> str:
-    """What a study has found, in Markdown."""
+    """Summary of a study's results in Markdown."""
     lines = [f"{_plain(document['space'])} by {_plain(document['strategy'])}", ""]
     if not document["solutions"]:
         lines += ["The search has not ended.", ""]
@@ -165,12 +165,12 @@ def note(document: dict[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name that Markdown shows as it is."""
+    """A name escaped for Markdown."""
     return "`" + text.replace("`", "'").replace("|", "/").replace("\n", " ") + "`"
 
 
 def _listen(host: str, port: int) -> _Server:
-    """A server that is bound already and has nothing to serve yet."""
+    """A bound server without an application."""
     try:
         return (_Server6 if ":" in host else _Server)((host, port), _Quiet)
     except OSError as error:

@@ -21,13 +21,13 @@ __all__ = ["run_export"]
 
 
 def run_export(options: ExportOptions) -> None:
-    """Write a study's network for a budget in a format, and print how far its outputs are off."""
+    """Export a study's network for a budget, and print the deviation of its outputs."""
     if options.format not in FORMATS:
         raise UnknownNameError("format", options.format, FORMATS)
     folder = study_folder(options.study, options.out)
     result = load_result(folder)
     with parsing_context(folder / "result.json"):
-        # Its name alone: wherever the folder is now, and nowhere else.
+        # Only the file name: the folder may have moved, and no other folder is read.
         artifact = folder / Path(solution_for(result, options.budget)["artifact"]).name
         searched = str(result["space"])
         classes, shape = int(result["num_classes"]), tuple(map(int, result["input_shape"]))

@@ -1,4 +1,4 @@
-"""``ranknas spaces | strategies | objectives | hardware``: from the catalogues alone."""
+"""``ranknas spaces | strategies | objectives | hardware``: lists from the catalogues."""
 
 from __future__ import annotations
 

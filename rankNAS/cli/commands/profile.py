@@ -46,7 +46,7 @@ BEST = 10  # allocations of a study
 
 
 def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
-    """Measure, predict, and, if asked for, validate."""
+    """Measure, predict, and optionally validate."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     size = image_side(options.space, options.image_size)
@@ -66,7 +66,7 @@ def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
             shapes=options.shapes,
             general=options.general,
             file=None if options.out is None else Path(options.out),
-            seed=options.seed + 1,  # not the allocations that are validated on
+            seed=options.seed + 1,  # differ from the validation allocations
         )
     rows, interrupted = None, False
 
@@ -140,7 +140,7 @@ def _best_of(folder: Path) -> list[tuple[str, Allocation]]:
 
 
 def _write(rows: pd.DataFrame, found: Agreement, options: ProfileOptions) -> dict[str, Any]:
-    """The rows and the picture beside the device file, or here; and the figures."""
+    """Write rows and plot beside the device file, or in the current folder; return the numbers."""
     stem = Path(options.out).with_suffix("") if options.out else Path("ranknas-profile")
     table, picture = (stem.with_name(f"{stem.name}-validation.{x}") for x in ("csv", "png"))
     save_atomically(table, lambda path: rows.to_csv(path, index=False))
@@ -150,7 +150,7 @@ def _write(rows: pd.DataFrame, found: Agreement, options: ProfileOptions) -> dic
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Measured against predicted, with the band of 10 %; the dense network apart."""
+    """Plot of measured against predicted latency with a 10 % band; the dense network is marked."""
     from matplotlib.figure import Figure
 
     figure = Figure((4.6, 4.2), dpi=150, layout="constrained")

@@ -20,7 +20,7 @@ __all__ = ["run_report"]
 
 
 def run_report(options: ReportOptions) -> None:
-    """Write the report of a study and print where it is.
+    """Write the report of a study and print its path.
 
     Raises:
         UsageError: The file cannot be written.
@@ -46,7 +46,7 @@ def run_report(options: ReportOptions) -> None:
 
 
 def _words(value: object) -> str:
-    """An option's value to read."""
+    """An option's value as readable text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

@@ -14,11 +14,11 @@ __all__ = ["run_resume"]
 def run_resume(options: ResumeOptions) -> None:
     """Continue a study with the options in its folder, some of them changed.
 
-    Other budgets bound the same costs.
+    Changed budgets must bound the same costs.
     """
     stored, changes = read_options(study_folder(options.study, options.out)), options.changes
     if not options.trust_study:
-        # A storage that is given now is not the file's.
+        # A storage given on the command line replaces that of the file.
         check_trusted(replace(stored, storage=None) if "storage" in changes else stored)
     control = SearchControl(resume=True, json=options.json, quiet=options.quiet)
     run_search(replace(stored, **changes), control)

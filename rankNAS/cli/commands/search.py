@@ -54,7 +54,7 @@ __all__ = ["run_search"]
 
 
 def run_search(options: SearchOptions, control: SearchControl) -> None:
-    """Search, test, fine-tune, keep and print."""
+    """Run a search: search, test, fine-tune, write files and print."""
     started = time.perf_counter()
     options = options.named(control.resume)
     if control.resume:
@@ -84,7 +84,7 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
 
 
 def _check_resumable(options: SearchOptions) -> None:
-    """Raise a StudyError if a study was begun in an older format, or its storage has lost it."""
+    """Raise a StudyError if a study has an older format, or its storage no longer contains it."""
     if not (options.folder / CONFIGURATION).is_file():
         return
     found, current = options_format(options.folder), current_format("options")
@@ -140,15 +140,15 @@ def _search(
     except KeyboardInterrupt:
         resume_with = f"ranknas resume {options.study} --out {options.out}"
         if options.storage and without_password(options.storage) != options.storage:
-            resume_with += " --storage URL"  # its password is not kept
+            resume_with += " --storage URL"  # its password is not stored
         progress.insist(*best.lines())
         progress.insist(f"interrupted; finished trials are kept. Go on with: {resume_with}")
         sys.exit(130)
     finally:
-        with suppress(OSError):  # nothing is left of a search that never began
+        with suppress(OSError):  # remove the files of a search that never started
             for path in fresh:
                 path.rmdir()
-    count = len(study.trials)  # a strategy may have proposed fewer than were asked for
+    count = len(study.trials)  # a strategy may propose fewer than requested
     progress.stage("trials", count, count)
     study.model = {
         "space": options.space,
@@ -159,20 +159,20 @@ def _search(
 
 
 def _keep_options(options: SearchOptions, start: Sequence[Allocation]) -> None:
-    """Write what the study goes on with; the options last, as they make the folder a study."""
+    """Write the files needed to resume; the options last, as they mark the folder as a study."""
     keep_start(options, start)
     write_options(options.folder / CONFIGURATION, options)
 
 
 class _Best:
-    """The best trial of each budget so far, for a search that is interrupted."""
+    """The best trial of each budget so far, for the message at an interrupt."""
 
     def __init__(self, options: SearchOptions) -> None:
         self.objective = options.objective[0]
         self.trials: dict[str, Trial] = {}
 
     def lines(self) -> list[str]:
-        """One a budget."""
+        """One line per budget."""
         return [
             f"best so far for {target}: trial {trial.number}, "
             f"{self.objective} {trial.values[0]:.4f}, MACs {number(trial.metrics['macs'])}"
@@ -183,7 +183,7 @@ class _Best:
 def _counting(
     options: SearchOptions, progress: ProgressDisplay, found: _Best
 ) -> Callable[[Trial, Trial | None], None]:
-    """Shows the trials of all budgets in one bar, which grows by every probe."""
+    """Callback that shows the trials of all budgets in one bar; each probe extends its total."""
     total = options.trials * len(options.budgets)
 
     def on_trial(trial: Trial, best: Trial | None) -> None:
@@ -194,7 +194,7 @@ def _counting(
             found.trials[trial.budget_key] = best
         note = "" if best is None else f"best {options.objective[0]} {best.values[0]:.4f}"
         note += f" at {trial.budget_key}" if len(options.budgets) > 1 else ""
-        # A resumed study has probes and trials of other budgets that were not counted above.
+        # A resumed study has probes and trials of other budgets, which are not counted above.
         progress.stage("trials", done, max(done, total), note)
 
     return on_trial

@@ -59,7 +59,7 @@ def _print_solution(result: Document, solution: Document) -> None:
 
 
 def _print_trials(result: Document, solution: Document, top: int) -> None:
-    """The trials within the budget, without the probes that were not chosen for anything."""
+    """Print the trials within the budget, without probes that were not chosen."""
     names, front, several = (
         result["objectives"],
         solution["pareto_front"],
@@ -72,7 +72,7 @@ def _print_trials(result: Document, solution: Document, top: int) -> None:
         for n in solution["feasible"]
         if not trials[n]["probe"] or n in front or n == solution["trial"]
     ]
-    # Of equals, the chosen one first.
+    # The chosen trial comes first among equals.
     listed.sort(
         key=lambda t: (
             several and t["number"] not in front,

@@ -1,4 +1,4 @@
-"""The command that given options stand for."""
+"""The command line equivalent to given options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["reproduction"]
 
 
 def reproduction(options: SearchOptions) -> str:
-    """The command that begins the same search: the options that are not the default ones."""
+    """The command that starts the same search, with all options that differ from the defaults."""
     words = ["ranknas", "search"]
     for spec in specs(type(options)):
         value, name = getattr(options, spec.name), spec.flag

@@ -29,7 +29,7 @@ STUDIES = "ranknas-studies"
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceOptions(Options):
-    """A network, and which ranks of its layers are offered."""
+    """A network, and the candidate ranks of its layers."""
 
     space: str = option(
         "resnet18",

@@ -12,7 +12,7 @@ __all__ = ["CompareOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(ModelOptions):
-    """What a comparison is."""
+    """The definition of a comparison."""
 
     budget: list[str] = changed(ModelOptions, "budget", ["0.5"])
     strategies: str = option(

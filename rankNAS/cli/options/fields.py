@@ -1,6 +1,6 @@
-"""An option is one field of a dataclass: its type, its default, and what else is known of it.
+"""Options as dataclass fields: type, default, and further properties.
 
-The command line, the configuration files and their checks are all made from these fields.
+The command line, the configuration files and their checks are all generated from these fields.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ _specs: dict[type, tuple[Spec, ...]] = {}
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of an option besides its name, type and default.
+    """Properties of an option besides its name, type and default.
 
     Args:
         help: Its help text.
-        panel: The panel of the help that shows it; one of `PANELS`.
-        hidden: Whether the help leaves it out. It is accepted all the same.
-        min: The least value, or the least length of a list.
-        max: The greatest value.
+        panel: Its panel in the help; one of `PANELS`.
+        hidden: Whether it is hidden in the help; it is still accepted.
+        min: The minimum value, or the minimum length of a list.
+        max: The maximum value.
         negatable: Whether a flag has a second form ``--no-...``.
         positional: Whether it is given by its position, without a name.
-        renamed_values: Old values, with those that replace them.
+        renamed_values: Old values, with their replacements.
     """
 
     help: str
@@ -93,7 +93,7 @@ def argument(help: str) -> Any:
 
 
 def changed(cls: type, name: str, default: T, help: str | None = None) -> T:
-    """The option of another class, with another default and perhaps another help text."""
+    """The option of another class with a new default and, if given, a new help text."""
     known = asdict(_field(cls, name).metadata["option"])
     return option(default, **known | ({} if help is None else {"help": help}))
 
@@ -113,13 +113,13 @@ class Options:
                 raise UsageError(f"`{spec.flag}` must be {spec.bounds}, got {value!r}.")
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The options as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that is known of one option."""
+    """The full specification of one option."""
 
     name: str
     kind: Any
@@ -128,17 +128,17 @@ class Spec:
 
     @property
     def flag(self) -> str:
-        """As written on the command line."""
+        """The option's name on the command line."""
         return flag(self.name)
 
     @property
     def old_names(self) -> list[str]:
-        """Its earlier names, which are still accepted."""
+        """Its earlier names, still accepted."""
         return [old for old, new in OPTIONS.items() if new == self.name]
 
     @property
     def plain_kind(self) -> Any:
-        """Its type, without the None of an option that may be left out."""
+        """Its type, without the None of an optional one."""
         return get_args(self.kind)[0] if isinstance(self.kind, UnionType) else self.kind
 
     @property
@@ -153,7 +153,7 @@ class Spec:
 
     @property
     def expected(self) -> str:
-        """The values that it takes, in words."""
+        """The accepted values in words."""
         words = WORDS.get(self.plain_kind, "a list of texts")
         return words if self.option.min is None else f"{words}, {self.bounds}"
 
@@ -189,14 +189,14 @@ def specs(cls: type) -> tuple[Spec, ...]:
 
 
 def checked(cls: type, content: object) -> dict[str, Any]:
-    """The options that a parsed JSON or TOML file gives; nothing in it is trusted.
+    """The options in a parsed JSON or TOML file; all content is checked.
 
     Args:
         cls: The dataclass of the options.
-        content: What the file holds.
+        content: The content of the file.
 
     Raises:
-        ValueError: It is no mapping, or has an option that does not exist or has a wrong value.
+        ValueError: It is not a mapping, or contains an unknown option or a wrong value.
     """
     if not isinstance(content, dict):
         raise ValueError(f"expected an object of options, got {_short(content)}")
@@ -225,10 +225,10 @@ def with_current_names(
     Args:
         cls: The dataclass of the options.
         content: Values by name.
-        written: How a name is written where they come from. Each replacement gives a
-            `RenamedWarning`, and both names together are an error. None replaces silently, and of
-            both names the earlier one holds.
-        where: Where they come from, as the messages begin.
+        written: Formats a name as in the source. Each replacement gives a `RenamedWarning`, and
+            both names together are an error. None replaces silently; if both names are given, the
+            earlier one wins.
+        where: The source of the options, as a prefix of messages.
 
     Raises:
         UsageError: An option is given under both of its names.
@@ -252,7 +252,7 @@ def with_current_names(
 
 
 def _current_values(spec: Spec, given: Sequence[Any], where: str | None) -> list[Any]:
-    """With earlier names replaced; with a warning if it is known where they come from."""
+    """The values with earlier names replaced; warns if the source is known."""
     table, found = spec.option.renamed_values, []
     for value in given:
         known = isinstance(value, str) and value in table
@@ -273,7 +273,7 @@ def _field(cls: type, name: str) -> Field[Any]:
 
 
 def _is(value: object, kind: Any) -> bool:
-    """Whether a JSON value is of the type of an option: plain, a union, or a list of texts."""
+    """Whether a JSON value has the type of an option: plain, a union, or a list of strings."""
     if isinstance(kind, UnionType):
         return any(_is(value, one) for one in get_args(kind))
     if kind == list[str]:

@@ -24,7 +24,7 @@ __all__ = ["ModelOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(SpaceOptions):
-    """A dense model, its data, the goal of a search and how candidates are measured."""
+    """A dense model, its data, the goal of a search and the measurement of candidates."""
 
     budget: list[str] = option(
         [],
@@ -118,7 +118,7 @@ class ModelOptions(SpaceOptions):
 
     @property
     def budgets(self) -> list[dict[str, float]]:
-        """The budgets, each cost name to fraction kept.
+        """The budgets, each a mapping from cost name to the fraction kept.
 
         Raises:
             BudgetError: They are malformed.

@@ -20,7 +20,7 @@ class CompileOptions(JsonOptions, SpaceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileOptions(SpaceOptions):
-    """What to measure, and what to validate."""
+    """A profile: the measurements and their validation."""
 
     hw: str = option(
         "host", "`host` to measure this machine; or any hardware model to --validate.", HARDWARE

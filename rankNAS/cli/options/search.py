@@ -24,13 +24,13 @@ from rankNAS.storage.redaction import without_password
 __all__ = ["ResumeOptions", "SearchControl", "SearchOptions", "check_name", "check_trusted"]
 
 CONFIGURATION = "config.json"
-#: Names that Windows keeps for devices, with any ending.
+#: Device names reserved by Windows, with any extension.
 DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(10))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(ModelOptions):
-    """What a search is; kept in the study's folder."""
+    """The definition of a search; stored in the study's folder."""
 
     strategy: str = option(
         "auto", "Strategy: a name (see `ranknas strategies`) or file.py:factory.", SEARCH
@@ -94,7 +94,7 @@ class SearchOptions(ModelOptions):
         return {**super().to_json(), "storage": storage}
 
     def named(self, resume: bool) -> SearchOptions:
-        """With the study's name: the given one, else a new one (or, to resume, the latest)."""
+        """Options with the study's name: the given one, else a new one (the latest to resume)."""
         if self.study is not None:
             check_name(self.study)
             return self
@@ -109,7 +109,7 @@ class SearchOptions(ModelOptions):
         return replace(self, study=name)
 
     def code(self) -> list[str]:
-        """The options that name a Python file, whose code would run."""
+        """Options that name a Python file, whose code would run."""
         given: Iterable[str | None] = (
             self.space,
             self.strategy,
@@ -120,7 +120,7 @@ class SearchOptions(ModelOptions):
         return [text for text in given if text and ".py:" in text]
 
     def elsewhere(self) -> list[str]:
-        """The options that name other machines, which may run code here or be sent a password."""
+        """Options that name other machines, which may run code here or receive a password."""
         named = [] if self.ray_address is None else ["ray_address"]
         storage = self.storage or ""
         if "://" in storage and not storage.startswith(("sqlite:", "journal:")):
@@ -137,7 +137,7 @@ class SearchControl(ConfigurableOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions(OutputOptions, TrustOptions, StudyOptions):
-    """A study to continue, and what changes."""
+    """A study to continue, and its changed options."""
 
     trials: int | None = changed(
         SearchOptions, "trials", None, "Total number of trials per budget. Default: as before."
@@ -161,7 +161,7 @@ class ResumeOptions(OutputOptions, TrustOptions, StudyOptions):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The options of the search that are given now."""
+        """The search options given on the command line."""
         given = {name: getattr(self, name) for name in ("trials", "budget", "storage", "workers")}
         return {name: value for name, value in given.items() if value not in (None, [])}
 

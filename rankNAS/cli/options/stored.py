@@ -33,7 +33,7 @@ def study_folder(study: str, out: str) -> Path:
         StudyError: There is no such study.
     """
     for folder in (Path(out) / study, Path(study)):
-        if os.path.isfile(folder / CONFIGURATION):  # unlike Path's, it takes any text
+        if os.path.isfile(folder / CONFIGURATION):  # unlike Path.is_file, accepts any string
             return folder
     known = []
     if os.path.isdir(out):
@@ -43,9 +43,9 @@ def study_folder(study: str, out: str) -> Path:
 
 
 def read_options(folder: Path) -> SearchOptions:
-    """The options a study was started with.
+    """The options of a study from its folder.
 
-    Nothing in the file is trusted: other types could get past a check and be used all the same.
+    All content of the file is checked: values of wrong types could otherwise bypass later checks.
 
     Raises:
         StudyError: The file is damaged.
@@ -66,8 +66,8 @@ def read_options(folder: Path) -> SearchOptions:
 def current_options(content: Any, path: Path) -> Any:
     """The content of an options file in the current format, without the format.
 
-    Every options file goes through here before it becomes a dataclass. Wrong content is returned
-    as it is; `checked` finds what is wrong.
+    Every options file passes through this function before it becomes a dataclass. Wrong content is
+    returned unchanged; `checked` reports it.
 
     Args:
         content: The parsed file.
@@ -99,7 +99,7 @@ def options_format(folder: Path) -> int:
 
 @contextmanager
 def parsing_context(path: Path) -> Iterator[None]:
-    """Within, gaps and wrong types in a parsed file are reported as a StudyError."""
+    """Context that reports missing entries and wrong types in a parsed file as a StudyError."""
     try:
         yield
     except RankNASError:

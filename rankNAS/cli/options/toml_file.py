@@ -29,8 +29,8 @@ def read_toml(path: Path, cls: type) -> dict[str, Any]:
         cls: The dataclass of the options.
 
     Raises:
-        UsageError: The file cannot be read, is no TOML, or has an option that does not exist or
-            has a wrong value.
+        UsageError: The file cannot be read, is not TOML, or contains an unknown option or a wrong
+            value.
     """
     import tomllib
 
@@ -46,9 +46,9 @@ def read_toml(path: Path, cls: type) -> dict[str, Any]:
 
 
 def to_toml(options: Options) -> str:
-    """Options as TOML that `read_toml` reads; what has no value is a comment.
+    """Options as TOML for `read_toml`; options without a value become comments.
 
-    Passwords are left out.
+    Passwords are omitted.
     """
     values = options.to_json()
     parts = []
