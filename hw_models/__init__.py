@@ -1,4 +1,4 @@
-"""Hardware models: what a choice costs on a device. `HW_MODELS` lists the built-in ones."""
+"""Hardware models: latency and energy of choices on a device. `HW_MODELS` lists the built-ins."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
     "validate",
 ]
 
-#: By name: the class, and the first line of its docstring. Nothing is imported to list them.
+#: Name to (class, first line of its docstring). Listing imports nothing.
 CATALOGUE: dict[str, tuple[str, str]] = {
     "host": (
         "rankNAS.hw_models.host:Host",
@@ -63,7 +63,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "Latency, and energy if the cost of a cycle is given, on in-memory-computing arrays.",
     ),
 }
-#: By name, the class, imported on first use.
+#: Name to class, imported on first use.
 HW_MODELS: Mapping[str, Callable[[], HardwareModel]] = Catalogue(CATALOGUE)
 
 _HOMES = {
@@ -81,17 +81,17 @@ __getattr__ = exports(
 
 
 def make_hardware(given: str | HardwareModel, *, strict: bool = False) -> HardwareModel:
-    """A hardware model from what a user gives.
+    """The hardware model for a user's specification.
 
     Args:
         given: A model itself; a name of `HW_MODELS` or `device_names`; a device file
             (``FILE.toml``, or ``FILE.json`` from a profile); a table of measured layers
             (``FILE.csv``); or ``file.py:function`` (layer, choice -> seconds).
-        strict: Whether tables raise an error for what they have not seen, instead of predicting.
+        strict: Whether tables raise an error for unseen choices instead of predicting them.
 
     Raises:
-        UnknownNameError: No such model.
-        UsageError: Neither a name nor a hardware model, or a file that is wrong.
+        UnknownNameError: There is no such model.
+        UsageError: `given` is neither a name nor a hardware model, or its file is invalid.
     """
     from rankNAS.hw_models.base import CallableModel, HardwareModel
     from rankNAS.hw_models.host import Host

@@ -1,4 +1,4 @@
-"""The contract of a hardware model: what one layer costs on a device; and tables made from it."""
+"""Base classes of hardware models (latency and energy per layer), and tables made from them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class HardwareModel(ABC):
     """Predicts the latency of a layer under a choice.
 
     Predictions are additive over layers. They must be positive, and equal for equal arguments
-    within one process. Three more methods may be overridden: `bind` makes the model ready for a
-    network, `remainder_cost` is the time outside its decomposable layers, `energy` is the energy
-    of a layer.
+    within one process. Three more methods may be overridden: `bind` prepares the model for a
+    network, `remainder_cost` returns the time outside the decomposable layers, and `energy`
+    returns the energy of a layer.
 
     Example:
         >>> class Board(HardwareModel):
@@ -60,14 +60,14 @@ class HardwareModel(ABC):
 
     @abstractmethod
     def latency(self, layer: Layer, choice: Choice) -> tuple[float, float]:
-        """Seconds of all calls of the layer in one forward pass, and their standard deviation."""
+        """Latency in seconds of all calls in one forward pass, and its standard deviation."""
 
     def energy(self, layer: Layer, choice: Choice) -> float | None:
-        """Joules of all calls of the layer in one forward pass; None if it is not known."""
+        """Energy in joules of all calls in one forward pass; None if unknown."""
         return None
 
     def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
-        """Seconds of everything outside the layers of a space, and their standard deviation."""
+        """Latency in seconds outside the layers of a space, and its standard deviation."""
         return 0.0, 0.0
 
     def bind(
@@ -77,13 +77,13 @@ class HardwareModel(ABC):
         inputs: Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> HardwareModel:
-        """The model ready for a space; called once before it is asked.
+        """The model, prepared for a space. It is called once, before any prediction.
 
         Args:
-            network: What the space was compiled from; None if it is not at hand.
-            space: For the batch that is to be predicted.
-            inputs: Of the network, one at least; None if none is at hand.
-            on_progress: Called with steps done and steps in all.
+            network: The network that the space was compiled from; None if it is not available.
+            space: The space, compiled for the batch size to predict.
+            inputs: At least one input of the network; None if none is available.
+            on_progress: Called with (steps done, steps in total).
 
         Raises:
             UsageError: The model was made for another batch size, number of threads or dtype.
@@ -92,18 +92,18 @@ class HardwareModel(ABC):
 
 
 class StageModel(HardwareModel):
-    """A hardware model that adds up the stages of a decomposed layer, each a layer by itself."""
+    """A hardware model that sums the latencies of the stages of a decomposed layer."""
 
     @abstractmethod
     def stage(self, shape: LayerShape) -> tuple[float, float]:
-        """Seconds of one stage with a single call, and their standard deviation."""
+        """Latency in seconds of one stage with a single call, and its standard deviation."""
 
     def stage_energy(self, shape: LayerShape) -> float | None:
-        """Joules of one stage with a single call; None if they are not known."""
+        """Energy in joules of one stage with a single call; None if unknown."""
         return None
 
     def latency(self, layer: Layer, choice: Choice) -> tuple[float, float]:
-        """The sum over stages and calls; their deviations are taken for independent."""
+        """Sum over stages and calls. Their errors are treated as independent."""
         found = [self.stage(shape) for shape in stages(layer, choice)]
         return sum(s for s, _ in found), math.hypot(*(sigma for _, sigma in found))
 
@@ -114,7 +114,7 @@ class StageModel(HardwareModel):
 
 
 def stages(layer: Layer, choice: Choice) -> Iterator[LayerShape]:
-    """The shapes that run in one forward pass when a layer has a choice, one for each call."""
+    """The shapes that one forward pass runs for a layer under a choice, one per call."""
     for call in layer.shape.calls:
         shape = replace(layer.shape, calls=(call,))
         if choice == DENSE:
@@ -124,24 +124,24 @@ def stages(layer: Layer, choice: Choice) -> Iterator[LayerShape]:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple that is not smaller."""
+    """The smallest multiple of `multiple` that is at least `size`."""
     return tiles(size, multiple) * multiple
 
 
 def tiles(size: int, of: int) -> int:
-    """How many tiles of a size it takes to cover another one."""
+    """The number of tiles of size `of` that cover `size`."""
     return -(-size // of)
 
 
 def dtype_of(shape: LayerShape) -> str:
-    """The name of the weights' dtype; two bytes are taken for float16."""
+    """The name of the weights' dtype; two bytes are read as float16."""
     return DTYPES.get(shape.itemsize, f"{8 * shape.itemsize} bits")
 
 
 @final
 @dataclass(frozen=True)
 class CallableModel(HardwareModel):
-    """Any function of a layer and a choice that returns seconds.
+    """A hardware model from a function of layer and choice that returns seconds.
 
     Args:
         fn: Takes a `Layer` (shapes, input sizes, costs) and a `Choice`; returns seconds.
@@ -167,14 +167,14 @@ class CallableModel(HardwareModel):
 @renamed(rest="remainder_cost")
 @dataclass(frozen=True)
 class LatencyTables:
-    """The predictions for every choice of a space, as arrays.
+    """Latency predictions for every choice of a space, as arrays.
 
     Args:
-        choices: Of each layer by name.
-        seconds: The same order.
-        sigma: Their standard deviations.
-        remainder_cost: Seconds outside the layers, and their standard deviation.
-        energy: Joules; None where they are not known.
+        choices: The choices of each layer, by layer name.
+        seconds: The latency of each choice, in the same order.
+        sigma: Standard deviations of the latencies.
+        remainder_cost: Latency in seconds outside the layers, and its standard deviation.
+        energy: The energy of each choice in joules; None if unknown.
     """
 
     choices: Mapping[str, tuple[Choice, ...]]
@@ -188,7 +188,7 @@ class LatencyTables:
         return {n: {c: i for i, c in enumerate(choices)} for n, choices in self.choices.items()}
 
     def predict(self, allocation: Mapping[str, Choice]) -> tuple[float, float]:
-        """Seconds of the whole network under an allocation, and their standard deviation."""
+        """Latency in seconds of the whole network under an allocation, and its deviation."""
         total, variance = self.remainder_cost[0], self.remainder_cost[1] ** 2
         for name, choice in allocation.items():
             i = self._places[name][choice]
@@ -197,13 +197,13 @@ class LatencyTables:
         return float(total), math.sqrt(variance)
 
     def predict_energy(self, allocation: Mapping[str, Choice]) -> float | None:
-        """Joules of the layers under an allocation."""
+        """Energy in joules of the layers under an allocation."""
         if self.energy is None:
             return None
         return float(sum(self.energy[n][self._places[n][c]] for n, c in allocation.items()))
 
     def restrict(self, choices: Mapping[str, tuple[Choice, ...]]) -> LatencyTables:
-        """The tables of some of the choices."""
+        """The tables for a subset of the choices."""
         kept = {n: [self._places[n][c] for c in wanted] for n, wanted in choices.items()}
 
         def cut(table: Mapping[str, Array]) -> dict[str, Array]:
@@ -218,10 +218,10 @@ class LatencyTables:
 def compile_latency(
     model: HardwareModel, space: SearchSpace, on_layer: Progress | None = None
 ) -> LatencyTables:
-    """Ask a hardware model, bound to a space, for everything in it.
+    """Latency tables of a hardware model that is bound to a space.
 
     Raises:
-        UsageError: A prediction is not a positive number; it is named.
+        UsageError: A prediction is not a positive number. The message names it.
     """
     seconds: dict[str, Array] = {}
     sigma: dict[str, Array] = {}

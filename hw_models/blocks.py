@@ -15,13 +15,13 @@ from rankNAS.hw_models.timing import effects_of_blocks
 __all__ = ["combined"]
 
 logger = logging.getLogger(__name__)
-DISTURBED = 1.5  # times the usual slowness: a block in which something else ran
+DISTURBED = 1.5  # slowdown that marks a block as disturbed by another process
 
 
 def combined(blocks: Sequence[Mapping[LayerShape, Measurement]]) -> dict[LayerShape, Measurement]:
-    """Times of stages that were timed in several blocks, and their deviations.
+    """Stage times and standard deviations, combined from several blocks.
 
-    Disturbed blocks are left out where a stage has another one.
+    Disturbed blocks are dropped for stages with an undisturbed one.
     """
     places = {shape: i for i, shape in enumerate({s: None for block in blocks for s in block})}
     found = [m for block in blocks for m in block.values()]
@@ -36,7 +36,7 @@ def combined(blocks: Sequence[Mapping[LayerShape, Measurement]]) -> dict[LayerSh
         logger.info("something else was running during %d timings of stages", (~used).sum())
     counts = np.bincount(items, used)
     means = np.bincount(items, values * used) / counts
-    # Of one timing: how it varies from block to block, or within one where that is more.
+    # Deviation of one timing: between blocks, or within a block if that is larger.
     apart = (np.abs(values - means[items]))[used & (counts[items] > 1)]
     single = 1.4826 * float(np.median(apart)) * math.sqrt(2) if len(apart) else 0.0
     within = np.array([m.sigma / m.seconds for m in found])

@@ -1,7 +1,7 @@
-"""Device files: what is known of a device, as TOML, with the source of every figure.
+"""Device files: figures of a device in TOML, each with its source.
 
-A file says what ``kind`` of model it is for: ``roofline`` (the default), ``systolic`` or ``imc``.
-The files of this package are listed by `device_names`.
+The entry ``kind`` names the kind of model: ``roofline`` (the default), ``systolic`` or ``imc``.
+`device_names` lists the files of this package.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["Device", "device_names", "read_device"]
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of a device, for a roofline.
+    """Figures of a device for a roofline model.
 
     Args:
-        name: In words.
-        bandwidth: Of main memory, bytes a second.
-        launch: Overhead of starting one kernel, seconds.
-        peak: FLOP a second by dtype; a multiply-add is two.
+        name: Name of the device, for display.
+        bandwidth: Bandwidth of main memory, bytes per second.
+        launch: Overhead of one kernel launch, seconds.
+        peak: Peak FLOP per second by dtype; a multiply-add counts as two.
         tile: Multiples to which [outputs, reduction] of a matrix product are rounded up, by dtype.
-        energy: Joules a multiply-add by dtype, and under ``byte`` a byte of main memory; may be
-            empty.
-        sources: Where each figure is from, by its path.
+        energy: Joules per multiply-add by dtype, and under ``byte`` per byte of main memory; may
+            be empty.
+        sources: The source of each figure, by its path.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Device:
 
     @classmethod
     def of(cls, content: Mapping[str, Any], where: str) -> Device:
-        """From a parsed file.
+        """The device that a parsed file describes.
 
         Raises:
             UsageError: A figure is missing, not a number, or not positive.
@@ -70,14 +70,14 @@ class Device:
 
 
 def device_names() -> tuple[str, ...]:
-    """The device files of this package."""
+    """Names of the device files of this package."""
     folder = files("rankNAS.hw_models") / "devices"
     names = (entry.name for entry in folder.iterdir())
     return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
 def read_device(given: str | Path) -> tuple[str, dict[str, Any]]:
-    """The kind and the content of a device file, given by its path or its name here.
+    """Kind and content of a device file, given by its path or by a name of `device_names`.
 
     Raises:
         UsageError: The file is missing or is not TOML, or its kind is not text.
@@ -93,7 +93,7 @@ def read_device(given: str | Path) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"device file {str(path)!r} is not TOML: {error}.") from None
     except RecursionError:
         raise UsageError(f"device file {str(path)!r} is nested too deeply for TOML.") from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         raise UsageError(f"device file {str(path)!r} cannot be read: {error}.") from None
     kind = content.pop("kind", "roofline")
     if not isinstance(kind, str):
@@ -102,7 +102,7 @@ def read_device(given: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def positive(value: Any, key: str, where: str, *, zero: bool = False) -> float:
-    """A figure of a device file.
+    """A positive number of a device file.
 
     Raises:
         UsageError: It is missing, not a number, not finite, or not positive (or zero).

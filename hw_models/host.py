@@ -1,18 +1,18 @@
 """Latency profiler for the local device: per-stage timings, calibrated against whole networks.
 
-1. A representative part of a space's stages is timed, and as many of the others as time allows.
+1. A representative part of a space's stages is timed, and further stages as time allows.
    Stages are timed interleaved in randomised blocks; each stage appears in two blocks to separate
    machine drift from noise.
 2. A Gaussian process (`StageRegression`) predicts all stages, with uncertainties.
 3. The network is timed end to end, dense and under a few random allocations, with its
-   normalisations and activations. Each layer is timed inside it too: in-network cache state
-   differs from isolated timing, which gives a factor per layer and operator
+   normalisations and activations. Each layer is also timed inside the network: in-network cache
+   state differs from isolated timing, which gives a factor per layer and operator
    (`in_network_factors`). A constant and two factors absorb the remaining difference to the
    end-to-end time (`NetworkFit`).
 
 The network is timed between the stages throughout (`DriftMonitor`).
 
-All measurements are kept in a file; a network that is profiled again costs nothing.
+All measurements are kept in a file; profiling the same network again costs nothing.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ from rankNAS.search_spaces.base import Layer, SearchSpace
 __all__ = ["Host", "general_shapes"]
 
 logger = logging.getLogger(__name__)
-BLOCK = 16  # stages that are timed in turns
+BLOCK = 16  # stages per interleaved block
 DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
-LIMIT = 120.0  # seconds after which no stages are begun but those that must be timed
-TURNS = 2  # in which each stage is timed, in different blocks
-FITTED = 500  # stages that the kernel of the regression is learned from, at most
-MOST = 4000  # stages that the regression sees, at most; those of the space first
-PULL = 0.1  # of the factors of a network towards 1, against one timing each
+LIMIT = 120.0  # seconds after which only required stages are timed
+TURNS = 2  # blocks in which each stage is timed
+FITTED = 500  # largest number of stages used to learn the kernel of the regression
+MOST = 4000  # largest number of stages in the regression; those of the space come first
+PULL = 0.1  # ridge weight of the network's factors towards 1, relative to one timing each
 
 
 @final
@@ -75,24 +75,24 @@ PULL = 0.1  # of the factors of a network towards 1, against one timing each
 class Host(StageModel):
     """Latency on a device of this machine, random weights and inputs.
 
-    Without `bind`, each stage is timed when it is asked for.
+    Without `bind`, each stage is timed on request.
 
     Args:
-        device: Where to measure.
-        repeats: Rounds in which stages are timed in turns.
-        seconds: Most time for one stage; at least three rounds are timed.
-        shapes: Stages of a space that are timed however long it takes; when a space is new, others
-            are for as long as that takes less than two minutes in all.
-        general: Time common shapes too, so that the file serves other networks better.
+        device: The device to measure.
+        repeats: Number of interleaved rounds.
+        seconds: Time limit for one stage; at least three rounds are timed.
+        shapes: Number of stages of a space that are timed without a time limit. For a new space,
+            further stages are timed up to a total of two minutes.
+        general: Also time common shapes, so that the file suits other networks better.
         networks: Allocations under which the whole network is timed, besides the dense one.
-        file: Where measurements are kept; None for the folder of caches.
-        measures: Whether to measure what the file does not have; otherwise it is predicted.
-        strict: Raise an error for kinds of layers that the file has not seen, if not measuring.
-        seed: Of the allocations.
-        profile: What was measured; made by `bind`.
-        fitted: The regression through it.
-        fit: Of the network that was bound.
-        known: Predictions made so far.
+        file: The file of the measurements; None for the cache folder.
+        measures: Whether to measure what the file lacks; otherwise it is predicted.
+        strict: Raise an error for kinds of layers that the file lacks, if not measuring.
+        seed: Random seed of the allocations.
+        profile: The measurements; set by `bind`.
+        fitted: The regression fitted to them.
+        fit: The end-to-end fit of the bound network.
+        known: Cached predictions.
     """
 
     device: str = "cpu"
@@ -133,7 +133,7 @@ class Host(StageModel):
             taken = {*chosen, *profile.stages}
             further = [shape for shape in wanted if shape not in taken]
             random.Random(self.seed).shuffle(further)
-            queue = missing + further  # as long as there is time
+            queue = missing + further  # further stages only while time is left
             whole = self._whole(network, space, batched(inputs, space.input_shape[0]))
         steps = TURNS * len(queue) + (0 if whole is None else len(whole.allocations))
         report = on_progress or (lambda done, total: None)
@@ -171,19 +171,19 @@ class Host(StageModel):
         return factor * seconds, factor * sigma
 
     def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
-        """Seconds outside the layers; the deviation is the residual of the stage model."""
+        """Latency in seconds outside the layers; the deviation is the residual of the model."""
         dense = sum(self.latency(layer, DENSE)[0] for layer in space.layers.values())
         return self.fit.remainder_cost, self.fit.residual * (dense + self.fit.remainder_cost)
 
     @property
     def path(self) -> Path:
-        """The file of its measurements."""
+        """The path of the measurements."""
         return self._path(Terms.here(torch.device(self.device)))
 
     def _profile(self) -> Profile:
         terms = Terms.here(torch.device(self.device))
         path = self._path(terms)
-        if not os.path.exists(path):  # unlike Path's, it takes any text
+        if not os.path.exists(path):  # unlike Path.exists, it accepts any text
             if not self.measures:
                 raise UsageError(f"device file {str(path)!r} does not exist.")
             return Profile(terms)
@@ -212,7 +212,7 @@ class Host(StageModel):
             logger.warning("the measurements could not be kept: %s", error)
 
     def _regressed(self, profile: Profile, wanted: Sequence[LayerShape]) -> Host:
-        """With predictions for all that is wanted."""
+        """A model with predictions for all wanted stages."""
         if not profile.stages:
             raise UsageError(f"device file {str(self.file)!r} has no measurements.")
         self._check_kinds(profile, wanted)
@@ -232,7 +232,7 @@ class Host(StageModel):
         return replace(self, profile=profile, fitted=fitted, known=known)
 
     def _check_kinds(self, profile: Profile, wanted: Sequence[LayerShape]) -> None:
-        """Name what the file has never seen: kinds of layers, and sizes of batches."""
+        """Raise an error that names unseen kinds of layers and batch sizes."""
         seen = {kind_of(shape) for shape in profile.stages}
         unseen = sorted({kind_of(shape) for shape in wanted} - seen)
         sizes = {shape.calls[0][0] for shape in profile.stages}
@@ -253,7 +253,7 @@ class Host(StageModel):
         needed: int,
         on_share: Callable[[float], object],
     ) -> Profile:
-        """A profile with times of more stages; see `_in_blocks`. It is kept as it grows."""
+        """A profile with further stage times, saved as it grows; see `_in_blocks`."""
         blocks: list[dict[LayerShape, Measurement]] = []
         for found, share in self._in_blocks(queue, needed):
             blocks.append(found)
@@ -269,10 +269,10 @@ class Host(StageModel):
     def _in_blocks(
         self, queue: Sequence[LayerShape], needed: int
     ) -> Iterator[tuple[dict[LayerShape, Measurement], float]]:
-        """Times of stages that are timed together, and the share of all that is done then.
+        """Stage times of each block, and the share of the work that is done.
 
-        The first stages are timed in any case, the others as long as there is time; and all those
-        then again, in other company.
+        The first `needed` stages are always timed, the others while time is left. All timed
+        stages are then timed again in reshuffled blocks.
         """
         part = replace(self, repeats=math.ceil(self.repeats / TURNS), seconds=self.seconds / TURNS)
         begun = time.perf_counter()
@@ -292,7 +292,7 @@ class Host(StageModel):
                 found = dict(zip(shapes, part._measure(shapes), strict=True))
                 yield found, (turn + share) / TURNS
 
-    @torch.no_grad()  # `stage` calls it too
+    @torch.no_grad()  # `stage` also calls it
     def _measure(self, shapes: Sequence[LayerShape]) -> list[Measurement]:
         device = torch.device(self.device)
         runs = [waiting(_run(shape, device), device) for shape in shapes]
@@ -303,23 +303,23 @@ class Host(StageModel):
         return [Measurement(m, s, len(times)) for m, s in zip(medians, spread, strict=True)]
 
     def _whole(self, network: nn.Module, space: SearchSpace, inputs: Tensor) -> _Whole:
-        """The network under some allocations, to be timed between stages."""
+        """The network under several allocations, for timing between the stages."""
         device = torch.device(self.device)
         x = inputs.to(device)
         allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
         networks = [built(network, allocation, x) for allocation in allocations]
         watched = [each.watching(space.layers.values()) for each in networks]
         runs: list[Callable[[], object]] = [waiting(each, device) for each in networks]
-        # Long enough for a speed that lasts: processors are faster for the first seconds.
+        # Long enough to reach a steady clock: processors run faster for the first seconds.
         seconds = 4 * self.seconds * len(networks)
         rounds = 20 * self.repeats
         pace = DriftMonitor([*runs, *watched], rounds=rounds, seconds=seconds, seed=self.seed)
         return _Whole(allocations, watched, pace)
 
     def _fit_network(self, space: SearchSpace, whole: _Whole) -> NetworkFit:
-        """Fit the end-to-end times of a network, dense first, by the times of its stages."""
+        """End-to-end fit: regress the network's times (dense first) on the times of its stages."""
         allocations = whole.allocations
-        whole.pace.after(1.0)  # what is left of its rounds
+        whole.pace.after(1.0)  # the remaining rounds
         times = whole.pace.seconds()[: len(allocations)]
         inside = [watch.seconds() for watch in whole.watched]
         found = in_network_factors(
@@ -350,7 +350,7 @@ class Host(StageModel):
 
 @dataclass(frozen=True)
 class _Whole:
-    """A network under some allocations: they are timed first, and then watched."""
+    """A network under several allocations: end-to-end runs first, then runs with layer times."""
 
     allocations: Sequence[Allocation]
     watched: Sequence[Watch]

@@ -1,24 +1,26 @@
-"""In-memory-computing arrays: cycles of a layer mapped onto crossbars of rows x columns.
+"""In-memory computing (IMC): cycles of a layer mapped onto crossbars of rows x columns.
 
-An array multiplies one vector of inputs (its rows) by the weights it holds, for all its columns,
-in one cycle. A layer larger than an array takes several tiles, a cycle each. Three mappings:
+A crossbar multiplies one input vector (its rows) by the stored weights, for all its columns, in
+one cycle. A layer larger than a crossbar takes several tiles, one cycle each. Three mappings:
 
-- im2col: one output position a cycle;
-- SDK: copies of the kernel, shifted, fill idle columns, so that a square window of a x a positions
-  is done at once;
-- VW-SDK: rectangular windows of a x b positions, with the channels tiled to suit.
+- im2col: one output position per cycle;
+- SDK (shift and duplicate kernel): shifted copies of the kernel fill idle columns, so that one
+  cycle computes a square window of a x a positions;
+- VW-SDK (variable window): rectangular windows of a x b positions, with the channels tiled to
+  suit.
 
-A factorised layer is a K x K stage with few outputs, most columns idle, and a 1 x 1 stage. Both
-are shifted together, since SDK(L R) = (I (x) L) SDK(R): the second stage is block-diagonal.
+A factorised layer is a K x K stage with few outputs, which leaves most columns idle, and a 1 x 1
+stage. Both are shifted together, since SDK(L R) = (I (x) L) SDK(R): the second stage is
+block-diagonal.
 
-Notation: A_r rows, A_c columns, O output positions a side, N = a b positions a window, P its side
-in input positions, g groups of input channels, k outputs of each group's first stage.
+Notation: A_r rows, A_c columns, O output positions per side, N = a b positions per window, P its
+side in input positions, g groups of input channels, k outputs per group of the first stage.
 
 References:
-    The cycle models of SDK and VW-SDK: the released code of VW-SDK (Rhe, Moon and Ko, DATE 2022),
-    whose thirty published counts the tests have.
-    Low rank on such arrays: Jeon, Rhe and Ko, DATE 2025 (arXiv:2502.07820); its theorem on
-    SDK(L R) is used, but its own way of counting could not be read, so `low_rank_cycles` is a
+    The cycle models of SDK and VW-SDK: the released code of VW-SDK (Rhe, Moon and Ko, DATE 2022);
+    the tests contain its thirty published counts.
+    Low rank on such arrays: Jeon, Rhe and Ko, DATE 2025 (arXiv:2502.07820). Their theorem on
+    SDK(L R) is used. Their cycle count was not available, so `low_rank_cycles` is a
     reconstruction.
 """
 
@@ -38,7 +40,7 @@ from rankNAS.search_spaces.base import Layer
 __all__ = ["Crossbar", "ImcArray", "Mapping", "cycles", "low_rank_cycles"]
 
 Mapping = Literal["im2col", "sdk", "vw_sdk"]
-WINDOW = 8  # positions a side, up to which windows of a factorised layer are tried
+WINDOW = 8  # largest window side, in positions, tried for a factorised layer
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Crossbar:
     """One crossbar.
 
     Args:
-        rows: A_r, inputs.
-        columns: A_c, outputs.
+        rows: Number of inputs A_r.
+        columns: Number of outputs A_c.
     """
 
     rows: int = 512
@@ -56,7 +58,7 @@ class Crossbar:
 
 @dataclass(frozen=True)
 class _Convolution:
-    """One group of a convolution, or a linear layer as a 1 x 1 one."""
+    """One group of a convolution; a linear layer counts as a 1 x 1 convolution."""
 
     outputs_at: tuple[int, int]  # output positions
     inputs: int
@@ -70,16 +72,16 @@ class _Convolution:
         return math.prod(self.kernel) * self.inputs
 
     def window(self, a: int, b: int) -> int:
-        """Input positions that a x b output positions read."""
+        """The number of input positions that a window of a x b output positions reads."""
         spans = zip((a, b), self.stride, self.dilation, self.kernel, strict=True)
         return math.prod((n - 1) * s + (k - 1) * d + 1 for n, s, d, k in spans)
 
     def steps(self, a: int, b: int) -> int:
-        """Windows of a x b output positions."""
+        """The number of windows of a x b output positions."""
         return tiles(self.outputs_at[0], a) * tiles(self.outputs_at[1], b)
 
     def windows(self, most: int) -> Iterator[tuple[int, int]]:
-        """All sizes of windows, at most so many positions a side."""
+        """All window sizes of at most `most` positions per side."""
         height, width = (min(n, most) for n in self.outputs_at)
         return ((a, b) for a in range(1, height + 1) for b in range(1, width + 1))
 
@@ -95,7 +97,7 @@ def cycles(
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
 ) -> int:
-    """Cycles of a convolution with one group, for one input.
+    """Cycles of a convolution with one group for one input.
 
     Args:
         outputs_at: Output positions (height, width).
@@ -139,7 +141,7 @@ def _vw_sdk(layer: _Convolution, array: Crossbar) -> int:
     for a in range(1, min(height, array.columns) + 1):
         for b in range(1, min(width, array.columns // a) + 1):
             channels = min(layer.inputs, array.rows // layer.window(a, b))
-            if not channels:  # nor for a wider window
+            if not channels:  # wider windows do not fit either
                 break
             held = tiles(layer.inputs, channels) * tiles(layer.outputs, array.columns // (a * b))
             best = min(best, layer.steps(a, b) * held)
@@ -160,21 +162,21 @@ def low_rank_cycles(
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
 ) -> int:
-    """Cycles of a K x K convolution with few outputs followed by a 1 x 1 one; a reconstruction.
+    """Cycles of a K x K convolution with few outputs and a 1 x 1 convolution; a reconstruction.
 
     Args:
         outputs_at: Output positions (height, width).
-        kernel: Of the first stage.
+        kernel: Kernel of the first stage.
         inputs: Input channels.
         outputs: Output channels of the second stage.
-        rank: Outputs of each group of the first stage.
+        rank: Outputs per group of the first stage.
         array: The crossbar.
         groups: Groups of input channels.
-        mapping: ``im2col`` has windows of one position, ``sdk`` square ones.
-        block_skip: Leave out tiles of the second stage that no block touches; without, the
-            block-diagonal matrix is stored as a dense one.
-        stride: Of the first stage.
-        dilation: Of the first stage.
+        mapping: ``im2col`` uses windows of one position, ``sdk`` square windows.
+        block_skip: Skip tiles of the second stage that contain no block; otherwise the
+            block-diagonal matrix is stored densely.
+        stride: Stride of the first stage.
+        dilation: Dilation of the first stage.
 
     >>> small = {"array": Crossbar(64, 64), "mapping": "im2col"}
     >>> cycles((8, 8), (3, 3), 64, 64, **small)
@@ -201,7 +203,7 @@ def low_rank_cycles(
 
 
 def _touched(blocks: int, rows: int, columns: int, array: Crossbar) -> int:
-    """Tiles of a block-diagonal matrix that hold a part of a block."""
+    """The number of tiles of a block-diagonal matrix that contain part of a block."""
     found = set()
     for i in range(blocks):
         across = range(i * rows // array.rows, tiles((i + 1) * rows, array.rows))
@@ -215,19 +217,19 @@ def _touched(blocks: int, rows: int, columns: int, array: Crossbar) -> int:
 class ImcArray(HardwareModel):
     """Latency, and energy if the cost of a cycle is given, on in-memory-computing arrays.
 
-    Tiles are computed one after the other. Layers whose second stage is not 1 x 1 (`spatial_svd`)
-    and all stages of `tucker2` are mapped one by one.
+    Tiles are computed sequentially. Layers whose second stage is not 1 x 1 (`spatial_svd`)
+    and all stages of `tucker2` are mapped separately.
 
     Args:
-        rows: A_r.
-        columns: A_c.
-        mapping: How kernels are laid out.
-        cycle: Seconds of one array access; a property of the device.
-        cycle_energy: Joules of one array access; None if not known.
+        rows: Number of rows A_r.
+        columns: Number of columns A_c.
+        mapping: Mapping of kernels onto the crossbar.
+        cycle: Seconds per array access; a property of the device.
+        cycle_energy: Joules per array access; None if unknown.
         block_skip: As for `low_rank_cycles`.
 
     Raises:
-        UsageError: A size, time or energy that is not positive, or an unknown mapping.
+        UsageError: A size, time or energy is not positive, or the mapping is unknown.
     """
 
     rows: int = 512
@@ -307,13 +309,13 @@ class ImcArray(HardwareModel):
 
 
 def _outputs_at(shape: LayerShape) -> list[tuple[int, tuple[int, int]]]:
-    """Of each call, the number of inputs and the output positions of one."""
+    """(Number of inputs, output positions of one input) for each call."""
     if not shape.kernel:
         return [(math.prod(call), (1, 1)) for call in shape.calls]
     return [(call[0], _pair(call[1:])) for call in shape.output_calls()]
 
 
 def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    """Two dimensions of one or two, or none."""
+    """A pair of sizes from one, two or no dimensions."""
     height, width = (1,) * (2 - len(sizes)) + tuple(sizes)
     return height, width

@@ -1,4 +1,4 @@
-"""Whole networks with arbitrary weights: drawn, built, run, and watched layer by layer."""
+"""Whole networks with random weights: sampling allocations, building, running, layer timing."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = [
     "random_allocations",
 ]
 
-OWN = 4  # observations that the mean of an operator counts as, against a layer's own
+OWN = 4  # prior weight of the operator's mean, in observations of a layer
 
 
 class Network:
-    """A network on its inputs; calling it is a forward pass.
+    """A network with fixed inputs; a call runs a forward pass.
 
     Args:
-        model: In evaluation mode, where its inputs are.
-        inputs: Of every pass.
+        model: The model in evaluation mode, on the device of the inputs.
+        inputs: The inputs of every pass.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
@@ -46,18 +46,18 @@ class Network:
         return self.model(self.inputs)
 
     def watching(self, layers: Iterable[Layer]) -> Watch:
-        """The same as something to run that notes how long each of the layers takes."""
+        """A callable that runs the network and records the time of each layer."""
         return Watch(self, [layer.paths for layer in layers])
 
 
 class Watch:
-    """Runs a network and notes how long layers take where they are.
+    """Runs a network and records in-network layer times.
 
-    Nothing is left in the network between runs.
+    The hooks are removed after each run.
 
     Args:
-        network: To run.
-        layers: The paths of each; what several calls or paths take is added up.
+        network: The network to run.
+        layers: The module paths of each layer. Times of several calls or paths are summed.
     """
 
     def __init__(self, network: Network, layers: Sequence[Sequence[str]]) -> None:
@@ -91,12 +91,12 @@ class Watch:
 
 
 def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Network:
-    """The network under an allocation, with arbitrary weights."""
+    """The network under an allocation, with random weights."""
     model = skeleton(copy.deepcopy(network), allocation).eval()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                # Small normal values: denormal and infinite ones would take longer.
+                # Small normal values: denormal and infinite values would slow the arithmetic down.
                 drawn = 0.05 * torch.randn(parameter.shape).to(parameter.dtype)
                 setattr(module, name, nn.Parameter(drawn, requires_grad=False))
     model, x = model.to(inputs.device), inputs
@@ -107,12 +107,12 @@ def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Network
 
 
 def batched(inputs: Tensor, size: int) -> Tensor:
-    """As many inputs, some of them repeated."""
+    """The inputs, repeated to a batch of the given size."""
     return inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))[:size]
 
 
 def random_allocations(space: SearchSpace, count: int, seed: int) -> list[Allocation]:
-    """Allocations of every size: each leaves a share of the layers dense, drawn anew."""
+    """Random allocations of increasing dense share: each leaves some layers dense."""
     rng = np.random.default_rng(seed)
     found = []
     for i in range(count):
@@ -138,16 +138,16 @@ def in_network_factors(
     seconds: Sequence[Array],
     alone: Callable[[Layer, Choice], float],
 ) -> dict[str, float]:
-    """In-network latency factors: how much longer layers take in the network than alone.
+    """In-network latency factors: the ratio of a layer's time in the network to its isolated time.
 
-    In-network cache state differs from isolated timing. Factors of rarely seen places are shrunk
+    In-network cache state differs from isolated timing. Factors with few observations are shrunk
     towards the mean of their operator.
 
     Args:
-        space: Of the network.
-        allocations: Under which it was watched.
-        seconds: Of its layers in place, (layers,) each, in the space's order.
-        alone: Seconds of a layer's choice, timed by itself.
+        space: The space of the network.
+        allocations: The allocations under which layer times were recorded.
+        seconds: In-network layer times per allocation, (layers,) each, in the space's order.
+        alone: The isolated latency in seconds of a layer under a choice.
     """
     seen: dict[tuple[str, str], list[float]] = {}
     of_operator: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Selection of the stages to profile: a representative part of a space, and common shapes."""
+"""Stages to profile: a representative part of a space, and common shapes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["general_shapes", "network_key", "stage_key", "stages_of", "thinned"]
 
 
 def stages_of(space: SearchSpace) -> Iterable[LayerShape]:
-    """The stages of all choices of all layers; equal ones are repeated."""
+    """The stages of all choices of all layers, with repetitions."""
     return (s for layer in space.layers.values() for c in layer for s in stages(layer, c))
 
 
 def stage_key(shape: LayerShape) -> LayerShape:
-    """The shape as its time depends on it: bias and padding mode cost nothing."""
+    """The shape reduced to what affects its latency: without bias and padding mode."""
     return replace(shape, bias=False, padding_mode="zeros")
 
 
 def network_key(space: SearchSpace) -> str:
-    """A digest of the layers and inputs: equal for networks that take equally long."""
+    """A digest of layers and inputs; it is equal for networks of equal latency."""
     shapes = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
     text = "\n".join([*shapes, str(space.remainder_cost), str(space.input_shape)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
-    """Common square and thin convolutions and linear layers."""
+    """Common square and low-rank convolutions and linear layers."""
     shapes = []
     for size in (7, 14, 28, 56):
         for inputs, outputs in ((32, 32), (64, 64), (128, 32), (32, 128), (256, 256), (512, 64)):
@@ -58,9 +58,9 @@ def general_shapes(batch: int, itemsize: int = 4) -> list[LayerShape]:
 
 
 def thinned(shapes: Sequence[LayerShape], most: int) -> list[LayerShape]:
-    """A representative part of the shapes: farthest-point selection within groups.
+    """A representative subset of the shapes: farthest-point selection within groups.
 
-    Within a group of equal geometry, the one farthest from those already taken comes next.
+    In a group of equal geometry, each step selects the shape farthest from those selected.
     """
     groups: dict[object, list[LayerShape]] = {}
     for shape in shapes:
@@ -76,10 +76,10 @@ def thinned(shapes: Sequence[LayerShape], most: int) -> list[LayerShape]:
 
 
 def _shares(sizes: Sequence[int], most: int) -> list[int]:
-    """How many of each group: as for its square root, at least two (or all) of each."""
+    """Samples per group: proportional to the square root of its size, at least two (or all)."""
     roots = np.sqrt(sizes)
     scale = most / roots.sum()
-    for _ in range(20):  # what small groups cannot take goes to the others
+    for _ in range(20):  # small groups are capped; the rest is redistributed
         shares = np.clip(np.floor(scale * roots), np.minimum(2, sizes), sizes)
         if shares.sum() >= min(most, sum(sizes)):
             break

@@ -1,7 +1,6 @@
-"""What was measured on a machine, as a file: stages, whole networks, and on what terms.
+"""Latency profiles: measured stages, end-to-end networks and their conditions, in one file.
 
-The file is written again after every few measurements, so that an interrupted profile goes on
-where it was.
+The file is rewritten after every few measurements, so an interrupted profile can be resumed.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from rankNAS.io.formats import FORMAT, current_format, upgraded
 
 __all__ = ["Measurement", "NetworkFit", "Profile", "Terms"]
 
-CHECKSUM = "sha256"  # of everything else; a file without it is read as it is
+CHECKSUM = "sha256"  # of all other entries; files without it are read unchecked
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What timings depend on besides shapes; their dtype and batch size are in the shapes.
+    """Conditions of a measurement other than shapes; shapes include dtype and batch size.
 
     Args:
-        device: Its type and name.
-        threads: Of PyTorch on a CPU.
-        memory_format: Of images.
-        version: Of PyTorch; timings are not refused for another.
+        device: Type and name of the device.
+        threads: Number of PyTorch threads on a CPU.
+        memory_format: Memory format of images.
+        version: PyTorch version; a different version is accepted.
     """
 
     device: str
@@ -45,7 +44,7 @@ class Terms:
 
     @classmethod
     def here(cls, device: torch.device) -> Terms:
-        """Of this process."""
+        """The conditions of this process."""
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
         else:
@@ -55,7 +54,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of one stage, the standard deviation of that, and how often it was run."""
+    """Latency of one stage in seconds, its standard deviation, and the number of runs."""
 
     seconds: float
     sigma: float
@@ -64,15 +63,15 @@ class Measurement:
 
 @dataclass(frozen=True)
 class NetworkFit:
-    """How a whole network's time follows from its stages': rest + dense D + decomposed S.
+    """Linear model of end-to-end latency: remainder + dense D + decomposed S.
 
     Args:
-        remainder_cost: Seconds of everything else.
-        dense: Factor of the times D of layers that stay dense, in place against alone.
-        decomposed: The same of all stages S of decomposed layers.
-        residual: Standard deviation of what that leaves, relative to the time.
-        timed: Seconds of the dense network, measured while its stages were; 0 if it was not.
-        places: Factors of layers in place, by `place`, before the other two.
+        remainder_cost: Seconds outside the layers.
+        dense: Factor on the summed time D of dense layers.
+        decomposed: Factor on the summed time S of the stages of decomposed layers.
+        residual: Standard deviation of the residual, relative to the time.
+        timed: Seconds of the dense network, measured together with its stages; 0 if not measured.
+        places: In-network factors by `place`, applied before the other two.
     """
 
     remainder_cost: float = 0.0
@@ -85,12 +84,12 @@ class NetworkFit:
 
 @dataclass(frozen=True)
 class Profile:
-    """Measurements on one set of terms.
+    """Measurements under one set of conditions.
 
     Args:
-        terms: What they hold for.
-        stages: By shape, each with a single call.
-        networks: By a key of the space.
+        terms: The conditions.
+        stages: Measurement by shape, each with a single call.
+        networks: End-to-end fit by key of the space.
     """
 
     terms: Terms
@@ -98,15 +97,15 @@ class Profile:
     networks: Mapping[str, NetworkFit] = field(default_factory=dict)
 
     def with_stages(self, found: Mapping[LayerShape, Measurement]) -> Profile:
-        """And some more."""
+        """A profile with further stage measurements."""
         return replace(self, stages={**self.stages, **found})
 
     def with_network(self, key: str, fit: NetworkFit) -> Profile:
-        """And one more."""
+        """A profile with one more end-to-end fit."""
         return replace(self, networks={**self.networks, key: fit})
 
     def write(self, path: Path) -> None:
-        """As JSON."""
+        """Write the profile as JSON."""
         stages = [{**asdict(shape), **asdict(m)} for shape, m in self.stages.items()]
         networks = {key: asdict(fit) for key, fit in self.networks.items()}
         content = {
@@ -119,10 +118,10 @@ class Profile:
 
     @classmethod
     def read(cls, path: Path) -> Profile:
-        """From a file.
+        """The profile in a file.
 
         Raises:
-            UsageError: It cannot be read, or a figure in it is missing or wrong; it is named.
+            UsageError: It cannot be read, or a figure is missing or invalid. The message names it.
         """
         try:
             content = read_json(path)
@@ -159,7 +158,7 @@ class Profile:
         return cls(terms, stages, networks)
 
     def check(self, here: Terms, where: str) -> None:
-        """Raise a UsageError, naming the difference, unless these terms are others'."""
+        """Raise a UsageError that names the difference unless the conditions match."""
         for name in (f.name for f in fields(Terms)):
             there, now = getattr(self.terms, name), getattr(here, name)
             if there != now and name != "version":

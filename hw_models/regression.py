@@ -1,9 +1,9 @@
-"""Gaussian-process regression of stage latencies on a part of the stages.
+"""Gaussian-process regression of stage latency, fitted to a subset of the stages.
 
-The logarithm of a stage's time is a linear function of the logarithms of its work, traffic and
-sizes, plus a Gaussian process of these and of the fill of the vector units, plus an independent
-effect per stage. Measured stages are shrunk by their noise: a search selects stages that were
-measured too short (winner's curse).
+The log-latency of a stage is a linear function of the logarithms of its work, traffic and sizes,
+plus a Gaussian process of these features and of the fill of the vector units, plus an independent
+effect per stage. Measurements are shrunk according to their noise: a search would otherwise
+select stages whose measured time is too short (winner's curse).
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ __all__ = ["StageRegression", "kind_of", "traffic"]
 
 Array = npt.NDArray[np.float64]
 RIDGE = 1e-3
-VECTOR = 16  # channels that vector units work on at once, whatever their exact width
+VECTOR = 16  # assumed number of channels per vector operation
 
 
 @dataclass(frozen=True)
 class StageRegression:
-    """The posterior of a Gaussian process on stages.
+    """Gaussian-process posterior of stage latency.
 
     Args:
-        kinds: Of the stages it was fitted to, see `kind_of`.
-        centre: Of the features, (features,).
-        scale: Likewise.
-        weights: Of the linear part, with its constant last.
-        kernel: Covariance of what the linear part leaves, but for what is a stage's own.
-        own: Variance of that.
-        places: Where each measured stage is in what follows.
-        Z: Their features, (stages, features).
+        kinds: Kinds of the fitted stages, see `kind_of`.
+        centre: Mean of the features, (features,).
+        scale: Scale of the features, (features,).
+        weights: Weights of the linear part, the constant last.
+        kernel: Covariance of the residual of the linear part, without the effect per stage.
+        own: Variance of the effect per stage.
+        places: Row of each measured stage in the following arrays.
+        Z: Features, (stages, features).
         factor: Cholesky factor of the covariance of the measurements, (stages, stages).
-        alpha: Its inverse times what the linear part leaves of them, (stages,).
+        alpha: Inverse covariance times the residual of the linear part, (stages,).
     """
 
     kinds: frozenset[str]
@@ -67,15 +67,15 @@ class StageRegression:
         sigma: Sequence[float],
         learned: Sequence[int] | None = None,
     ) -> StageRegression:
-        """Fit to measured stages, each with one call.
+        """The regression fitted to measured stages, each with one call.
 
         Args:
             shapes: At least one; all different.
-            seconds: Their times.
-            sigma: Standard deviations of these.
-            learned: Which of them the kernel is learned from, as that takes long; all by default.
+            seconds: Their latencies.
+            sigma: Standard deviations of the latencies.
+            learned: The stages used to learn the kernel, the slow part; all by default.
         """
-        # Not at the top: few of those who use hardware models need it.
+        # Imported here: few users of hardware models need it.
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -96,7 +96,7 @@ class StageRegression:
         ) + WhiteKernel(1e-3, (1e-6, 1.0))
         process = GaussianProcessRegressor(kernel, alpha=noise[some], random_state=0)
         with warnings.catch_warnings(), one_thread():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale reaches its bound
             process.fit(Z[some], left[some])
         smooth, own = process.kernel_.k1, float(process.kernel_.k2.noise_level)
         factor = np.linalg.cholesky(smooth(Z) + np.diag(own + noise))
@@ -106,7 +106,7 @@ class StageRegression:
         return cls(kinds, centre, scale, weights, smooth, own, places, Z, factor, alpha)
 
     def predict(self, shapes: Sequence[LayerShape]) -> tuple[Array, Array]:
-        """Seconds of stages and their standard deviations, each (stages,)."""
+        """Latency of stages in seconds and standard deviations, each (stages,)."""
         X = np.array([_features(shape) for shape in shapes])
         Z = (X - self.centre) / self.scale
         covariance = self.kernel(Z, self.Z)
@@ -121,7 +121,7 @@ class StageRegression:
 
 
 def kind_of(shape: LayerShape) -> str:
-    """What a predictor must have seen of a stage: its dimensions, and whether it has groups."""
+    """Kind of a stage: its number of dimensions, and whether it has groups."""
     name = {0: "linear", 1: "conv1d", 2: "conv2d"}.get(len(shape.kernel), "convolution")
     if math.prod(shape.kernel) == 1 and shape.kernel:
         name = f"pointwise {name}"
@@ -129,7 +129,7 @@ def kind_of(shape: LayerShape) -> str:
 
 
 def traffic(shape: LayerShape) -> int:
-    """Bytes read and written once: inputs, outputs and weights."""
+    """Bytes of inputs, outputs and weights, each read or written once."""
     inputs = shape.inputs * sum(math.prod(call) for call in shape.calls)
     outputs = shape.outputs * sum(math.prod(call) for call in shape.output_calls())
     return shape.itemsize * (inputs + outputs + shape.outputs * shape.width)

@@ -1,7 +1,7 @@
-"""The roofline: a kernel takes its arithmetic at peak or its memory traffic, whichever is longer.
+"""Roofline model: a kernel takes the longer of its arithmetic time and its memory time.
 
-Reference: Williams, Waterman and Patterson, Communications of the ACM 2009. Added to it: an
-overhead for each kernel, and sizes rounded up to the tiles that the units work on.
+Reference: Williams, Waterman and Patterson, Communications of the ACM 2009. Extensions: an
+overhead per kernel, and sizes rounded up to the tiles of the compute units.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["Roofline"]
 @final
 @dataclass(frozen=True)
 class Roofline(StageModel):
-    """A device that is known by its figures; a lower bound of the time rather than a measurement.
+    """Roofline latency of a device from its figures: a lower bound, not a measurement.
 
     Args:
-        device: From `Device.of`.
-        uncertainty: Relative standard deviation of a kernel's time: an assumption.
-        name: As given by the user.
+        device: The device, from `Device.of`.
+        uncertainty: Assumed relative standard deviation of a kernel's time.
+        name: The name given by the user.
     """
 
     device: Device
@@ -51,7 +51,7 @@ class Roofline(StageModel):
         return shape.cost().macs * energy[dtype] + traffic(shape) * energy["byte"]
 
     def remainder_cost(self, space: SearchSpace) -> tuple[float, float]:
-        """The skipped layers' arithmetic and overhead; what is no layer is taken to be fused."""
+        """Arithmetic and overhead of skipped layers; all other operations count as fused."""
         shapes = [layer.shape for layer in space.layers.values()]
         peak = self.device.peak[self._dtype(shapes[0])] if shapes else math.inf
         seconds = 2 * space.remainder_cost.macs / peak + self.device.launch * len(space.skipped)

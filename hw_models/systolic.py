@@ -1,14 +1,14 @@
-"""A systolic array with on-chip buffers, in closed form: accelerators of the Eyeriss and TPU kind.
+"""Systolic array with on-chip buffers, in closed form: accelerators like Eyeriss and the TPU.
 
 A layer is a matrix product of M output positions, N outputs and K summands. The array has R rows
-and C columns of processing elements; what stays in them is the dataflow. A pass of the array that
-streams T values takes 2 R + C + T - 2 cycles to fill, work and drain, and there are as many passes
-as tiles of the two dimensions that are laid out.
+and C columns of processing elements. The dataflow names the operand that stays in the array. A
+pass that streams T values takes 2 R + C + T - 2 cycles to fill, compute and drain. The number of
+passes is the number of tiles of the two dimensions that are laid out on the array.
 
 References:
-    Samajdar et al., ISPASS 2020 (SCALE-Sim), section III: the cycles. Traffic to main memory is
-    counted more simply here: an operand that does not fit its buffer is read once for each pass
-    over the other one.
+    Samajdar et al., ISPASS 2020 (SCALE-Sim), section III: the cycles. The count of main-memory
+    traffic is simpler here: an operand that does not fit its buffer is read once per pass over
+    the other operand.
     Horowitz, ISSCC 2014, figure 1.1.9: energies of operations at 45 nm.
 """
 
@@ -25,10 +25,10 @@ from rankNAS.hw_models.base import StageModel, tiles
 __all__ = ["Dataflow", "Systolic"]
 
 Dataflow = Literal["output", "weight", "input"]
-# Joules at 45 nm by bytes of a number: multiplication and addition (integers for one byte,
-# floating point for more), as in Horowitz's figure.
+# Joules at 45 nm by bytes per number, multiplication plus addition (integer for one byte,
+# floating point for more), from Horowitz's figure.
 _MULTIPLY_ADD = {1: 0.23e-12, 2: 1.5e-12, 4: 4.6e-12}
-_DRAM_BYTE = 1.3e-9 / 8  # the lower end of 1.3 to 2.6 nJ for 64 bits
+_DRAM_BYTE = 1.3e-9 / 8  # lower end of 1.3 to 2.6 nJ for 64 bits
 _SRAM_BYTE = 20e-12 / 8  # 32 KiB, 64 bits
 
 
@@ -38,17 +38,17 @@ class Systolic(StageModel):
     """An analytical model of an array of processing elements; nothing of it is measured.
 
     Args:
-        rows: R.
-        columns: C.
-        dataflow: What stays in the array: ``output``, ``weight`` or ``input``.
-        frequency: Cycles a second.
-        input_buffer: Bytes on the chip for inputs.
-        weight_buffer: Bytes for weights.
-        output_buffer: Bytes for outputs.
-        bandwidth: Of main memory, bytes a second; transfers overlap with work.
+        rows: Number of rows R.
+        columns: Number of columns C.
+        dataflow: The stationary operand: ``output``, ``weight`` or ``input``.
+        frequency: Cycles per second.
+        input_buffer: Bytes of the on-chip buffer for inputs.
+        weight_buffer: Bytes of the buffer for weights.
+        output_buffer: Bytes of the buffer for outputs.
+        bandwidth: Bandwidth of main memory, bytes per second; transfers overlap with computation.
 
     Raises:
-        UsageError: A number that is not positive, or an unknown dataflow.
+        UsageError: A number is not positive, or the dataflow is unknown.
     """
 
     rows: int = 32
@@ -73,7 +73,7 @@ class Systolic(StageModel):
                 raise UsageError(f"`{field.name}` must be a positive number, got {value}.")
 
     def cycles(self, shape: LayerShape) -> int:
-        """Cycles of the array, without waiting for memory."""
+        """Compute cycles of the array, without memory stalls."""
         M, N, K = _sizes(shape)
         along_rows, along_columns, streamed = {
             "output": (M, N, K),
@@ -84,12 +84,12 @@ class Systolic(StageModel):
         return shape.groups * passes * (2 * self.rows + self.columns + streamed - 2)
 
     def traffic(self, shape: LayerShape) -> int:
-        """Bytes to and from main memory."""
+        """Bytes read from and written to main memory."""
         M, N, K = _sizes(shape)
         size = shape.itemsize
         inputs = shape.inputs // shape.groups * sum(math.prod(call) for call in shape.calls) * size
         weights, outputs = N * K * size, M * N * size
-        again = {  # passes over an operand that is laid out along the other one's tiles
+        again = {  # passes over an operand, one per tile of the other operand
             "output": (tiles(N, self.columns), tiles(M, self.rows), 1),
             "weight": (tiles(N, self.columns), 1, tiles(K, self.rows)),
             "input": (1, tiles(M, self.columns), tiles(K, self.rows)),
@@ -103,7 +103,7 @@ class Systolic(StageModel):
         return max(work, self.traffic(shape) / self.bandwidth), 0.0
 
     def stage_energy(self, shape: LayerShape) -> float | None:
-        """Multiply-adds, two buffer reads for each, and main memory."""
+        """Energy of multiply-adds, two buffer reads for each, and main-memory traffic."""
         if shape.itemsize not in _MULTIPLY_ADD:
             return None
         one = _MULTIPLY_ADD[shape.itemsize] + 2 * shape.itemsize * _SRAM_BYTE
@@ -111,6 +111,6 @@ class Systolic(StageModel):
 
 
 def _sizes(shape: LayerShape) -> tuple[int, int, int]:
-    """M, N and K of one group."""
+    """M, N and K of one channel group."""
     positions = sum(math.prod(call) for call in shape.output_calls())
     return positions, shape.outputs // shape.groups, shape.width

@@ -1,8 +1,9 @@
-"""Layers measured elsewhere: a CSV with the columns ``layer, choice, seconds``.
+"""Latency tables of layers measured elsewhere: CSV with the columns ``layer, choice, seconds``.
 
-Further columns may say what the figures hold for: ``batch`` and ``dtype``, the same in every row,
-are checked; ``sigma`` is a row's standard deviation. A row whose layer is ``remainder`` holds the
-time outside the layers (``rest`` in older tables). Other columns are left alone.
+The optional columns ``batch`` and ``dtype`` describe the measurement; they hold the same value in
+every row and are checked. ``sigma`` is the standard deviation of a row. A row whose layer is
+``remainder`` (``rest`` in older tables) holds the time outside the layers. Other columns are
+ignored.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ if TYPE_CHECKING:
 __all__ = ["MeasuredTable"]
 
 logger = logging.getLogger(__name__)
-REMAINDER = "remainder", "rest"  # the second is the name of version 0.1
+REMAINDER = "remainder", "rest"  # the second is the name in version 0.1
 Key = tuple[str, str]
 
 
 @final
 @dataclass(frozen=True)
 class MeasuredTable(HardwareModel):
-    """Seconds by layer and choice, as another device's owner measured them.
+    """Latency in seconds by layer and choice, measured on another device.
 
-    A choice that is missing is predicted: between two ranks of the same layer and operator along a
-    line; otherwise by a line through the multiply-adds of all that was measured, with a warning
-    that names it.
+    A missing choice is predicted: by linear interpolation between two ranks of the same layer and
+    operator; otherwise by a linear fit in multiply-adds to all measurements, with a warning that
+    names it.
 
     Args:
-        seconds: By layer and choice.
+        seconds: Latency by layer and choice.
         sigma: Standard deviations, for the same keys.
-        batch: What it was measured at; None if that is not known.
-        dtype: The same.
-        strict: Raise an error instead of falling back on the line.
-        name: As given by the user.
-        slope: Seconds a multiply-add, intercept and residual, once bound.
-        warned: What was warned of.
+        batch: Batch size of the measurement; None if unknown.
+        dtype: Dtype of the measurement; None if unknown.
+        strict: Raise an error instead of using the linear fit.
+        name: The name given by the user.
+        slope: Seconds per multiply-add, intercept and residual; set by `bind`.
+        warned: Layers and operators already warned about.
     """
 
     seconds: dict[Key, float]
@@ -62,11 +63,11 @@ class MeasuredTable(HardwareModel):
 
     @classmethod
     def read(cls, path: Path | str, *, strict: bool = False) -> MeasuredTable:
-        """From a CSV.
+        """The table in a CSV file.
 
         Raises:
-            UsageError: It cannot be read, a column is missing, a row is given twice, or a number
-                is missing or not positive.
+            UsageError: It cannot be read, a column is missing, a row is duplicated, or a number is
+                missing or not positive.
         """
         try:
             rows = pd.read_csv(path)
@@ -149,7 +150,7 @@ class MeasuredTable(HardwareModel):
         return found[0] if found else (0.0, 0.0)
 
     def _warn(self, layer: Layer, choice: Choice) -> None:
-        """Once for a layer and an operator."""
+        """Warn once per layer and operator."""
         kind = f"{layer.name!r} as {choice.operator}"
         if kind not in self.warned:
             self.warned.add(kind)
@@ -162,7 +163,7 @@ class MeasuredTable(HardwareModel):
             )
 
     def _between(self, layer: Layer, choice: Choice) -> tuple[float, float] | None:
-        """Along a line between the nearest measured ranks of the same family."""
+        """Linear interpolation between the nearest measured ranks of the same family."""
         if not choice.rank:
             return None
         below, above = None, None
@@ -185,7 +186,7 @@ class MeasuredTable(HardwareModel):
 
 
 def _line(points: list[tuple[int, float]]) -> tuple[float, float, float]:
-    """Slope and intercept, neither negative, and the residuals' standard deviation."""
+    """Non-negative slope and intercept of a linear fit, and the residual standard deviation."""
     x, y = np.array(points, dtype=float).T
     slope, intercept = 0.0, float(y.mean())
     if np.ptp(x) > 0:

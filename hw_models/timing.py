@@ -1,4 +1,4 @@
-"""Interleaved timing: several runs in turns, so that a disturbance affects all of them."""
+"""Interleaved timing: runs take turns, so that a disturbance affects all of them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = [
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-LEAST = 5e-4  # seconds of one sample: shorter things are run several times for it
-MOST_RUNS = 20  # of one sample
+LEAST = 5e-4  # shortest sample in seconds; faster runs are repeated within a sample
+MOST_RUNS = 20  # per sample
 LEAST_ROUNDS = 3
-SWEEPS = 100  # each halves what is wrong, where items are seen twice
+SWEEPS = 100  # each halves the error if items are seen twice
 
 
 def waiting(run: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The same, returning when the device is done."""
+    """The run, followed by a device synchronisation."""
 
     def synchronised() -> None:
         run()
@@ -39,21 +39,21 @@ def waiting(run: Callable[[], object], device: torch.device) -> Callable[[], Non
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device is done."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class InterleavedTimer:
-    """Times several runs in turns, for a given number of rounds.
+    """Times several runs interleaved, for a given number of rounds.
 
     Args:
-        runs: What to time; each must return when it is done.
-        warm_up: Runs of each before the first round.
-        seed: Of the order within rounds.
+        runs: The runs to time; each must return when its work is done.
+        warm_up: Calls of each run before the first round.
+        seed: Random seed of the order within rounds.
 
     Attributes:
-        rows: Seconds of each run, one list a round.
+        rows: Seconds of each run, one list per round.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class InterleavedTimer:
 
     @property
     def times(self) -> Array:
-        """Seconds, (rounds, runs)."""
+        """Times in seconds, (rounds, runs)."""
         return np.array(self.rows).reshape(len(self.rows), len(self._runs))
 
 
@@ -88,14 +88,14 @@ def interleaved(
     warm_up: int = 2,
     seed: int = 0,
 ) -> Array:
-    """Seconds that each run takes, (rounds done, runs); see `InterleavedTimer`.
+    """Interleaved times of runs in seconds, (rounds done, runs); see `InterleavedTimer`.
 
     Args:
-        runs: What to time.
-        rounds: At most.
-        seconds: No round begins after that many; three are done in any case.
-        warm_up: Runs of each before the first round.
-        seed: Of the order.
+        runs: The runs to time.
+        rounds: Largest number of rounds.
+        seconds: Time after which no round starts; at least three rounds are run.
+        warm_up: Calls of each run before the first round.
+        seed: Random seed of the order.
     """
     turns = InterleavedTimer(runs, warm_up=warm_up, seed=seed)
     begun = time.perf_counter()
@@ -107,16 +107,16 @@ def interleaved(
 
 
 class DriftMonitor:
-    """Times whole networks in turns, a few rounds at a time, between other measurements.
+    """Times whole networks interleaved, a few rounds at a time, between other measurements.
 
-    A machine changes its speed while it is measured, so the networks are timed over as long a
-    while as everything else.
+    The speed of a machine drifts during profiling, so the networks are timed over the same period
+    as all other measurements.
 
     Args:
         runs: The networks.
-        rounds: At most.
-        seconds: No round begins after that many; three are done in any case.
-        seed: Of the order.
+        rounds: Largest number of rounds.
+        seconds: Time after which no round starts; at least three rounds are run.
+        seed: Random seed of the order.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class DriftMonitor:
         self._rounds, self._seconds, self._spent = rounds, seconds, 0.0
 
     def after(self, share: float) -> None:
-        """Time the networks after a measurement, until a share (0, 1] of the rounds is done."""
+        """Time the networks until a share (0, 1] of the rounds is done."""
         rows = self._turns.rows
         least = LEAST_ROUNDS if share >= 1 else 0
         while len(rows) < least or (
@@ -137,17 +137,18 @@ class DriftMonitor:
             self._spent += time.perf_counter() - begun
 
     def seconds(self) -> Array:
-        """Medians, (runs,)."""
+        """Median times in seconds, (runs,)."""
         medians: Array = np.median(self._turns.times, axis=0)
         return medians
 
 
 def effects_of_blocks(items: Indices, blocks: Indices, values: Array) -> Array:
-    """What blocks add to the values of items that were seen in several of them, (blocks,).
+    """Block effects of an additive model, (blocks,).
 
-    Value i is that of item items[i] in block blocks[i], (n,) each; the model is item + block +
-    noise. The median effect is 0. Fitted by turns, with means and then, so that
-    outliers weigh little, with medians: from elsewhere these can end where no single one improves.
+    Value i belongs to item items[i] and block blocks[i], (n,) each; the model is item + block +
+    noise. The median effect is 0. The fit alternates between items and blocks: first with means,
+    then with medians, which are robust to outliers (median polish). The medians start from the
+    means because coordinate-wise steps can otherwise stall.
     """
     effects, counts = np.zeros(int(blocks.max()) + 1), np.bincount(items)
     members = [np.flatnonzero(blocks == k) for k in range(len(effects))]
@@ -170,9 +171,9 @@ def _timed(run: Callable[[], object], count: int) -> float:
 def spread_of_median(times: Array) -> Array:
     """Standard deviation of the medians of columns, (runs,).
 
-    From the interquartile range, as disturbances make the tails of timings heavy: for normal
-    samples the range is 1.349 standard deviations, and the median varies sqrt(pi / 2) times as
-    much as the mean.
+    It is estimated from the interquartile range, because disturbances make the tails of timings
+    heavy. For normal samples the range is 1.349 standard deviations, and the standard deviation
+    of the median is sqrt(pi / 2) times that of the mean.
     """
     upper, lower = np.percentile(times, [75, 25], axis=0)
     deviations: Array = (upper - lower) / 1.349 * np.sqrt(np.pi / 2 / len(times))

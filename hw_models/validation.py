@@ -21,32 +21,32 @@ from rankNAS.hw_models.timing import Array, interleaved, spread_of_median, waiti
 __all__ = ["Agreement", "agreement", "validate"]
 
 WITHIN = 0.1
-BLOCK = 8  # networks that are visited together
-VISIT = 1.0  # seconds of a visit, after three rounds
-MOST_ROUNDS = 200  # of a visit
-LEAST_PASSES = 4  # before a spread of visits counts
-DRAWS = 1000  # of measurements that might have been
+BLOCK = 8  # networks per visit
+VISIT = 1.0  # seconds per visit, after three rounds
+MOST_ROUNDS = 200  # per visit
+LEAST_PASSES = 4  # visits needed to estimate the spread between visits
+DRAWS = 1000  # simulated repetitions of the measurements
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well predictions agree with measurements.
+    """Accuracy of latency predictions against measurements.
 
     Args:
         within: Share of the allocations predicted within 10 %.
-        slowness: How much longer the dense network takes now than when the machine was profiled;
-            NaN if it was not timed then.
-        matched: Share within 10 % once that is divided out of the measurements: of what is
-            predicted in seconds, at the speed that the machine had then.
-        relative: Share of those whose time as a fraction of the dense network's is; it stays right
-            where the machine as a whole has become slower or faster since it was profiled.
+        slowness: Time of the dense network now, relative to its time at profiling; NaN if it was
+            not timed then.
+        matched: Share within 10 % after dividing the measurements by `slowness`: predictions in
+            seconds at the machine's speed at profiling.
+        relative: Share within 10 % of time as a fraction of the dense network's. It is robust to a
+            change of the machine's overall speed since profiling.
         mape: Mean absolute relative error.
-        bias: Mean relative error; above 0 where predictions are too long.
+        bias: Mean relative error; positive if predictions are too long.
         spearman: Rank correlation; NaN for fewer than three allocations.
-        perfect: The 5th percentile and the median of the rank correlation that a perfect
-            prediction would have had with measurements as noisy as these: if the first is below
-            0.95, so may be `spearman`, whatever the predictions are.
-        floor: Noise: how far apart two copies of the dense network were measured, relative.
+        perfect: The 5th percentile and the median of the rank correlation of a perfect prediction
+            with equally noisy measurements. If the first is below 0.95, `spearman` may be below
+            0.95 for a perfect prediction.
+        floor: Noise floor: relative difference between two measured copies of the dense network.
         uncertainty: Median relative half-width of the measurements' 95 % intervals.
     """
 
@@ -76,27 +76,27 @@ def validate(
     on_progress: Progress | None = None,
     on_rows: Callable[[pd.DataFrame], object] | None = None,
 ) -> pd.DataFrame:
-    """Measure networks end to end, with arbitrary weights, beside what is predicted.
+    """End-to-end measurements of networks with random weights, next to their predictions.
 
-    The networks are visited again and again, a few at a time, each time built anew and timed in
-    turns with the dense network twice. Consecutive rounds are correlated; the
-    median over spaced visits is reported, and its deviation from the spread of the visits.
+    The networks are visited repeatedly, a few at a time. Each visit builds them anew and times
+    them interleaved with two copies of the dense network. Consecutive rounds are correlated; the
+    median over spaced visits is reported, with its deviation from the spread of the visits.
 
     Args:
-        tables: Predictions for a space of the network.
-        network: What the space was compiled from.
+        tables: Latency predictions for a space of the network.
+        network: The network that the space was compiled from.
         inputs: At least one input.
-        allocations: By name.
-        batch: Inputs of a forward pass.
-        device: Where to measure.
-        precision: Relative half-width of the 95 % interval at which timing ends.
-        seconds: Most time for all together; each network is visited once in any case.
-        seed: Of the order.
-        on_progress: Called with how much of the time is over, and 100.
-        on_rows: Called with the result for the allocations so far, whenever there is more.
+        allocations: The allocations by name.
+        batch: Inputs per forward pass.
+        device: The device to measure.
+        precision: Relative half-width of the 95 % interval at which timing stops.
+        seconds: Total time limit; each network is visited at least once.
+        seed: Random seed of the order.
+        on_progress: Called with (percentage of the time used, 100).
+        on_rows: Called with the result for the allocations so far, whenever it grows.
 
     Returns:
-        A row an allocation, after two of the dense network: ``name``, ``predicted``, ``sigma``,
+        One row per allocation, after two of the dense network: ``name``, ``predicted``, ``sigma``,
         ``measured``, ``deviation`` (of the median) and ``rounds``.
 
     Raises:
@@ -132,7 +132,7 @@ def validate(
 
 
 def _visit(runs: Sequence[Callable[[], object]], seed: int) -> Array:
-    """Rounds of a while, and three at least, (rounds, runs)."""
+    """Interleaved rounds of one visit, at least three, (rounds, runs)."""
     with torch.no_grad():
         return interleaved(runs, rounds=MOST_ROUNDS, seconds=VISIT, seed=seed)
 
@@ -143,7 +143,7 @@ def _rows(
     dense: Allocation,
     allocations: Mapping[str, Allocation],
 ) -> pd.DataFrame:
-    """The result, from the times of each visit's networks, (rounds, 2 + n), two dense first."""
+    """The result from the times of each visit, (rounds, 2 + n), the two dense copies first."""
     references = [float(np.median(times[:, :2])) for _, times in visits]
     reference = float(np.median(references))
     both: tuple[list[Array], list[Array]] = ([], [])
@@ -164,7 +164,7 @@ def _row(
 ) -> dict[str, object]:
     predicted, sigma = tables.predict(allocation)
     medians = np.array([np.median(times) for times in visits])
-    # Few visits do not tell how far they are apart; rounds do, if less honestly.
+    # Too few visits to estimate their spread: use single rounds, which underestimate it.
     times = medians if len(visits) >= LEAST_PASSES else np.concatenate(visits)
     return {
         "name": name,
@@ -177,7 +177,7 @@ def _row(
 
 
 def agreement(rows: pd.DataFrame, timed: float = math.nan) -> Agreement:
-    """Figures of a validation, over all rows but the two of the dense network.
+    """Accuracy figures of a validation, over all rows but the two of the dense network.
 
     Args:
         rows: From `validate`.
@@ -190,7 +190,7 @@ def agreement(rows: pd.DataFrame, timed: float = math.nan) -> Agreement:
     >>> round(found.within, 2), round(found.mape, 3), found.spearman, round(found.floor, 4)
     (1.0, 0.033, 1.0, 0.01)
     """
-    from scipy.stats import spearmanr  # not at the top: it takes long to import
+    from scipy.stats import spearmanr  # imported here: it loads slowly
 
     dense, others = rows.iloc[:2], rows.iloc[2:]
     ratios = (others.predicted / others.measured).to_numpy()
@@ -217,7 +217,7 @@ def _within(ratios: np.ndarray) -> float:
 
 
 def _perfect(rows: pd.DataFrame) -> tuple[float, float]:
-    """Rank correlation of what was measured with itself, measured once more; see `Agreement`."""
+    """Rank correlation of the measurements with simulated repetitions; see `Agreement`."""
     from scipy.spatial.distance import cdist
     from scipy.stats import rankdata
 

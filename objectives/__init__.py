@@ -1,4 +1,4 @@
-"""Objectives: what a trial measures. `OBJECTIVES` lists the built-in ones."""
+"""Objectives: quantities that a trial measures. `OBJECTIVES` lists the built-in ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _COST = (
     "rankNAS.objectives.costs:CostObjective",
     "An exact cost of the whole network: ``macs``, ``params`` or ``weight_bytes``.",
 )
-#: By name: the class, and the first line of its docstring. Nothing is imported to list them.
+#: Name to (class, first line of its docstring). Listing imports nothing.
 CATALOGUE: dict[str, tuple[str, str]] = {
     "accuracy": (
         "rankNAS.objectives.quality:Accuracy",
@@ -62,11 +62,11 @@ CATALOGUE: dict[str, tuple[str, str]] = {
         "Median seconds of one forward pass of the compressed network, measured on its device.",
     ),
 }
-#: By name, the objective's direction, for listings.
+#: Name to direction, for listings.
 DIRECTIONS: dict[str, Direction] = {
     name: "maximize" if name == "accuracy" else "minimize" for name in CATALOGUE
 }
-#: By name, the objective, imported on first use.
+#: Name to objective, imported on first use.
 OBJECTIVES: Mapping[str, ObjectiveBase] = Catalogue(
     CATALOGUE, lambda name, objective: objective(name=name)
 )
@@ -81,14 +81,14 @@ __getattr__ = renamed.renamed_exports(
 
 
 def make_objective(given: str | ObjectiveBase) -> ObjectiveBase:
-    """An objective from a name, ``file.py:function[=DIRECTION]``, or an objective itself.
+    """The objective for a name, ``file.py:function[=DIRECTION]``, or an objective itself.
 
-    A function's direction is what follows ``=``, else its attribute ``direction``, else
+    The direction of a function is the text after ``=``, else its attribute ``direction``, else
     ``maximize``.
 
     Raises:
-        UnknownNameError: No such objective.
-        UsageError: The file or function cannot be loaded, or an unknown direction.
+        UnknownNameError: There is no such objective.
+        UsageError: The file or function cannot be loaded, or the direction is unknown.
 
     >>> make_objective("loss").direction
     'minimize'

@@ -23,16 +23,16 @@ __getattr__ = renamed_exports(__name__, {"Candidate": "EvaluationResult"})
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """One allocation under evaluation, with everything an objective may measure.
+    """One allocation under evaluation, with the quantities that an objective may measure.
 
     Args:
         allocation: The allocation.
         logits: Outputs on the validation inputs, (samples, …).
-        dense_logits: The dense model's.
+        dense_logits: Outputs of the dense model.
         targets: Validation targets.
         inputs: Validation inputs.
         costs: Exact costs of the whole network by name.
-        build: Makes the compressed network, in evaluation mode; called only when needed.
+        build: Builds the compressed network in evaluation mode; called on demand.
     """
 
     allocation: Allocation
@@ -47,8 +47,8 @@ class EvaluationResult:
 class ObjectiveBase(ABC):
     """A measured quantity with a name and a direction.
 
-    `measure` must not change the candidate and must give the same number for the same candidate,
-    up to the noise of what it measures.
+    `measure` must not change the candidate and must return the same number for the same candidate,
+    up to measurement noise.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ObjectiveBase(ABC):
 
     @final
     def __call__(self, candidate: EvaluationResult) -> float:
-        """The value, checked; measured without recording gradients.
+        """The value, checked and measured without gradients.
 
         Raises:
             ObjectiveError: `measure` raised, or its value is not a finite number.
@@ -82,7 +82,7 @@ class ObjectiveBase(ABC):
 @final
 @dataclass(frozen=True)
 class Objective(ObjectiveBase):
-    """Any function of the compressed network and the validation data.
+    """An objective from any function of the compressed network and the validation data.
 
     Args:
         fn: Takes the network (``nn.Module``, evaluation mode) and the validation data
@@ -91,7 +91,7 @@ class Objective(ObjectiveBase):
         name: Defaults to the function's name.
 
     Raises:
-        UsageError: Not callable, or an unknown direction.
+        UsageError: `fn` is not callable, or the direction is unknown.
 
     Example:
         >>> def depth(network, data):

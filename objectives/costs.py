@@ -1,4 +1,4 @@
-"""What the network costs: exact counts, and wall-clock time on this device."""
+"""Cost objectives: exact counts, and wall-clock latency on this device."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Latency(ObjectiveBase):
     """Median seconds of one forward pass of the compressed network, measured on its device.
 
     Args:
-        batch_size: Samples a pass.
-        repeats: Timed passes, after two that are not.
+        batch_size: Samples per pass.
+        repeats: Timed passes, after two warm-up passes.
     """
 
     batch_size: int = 1

@@ -1,4 +1,4 @@
-"""How good the outputs are: accuracy, loss, agreement with the dense model."""
+"""Quality objectives: accuracy, loss, divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = [
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of targets that are the largest logit; logits (*targets.shape, classes)."""
+    """Top-1 accuracy; logits (*targets.shape, classes)."""
     return float((logits.argmax(-1) == targets).double().mean())
 
 
 def loss(logits: Tensor, targets: Tensor) -> float:
-    """Mean cross entropy in nats, or mean squared error where the targets are real numbers."""
+    """Mean cross entropy in nats, or mean squared error for real-valued targets."""
     if targets.is_floating_point():
         return float(functional.mse_loss(logits.double(), targets.double().reshape(logits.shape)))
     flat = logits.reshape(-1, logits.shape[-1]).double()
@@ -36,14 +36,14 @@ def loss(logits: Tensor, targets: Tensor) -> float:
 
 
 def kl_divergence(logits: Tensor, dense_logits: Tensor) -> float:
-    """Mean KL(dense || compressed) in nats; 0 when both give the same distribution."""
+    """Mean KL(dense || compressed) in nats; 0 for equal distributions."""
     log_p = functional.log_softmax(dense_logits.double(), -1)
     log_q = functional.log_softmax(logits.double(), -1)
     return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def reverse_kl(logits: Tensor, dense_logits: Tensor) -> float:
-    """Mean KL(compressed || dense) in nats: large where mass goes to what dense rules out."""
+    """Mean KL(compressed || dense) in nats: penalises mass on classes that dense rules out."""
     return kl_divergence(dense_logits, logits)
 
 

@@ -1,4 +1,4 @@
-"""What is searched: an allocation gives every layer one choice of operator and rank."""
+"""Allocations, the solutions of a search: one choice of operator and rank per layer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Choice:
 
     Args:
         operator: Name of the operator, or ``"dense"``.
-        rank: The integers that say how much is kept; empty for dense. Their meaning is the
-            operator's: ``(rank,)`` for ``svd``, ``(groups, rank)`` for ``group_svd``,
+        rank: Integers that determine the size; empty for dense. Their meaning depends on the
+            operator: ``(rank,)`` for ``svd``, ``(groups, rank)`` for ``group_svd``,
             ``(rank_out, rank_in)`` for ``tucker2``.
 
     >>> str(Choice("group_svd", (4, 8)))
@@ -59,8 +59,8 @@ class Allocation(Mapping[str, Choice]):
     """One choice per layer: an immutable, hashable mapping from layer name to choice.
 
     Args:
-        items_: Pairs of layer name and choice, in the order of the space; the order does not
-            matter for equality.
+        items_: Pairs of layer name and choice, in the order of the space; equality ignores the
+            order.
 
     >>> a = Allocation.of({"conv1": Choice("svd", (4,)), "conv2": DENSE})
     >>> a["conv1"].rank, len(a)
@@ -85,7 +85,7 @@ class Allocation(Mapping[str, Choice]):
         return hash(frozenset(self.items_))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without what is cached: the hashes of strings differ from process to process.
+        # Without cached hashes: string hashes differ between processes.
         return type(self), (self.items_,)
 
     def __getitem__(self, layer: str) -> Choice:
@@ -106,7 +106,7 @@ class Allocation(Mapping[str, Choice]):
         return self._hash == other._hash and self._choices == other._choices
 
     def labels(self) -> dict[str, str]:
-        """Layer name to choice as text, ready for JSON."""
+        """Layer name to choice as text, for JSON."""
         return {name: str(choice) for name, choice in self.items_}
 
     def to_json(self) -> str:

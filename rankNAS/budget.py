@@ -1,4 +1,4 @@
-"""Budgets: upper bounds on costs, each as the fraction kept of the dense model's."""
+"""Budgets: upper bounds on costs, each as a fraction of the dense model's cost."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ BUDGET_COSTS = ("macs", "params", "weight_bytes", "latency")
 
 
 def parse_budget(items: Iterable[str], cost: str = "macs") -> dict[str, float]:
-    """Budgets as written on the command line.
+    """The budget from its command-line form.
 
     Args:
-        items: Each a fraction, which bounds `cost`, or ``COST=FRACTION``.
-        cost: What a bare fraction bounds.
+        items: Each item is a fraction, which bounds `cost`, or ``COST=FRACTION``.
+        cost: The cost that a bare fraction bounds.
 
     Raises:
-        BudgetError: Not a number, not in (0, 1], or the same cost twice.
-        UnknownNameError: No such cost.
+        BudgetError: A fraction is not a number or not in (0, 1], or a cost is given twice.
+        UnknownNameError: There is no such cost.
 
     >>> parse_budget(["0.3", "params=0.4"])
     {'macs': 0.3, 'params': 0.4}
@@ -50,17 +50,17 @@ def parse_budget(items: Iterable[str], cost: str = "macs") -> dict[str, float]:
 
 
 def parse_budgets(items: Iterable[str], cost: str = "macs") -> list[dict[str, float]]:
-    """Several budgets as written on the command line, each to be met by an answer of its own.
+    """Several budgets from their command-line form; each one has its own solution.
 
     Args:
         items: As for `parse_budget`, with lists of fractions: ``0.5,0.3`` are two budgets. Items
-            with several fractions must have equally many; one with a single fraction holds in
+            with several fractions must have equal numbers of them; a single fraction applies to
             every budget.
-        cost: What a bare fraction bounds.
+        cost: The cost that a bare fraction bounds.
 
     Raises:
-        BudgetError: As for `parse_budget`, or lists of different lengths.
-        UnknownNameError: No such cost.
+        BudgetError: As for `parse_budget`, or lists have different lengths.
+        UnknownNameError: There is no such cost.
 
     >>> parse_budgets(["0.5,0.3", "params=0.6"])
     [{'macs': 0.5, 'params': 0.6}, {'macs': 0.3, 'params': 0.6}]
@@ -84,8 +84,8 @@ def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
     """The budget as a plain dict.
 
     Raises:
-        BudgetError: A fraction outside (0, 1].
-        UnknownNameError: No such cost.
+        BudgetError: A fraction is outside (0, 1].
+        UnknownNameError: There is no such cost.
     """
     for name, fraction in budget.items():
         if name not in BUDGET_COSTS:
@@ -101,11 +101,11 @@ def check_budget(budget: Mapping[str, float]) -> dict[str, float]:
 def check_budgets(
     budgets: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
 ) -> list[dict[str, float]]:
-    """One budget or several as a list; none at all is one empty budget.
+    """One or several budgets as a list; no budget gives one empty budget.
 
     Raises:
-        BudgetError: As for `check_budget`, or a budget that is given twice.
-        UnknownNameError: No such cost.
+        BudgetError: As for `check_budget`, or a budget is given twice.
+        UnknownNameError: There is no such cost.
     """
     given = [budgets or {}] if budgets is None or isinstance(budgets, Mapping) else budgets
     checked: list[dict[str, float]] = []
@@ -117,5 +117,5 @@ def check_budgets(
 
 
 def budget_key(budget: Mapping[str, float]) -> str:
-    """A budget in words: ``macs<=0.5``, or ``dense`` without any bound."""
+    """A budget as text: ``macs<=0.5``, or ``dense`` without any bound."""
     return ",".join(f"{name}<={bound:g}" for name, bound in budget.items()) or "dense"

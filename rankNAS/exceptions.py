@@ -1,9 +1,9 @@
-"""The errors of RankNAS.
+"""Exceptions of RankNAS.
 
 ::
 
     RankNASError
-    +-- UsageError (ValueError)          what the user gave is wrong; the command line exits with 2
+    +-- UsageError (ValueError)          invalid input of the user; the command line exits with 2
         +-- UnknownNameError (KeyError)  a space, strategy, objective, … that does not exist
         +-- BudgetError                  a budget that is malformed or that nothing can meet
         +-- DataError                    a data set that is missing or malformed
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class RankNASError(Exception):
-    """Base of every error that RankNAS raises on purpose.
+    """Base class of all errors that RankNAS raises on purpose.
 
     >>> try:
     ...     raise BudgetError("too small")
@@ -43,7 +43,7 @@ class RankNASError(Exception):
 
 
 class UsageError(RankNASError, ValueError):
-    """What the user gave is wrong; the message says what would be right.
+    """Invalid input of the user; the message states valid input.
 
     >>> from rankNAS.budget import parse_budget
     >>> try:
@@ -55,13 +55,13 @@ class UsageError(RankNASError, ValueError):
 
 
 class UnknownNameError(UsageError, KeyError):
-    """A name that is not in the list it was looked up in.
+    """An unknown name in a lookup.
 
     Args:
-        kind: What was looked up, for example ``"strategy"``.
-        name: What was given.
-        known: The names that exist; the nearest one is suggested.
-        hint: A last sentence, for example about other accepted forms.
+        kind: The kind of name, for example ``"strategy"``.
+        name: The given name.
+        known: The existing names; the nearest one is suggested.
+        hint: A final sentence, for example about other accepted forms.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
@@ -91,13 +91,13 @@ class StudyError(UsageError):
 
 
 class ObjectiveError(UsageError):
-    """An objective that raised, or returned something that is not a finite number."""
+    """An objective that raised an error, or returned no finite number."""
 
 
 class WriteError(UsageError, OSError):
     """A file that cannot be written, for example on a full disk; the earlier one is intact.
 
-    ``errno`` and ``strerror`` are those of the cause.
+    ``errno`` and ``strerror`` are those of the original error.
     """
 
-    __str__ = Exception.__str__  # OSError would print the two instead of the message
+    __str__ = Exception.__str__  # OSError would print errno and strerror instead

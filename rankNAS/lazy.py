@@ -1,7 +1,7 @@
-"""Classes and functions that are imported when they are first used.
+"""Lazy imports: classes and functions that are imported on first use.
 
-A catalogue lists what there is, in one line each, without importing any of it; a package exports
-the names of its modules without importing them.
+A catalogue lists entries with one line each, without importing them. A package exports names of
+its modules without importing the modules.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Catalogue(Mapping[str, T]):
-    """A mapping from names to what they stand for, each imported on first use.
+    """A mapping from names to values that are imported on first use.
 
     Args:
-        entries: By name, where it is (``module:attribute``) and what it is, in one line.
-        make: Makes the value from the name and the attribute; by default the attribute is it.
+        entries: By name, the location (``module:attribute``) and a one-line description.
+        make: Creates the value from the name and the attribute; the attribute itself by default.
 
     >>> folders = Catalogue({"path": ("pathlib:Path", "A path.")})
     >>> folders["path"].__name__
@@ -42,7 +42,7 @@ class Catalogue(Mapping[str, T]):
             self._values[name] = found if self._make is None else self._make(name, found)
         return self._values[name]
 
-    def __contains__(self, name: object) -> bool:  # Mapping's own would import it
+    def __contains__(self, name: object) -> bool:  # the inherited method would import the value
         return name in self._homes
 
     def __iter__(self) -> Iterator[str]:
@@ -53,7 +53,7 @@ class Catalogue(Mapping[str, T]):
 
 
 def load(home: str) -> Any:
-    """What ``module:attribute`` names."""
+    """The object that ``module:attribute`` names."""
     module, _, name = home.partition(":")
     return getattr(import_module(module), name)
 
@@ -62,8 +62,8 @@ def exports(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """The ``__getattr__`` of a package that exports names of other modules.
 
     Args:
-        module: Its ``__name__``.
-        homes: By name, the module that defines it.
+        module: The ``__name__`` of the package.
+        homes: By name, the defining module.
     """
 
     def find(name: str) -> Any:

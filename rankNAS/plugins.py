@@ -1,6 +1,6 @@
-"""Callables from files of the user: ``path/to/file.py:name``.
+"""Plug-ins: callables from user files, ``path/to/file.py:name``.
 
-Data factories, objectives, models and hardware models are all given this way.
+Data factories, objectives, models and hardware models can be given in this form.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rankNAS.exceptions import UnknownNameError, UsageError
 
 __all__ = ["MODULE_PREFIX", "is_plugin", "load_callable"]
 
-MODULE_PREFIX = "rankNAS_plugin_"  # of the modules made from files
+MODULE_PREFIX = "rankNAS_plugin_"  # prefix of modules imported from files
 
 
 def is_plugin(spec: str) -> bool:
@@ -30,15 +30,15 @@ def is_plugin(spec: str) -> bool:
 def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
     """The callable that ``spec`` names, from its file.
 
-    An unchanged file is imported once per process, so classes in it keep their identity.
+    An unchanged file is imported once per process, so its classes keep their identity.
 
     Args:
         spec: ``path/to/file.py:name``; ``~`` is the home folder.
-        kind: What the callable is for, as error messages call it.
+        kind: The purpose of the callable, for error messages.
 
     Raises:
-        UsageError: If ``spec`` is malformed, the file is missing or raises while it is
-            imported, or the name is missing (with the nearest one) or not callable.
+        UsageError: ``spec`` is malformed, the file is missing or raises an error on import, or
+            the name is missing (the message suggests the nearest one) or not callable.
     """
     if not is_plugin(spec):
         raise UsageError(
@@ -60,17 +60,17 @@ def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
 
 
 def _import_file(path: Path, kind: str) -> ModuleType:
-    """The module in ``path``, imported anew only when its content changed."""
+    """The module in ``path``, imported again only if its content has changed."""
     try:
         content = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
             f"cannot read {path} for the {kind} ({reason}); "
             "give the path of an existing Python file before the colon."
         ) from error
     key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
-    # The content is in the name: an edited file is a new module, an unchanged one the same.
+    # The name contains a key of the content: an edited file is a new module.
     name = f"{MODULE_PREFIX}{path.stem}_{key}"
     return sys.modules[name] if name in sys.modules else _execute(name, path, kind)
 
@@ -81,7 +81,7 @@ def _execute(name: str, path: Path, kind: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UsageError(f"cannot import {path} for the {kind}; give a Python source file.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look their module up while it runs
+    sys.modules[name] = module  # dataclasses and pickle look up the module during execution
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
@@ -94,7 +94,7 @@ def _execute(name: str, path: Path, kind: str) -> ModuleType:
 
 
 def _own_callables(module: ModuleType) -> list[str]:
-    """Public callables that the file itself defines: what it may have meant to offer."""
+    """Public callables defined in the file itself, for suggestions."""
     return [
         name
         for name, value in vars(module).items()

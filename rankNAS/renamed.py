@@ -1,6 +1,6 @@
-"""Names of version 0.1 that have changed: the tables, and what accepts an old name with a warning.
+"""Names of version 0.1 that have changed, and their acceptance with a warning.
 
-An old name works as before and gives a `RenamedWarning` that says the new one.
+An old name works as before and gives a `RenamedWarning` that states the new name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
     "warn_renamed",
 ]
 
-#: Options of the command line, as the fields of its dataclasses and the keys of its files.
+#: Command-line options, as fields of the dataclasses and keys of the files.
 OPTIONS = {
     "metric": "norm",
     "latency_steps": "latency_tolerance",
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class RenamedWarning(FutureWarning):
-    """An old name was used. Python shows a FutureWarning to end users too."""
+    """Warning about an old name; a FutureWarning, which Python also shows to end users."""
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
@@ -44,18 +44,18 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
     Args:
         old: The name that was used.
         new: The name to use.
-        stacklevel: 2 blames the caller of this function, 3 that one's caller, and so on.
+        stacklevel: 2 blames the caller of this function, 3 the caller of that one, and so on.
     """
     warnings.warn(f"{old} is now {new}.", RenamedWarning, stacklevel=stacklevel + 1)
 
 
 def current_name(names: Mapping[str, str], given: str, *, what: str, stacklevel: int = 2) -> str:
-    """The current form of a name, with a warning if an old one is given.
+    """The current form of a name, with a warning for an old one.
 
     Args:
         names: Old name to new name.
-        given: The name in question; one that is not in the table is returned as it is.
-        what: What is named, for the warning.
+        given: The given name; a name that is not in the table is returned unchanged.
+        what: The kind of name, for the warning.
         stacklevel: As for `warn_renamed`.
     """
     if given not in names:
@@ -68,9 +68,9 @@ def current_name(names: Mapping[str, str], given: str, *, what: str, stacklevel:
 def renamed(**names: str) -> Callable[[type[T]], type[T]]:
     """A class decorator that accepts old names, each as ``old="new"``.
 
-    The old name is accepted as a keyword of the constructor, as an attribute or a method of an
-    instance, and as a method that a subclass overrides. Where a constructor is given both names
-    the old one holds, because `dataclasses.replace` fills in the new one by itself.
+    The old name is accepted as a keyword of the constructor, as an attribute or method of an
+    instance, and as a method that a subclass overrides. If a constructor receives both names, the
+    old one takes precedence, because `dataclasses.replace` fills in the new one by itself.
 
     >>> from dataclasses import dataclass
     >>> @renamed(colour="color")
@@ -99,10 +99,10 @@ def renamed(**names: str) -> Callable[[type[T]], type[T]]:
 def renamed_exports(
     module: str, names: Mapping[str, str], otherwise: Callable[[str], Any] | None = None
 ) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module some of whose names have changed.
+    """The ``__getattr__`` of a module with renamed members.
 
     Args:
-        module: Its ``__name__``.
+        module: The ``__name__`` of the module.
         names: Old name to new name; both are looked up in the module.
         otherwise: The ``__getattr__`` for other names.
     """
@@ -119,7 +119,7 @@ def renamed_exports(
 
 
 class _OldAttribute:
-    """Serves the attribute of another name. It has no ``__set__``, so subclasses may reuse it."""
+    """Alias of another attribute. It has no ``__set__``, so subclasses may reuse the name."""
 
     def __init__(self, home: type, old: str, new: str) -> None:
         self.home, self.old, self.new = home, old, new
@@ -149,7 +149,7 @@ def _accept_keywords(cls: type, names: Mapping[str, str]) -> None:
 
 
 def _accept_overrides(cls: type[T], names: Mapping[str, str]) -> None:
-    """Let a subclass that defines a method under its old name override the current one."""
+    """Make a subclass method with an old name override the current method."""
 
     def init_subclass(subclass: Any, /, **kwargs: Any) -> None:
         super(cls, subclass).__init_subclass__(**kwargs)

@@ -1,4 +1,4 @@
-"""Search spaces: what can be chosen for each layer of a model, and what it costs."""
+"""Search spaces: the choices of each layer of a model, and their costs."""
 
 from __future__ import annotations
 

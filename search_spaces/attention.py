@@ -1,8 +1,8 @@
-"""Attention whose projections are ordinary linear layers.
+"""Multi-head attention with projections as ordinary linear layers.
 
-``nn.MultiheadAttention`` keeps the projections of query, key and value in one fused parameter and
-never calls its output projection as a module, so none of them can be decomposed by replacing a
-module. `separate_attention` swaps each for an equal module that calls four ``nn.Linear``.
+``nn.MultiheadAttention`` keeps the query, key and value projections in one fused parameter and
+never calls its output projection as a module, so replacing modules cannot decompose them.
+`separate_attention` replaces each by an equivalent module that calls four ``nn.Linear``.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ __all__ = ["SeparateAttention", "separate_attention"]
 
 
 class SeparateAttention(nn.Module):
-    """``nn.MultiheadAttention`` with separate projections; the call signature is the same.
+    """``nn.MultiheadAttention`` with separate projections and the same call signature.
 
     Args:
-        attention: The module to take the sizes and, by reference or by slices, the weights from.
+        attention: The module that provides the sizes and the weights (by reference or by slice).
 
     Raises:
         UsageError: The module uses ``add_bias_kv`` or ``add_zero_attn``.
     """
 
-    # Read by nn.TransformerEncoderLayer, which then does not take its fused fast path.
+    # nn.TransformerEncoderLayer reads this and then skips its fused fast path.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -55,10 +55,10 @@ class SeparateAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see ``nn.MultiheadAttention`` for shapes and masks.
+        """Output and weights of attention; see ``nn.MultiheadAttention`` for shapes and masks.
 
         Raises:
-            UsageError: ``is_causal``, which is only a hint about the mask, without a mask.
+            UsageError: ``is_causal``, a hint about the mask, is given without a mask.
         """
         if is_causal and attn_mask is None:
             raise UsageError("`is_causal` needs the causal mask itself in `attn_mask`.")
@@ -92,9 +92,9 @@ class SeparateAttention(nn.Module):
 
 
 def separate_attention(model: nn.Module) -> nn.Module:
-    """The model with each ``nn.MultiheadAttention`` replaced; a copy if there is any.
+    """The model with each ``nn.MultiheadAttention`` replaced; a copy if it contains any.
 
-    Subclasses with a forward of their own stay as they are.
+    Subclasses that override forward are not replaced.
     """
     if not any(map(_is_attention, model.modules())):
         return model
@@ -103,11 +103,11 @@ def separate_attention(model: nn.Module) -> nn.Module:
         return SeparateAttention(model)  # type: ignore[arg-type]
     separate = {m: SeparateAttention(m) for m in model.modules() if _is_attention(m)}  # type: ignore[arg-type]
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # a shared module under all its names
+        for name, child in list(parent._modules.items()):  # a shared module under all names
             if child in separate:
                 setattr(parent, name, separate[child])
         if isinstance(parent, nn.TransformerEncoder):
-            parent.use_nested_tensor = False  # it would ask for the fused parameter
+            parent.use_nested_tensor = False  # nested tensors need the fused parameter
     return model
 
 
@@ -140,7 +140,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:  # (batch, length, embed) -> (batch
 
 
 def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-    """One additive mask that broadcasts to (batch, heads, queries, keys)."""
+    """One additive mask, broadcastable to (batch, heads, queries, keys)."""
     total: Tensor | None = None
     if attn_mask is not None:
         additive = _additive(attn_mask, q)
@@ -155,7 +155,7 @@ def _mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Boolean masks exclude where true; float masks are added to the scores."""
+    """An additive mask: true in a Boolean mask excludes; float masks are added to the scores."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))

@@ -1,4 +1,4 @@
-"""A search space: the decomposable layers of a model, the choices of each, and what they cost."""
+"""A search space: the decomposable layers of a model, their choices, and the costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Layer(Mapping[Choice, Cost]):
         name: Path of the module in the model.
         aliases: Other paths that hold the same weight.
         shape: Its shape, with the input sizes of every call in one forward pass.
-        choices: The first is dense, and no other.
+        choices: The first choice is dense; no other is.
         costs: The cost of each choice, all calls together.
 
     Raises:
@@ -61,13 +61,13 @@ class Layer(Mapping[Choice, Cost]):
         return (self.name, *self.aliases)
 
     def repeated(self, factor: int) -> Layer:
-        """The layer on so many times the inputs in each call."""
+        """The layer with `factor` times the inputs in each call."""
         calls = tuple((factor * call[0], *call[1:]) for call in self.shape.calls)
         costs = tuple(cost.repeated(factor) for cost in self.costs)
         return replace(self, shape=replace(self.shape, calls=calls), costs=costs)
 
     def restrict(self, keep: Sequence[Choice]) -> Layer:
-        """The layer with only some of its choices, in their order here; dense always stays."""
+        """The layer with a subset of its choices in their order here; dense always stays."""
         wanted = {DENSE, *keep}
         kept = tuple(choice for choice in self.choices if choice in wanted)
         return replace(self, choices=kept, costs=tuple(self[choice] for choice in kept))
@@ -75,7 +75,7 @@ class Layer(Mapping[Choice, Cost]):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that stays dense, and why."""
+    """A layer that stays dense, and the reason."""
 
     name: str
     reason: str
@@ -85,11 +85,11 @@ class Skipped:
 @renamed(rest="remainder_cost")
 @dataclass(frozen=True)
 class SearchSpace:
-    """The decomposable layers of a model with their choices, and the cost of all the rest.
+    """The decomposable layers of a model with their choices, and the cost of the remainder.
 
     Args:
         layers: Name to layer, in the order of the forward pass.
-        skipped: Layers that could be decomposed in principle and are left dense.
+        skipped: Layers that could be decomposed and are left dense.
         remainder_cost: Cost of everything outside `layers`, skipped layers included.
         input_shape: Shape of the example input, batch included; costs are for this input.
 
@@ -116,7 +116,7 @@ class SearchSpace:
 
     @cached_property
     def dense(self) -> Allocation:
-        """The allocation that leaves every layer as it is."""
+        """The allocation that leaves every layer dense."""
         return Allocation.of(dict.fromkeys(self.layers, DENSE))
 
     def cost(self, allocation: Mapping[str, Choice]) -> Cost:
@@ -142,7 +142,7 @@ class SearchSpace:
                 )
 
     def at_batch(self, size: int) -> SearchSpace:
-        """The space for another batch size: calls and multiply-adds grow in proportion.
+        """The space for another batch size; calls and multiply-adds scale in proportion.
 
         Args:
             size: A multiple of the batch size that the space was compiled for.
@@ -158,6 +158,6 @@ class SearchSpace:
         return SearchSpace(layers, skipped, self.remainder_cost.repeated(factor), shape)
 
     def restrict(self, keep: Mapping[str, Sequence[Choice]]) -> SearchSpace:
-        """The space with only some choices of each layer; dense always stays."""
+        """The space with a subset of the choices of each layer; dense always stays."""
         layers = {name: layer.restrict(keep[name]) for name, layer in self.layers.items()}
         return replace(self, layers=layers)

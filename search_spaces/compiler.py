@@ -1,7 +1,8 @@
-"""Model and example inputs to search space.
+"""Compiler from a model and example inputs to a search space.
 
-One forward pass under PyTorch's FLOP counter finds which layers are called, how often and on what
-sizes; everything else is arithmetic on shapes, so a model on the ``meta`` device compiles too.
+One forward pass under PyTorch's FLOP counter records the called layers, their number of calls and
+input sizes. All other quantities follow from shapes, so a model on the ``meta`` device compiles
+too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 
 __all__ = ["compile_space", "count_macs"]
 
-MIN_WEIGHTS = 1024  # below this a layer is too small for its ranks to matter
+MIN_WEIGHTS = 1024  # smaller layers stay dense
 
 
 def compile_space(
@@ -40,20 +41,20 @@ def compile_space(
     """The search space of a model.
 
     Args:
-        model: Any module; ``nn.MultiheadAttention`` is seen as four linear layers.
+        model: Any module; ``nn.MultiheadAttention`` is treated as four linear layers.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, on the
-            model's device (``meta`` included). Costs are for exactly this input.
-        policy: Which ranks to offer.
-        exclude: Regular expressions; a layer whose path one of them matches stays dense.
-        keep_output_dense: Leave the last layer of the forward pass as it is.
-        min_weights: Leave layers with fewer weights as they are.
+            model's device (``meta`` included). Costs refer to exactly this input.
+        policy: Policy for the candidate ranks.
+        exclude: Regular expressions; a layer whose path matches one of them stays dense.
+        keep_output_dense: Keep the last layer of the forward pass dense.
+        min_weights: Keep layers with fewer weights dense.
 
     Returns:
-        The space; ``space.layers`` maps names to layers, ``space.skipped`` says what stays dense
-        and why.
+        The space; ``space.layers`` maps names to layers, ``space.skipped`` lists dense layers and
+        the reasons.
 
     Raises:
-        UsageError: The model does not run on the example inputs, or nothing can be decomposed.
+        UsageError: The model fails on the example inputs, or no layer can be decomposed.
 
     Example:
         >>> import torch
@@ -97,7 +98,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
 
 
 def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[int, ...]]], int]:
-    """Input sizes of each call by layer name, in the order of the first calls; and the MACs."""
+    """Input sizes of each call by layer name, in the order of first calls; and the MACs."""
     calls: dict[str, list[tuple[int, ...]]] = {}
     names = {id(m): n for n, m in model.named_modules() if _is_decomposable(m)}
 
@@ -107,8 +108,8 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
     modules = [m for m in model.modules() if id(m) in names]
     handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in modules]
     try:
-        # Under no_grad some modules take fused kernels that the counter does not know, and so does
-        # attention on CPUs.
+        # Under no_grad, some modules (and attention on CPUs) use fused kernels that the counter
+        # does not support.
         with (
             _evaluating(model),
             torch.enable_grad(),
@@ -159,7 +160,7 @@ def _is_decomposable(module: nn.Module) -> bool:
 
 
 def _call(module: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """Input size of a call, in the form of `LayerShape.calls`."""
+    """Input size of a call, in the format of `LayerShape.calls`."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return (x.numel() // x.shape[-1],)
     spatial = len(module.kernel_size)
@@ -167,7 +168,7 @@ def _call(module: nn.Module, x: Tensor) -> tuple[int, ...]:
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
-    """Paths of decomposable modules, those of one weight together, in the model's order."""
+    """Paths of decomposable modules, grouped by weight, in the model's order."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if _is_decomposable(module):

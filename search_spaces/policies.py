@@ -1,4 +1,4 @@
-"""Which ranks of a layer are worth offering to a search."""
+"""Rank policies: the candidate ranks of a layer."""
 
 from __future__ import annotations
 
@@ -29,32 +29,31 @@ if TYPE_CHECKING:
     from rankNAS.search_spaces.base import Layer
 
 T = TypeVar("T")
-ROUNDING = 1e-9  # of means over a step
+ROUNDING = 1e-9  # rounding tolerance of isotonic means
 
 
 @renamed(latency_steps="latency_tolerance", only_faster="require_speedup")
 @dataclass(frozen=True)
 class RankPolicy:
-    """How the candidate ranks of each layer are chosen.
+    """Policy for the candidate ranks of each layer.
 
-    A choice is offered if it saves both multiply-accumulates and parameters (break-even), if its
+    A choice is offered if it reduces both multiply-accumulates and parameters (break-even), if its
     ranks are multiples of `multiple_of`, and if no larger rank of its family costs as little.
 
     Args:
-        candidates: Most choices of one layer, dense aside; shared out among the operators and,
-            within one, among its families (for example numbers of groups). Ranks are spread
-            evenly, and the largest is always kept.
-        multiple_of: Ranks are multiples of this; hardware often rewards 8 or 16.
-        cost: The cost on which a choice must not be dominated: ``macs``, ``params`` or
-            ``weight_bytes``.
-        operators: The operators to use, in this order.
-        latency_tolerance: Where latency is known, drop ranks dominated in latency: a larger rank
+        candidates: Largest number of choices per layer, dense excluded. It is divided among the
+            operators and, within one, among its families (for example numbers of groups). Ranks
+            are evenly spaced; the largest is always kept.
+        multiple_of: Ranks are multiples of this number; hardware often favours 8 or 16.
+        cost: The cost used for the dominance test: ``macs``, ``params`` or ``weight_bytes``.
+        operators: The operators, in this order.
+        latency_tolerance: With known latencies, drop ranks dominated in latency: a larger rank
             of the family takes at most (1 + tolerance) times as long. None keeps all. See
             `latency_pareto_ranks`.
-        require_speedup: Where latency is known, drop choices that take as long as the dense layer.
+        require_speedup: With known latencies, drop choices that are not faster than dense.
 
     Raises:
-        UsageError: A number below one, a negative tolerance, or an unknown cost or operator.
+        UsageError: A number is below one, a tolerance negative, or a cost or operator unknown.
 
     Example:
         >>> shape = LayerShape(inputs=64, outputs=64, calls=((1,),))
@@ -90,7 +89,7 @@ class RankPolicy:
 def candidate_choices(
     shape: LayerShape, policy: RankPolicy
 ) -> tuple[tuple[Choice, ...], tuple[Cost, ...]]:
-    """The choices of a layer of this shape with their costs, dense first and then by cost."""
+    """The choices of a layer of this shape with their costs: dense first, then by cost."""
     usable = [OPERATORS[n] for n in policy.operators if OPERATORS[n].refuses(shape) is None]
     usable = usable[: policy.candidates]
     share = max(1, policy.candidates // max(1, len(usable)))
@@ -115,7 +114,7 @@ def _candidates(
 
 
 def _head(operator: Operator, shape: LayerShape, family: list[Rank]) -> list[Rank]:
-    """The ranks of a family that save both MACs and parameters; cost increases along a family."""
+    """The ranks of a family that reduce both MACs and parameters; cost grows along a family."""
     dense = shape.cost()
 
     def saves_nothing(rank: Rank) -> bool:
@@ -128,36 +127,36 @@ def _head(operator: Operator, shape: LayerShape, family: list[Rank]) -> list[Ran
 def rank_limits(shape: LayerShape, choice: Choice) -> tuple[Rank | None, Rank]:
     """The break-even rank and the full rank of a choice that is not dense.
 
-    The first is the largest rank of the choice's family that saves both multiply-accumulates and
-    parameters, None if even the smallest does not. The second is the largest rank of its operator
-    (with as many groups, for ``group_svd``).
+    The break-even rank is the largest rank of the choice's family that reduces both
+    multiply-accumulates and parameters; None if no rank does. The full rank is the largest rank
+    of the operator (with the same number of groups for ``group_svd``).
 
     >>> shape = LayerShape(inputs=64, outputs=32, calls=((1,),))
     >>> rank_limits(shape, Choice("svd", (8,)))  # 21 x (64 + 32) < 64 x 32 < 22 x (64 + 32)
     ((21,), (32,))
     """
     operator = OPERATORS[choice.operator]
-    # The first number of group_svd is of groups: it says how something is kept, not how much.
+    # The first number of group_svd counts groups; it selects the structure, not the rank.
     families = [
         family
         for family in operator.families(shape)
         if choice.operator != "group_svd" or family[0][0] == choice.rank[0]
     ]
     full = max((family[-1] for family in families), key=sum)
-    # The family itself, or the nearest one if the ranks on offer were multiples of a number.
+    # The family itself, or the nearest one if the offered ranks were rounded to multiples.
     family = min(families, key=lambda f: min(math.dist(rank, choice.rank) for rank in f))
     head = _head(operator, shape, family)
     return (head[-1] if head else None), full
 
 
 def _spread(items: list[T], count: int) -> list[T]:
-    """At most `count` items (at least one), evenly spaced, the last always among them."""
+    """At most `count` evenly spaced items (at least one), the last always included."""
     count = max(1, min(count, len(items)))
     return [items[(i + 1) * len(items) // count - 1] for i in range(count)] if items else []
 
 
 def _non_dominated(family: list[tuple[Rank, Cost]], cost: str) -> list[tuple[Rank, Cost]]:
-    """Without the ranks for which a larger one costs no more."""
+    """The ranks for which no larger rank costs at most as much."""
     kept: list[tuple[Rank, Cost]] = []
     for rank, c in reversed(family):
         if not kept or c[cost] < kept[-1][1][cost]:
@@ -166,18 +165,18 @@ def _non_dominated(family: list[tuple[Rank, Cost]], cost: str) -> list[tuple[Ran
 
 
 def latency_pareto_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> list[int]:
-    """The ranks that are worth their time: none larger is as fast.
+    """Positions of the latency-Pareto ranks: no larger rank is as fast.
 
-    Latency against rank is a staircase where a device works on tiles; only the upper end of each
-    step is of use. Measurements are first made non-decreasing by isotonic regression. The rule
-    restates, for all ranks, what Hajimolahoseini et al. (arXiv:2309.03824) do at one step.
+    On tiled hardware, latency against rank is a staircase, and only the upper end of each step is
+    useful. Latencies are first made non-decreasing by isotonic regression. The rule extends the
+    one-step rule of Hajimolahoseini et al. (arXiv:2309.03824) to all ranks.
 
     Args:
-        seconds: Of one family's ranks, in increasing order of the ranks.
-        tolerance: How much longer a larger rank may take to count as being as fast.
+        seconds: Latencies of one family, in increasing order of the ranks.
+        tolerance: Relative extra time within which a larger rank counts as equally fast.
 
     Returns:
-        Positions, increasing; the last is always among them.
+        Increasing positions; the last one is always included.
 
     >>> ranks = range(1, 310)
     >>> [ranks[i] for i in latency_pareto_ranks([-(-r // 64) for r in ranks])]
@@ -196,12 +195,12 @@ def latency_pareto_ranks(seconds: Sequence[float], tolerance: float = 0.0) -> li
 def hardware_choices(
     layer: Layer, seconds: Sequence[float], policy: RankPolicy
 ) -> tuple[Choice, ...]:
-    """The choices of a layer that a policy keeps once latencies are known.
+    """The choices of a layer that a policy keeps for known latencies.
 
     Args:
-        layer: Its shape and choices.
-        seconds: Of each choice.
-        policy: What to drop.
+        layer: The layer.
+        seconds: Latency of each choice.
+        policy: The policy.
     """
     time = dict(zip(layer.choices, seconds, strict=True))
     kept = set(layer.choices)
@@ -220,7 +219,7 @@ def hardware_choices(
 def _families(
     layer: Layer, policy: RankPolicy, offered: Mapping[Choice, float]
 ) -> Iterator[list[Choice]]:
-    """The offered choices of each operator's families, by increasing rank."""
+    """The offered choices of each family of an operator, by increasing rank."""
     for name in dict.fromkeys(c.operator for c in layer.choices if c != DENSE):
         for ranks in OPERATORS[name].families(layer.shape, policy.multiple_of):
             choices = [Choice(name, rank) for rank in ranks]

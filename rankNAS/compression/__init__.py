@@ -1,1 +1,1 @@
-"""Model and space to statistics, factors and compressed networks."""
+"""Compression: from a model and its space to statistics, factors and compressed networks."""

@@ -14,11 +14,11 @@ __all__ = ["MomentAccumulator", "unbiased_covariance"]
 
 
 class MomentAccumulator:
-    """Running sums over the data of one layer, in float64.
+    """Running sums of one layer over the data, in float64.
 
     Args:
         layer: The layer.
-        generator: Draws the positions of patches; layers may share it.
+        generator: Samples the positions of patches; layers may share it.
     """
 
     def __init__(self, layer: Layer, generator: torch.Generator) -> None:
@@ -51,7 +51,7 @@ class MomentAccumulator:
         self._gradients += D.shape[1]
 
     def close_group(self) -> None:
-        """Pool the covariance and the mean of the patches since the last call; start anew."""
+        """Pool the covariance and mean of the patches since the last call, then reset."""
         covariance = unbiased_covariance(self._moment, self._mean, self._patches)
         self._covariance = self._covariance + covariance
         self._group_mean = self._group_mean + self._mean / self._patches
@@ -76,7 +76,7 @@ class MomentAccumulator:
         return result
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        """Second moment and mean, in the order of the folded weight."""
+        """Second moment and mean, in the element order of the folded weight."""
         order = folded(self.layer.shape)
         if not self._groups:
             moment, mean = self._moment / self._patches, self._mean / self._patches
@@ -88,7 +88,7 @@ class MomentAccumulator:
 
 
 def _zero() -> Tensor:
-    """The sum of nothing; it can be added to a tensor on any device."""
+    """A zero scalar, which can be added to a tensor on any device."""
     return torch.zeros((), dtype=torch.float64)
 
 
@@ -97,9 +97,9 @@ def unbiased_covariance(
     total: Tensor,  # (*batch, n)
     count: int,
 ) -> Tensor:  # (*batch, n, n)
-    """The covariance of samples from the sum of their outer products and their own sum.
+    """Unbiased covariance from the sum of outer products and the sum of the samples.
 
-    Divides by one less than the number of samples; of a single one it is zero.
+    The divisor is the number of samples minus one; the covariance of a single sample is zero.
     """
     outer = total.unsqueeze(-1) * total.unsqueeze(-2)
     return (moment - outer / count) / max(1, count - 1)

@@ -1,13 +1,12 @@
-"""Batch-norm statistics of a network whose weights were changed after training.
+"""Re-estimation of batch-norm statistics after compression.
 
-Replacing a layer by a low-rank one shifts the distribution of its outputs, so the running means
-and variances stored behind it no longer fit. Measuring them again needs neither labels nor
-gradients and often recovers most of the lost accuracy.
+Replacing a layer by a low-rank one shifts the distribution of its outputs, so the stored running
+means and variances no longer fit. Re-estimation needs neither labels nor gradients and often
+recovers most of the lost accuracy.
 
-What is measured on some calibration inputs differs from what training left behind for other
-reasons too: few samples, no augmentation. These reasons affect the dense network alike, so the
-difference between the two networks, both measured on the same inputs, is free of them
-(`BatchNormReference`).
+Statistics estimated on calibration inputs also differ from the trained ones for other reasons: few
+samples, no augmentation. These reasons affect the dense network equally, so they cancel in the
+difference between the two networks on the same inputs (`BatchNormReference`).
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ __all__ = [
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Whether any layer of ``network`` is a batch norm that keeps running statistics."""
+    """Whether ``network`` contains a batch norm that keeps running statistics."""
     return bool(tracking_layers(network))
 
 
 @torch.no_grad()
 def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 256) -> nn.Module:
-    """Measure the batch-norm statistics of ``network`` anew, in place.
+    """The same ``network`` with batch-norm statistics re-estimated in place.
 
     Every running mean and variance becomes the plain average over the batches (Ioffe & Szegedy
-    2015, algorithm 2, lines 8 to 11). Only the batch norms are in training mode meanwhile, so
-    dropout stays off. A network without running statistics is returned without a forward pass.
+    2015, algorithm 2, lines 8 to 11). Only the batch norms are in training mode, so dropout stays
+    off. A network without running statistics is returned without a forward pass.
 
     Args:
-        network: The network to change; it is left in evaluation mode.
-        inputs: Unlabelled images (N, C, H, W), or whatever the network takes, N >= 2.
-        batch_size: The largest number of inputs in a forward pass (3 may go together when
-            ``batch_size`` is 2, because one input alone has no variance).
+        network: The network to change; it ends in evaluation mode.
+        inputs: Unlabelled images (N, C, H, W), or other inputs of the network, N >= 2.
+        batch_size: Largest number of inputs per forward pass (3 inputs may form one batch when
+            ``batch_size`` is 2, because a single input has no variance).
 
     Returns:
         The same ``network``.
@@ -80,15 +79,15 @@ def is_tracking(module: nn.Module | None) -> TypeGuard[_BatchNorm]:
 
 
 class BatchNormReference:
-    """Moves the stored statistics of batch norms by what compression alone changed.
+    """Corrects stored batch-norm statistics by the change due to compression alone.
 
-    With the stored mean m and variance v, and those measured on the same inputs in the dense
-    network (M, V) and in the compressed one (M', V'), the compressed network gets m + M' - M and
-    v V' / V. The dense network keeps its own.
+    Let m and v be the stored mean and variance, (M, V) the statistics measured in the dense
+    network and (M', V') those measured on the same inputs in the compressed network. The
+    compressed network gets m + M' - M and v V' / V. The dense network is unchanged.
 
     Args:
         network: The dense network, with its stored statistics.
-        inputs: Calibration inputs; ``network`` is left as it was.
+        inputs: Calibration inputs; ``network`` is unchanged.
         batch_size: As for `reestimate_batch_norm`.
     """
 
@@ -103,11 +102,11 @@ class BatchNormReference:
     def correct(
         self, layers: Iterable[_BatchNorm], originals: Iterable[_BatchNorm] | None = None
     ) -> None:
-        """Replace the statistics measured in the compressed network, in place.
+        """Correct the statistics measured in the compressed network, in place.
 
         Args:
-            layers: Batch norms, with other weights before them than in ``network``.
-            originals: The ones that they were in ``network``; by default, the same objects.
+            layers: Batch norms of the compressed network.
+            originals: The corresponding ones of ``network``; by default, the same objects.
         """
         layers = list(layers)
         pairs = zip(layers, layers if originals is None else originals, strict=True)
@@ -136,18 +135,18 @@ def tracking_layers(network: nn.Module) -> list[_BatchNorm]:
 
 
 def even_chunks(inputs: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    """Chunks whose sizes differ by 1 at most, so that they weigh alike and none holds 1 input."""
+    """Chunks whose sizes differ by 1 at most, for equal weights and no chunk of 1 input."""
     count = min(math.ceil(len(inputs) / batch_size), len(inputs) // 2)
     return inputs.tensor_split(count)
 
 
 @contextmanager
 def cumulative_averaging(layers: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within, the running statistics of batch norms become the plain average over the batches."""
+    """Context in which running statistics are the plain average over the batches."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # how torch spells "average over all batches"
+        layer.momentum = None  # PyTorch's setting for the average over all batches
         layer.train()
     try:
         yield

@@ -1,10 +1,10 @@
-"""Calibration: the second moments of layer inputs and output gradients, streamed over data.
+"""Calibration: streamed second moments of layer inputs and output gradients.
 
-It holds at most one batch of activations. The sums of a layer are (g, n, n) and (g, o, o) for any
-amount of data. Results are cached on disk under a key of the model's weights and the data.
+At most one batch of activations is in memory. The sums of a layer are (g, n, n) and (g, o, o) for
+any amount of data. Results are cached on disk under a key of the model's weights and the data.
 
 References:
-    Martens and Grosse, ICML 2015: gradients for labels sampled from the model give the Fisher.
+    Martens and Grosse, ICML 2015: gradients for labels sampled from the model (Fisher matrix).
     Grosse and Martens, ICML 2016: the convolutional case, patches summed over positions.
     Ji et al., EMNLP Findings 2024 (Bolaco), section 3: the pooled covariance.
 """
@@ -33,7 +33,7 @@ from rankNAS.search_spaces.base import Layer, SearchSpace
 __all__ = ["calibrate"]
 
 logger = logging.getLogger(__name__)
-POOLED = 32  # samples of a group whose covariance is pooled, as in the code released with Bolaco
+POOLED = 32  # samples per group of the pooled covariance, as in the released code of Bolaco
 
 
 def calibrate(
@@ -47,20 +47,20 @@ def calibrate(
     cache: Path | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, Statistics]:
-    """Statistics of every layer of a space.
+    """Calibration statistics of every layer of a space.
 
     Args:
-        model: The dense model that was compiled, in evaluation mode.
+        model: The compiled dense model, in evaluation mode.
         space: Its space.
         inputs: Calibration inputs, (samples, …).
         norm: ``weight`` needs no statistics and returns none; ``fisher`` needs a backward pass
-            and class logits as the model's output. ``pooled`` averages the means and the unbiased
-            covariances of consecutive groups of 32 samples, or a few more where these would not
-            divide the samples.
+            and a model that returns class logits. ``pooled`` averages the means and the unbiased
+            covariances of consecutive groups of 32 samples; groups are slightly larger if 32 does
+            not divide the samples.
         batch_size: Samples per pass; ``pooled`` uses its groups instead.
-        seed: The random seed of the sampled labels and positions.
-        cache: A folder in which the result is cached.
-        on_batch: Called with (batches done, batches in all).
+        seed: Random seed of the sampled labels and positions.
+        cache: Folder in which the result is cached.
+        on_batch: Called with (batches done, batches in total).
 
     Raises:
         RankNASError: The statistics are not finite.
@@ -104,7 +104,7 @@ class _Recorder:
 
     @contextmanager
     def recording(self, model: nn.Module, *, gradients: bool) -> Iterator[None]:
-        """Within, the model has hooks, and its parameters need no gradient.
+        """Context in which the model has hooks and its parameters need no gradient.
 
         Backward passes start at the output of the first layer.
         """
@@ -143,7 +143,7 @@ class _Recorder:
         return hook
 
     def run(self, model: nn.Module, batch: Tensor, *, backward: bool) -> None:
-        """A forward pass; with ``backward``, also the gradients for sampled labels."""
+        """Run a forward pass; with ``backward``, also a backward pass for sampled labels."""
         if not backward:
             with torch.no_grad():
                 model(batch)
@@ -155,8 +155,8 @@ class _Recorder:
             uniform = torch.rand(len(logits), 1, generator=self._generator).to(probabilities)
             labels = (probabilities.cumsum(-1) < uniform).sum(-1).clamp_max(logits.shape[-1] - 1)
             loss = functional.cross_entropy(logits, labels, reduction="sum")
-            # Gradients with respect to the recorded outputs alone: parameters need none.
-            # Those of layers that the logits do not depend on are zero.
+            # Gradients only with respect to the recorded outputs; parameters need none.
+            # Layers that do not affect the logits have zero gradients.
             outputs = [y for _, y in self._outputs]
             gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
             for (name, _), gradient in zip(self._outputs, gradients, strict=True):
@@ -165,7 +165,7 @@ class _Recorder:
 
 
 def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, norm: str, seed: int) -> str:
-    """Content key: layers, weights, inputs and settings."""
+    """Content key of layers, weights, inputs and settings."""
     layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
     salt = "\n".join([f"2 {norm} {seed} {MAX_POSITIONS} {model}", *layers])
     return fingerprint({**model.state_dict(), "inputs": inputs}, salt)
@@ -184,7 +184,7 @@ def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:
 
 
 def _read(path: Path, space: SearchSpace, device: torch.device) -> dict[str, Statistics] | None:
-    """The cached statistics, or None; a damaged file is made again."""
+    """The cached statistics; None if absent or damaged."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""From a model and an allocation to a network: factorise once, slice for every allocation."""
+"""Factorisation of a model: factorise each layer once, slice the factors per allocation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Factorisation:
     Args:
         model: The dense model, with separate attention projections.
         space: Its space.
-        layers: Name to factors.
+        layers: Factors by layer name.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Factorisation:
         return {name: found.errors() for name, found in self.layers.items()}
 
     def materialise(self, allocation: Mapping[str, Choice]) -> nn.Module:
-        """The compressed network: a copy of the model with ordinary modules in place.
+        """The compressed network: a copy of the model with decomposed layers as ordinary modules.
 
         Raises:
             UsageError: The allocation does not belong to the space.
@@ -54,7 +54,7 @@ class Factorisation:
             for name, choice in allocation.items()
             if choice != DENSE
         }
-        # Layers that are replaced are not copied first.
+        # Do not copy layers that are replaced.
         memo = {id(self.model.get_submodule(n)): nn.Identity() for n in modules}
         network = copy.deepcopy(self.model, dict(memo))
         for name, module in modules.items():
@@ -62,10 +62,10 @@ class Factorisation:
         return network
 
     def made_when_called(self, allocation: Mapping[str, Choice]) -> nn.Module:
-        """The compressed network for forward passes alone, in the memory of its largest layer.
+        """The compressed network for inference only, with the memory of one decomposed layer.
 
-        A decomposed layer exists only during its forward pass. All other parameters, and the
-        factors, are shared.
+        A decomposed layer exists only during its forward pass. All other parameters and the
+        factors are shared.
 
         Raises:
             UsageError: The allocation does not belong to the space.
@@ -89,19 +89,19 @@ def factorise(
     select: Select | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Factorisation:
-    """Factorise every layer of a space once, for all its choices.
+    """The factors of every layer of a space, for all its choices.
 
     Args:
-        model: The model that was compiled.
+        model: The compiled model.
         space: Its space.
         statistics: From `calibrate`; not needed for ``norm="weight"``.
-        norm: The norm in which truncations are optimal.
-        centred: Optimise the variance of the error and correct its mean: through the bias, or,
-            in layers without one, through a following batch norm that is re-estimated. By default
-            on for layers with a bias, and for all if the model has batch norms.
-        select: Takes a layer and the relative error of each of its choices; returns the choices
-            to keep. The others leave the space, and their factors are freed at once.
-        on_layer: Called with (layers done, layers in all).
+        norm: The error norm in which truncations are optimal.
+        centred: Minimise the variance of the error and correct its mean: through the bias or,
+            in layers without one, through a following batch norm that is re-estimated. The default
+            is on for layers with a bias, and for all layers if the model has batch norms.
+        select: Receives a layer and the relative error of each of its choices; returns the choices
+            to keep. The others are removed from the space, and their factors are freed at once.
+        on_layer: Called with (layers done, layers in total).
     """
     model = separate_attention(model)
     centred_all = has_batch_norm(model) if centred is None else centred
@@ -122,13 +122,13 @@ def factorise(
 
 
 def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
-    """The compressed network without its weights: `model`, changed in place, with empty layers.
+    """The compressed network without weights: `model`, changed in place, with empty layers.
 
-    Paths that share one module in the model share the decomposed one too.
+    Paths that share a module in the model also share the decomposed module.
 
     Raises:
-        UsageError: The allocation names a layer that the model does not have, or an operator that
-            does not exist.
+        UsageError: The allocation names a layer that is not in the model, or an unknown
+            operator.
     """
     model = separate_attention(model)
     for name, choice in allocation.items():

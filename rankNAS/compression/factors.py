@@ -1,4 +1,4 @@
-"""The factors of one layer: every rank of every operator is a slice of them."""
+"""The factors of one layer; every rank of every operator is a slice of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["LayerFactors", "factorise_layer"]
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """The factors of one layer by operator, with its dense weight and its norm.
+    """The factors of one layer by operator, with its dense weight and error norm.
 
     Args:
         layer: The layer of the search space.
         weight: The dense weight, folded (g, o, c, kh, kw).
         bias: The dense bias (outputs,), or None.
-        norm: The norm of the errors, without C.
-        factors: By the name of the operator.
+        norm: The error norm, without C.
+        factors: Factors by operator name.
         outputs: The second moment W C W^T of the layer's outputs, (g, o, o); C is the identity in
             the norm ``weight``.
     """
@@ -49,7 +49,7 @@ class LayerFactors:
         return [self.error(choice) for choice in self.layer.choices]
 
     def restrict(self, keep: Sequence[Choice]) -> LayerFactors:
-        """The factors of some of the choices alone; the others are freed."""
+        """The factors of a subset of the choices; the others are freed."""
         layer = self.layer.restrict(keep)
         factors = {
             name: self.factors[name].restrict(ranks)
@@ -84,7 +84,7 @@ class LayerFactors:
                 module.bias.copy_(bias)
 
     def module(self, choice: Choice) -> nn.Module:
-        """The decomposed layer, an ordinary chain of modules."""
+        """The decomposed layer as an ordinary chain of modules."""
         bias = self.bias_of(choice)
         return self.factors[choice.operator].truncate(choice.rank, bias, self.weight.dtype)
 
@@ -104,7 +104,7 @@ class LayerFactors:
 
 
 def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFactors:
-    """Factorise one layer for all its choices."""
+    """The factors of one layer for all its choices."""
     shape = layer.shape
     weight = shape.fold(_oriented(module))
     target = Target(weight, norm)
@@ -116,12 +116,12 @@ def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFa
         outputs = target.WC @ target.W.mT
     bias: Any = module.bias
     bias = None if bias is None else bias.detach()
-    # C is as large as all factors together, and no longer needed.
+    # C is as large as all factors together and no longer needed.
     return LayerFactors(layer, weight, bias, replace(norm, C=None), factors, outputs)
 
 
 def ranks_by_operator(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:
-    """The ranks of the choices by operator, without dense."""
+    """The ranks of the choices by operator; dense is excluded."""
     ranks: dict[str, list[tuple[int, ...]]] = {}
     for choice in choices:
         if choice != DENSE:
@@ -130,7 +130,7 @@ def ranks_by_operator(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ..
 
 
 def _oriented(module: nn.Module) -> Tensor:
-    """The weight with outputs first; Hugging Face's ``Conv1D`` keeps them last."""
+    """The weight with outputs first; Hugging Face's ``Conv1D`` stores them last."""
     own: Any = module.weight
     weight: Tensor = own.detach()
     return weight.T if is_hf_conv1d(module) else weight

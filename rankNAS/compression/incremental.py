@@ -1,8 +1,8 @@
-"""Forward passes that begin where a network begins to differ from the last one.
+"""Incremental forward passes: recompute only the operations after the first changed layer.
 
-The forward pass is traced into a list of operations, cut before each searched layer. What is alive
-at a cut is kept, so that after a change of some layers only what follows the first of them is
-computed again. A network that cannot be traced faithfully is simply run as a whole.
+The forward pass is traced into a list of operations, with a cut point before each searched layer.
+Live values at cut points are cached. After layers change, computation restarts at the first of
+them. A network that cannot be traced faithfully is run as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 __all__ = ["CachedPass", "IncrementalExecutor"]
 
 logger = logging.getLogger(__name__)
-MEMORY = 1 << 30  # bytes of activations that one pass may keep
+MEMORY = 1 << 30  # bytes of cached activations per pass
 OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -30,13 +30,13 @@ OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 
 
 class IncrementalExecutor:
-    """The operations of a network, in order, and where each searched layer is first used.
+    """The traced operations of a network, in order, with the first use of each searched layer.
 
     Args:
-        nodes: Without the output node.
-        result: What the network returns.
+        nodes: The operations, without the output node.
+        result: The return value of the network.
         network: The traced network, without in-place operations; it shares its modules.
-        cut_points: By layer, the number of the first operation that depends on it.
+        cut_points: Per layer, the number of the first operation that depends on it.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class IncrementalExecutor:
     def of(
         cls, model: nn.Module, layers: Mapping[str, Sequence[str]], examples: Iterable[Tensor]
     ) -> IncrementalExecutor | None:
-        """Trace a model, which loses its in-place activations.
+        """The executor of a traced model; None if the model cannot be traced.
 
         Args:
-            model: In evaluation mode.
-            layers: By layer, every path of it in the model.
+            model: In evaluation mode. Its in-place activations become out-of-place.
+            layers: Per layer, all of its paths in the model.
             examples: Inputs on which the traced network must agree with the model.
 
         Returns:
-            None if the model cannot be traced, or depends on more than the trace shows.
+            None if the model cannot be traced, or depends on state that the trace lacks.
         """
         try:
             with torch.no_grad():
@@ -90,17 +90,17 @@ class IncrementalExecutor:
         keep: Iterable[int] = (),
         stop: int | None = None,
     ) -> tuple[Any, dict[int, dict[fx.Node, Any]]]:
-        """Run the operations from number `start` on.
+        """The network's output and cached live values, from operation `start` on.
 
         Args:
-            values: What is alive at `start`.
+            values: Live values at `start`.
             start: Number of the first operation.
             x: The network's input.
-            keep: Numbers of operations before which what is alive is kept.
+            keep: Numbers of operations before which live values are cached.
             stop: Number of the operation to stop before; None runs to the end.
 
         Returns:
-            The network's output (None if stopped) and what was kept.
+            The network's output (None if stopped early) and the cached values.
         """
         live_values = dict(values)
         kept: dict[int, dict[fx.Node, Any]] = {}
@@ -112,7 +112,7 @@ class IncrementalExecutor:
     def advance(
         self, values: dict[fx.Node, Any], start: int, stop: int, x: Tensor
     ) -> dict[fx.Node, Any]:
-        """What is alive before operation `stop`, given what is alive before `start`."""
+        """Live values before operation `stop`, given those before `start`."""
         if start == stop:
             return values
         live_values = dict(values)
@@ -120,7 +120,7 @@ class IncrementalExecutor:
         return live_values
 
     def input_of(self, number: int, values: dict[fx.Node, Any]) -> Tensor:
-        """The first argument of an operation, given what is alive before it."""
+        """The first argument of an operation, given the live values before it."""
         node = self.nodes[number]
         first = [*node.args, *node.kwargs.values()][0]
         found = fx.node.map_arg(first, values.__getitem__)
@@ -136,7 +136,7 @@ class IncrementalExecutor:
         kept: dict[int, dict[fx.Node, Any]],
         keep: set[int],
     ) -> None:
-        """Run operations, updating `live_values`; `kept` gets the live values at some."""
+        """Run operations and update `live_values`; `kept` receives those before each cut point."""
         for i in range(start, stop):
             if i in keep:
                 kept[i] = dict(live_values)
@@ -151,11 +151,11 @@ class IncrementalExecutor:
 
 
 class CachedPass:
-    """Repeated forward passes over the same inputs, each from the first change on.
+    """Repeated forward passes over the same inputs; each restarts at the first change.
 
     Args:
         stages: The traced network.
-        batches: Its inputs.
+        batches: Its input batches.
         stop: As in `IncrementalExecutor.run`.
     """
 
@@ -169,21 +169,21 @@ class CachedPass:
             self._cuts = self._affordable()
 
     def invalidate(self, first: int) -> None:
-        """The operations from number `first` on have changed."""
+        """Mark the operations from number `first` on as changed."""
         self._outputs = None
         for cut in [c for c in self._kept if c > first]:
             del self._kept[cut]
 
     @property
     def start(self) -> int:
-        """Number of the operation that the next run begins with; past the end if none."""
+        """Number of the first operation of the next run; past the end if none is needed."""
         if self._outputs is not None:
             return len(self.stages.nodes)
         return max(self._kept, default=0)
 
     @torch.no_grad()
     def run(self) -> list[Any]:
-        """The outputs of all batches; nothing is computed that has not changed."""
+        """The outputs of all batches; only changed operations are recomputed."""
         if self._outputs is None:
             start = self.start
             cut_points = [c for c in self._cuts if c > start]
@@ -197,7 +197,7 @@ class CachedPass:
         return self._outputs
 
     def _affordable(self) -> list[int]:
-        """As many evenly spaced cuts as the memory allows."""
+        """Evenly spaced cut points, as many as the memory allows."""
         cut_points = sorted(set(self.stages.cut_points.values()) - {0})
         few = self.batches[0][:2]
         _, kept = self.stages.run({}, 0, few, cut_points, self.stop)
@@ -216,7 +216,7 @@ def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Incremental
         return None
     calls = [node.target for node in nodes if node.op == "call_module"]
     norms = [n for n, m in traced.named_modules() if isinstance(m, _BatchNorm)]
-    # Statistics of a norm that is called twice would depend on what comes before a cut.
+    # The statistics of a norm that is called twice depend on operations before a cut.
     if any(calls.count(name) != 1 for name in norms):
         return None
     users: dict[str, int] = {}
@@ -236,13 +236,13 @@ def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Incremental
 
 
 def _made_out_of_place(node: fx.Node) -> bool:
-    """Make an operation leave its inputs alone; false if that is not possible."""
+    """Replace an in-place operation by its out-of-place form; False if that is impossible."""
     if node.op == "call_function":
         node.target = OUT_OF_PLACE.get(node.target, node.target)
         name = getattr(node.target, "__name__", "")
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
-        flags = any(argument is True for argument in node.args)  # perhaps `inplace`, by position
+        flags = any(argument is True for argument in node.args)  # may be a positional `inplace`
         return not (name.endswith("_") or name in ("setitem", "delitem") or flags)
     if node.op == "call_method" and str(node.target).endswith("_"):
         node.target = str(node.target).rstrip("_")

@@ -1,4 +1,4 @@
-"""Input patches of a layer, the rows that its folded weight is multiplied with."""
+"""Input patches of a layer: the rows that its folded weight multiplies (im2col)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankNAS.decompositions.shapes import LayerShape
 
 __all__ = ["MAX_POSITIONS", "folded", "patches"]
 
-MAX_POSITIONS = 256  # patches of one input that enter C; neighbours are nearly copies
+MAX_POSITIONS = 256  # patches per input that enter C; neighbouring patches are correlated
 
 
 def patches(
@@ -21,17 +21,17 @@ def patches(
     generator: torch.Generator | None = None,
     most: int = MAX_POSITIONS,
 ) -> Tensor:  # -> (g, N, n)
-    """The input patches a layer multiplies with its folded weight, their elements reordered.
+    """The input patches that the folded weight multiplies, with reordered elements.
 
     Args:
-        shape: The layer.
+        shape: The layer's shape.
         x: Its input: (*, features), (batch, channels, length) or (batch, channels, height, width).
-        generator: Draws positions of each input; None takes all.
-        most: Positions that are drawn.
+        generator: Samples positions of each input; None takes all positions.
+        most: Largest number of sampled positions.
 
     Returns:
-        One patch a row. Its elements are ordered by kernel element, then by channel, as they can
-        be read many times faster; `folded` gives their places in the order of the folded weight.
+        One patch per row. Elements are ordered by kernel element, then by channel; this order is
+        many times faster to read. `folded` maps it to the order of the folded weight.
     """
     g, channels = shape.groups, shape.inputs // shape.groups
     if not shape.kernel:
@@ -47,7 +47,7 @@ def patches(
 
 
 def folded(shape: LayerShape) -> Tensor:  # -> (n,)
-    """Of each column of the folded weight, its place in a row of `patches`."""
+    """Position in a row of `patches` of each column of the folded weight."""
     kernel = math.prod(shape.kernel)
     return torch.arange(shape.width).reshape(kernel, -1).T.flatten()
 
@@ -55,7 +55,7 @@ def folded(shape: LayerShape) -> Tensor:  # -> (n,)
 def _positions(
     shape: LayerShape, size: tuple[int, ...], generator: torch.Generator | None, most: int
 ) -> Tensor:  # -> (kernel, positions)
-    """Where in the flattened padded input each kernel element reads, for the drawn positions."""
+    """Indices into the flattened padded input, by kernel element and sampled position."""
     starts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     for length, k, d, s in zip(size, shape.kernel, shape.dilation, shape.stride, strict=True):
         along = torch.arange(0, length - d * (k - 1), s)

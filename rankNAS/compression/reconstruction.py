@@ -1,14 +1,13 @@
-"""Layer after layer, the factors that suit the inputs a compressed network really has.
+"""Sequential (asymmetric) reconstruction: refit layers to the inputs of the compressed network.
 
-Factors are first made from the dense network's inputs. In the compressed network a layer's inputs
-x' differ from the dense ones x, by what was lost before it. The weight that best maps x' to the
-dense layer's outputs W x is, in least squares, W E[x x'^T] E[x' x'^T]^-1; its decomposition in the
-metric of x' loses the least, and makes up for part of what was lost before. Layers are done in
-the order of the forward pass, each seeing those before it as they have become. Neither labels nor
-gradients are needed.
+The initial factors are computed from the dense network's inputs x. In the compressed network, a
+layer's inputs x' differ from x because of the errors of earlier layers. The least-squares map from
+x' to the dense layer's outputs W x is W E[x x'^T] E[x' x'^T]^-1. Its decomposition in the norm of
+x' has the smallest error and compensates part of the earlier errors. Layers are refitted in the
+order of the forward pass, each after all earlier ones. Neither labels nor gradients are needed.
 
 Reference: asymmetric reconstruction, Zhang, Zou, He and Sun, TPAMI 2016 (arXiv 1505.06798),
-section 3.3, there with the responses of one operator; here for every operator, in every metric.
+section 3.3, for the responses of one operator; here for every operator and every norm.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from rankNAS.threads import limited_threads
 
 __all__ = ["refit_sequentially"]
 
-SAMPLES = 2  # patches for each input of a layer, below which its moments say too little
-POSITIONS = 32  # of one input, see `patches`; that many more inputs say more than more positions
+SAMPLES = 2  # fewest patches per input feature for reliable moments
+POSITIONS = 32  # per input, see `patches`; more inputs help more than more positions
 SHRINKAGE = 1e-2  # towards the dense weight, in units of the mean square of an input
 Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, compressed network's
 
@@ -49,20 +48,20 @@ def refit_sequentially(
     seed: int = 0,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Factorisation:
-    """Factors for one allocation, each layer's for the inputs that the ones before leave it.
+    """Sequentially refitted factors for one allocation: each layer fits its compressed inputs.
 
     Args:
-        factorisation: Factors from the dense network's inputs; left as it is.
+        factorisation: Factors from the dense network's inputs; unchanged.
         allocation: The choices.
         inputs: Calibration inputs (samples, …).
-        batch_size: Samples a forward pass. Batch norms use the statistics of the batch, in both
+        batch_size: Samples per forward pass. Batch norms use the statistics of the batch in both
             networks.
-        seed: Of the positions drawn from large feature maps.
-        on_layer: Called with (layers done, layers in all).
+        seed: Random seed of the positions sampled from large feature maps.
+        on_layer: Called with (layers done, layers in total).
 
     Returns:
-        A factorisation that offers this allocation alone. Layers that are called several times in
-        a forward pass keep their factors, and so do those with fewer than two patches an input.
+        A factorisation for this allocation alone. Layers that are called several times per forward
+        pass keep their factors; so do layers with fewer than two patches per input feature.
     """
     space = factorisation.space
     dense = _training_statistics(shared_copy(factorisation.model))
@@ -93,7 +92,7 @@ def refit_sequentially(
 
 
 def _training_statistics(model: nn.Module) -> nn.Module:
-    """The model; its batch norms now use the statistics of the batch."""
+    """The model, with batch norms that use the statistics of the batch."""
     model.eval()
     for module in model.modules():
         if is_tracking(module):
@@ -121,12 +120,12 @@ class _Moments:
 
     @classmethod
     def of(cls, layer: LayerFactors, pairs: Pairs, seed: int) -> _Moments:
-        """Means over all batches."""
+        """Moments over all batches."""
         shape = layer.layer.shape
         sums: list[Tensor] = []
         count = 0
         for number, pair in enumerate(pairs):
-            # The same positions in both.
+            # The same positions in both networks.
             P, Q = (
                 patches(shape, x, torch.Generator().manual_seed(seed + number), POSITIONS)
                 for x in pair
@@ -141,7 +140,7 @@ class _Moments:
         return cls(mean_dense, mean, cross, moment, count)
 
     def refit(self, layer: LayerFactors, choice: Choice) -> LayerFactors:
-        """The layer's factors for the choice, from the best weight for the compressed inputs."""
+        """The factors of a choice, from the least-squares weight for the compressed inputs."""
         centred = layer.norm.mean is not None
         cross, moment = self.cross, self.moment
         if centred:
@@ -169,7 +168,7 @@ class _Moments:
         refitted = replace(layer, weight=weight, bias=bias, norm=norm, factors=factors)
         if choice == DENSE:
             return refitted
-        # With its bias corrected, one choice needs no dense weight of its own.
+        # The single choice includes its corrected bias, so no dense weight is needed.
         _, bias = refitted.folded(choice)
         return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
 
@@ -181,9 +180,9 @@ def _walk(
     inputs: Tensor,
     batch_size: int,
 ) -> Iterator[tuple[str, Pairs]]:
-    """Each layer in the order of the forward pass, with the inputs that it has in both networks.
+    """Each layer in the order of the forward pass, with its inputs in both networks.
 
-    The compressed network is to be changed layer by layer as the walk goes on.
+    The caller changes the compressed network layer by layer during the iteration.
     """
     layers = factorisation.space.layers
     paths = {name: layer.paths for name, layer in layers.items()}
@@ -204,7 +203,7 @@ def _staged(
     layers: Mapping[str, Any],
     batches: tuple[Tensor, ...],
 ) -> Iterator[tuple[str, Pairs]]:
-    """Both forward passes advance from layer to layer, for all batches."""
+    """Advance both forward passes from layer to layer, for all batches."""
     both = dense, compressed
     live_values: list[list[dict[Any, Any]]] = [[{} for _ in batches] for _ in both]
     at = 0
@@ -225,7 +224,7 @@ def _staged(
 
 
 class _ReachedError(Exception):
-    """The layer that was waited for is called."""
+    """The target layer has been called."""
 
 
 def _hooked(

@@ -1,4 +1,4 @@
-"""Copies of a model that share its weights, and the replacement of its modules."""
+"""Model surgery: copies that share weights, and replacement of modules."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = [
     "shared_copy",
 ]
 
-LIGHT = 1 << 24  # bytes of weights; a process that has loaded PyTorch takes many times as much
+LIGHT = 1 << 24  # bytes of weights; small compared with a process that has loaded PyTorch
 
 
 def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
-    """A copy that shares its parameters with the model, except some; it must not be changed.
+    """A read-only copy that shares its parameters with the model, except some.
 
-    Buffers, such as the statistics of batch norms, are its own.
+    The copy has its own buffers, such as batch-norm statistics.
 
     Args:
         model: The model.
-        own: Parameters of the model that the copy gets its own of.
+        own: Parameters of the model that are copied instead of shared.
     """
     except_for = set(map(id, own))
     memo: dict[int, Any] = {
@@ -44,10 +44,10 @@ def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
 
 
 def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.Module:
-    """A copy whose layers `LayerFactors.write` can change.
+    """A copy of the model for `LayerFactors.write`, which changes its layers.
 
     If the model exceeds the memory limit, the copy shares all weights and factors. A layer's
-    weight is then computed from its factors whenever it is read, and freed.
+    weight is then computed from its factors on each access, and freed.
     """
     if not exceeds_memory_limit(model):
         return copy.deepcopy(model)
@@ -60,7 +60,7 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
 
 
 class _MultipliedOut(nn.Module):
-    """Computes a layer's weight from the factors of the choice; without one, it is dense."""
+    """Computes a layer's weight from the factors of a choice; without a choice, it is dense."""
 
     chosen: tuple[LayerFactors, Choice] | None
 
@@ -77,12 +77,12 @@ class _MultipliedOut(nn.Module):
 
 
 def exceeds_memory_limit(model: nn.Module) -> bool:
-    """Whether the weights take so much memory that they should not be copied without need."""
+    """Whether the weights are too large to be copied without need."""
     return sum(p.nbytes for p in model.parameters()) > LIGHT
 
 
 class LazyFactorised(nn.Module):
-    """A decomposed layer whose modules exist only during its forward pass."""
+    """A decomposed layer that is built for each forward pass and freed after it."""
 
     def __init__(self, layer: LayerFactors, choice: Choice) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class LazyFactorised(nn.Module):
 
 
 def replace_module(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
-    """Put one module at every path, in place."""
+    """Set one module at every path, in place."""
     for path in paths:
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, module)

@@ -1,4 +1,4 @@
-"""A training and a test set with what is known of them."""
+"""A training set and a test set with their metadata."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Data"]
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A training and a test set; map-style datasets of (input tensor, target tensor).
+    """A training set and a test set; map-style datasets of (input tensor, target tensor).
 
     Attributes:
-        name: The source as it was given.
-        train: Items are (input, target), normalised already.
-        test: The same for the test set.
+        name: The source, as given.
+        train: The training set; items are (input, target), already normalised.
+        test: The test set, with items of the same form.
         input_shape: The shape of one input.
-        num_classes: One more than the largest label; None if this is no classification.
-        fingerprint: A key (hex) of content and preprocessing, equal on all machines.
-        normalize: The mean and std in use, as ``load_data`` takes it; None if unknown.
-        flip: Whether a mirrored input still belongs to the same class.
+        num_classes: One more than the largest label; None if the task is not classification.
+        fingerprint: A key (hex) of content and preprocessing, identical on all machines.
+        normalize: Mean and std in use, in the form that ``load_data`` accepts; None if unknown.
+        flip: Whether a mirrored input keeps its class.
 
     Example:
         >>> import torch
@@ -47,5 +47,5 @@ class Data:
 
     @property
     def augmentation(self) -> Augmentation:
-        """The augmentation that keeps the classes of the training data."""
+        """The augmentation that preserves the classes of the training data."""
         return Augmentation(flip=self.flip)

@@ -1,4 +1,4 @@
-"""Items of a map-style data set: one, some, or batch by batch."""
+"""Access to a map-style data set: one item, several items, or batches."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def batches(
         inputs_targets: Tensors of equal length, or a map-style dataset.
         batch_size: Items per batch.
         device: Where batches are moved to; images are normalised there.
-        shuffle_seed: Order of the items; as they are if None.
+        shuffle_seed: Random seed of the order; None keeps the order.
 
     Raises:
-        DataError: If the batch size is not positive or the lengths differ.
+        DataError: The batch size is not positive, or the lengths differ.
     """
     if batch_size < 1:
         raise DataError(f"the batch size is {batch_size}; give a positive integer.")
@@ -61,7 +61,7 @@ def batches(
 
 
 def gather(source: Pair | Dataset[Any], rows: Tensor, device: str | torch.device = "cpu") -> Pair:
-    """Items ``rows`` (n,), stacked; at once where the source can do that."""
+    """Items ``rows`` (n,), stacked; fetched in one call if the source supports it."""
     if isinstance(source, Subset):
         indices = torch.as_tensor(source.indices, dtype=torch.int64)
         return gather(source.dataset, indices[rows], device)
@@ -80,17 +80,17 @@ def gather(source: Pair | Dataset[Any], rows: Tensor, device: str | torch.device
 
 
 def in_memory(dataset: Dataset[Any]) -> TensorDataset:
-    """All items as tensors."""
+    """All items as tensors in memory."""
     return TensorDataset(*gather(dataset, torch.arange(len_of(dataset))))
 
 
 def len_of(dataset: Dataset[Any]) -> int:
-    """The number of items of a map-style dataset; torch does not declare ``len`` for it."""
+    """The number of items of a map-style dataset (torch declares no ``len`` for it)."""
     return len(dataset)  # type: ignore[arg-type]
 
 
 def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
-    """The dataset of the items ``indices`` (n,) only, in this order."""
+    """The dataset of the items ``indices`` (n,), in this order."""
     if isinstance(dataset, Images):
         return dataset.subset(indices)
     return Subset(dataset, indices.tolist())
@@ -116,13 +116,13 @@ def item_of(dataset: Dataset[Any], row: int, where: str) -> Pair:
 
 
 def permutation(size: int, seed: int) -> Tensor:
-    """A random order (size,) of the rows, equal for equal seeds on every machine."""
+    """A random permutation (size,) of the rows, determined by the seed on every machine."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images in the memory format in which CPUs and tensor cores convolve fastest.
+    """Images in channels-last memory format, the fastest for CPUs and tensor cores.
 
-    Anything but (N, C, H, W) is returned as it is.
+    Tensors other than (N, C, H, W) are returned unchanged.
     """
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x

@@ -1,4 +1,4 @@
-"""Content keys of data sets, equal on all machines."""
+"""Content keys of data sets, identical on all machines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["digest", "sampled_bytes"]
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """The SHA-256 of a sequence of byte strings, in hex; unlike that of their concatenation."""
+    """The SHA-256 hex digest of a sequence of byte strings, including their boundaries."""
     state = hashlib.sha256()
     for part in parts:
         state.update(len(part).to_bytes(8, "little"))
@@ -25,10 +25,10 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def sampled_bytes(dataset: Dataset[Any], where: str) -> list[bytes]:
-    """The length and up to 64 evenly spaced items, among them the first and the last."""
+    """The length and up to 64 evenly spaced items, including the first and the last."""
     last = len_of(dataset) - 1
     parts = [str(last).encode()]
-    # Random transforms that draw from torch must give the same items each time.
+    # Random transforms that use torch's generator must give the same items each time.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for row in sorted({i * last // 63 for i in range(64)}):
@@ -38,6 +38,6 @@ def sampled_bytes(dataset: Dataset[Any], where: str) -> list[bytes]:
 
 
 def _raw(value: Tensor) -> bytes:
-    """The bytes of a tensor of any dtype; numpy has no bfloat16."""
+    """The bytes of a tensor of any dtype (numpy has no bfloat16)."""
     raw: bytes = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     return raw

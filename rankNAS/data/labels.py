@@ -1,4 +1,4 @@
-"""Class labels of data sets: found without reading the inputs, and checked."""
+"""Class labels of data sets: found without reading inputs, and checked."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["check_labels", "labels_of", "num_classes_of"]
 
 
 def check_labels(data: Data, outputs: int) -> None:
-    """Check that the network has an output for every class.
+    """Raise an error unless the network has an output for every class.
 
     Args:
         data: The data; sets without class labels pass.
         outputs: The number of outputs of the network.
 
     Raises:
-        DataError: If a label is negative or at least ``outputs``.
+        DataError: A label is negative or at least ``outputs``.
     """
     for where, dataset in (("train", data.train), ("test", data.test)):
         labels = labels_of(dataset, where)
@@ -50,7 +50,7 @@ def num_classes_of(train: Tensor | None, test: Tensor | None) -> int | None:
 
 
 def labels_of(dataset: Dataset[Any], where: str) -> Tensor | None:
-    """All labels, int64 (n,); None if targets are not integers. Avoids reading inputs."""
+    """All labels, int64 (n,), without reading inputs if possible; None for non-integer targets."""
     labels = _stored_labels(dataset)
     if labels is None or not _agrees(dataset, labels):
         labels = _scanned_labels(dataset, where)
@@ -61,7 +61,7 @@ def labels_of(dataset: Dataset[Any], where: str) -> Tensor | None:
 
 
 def _stored_labels(dataset: Dataset[Any]) -> Tensor | None:
-    """Labels that a dataset keeps in one place."""
+    """Labels that a dataset stores in one attribute."""
     if isinstance(dataset, Subset):
         labels = _stored_labels(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
@@ -75,7 +75,7 @@ def _stored_labels(dataset: Dataset[Any]) -> Tensor | None:
 
 
 def _as_labels(values: object) -> Tensor | None:
-    """A one-dimensional integer tensor of ``values``, if they are that."""
+    """``values`` as a one-dimensional integer tensor; None if they are no such labels."""
     try:
         labels = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
@@ -85,9 +85,9 @@ def _as_labels(values: object) -> Tensor | None:
 
 
 def _agrees(dataset: Dataset[Any], labels: Tensor) -> bool:
-    """Whether the first and the last item have the stored labels.
+    """Whether the stored labels match those of the first and the last item.
 
-    A target transform may renumber the labels of items.
+    A target transform may change the labels of items.
     """
     return isinstance(dataset, Images) or all(
         _integer(dataset[row][1]) == int(labels[row]) for row in {0, len(labels) - 1}
@@ -95,7 +95,7 @@ def _agrees(dataset: Dataset[Any], labels: Tensor) -> bool:
 
 
 def _scanned_labels(dataset: Dataset[Any], where: str) -> Tensor | None:
-    """Labels from reading every item; None if the first is not an integer."""
+    """Labels from reading every item; None if the first is no integer."""
     if _integer(dataset[0][1]) is None:
         return None
     labels = []
@@ -112,7 +112,7 @@ def _scanned_labels(dataset: Dataset[Any], where: str) -> Tensor | None:
 
 
 def _integer(value: object) -> int | None:
-    """An integer scalar as int; None for anything else, booleans too."""
+    """An integer scalar as int; None for other values, including booleans."""
     if isinstance(value, Tensor):
         value = value.item() if value.ndim == 0 else None
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -120,7 +120,7 @@ def _integer(value: object) -> int | None:
 
 
 def _refuse(labels: Tensor, bad: Tensor, where: str, why: str) -> None:
-    """Raise for the first label that is bad."""
+    """Raise an error for the first invalid label."""
     if bad.any():
         row = int(bad.nonzero()[0])
         raise DataError(f"item {row} of the {where} split has the label {labels[row]}, {why}")

@@ -1,4 +1,4 @@
-"""Training and test data by name, from a function of the user, or from a pair of data sets.
+"""Training and test data from a name, a user's function, or a pair of data sets.
 
 >>> data = load_data("digits")
 >>> data.input_shape, data.num_classes
@@ -24,7 +24,7 @@ from rankNAS.plugins import is_plugin, load_callable
 
 __all__ = ["DataSource", "load_data"]
 
-#: A name, the data itself, or a training and a test set; see `load_data`.
+#: A name, a `Data`, or a pair of training and test set; see `load_data`.
 DataSource: TypeAlias = "str | Data | tuple[Dataset[Any], Dataset[Any]]"
 SOURCES = ("digits", "parquet:DIR", "imagefolder:DIR", "cifar10:DIR", "path/to/file.py:factory")
 
@@ -35,21 +35,21 @@ def load_data(
     normalize: str | None = None,
     image_size: int | None = None,
 ) -> Data:
-    """Load data by name, or check the data that is given.
+    """The data for a name, or the given data after checks.
 
     Args:
         source: One of ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``,
             ``path/to/file.py:factory`` (a function that returns one of the following); or
-            a training and a test dataset; or a ``Data``, which is returned as it is.
+            a training and a test dataset; or a ``Data``, which is returned unchanged.
         normalize: ``imagenet`` (the default), ``cifar10``, ``MEAN,STD`` (each one number or
-            three with ``/`` between them) or ``m,m,m,s,s,s``, for pixels in [0, 1].
-        image_size: Height and width that images are resized to; by default 32 for digits,
-            224 for image folders and that of the images elsewhere.
+            three separated by ``/``) or ``m,m,m,s,s,s``, for pixels in [0, 1].
+        image_size: Height and width of resized images; by default 32 for digits, 224 for image
+            folders and the size of the images otherwise.
 
     Raises:
-        DataError: If anything about the data or the options is wrong.
-        UnknownNameError: If there is no such source.
-        UsageError: If the file of a factory cannot be imported.
+        DataError: The data or the options are invalid.
+        UnknownNameError: There is no such source.
+        UsageError: The file of a factory cannot be imported.
 
     Example:
         >>> data = load_data("digits")
@@ -69,7 +69,7 @@ def load_data(
 
 
 def _read(source: str, normalize: str | None, image_size: int | None) -> Data:
-    """Images from one of the readers."""
+    """Images from a reader."""
     kind, colon, folder = source.partition(":")
     if kind not in READERS or bool(colon) == (kind == "digits"):
         raise UnknownNameError("data source", source, SOURCES)
@@ -92,7 +92,7 @@ def _read(source: str, normalize: str | None, image_size: int | None) -> Data:
 
 
 def _from_factory(source: str) -> Data:
-    """The data that a function of the user returns."""
+    """The data that a user's function returns."""
     factory = load_callable(source, "data factory")
     try:
         made = factory()
@@ -107,7 +107,7 @@ def _from_factory(source: str) -> Data:
 
 
 def _from_pair(name: str, pair: object) -> Data:
-    """A training and a test dataset of the user."""
+    """The data of a user's training and test dataset."""
     if not isinstance(pair, tuple) or len(pair) != 2:
         raise DataError(
             f"{name}: got {type(pair).__name__}; give a Data or a tuple of two map-style "
@@ -129,7 +129,7 @@ def _from_pair(name: str, pair: object) -> Data:
 
 
 def _first_input(dataset: Any, where: str) -> Tensor:
-    """Input 0 of a dataset that is map-style and not empty."""
+    """Input 0 of a non-empty map-style dataset."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise DataError(
             f"the {where} dataset is a {type(dataset).__name__} without len() or indexing; "

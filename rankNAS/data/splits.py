@@ -20,19 +20,19 @@ from rankNAS.exceptions import DataError
 
 __all__ = ["Splits", "held_out", "split", "subsample"]
 
-#: The largest parts of the training set that may become validation and calibration data.
+#: Largest percentages of the training set for validation and calibration data.
 VALIDATION_PERCENT, CALIBRATION_PERCENT = 20, 40
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Disjoint parts. The search sees only calibration and validation; test is read at the end.
+    """Disjoint parts. A search uses only calibration and validation; test is read at the end.
 
     Attributes:
-        training: For training and fine-tuning: all but validation, so with calibration.
+        training: Data for training and fine-tuning: all but validation, including calibration.
         calibration: Inputs (n, *input_shape) and targets (n, ...) in memory.
-        validation: The same, of other items.
-        test: The test set, whole.
+        validation: The same for other items.
+        test: The whole test set.
         augmentation: The augmentation that the training data allows.
     """
 
@@ -44,16 +44,16 @@ class Splits:
 
 
 def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: int = 0) -> Splits:
-    """Set calibration and validation items apart, chosen at random.
+    """The disjoint parts of a data set, with random calibration and validation items.
 
     Args:
-        data: Its test set is left as it is.
-        calibration: Items for calibration, at most; never over 40 % of the training set.
-        validation: Items for validation, at most; never over 20 % of the training set.
-        seed: Equal seeds choose equal items, on every machine.
+        data: The data; its test set is unchanged.
+        calibration: Largest number of calibration items; never over 40 % of the training set.
+        validation: Largest number of validation items; never over 20 % of the training set.
+        seed: Equal seeds select equal items on every machine.
 
     Raises:
-        DataError: If a count is not positive or the training set has less than 5 items.
+        DataError: A count is not positive, or the training set has less than 5 items.
     """
     size = len_of(data.train)
     if calibration < 1 or validation < 1:
@@ -76,12 +76,12 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
 
 
 def held_out(size: int, validation: int) -> int:
-    """How many of ``size`` training items `split` sets apart for validation."""
+    """The number of validation items that `split` takes from ``size`` training items."""
     return min(validation, size * VALIDATION_PERCENT // 100)
 
 
 def subsample(dataset: Dataset[Any], count: int, seed: int) -> Dataset[Any]:
-    """At most so many items, chosen by the seed, in the order of the dataset."""
+    """At most `count` items, sampled by the seed, in the order of the dataset."""
     if count >= len_of(dataset):
         return dataset
     return subset(dataset, permutation(len_of(dataset), seed)[:count].sort().values)

@@ -1,4 +1,4 @@
-"""Operators: ways to decompose a layer. `OPERATORS` is the complete list."""
+"""Operators: decompositions of a layer. `OPERATORS` is the complete list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of an operator: how one layer is decomposed at every rank at once."""
+"""Base classes of operators: decompositions of one layer at every rank at once."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from rankNAS.decompositions.shapes import Cost, LayerShape
 __all__ = ["Factors", "Operator", "Rank"]
 
 Rank = tuple[int, ...]
-BALANCING_SWEEPS = 10  # a middle layer has two sides, which disturb each other
+BALANCING_SWEEPS = 10  # a middle layer has two sides, so balancing iterates
 
 
 class Factors(ABC):
-    """The factors of one layer, from which every rank is a slice. Read-only once made."""
+    """The factors of one layer; every rank is a slice of them. Read-only after construction."""
 
     shape: LayerShape
     operator: Operator
 
     @abstractmethod
     def error(self, rank: Rank) -> float:
-        """Relative error in the metric, ||H (W - What) C^1/2||_F^2 / ||H W C^1/2||_F^2."""
+        """Relative error in the norm, ||H (W - What) C^1/2||_F^2 / ||H W C^1/2||_F^2."""
 
     @abstractmethod
     def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
-        """The weights of the chain at a rank, folded (g, o, n) like the stages' shapes."""
+        """The weights of the chain at a rank, folded (g, o, n) as in the stages' shapes."""
 
     @abstractmethod
     def weight(self, rank: Rank) -> Tensor:
-        """The approximated weight What (g, o, n) that the chain multiplies out to."""
+        """The approximated weight What (g, o, n): the product of the chain."""
 
     def restrict(self, ranks: Iterable[Rank]) -> Factors:
-        """The factors of fewer ranks; what only the others need may be dropped from memory."""
+        """The factors of a subset of the ranks; data of the other ranks may be freed."""
         return self
 
     @final
@@ -49,10 +49,10 @@ class Factors(ABC):
         *,
         trainable: bool = True,
     ) -> nn.Module:
-        """The decomposed layer at a rank: a chain of ordinary modules with their own weights.
+        """The decomposed layer at a rank: a chain of ordinary modules with copied weights.
 
-        Their type is `dtype`, or else that of `bias`, or else float32. What is not to be trained
-        need not be `balanced`.
+        Their type is `dtype`, or else that of `bias`, or else float32. `balanced` is needed only
+        for training.
         """
         module = self.operator.build(self.shape, rank)
         stages = self.operator.stages(self.shape, rank)
@@ -62,10 +62,10 @@ class Factors(ABC):
 
 
 class Operator(ABC):
-    """A way to decompose a layer. Stateless: equal arguments give equal results.
+    """A decomposition of a layer. Stateless: equal arguments give equal results.
 
-    `stages` alone defines cost and module; the ranks that `families` lists are those a search
-    space may offer.
+    `stages` alone defines cost and module. `families` lists the ranks that a search space may
+    offer.
 
     Example:
         >>> from rankNAS.decompositions import Svd
@@ -80,15 +80,15 @@ class Operator(ABC):
 
     @abstractmethod
     def refuses(self, shape: LayerShape) -> str | None:
-        """Why the operator cannot be used on a layer, or None if it can."""
+        """The reason why the operator cannot decompose a layer; None if it can."""
 
     @abstractmethod
     def families(self, shape: LayerShape, multiple_of: int = 1) -> list[list[Rank]]:
-        """All ranks, grouped into lists that increase in cost and in accuracy.
+        """All ranks, grouped into lists of increasing cost and accuracy.
 
         Args:
             shape: The layer's shape.
-            multiple_of: Ranks are multiples of this (numbers of groups need not be).
+            multiple_of: Ranks are multiples of this number; numbers of groups are exempt.
         """
 
     @abstractmethod
@@ -101,13 +101,13 @@ class Operator(ABC):
 
         Args:
             shape: The layer's shape.
-            target: Its weight, and the norm to be optimal in.
-            ranks: The ranks that will be asked for.
+            target: Its weight and the error norm.
+            ranks: The ranks that will be requested.
         """
 
     @final
     def cost(self, shape: LayerShape, rank: Rank) -> Cost:
-        """Exact cost at a rank: arithmetic on shapes alone."""
+        """Exact cost at a rank, from shapes alone."""
         return sum((s.cost() for s in self.stages(shape, rank)), Cost(0, 0, 0))
 
     @final
@@ -119,10 +119,10 @@ class Operator(ABC):
 
 
 def balanced(stages: Sequence[LayerShape], weights: Sequence[Tensor]) -> list[Tensor]:
-    """The same chain with each inner feature's scale shared evenly by the layers around it.
+    """The same chain, with the scale of each inner feature shared equally by adjacent layers.
 
-    The product does not change; training does: gradients of factors of very different norms are
-    out of proportion, and the usual learning rates diverge.
+    The product is unchanged, but training improves: gradients of factors with very different norms
+    are badly scaled, and the usual learning rates diverge.
     """
     result = list(weights)
     pairs = list(enumerate(zip(stages[:-1], stages[1:], strict=True)))
@@ -145,7 +145,7 @@ def fill(
     bias: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Give a chain built on the meta device its weights, in place."""
+    """Assign weights to a chain built on the meta device, in place."""
     dtype = dtype or (torch.float32 if bias is None else bias.dtype)
     for child, shape, weight in zip(module.children(), stages, weights, strict=True):
         child.weight = nn.Parameter(shape.unfold(weight).to(dtype, copy=True).contiguous())

@@ -1,19 +1,19 @@
 """Nested bases: one factorisation that is optimal, at every rank, for its own input features.
 
-All operators first map the input patch x (n,) to features Phi x and then features to outputs. They
-differ in the structure of Phi alone: its columns fall into b blocks of width w = n / b, and each
-rank adds one feature to every block. Given Phi, the best output map in the norm
+All operators map the input patch x (n,) to features Phi x, and features to outputs. They differ
+only in the structure of Phi: its columns form b blocks of width w = n / b, and each rank adds one
+feature to every block. Given Phi, the best output map in the norm
 ||H (W - A Phi) C^1/2||_F is a least-squares solution that does not depend on H. With the Cholesky
 factor L of Phi C Phi^T, features ordered by rank first and block second,
 
     M = W C Phi^T L^-T,    What_r = M[:, :m] L[:m, :m]^-1 Phi[:m],    m = r b,
 
-so that every rank is a slice, and its error is exactly
+so every rank is a slice, and its error is exactly
 
     ||H W C^1/2||_F^2 - sum of the squares of the first m columns of H M.
 
-This refits the second layer of a grouped decomposition jointly over its groups, which the
-group-wise singular value decomposition of ALDS does not do.
+This refits the second layer of a grouped decomposition jointly over its groups; the group-wise
+singular value decomposition of ALDS does not.
 
 Notation: g groups of the layer, b blocks, w block width, R largest rank, K = R b.
 """
@@ -30,17 +30,17 @@ from rankNAS.threads import limited_threads
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
-JITTER = (1e-8, 1e-6, 1e-4, 1e-2)  # of a feature's squared norm
-DEAD = 1e-13  # squared norm, relative to the largest, below which a direction is rounding noise
+JITTER = (1e-8, 1e-6, 1e-4, 1e-2)  # relative to a feature's squared norm
+DEAD = 1e-13  # relative squared norm below which a direction is rounding noise
 
 
 @dataclass(frozen=True)
 class NestedBasis:
-    """Features of every rank and the output map that is optimal for them.
+    """Features of every rank and their optimal output map.
 
     Args:
         basis: Phi by block, (g, b, R, w).
-        columns: Which columns of W each block holds, (b, w).
+        columns: Columns of W in each block, (b, w).
         scale: Reciprocal norms of the features, (g, K); zero for dead ones.
         L: Cholesky factor of Phi C Phi^T for features of unit norm, (g, K, K).
         M: W C Phi^T L^-T, (g, o, K).
@@ -58,11 +58,11 @@ class NestedBasis:
 
     @property
     def blocks(self) -> int:
-        """b, the features that one unit of rank adds."""
+        """b, the number of features per unit of rank."""
         return self.basis.shape[1]
 
     def head(self, rank: int) -> NestedBasis:
-        """The first ranks alone, in memory of their own."""
+        """The first ranks alone, as a copy."""
         m = rank * self.blocks
         return replace(
             self,
@@ -85,7 +85,7 @@ class NestedBasis:
         return self.solve(self.M[:, :, :m])
 
     def solve(self, M: Tensor) -> Tensor:  # (g, *, m) -> (g, *, m)
-        """M L^-1 for coefficients on the orthonormal features, back on the features Phi."""
+        """M L^-1: coefficients on the orthonormal features converted to the features Phi."""
         m = M.shape[-1]
         with limited_threads(m):
             A = torch.linalg.solve_triangular(self.L[:, :m, :m], M, upper=False, left=False)
@@ -93,7 +93,7 @@ class NestedBasis:
         return scaled
 
     def multiply(self, output_map: Tensor) -> Tensor:  # (g, o, rank b) -> (g, o, n)
-        """output_map Phi, with the columns put back in the order of W."""
+        """output_map Phi, with columns in the order of W."""
         g, o, m = output_map.shape
         A = output_map.reshape(g, o, m // self.blocks, self.blocks)
         by_block = torch.einsum("gorb,gbrw->gobw", A, self.basis[:, :, : A.shape[2]])
@@ -107,8 +107,8 @@ def nested_basis(target: Target, basis: Tensor, columns: Tensor) -> NestedBasis:
 
     Args:
         target: The weight and the norm.
-        basis: Phi by block, (g, b, R, w); the scale of a row does not matter, dead rows are zero.
-        columns: Which columns of W each block holds, (b, w).
+        basis: Phi by block, (g, b, R, w); the scale of a row is arbitrary, dead rows are zero.
+        columns: Columns of W in each block, (b, w).
     """
     g, b, R, w = basis.shape
     cross = torch.einsum("gobw,gbrw->gorb", target.WC[:, :, columns], basis).flatten(2)
@@ -139,17 +139,17 @@ def _gram(C: Tensor | None, basis: Tensor, columns: Tensor) -> Tensor:  # (g, K,
 
 
 def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
-    """Cholesky factor, with jitter where features are nearly dependent.
+    """Cholesky factor, with jitter for nearly dependent features.
 
-    Without it their coefficients would be large and cancel, which float32 and training do not
-    survive; the jitter costs at most its own size in relative error.
+    Without jitter their coefficients would be large and cancel, which float32 and training do not
+    tolerate. The relative error grows by at most the jitter.
     """
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     L: Tensor
     L, info = torch.linalg.cholesky_ex(gram)
     if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() >= JITTER[0] ** 0.5:
         return L
-    for jitter in JITTER:  # more than the first only where C is singular to rounding error
+    for jitter in JITTER:  # the first suffices unless C is numerically singular
         L, info = torch.linalg.cholesky_ex(gram + jitter * eye)
         if not info.any():
             break
@@ -161,14 +161,14 @@ def leading_rows(
 ) -> Tensor:  # (…, rows, w), (…, w, w) -> (…, R, w)
     """Unit rows whose first r span the best rank-r row space of T, for every r <= R.
 
-    With T C^1/2 = U S V^T these are the rows of U^T T, formed on the smaller side of T and without
-    an inverse, so that a singular C does no harm (the output-side form of DRONE). Rows beyond the
-    numerical rank are zero.
+    With T C^1/2 = U S V^T, these are the rows of U^T T. They are computed on the smaller side of T
+    without an inverse, so a singular C is allowed (the output-side form of DRONE). Rows beyond
+    the numerical rank are zero.
 
     Args:
         T: The matrix, already multiplied by H from the left.
         C: The norm on its columns, or None for the identity.
-        R: How many rows, at most ``min(rows, w)``.
+        R: Number of rows, at most ``min(rows, w)``.
     """
     if T.shape[-2] <= T.shape[-1]:
         energy = (T if C is None else T @ C) @ T.mT

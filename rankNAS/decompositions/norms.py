@@ -1,4 +1,4 @@
-"""The norm in which a truncation is optimal.
+"""Error norms in which truncations are optimal.
 
 Notation, per group of a layer folded to W (o, n):
 
@@ -6,12 +6,12 @@ Notation, per group of a layer folded to W (o, n):
     G (o, o)   second moment of the loss gradient at the output
     H (o, o)   any matrix with H^T H = G
 
-The error of an approximation What is ||H (W - What) C^1/2||_F^2. ``weight`` takes C = G = 1,
-``input`` takes C from data (DRONE, Chen et al., NeurIPS 2021), ``fisher`` takes both, which is the
-Kronecker-factored curvature of Martens and Grosse (2015) used as a norm. ``pooled`` is ``input``
-with the pooled covariance of Bolaco (Ji et al., EMNLP Findings 2024), less swayed by outliers: the
-average of the covariances inside groups of samples. Centred and with the mean of the error
-corrected in the bias, it is their atomic feature mimicking: a PCA of the layer's outputs.
+The error of an approximation What is ||H (W - What) C^1/2||_F^2. ``weight`` sets C = G = 1.
+``input`` takes C from data (DRONE, Chen et al., NeurIPS 2021). ``fisher`` takes both from data:
+the Kronecker-factored curvature (K-FAC) of Martens and Grosse (2015) as a norm. ``pooled`` is
+``input`` with the pooled covariance of Bolaco (Ji et al., EMNLP Findings 2024), the average of the
+covariances within groups of samples, which is more robust to outliers. With centring and a bias
+correction of the mean error, it is their atomic feature mimicking: a PCA of the layer's outputs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["NORMS", "ErrorNorm", "NormName", "Statistics", "Target", "make_norm"
 
 NormName = Literal["weight", "input", "fisher", "pooled"]
 NORMS: tuple[NormName, ...] = get_args(NormName)
-RIDGE = 1e-6  # of the mean diagonal: statistics of few samples are rank-deficient
+RIDGE = 1e-6  # relative to the mean diagonal; statistics of few samples are rank-deficient
 
 
 @renamed(moment="input_second_moment", gradient="output_gradient_second_moment")
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration records of one layer, all in float64.
+    """Calibration statistics of one layer, all in float64.
 
     Args:
         input_second_moment: Mean outer product of the input patches, (g, n, n); for ``pooled``
@@ -54,13 +54,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class ErrorNorm:
-    """A norm for the error of one layer.
+    """The error norm of one layer.
 
     Args:
         C: (g, n, n), or None for the identity.
         H: (g, o, o) with H^T H = G, or None for the identity.
-        mean: Mean input patch (g, n) when the mean of the error is corrected elsewhere (by the
-            bias or by a following batch norm) and C is therefore a covariance; None otherwise.
+        mean: Mean input patch (g, n) if the mean of the error is corrected elsewhere (by the
+            bias or by a following batch norm), so that C is a covariance; None otherwise.
     """
 
     C: Tensor | None = None
@@ -83,11 +83,11 @@ class ErrorNorm:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What is approximated: one layer's weight in one metric. Its products are formed once.
+    """The approximation target: one layer's weight and its error norm, with cached products.
 
     Args:
         weight: (g, o, c, kh, kw), of any real type.
-        norm: The norm.
+        norm: The error norm.
     """
 
     weight: Tensor
@@ -122,16 +122,16 @@ class Target:
 def make_norm(
     name: NormName, statistics: Statistics | None = None, *, centred: bool = False
 ) -> ErrorNorm:
-    """The metric of a layer from its statistics.
+    """The error norm of a layer from its statistics.
 
     Args:
         name: ``weight``, ``input``, ``fisher`` or ``pooled``.
-        statistics: What calibration recorded; not needed for ``weight``.
-        centred: Measure the variance of the error alone. Right where its mean is removed, by a
+        statistics: The calibration statistics; not needed for ``weight``.
+        centred: Measure only the variance of the error. This is right if its mean is removed by a
             bias or by a following batch norm whose statistics are re-estimated.
 
     Raises:
-        UsageError: Unknown name, or the statistics it needs are missing.
+        UsageError: The name is unknown, or its statistics are missing.
     """
     if name not in NORMS:
         raise UsageError(f"`norm` must be one of {', '.join(NORMS)}, got {name!r}.")
@@ -155,7 +155,7 @@ def make_norm(
 
 
 def ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
-    """A second moment with a small multiple of its mean diagonal added to the diagonal."""
+    """A second moment with a ridge: a small multiple of its mean diagonal."""
     scale = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     scale = torch.where(scale > 0, scale * RIDGE, torch.ones_like(scale))
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)

@@ -1,7 +1,7 @@
-"""Shapes of decomposable layers: what a layer is, what it costs, how to build it empty.
+"""Shapes of decomposable layers: geometry, exact cost, and empty modules.
 
-A factorised layer is a chain of such shapes, so one definition gives its cost, its module and the
-size of its weights, with no weights at hand.
+A factorised layer is a chain of shapes, so one definition gives its cost, its module and the size
+of its weights, without any weights.
 
 Notation: g groups, o outputs per group, c inputs per group, (kh, kw) the kernel, n = c kh kw.
 """
@@ -22,7 +22,7 @@ COSTS = ("macs", "params", "weight_bytes")
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer costs: multiply-accumulates of one forward pass, parameters, bytes of them."""
+    """Cost of a layer: multiply-accumulates of one forward pass, parameters, bytes of weights."""
 
     macs: int
     params: int
@@ -39,7 +39,7 @@ class Cost:
         return int(getattr(self, name))
 
     def repeated(self, factor: int) -> Cost:
-        """On so many times the inputs: more multiply-accumulates, the same parameters."""
+        """The cost on `factor` times the inputs: more multiply-accumulates, equal parameters."""
         return Cost(factor * self.macs, self.params, self.weight_bytes)
 
 
@@ -52,14 +52,14 @@ class LayerShape:
         outputs: Output features or channels, all groups together.
         kernel: Kernel size per spatial dimension; ``()`` for a linear layer.
         stride: As in ``nn.Conv2d``, one entry per spatial dimension.
-        padding: The same, or ``"same"`` / ``"valid"``.
-        dilation: The same.
-        groups: Channel groups; of a linear layer, the number of diagonal blocks.
+        padding: As in ``nn.Conv2d``, or ``"same"`` / ``"valid"``.
+        dilation: As in ``nn.Conv2d``.
+        groups: Channel groups; for a linear layer, the number of diagonal blocks.
         padding_mode: As in ``nn.Conv2d``.
         bias: Whether there is a bias.
-        calls: Sizes of the inputs the layer meets in one forward pass, one entry per call:
-            ``(positions,)`` for a linear layer, ``(batch, *spatial)`` for a convolution.
-        itemsize: Bytes of one weight.
+        calls: Input sizes in one forward pass, one entry per call: ``(positions,)`` for a linear
+            layer, ``(batch, *spatial)`` for a convolution.
+        itemsize: Bytes per weight.
     """
 
     inputs: int
@@ -100,7 +100,7 @@ class LayerShape:
 
     @property
     def width(self) -> int:
-        """N = c kh kw, the columns of one group's folded weight."""
+        """N = c kh kw, the number of columns of one group's folded weight."""
         return self.inputs // self.groups * math.prod(self.kernel)
 
     @property
@@ -108,13 +108,13 @@ class LayerShape:
         """(before, after) per spatial dimension."""
         if self.padding == "valid":
             return tuple((0, 0) for _ in self.kernel)
-        if self.padding == "same":  # torch puts the odd element after
+        if self.padding == "same":  # torch puts the odd element at the end
             totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
             return tuple((t // 2, t - t // 2) for t in totals)
         return tuple((int(p), int(p)) for p in self.padding)
 
     def output_calls(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the outputs, in the form of `calls`."""
+        """The sizes of the outputs, in the format of `calls`."""
         if not self.kernel:
             return self.calls
         geometry = list(
@@ -174,7 +174,7 @@ class LayerShape:
 
 
 def chain(first: LayerShape, *rest: LayerShape) -> tuple[LayerShape, ...]:
-    """The shapes with each one's calls set to the outputs of the one before."""
+    """The shapes, with the calls of each set to the outputs of the previous one."""
     shapes = [first]
     for shape in rest:
         shapes.append(replace(shape, calls=shapes[-1].output_calls(), itemsize=first.itemsize))
@@ -199,12 +199,12 @@ def pointwise(shape: LayerShape, inputs: int, outputs: int, groups: int) -> Laye
 
 
 def is_hf_conv1d(module: nn.Module) -> bool:
-    """Whether a module is Hugging Face's ``Conv1D``: a linear layer with its weight transposed."""
+    """Whether a module is Hugging Face's ``Conv1D``: a linear layer with a transposed weight."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 class GroupedLinear(nn.Module):
-    """A block-diagonal linear layer: the 1 x 1 grouped convolution on features in the last axis.
+    """A block-diagonal linear layer: a 1 x 1 grouped convolution on features in the last axis.
 
     Its weight has the shape ``(groups, outputs / groups, inputs / groups)``.
     """
@@ -228,13 +228,13 @@ class GroupedLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (*batch, inputs) -> (*batch, outputs)
-        """Apply each block to its slice of the features."""
+        """The outputs: each block applied to its slice of the features."""
         blocks = x.reshape(-1, self.groups, self.weight.shape[2]).transpose(0, 1)
         y = torch.bmm(blocks, self.weight.transpose(1, 2))
         y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """The sizes, for printing."""
+        """The sizes, for ``repr``."""
         groups, outputs, inputs = self.weight.shape
         return f"{groups * inputs}, {groups * outputs}, groups={groups}"

@@ -1,4 +1,4 @@
-"""Stable ranks: smooth measures of how nearly a matrix is of low rank.
+"""Stable ranks: smooth surrogates of the rank of a matrix.
 
 Notation: s_1 >= s_2 >= … are the singular values of W (m, n). The first two functions take
 batches of matrices and are differentiable.
@@ -37,11 +37,12 @@ def modified_stable_rank(
     rank: int,
     exponent: int = 1,
 ) -> Tensor:  # (*batch)
-    """What the singular values beyond a target rank sum to, relative to those up to it.
+    """Sum of the singular values beyond a target rank, relative to the sum of those up to it.
 
-    Zero if and only if the rank of W is at most the target, and the same for W and c W, so that as
-    a penalty it lowers the tail and not the head. The published formula could not be consulted:
-    this is a reconstruction from its properties. Exponent 2 is the analogue of the stable rank.
+    It is zero if and only if the rank of W is at most the target, and invariant to the scale of W.
+    As a penalty, it therefore reduces the tail and not the head. The published formula was not
+    available; this is a reconstruction from its properties. Exponent 2 is the analogue of the
+    stable rank.
 
     Args:
         W: Not zero.
@@ -49,7 +50,7 @@ def modified_stable_rank(
         exponent: 1 sums the singular values, 2 their squares.
 
     Raises:
-        UsageError: A target below 1, or another exponent.
+        UsageError: The target is below 1, or the exponent is not 1 or 2.
 
     >>> round(float(modified_stable_rank(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)), 6)
     0.2
@@ -64,10 +65,10 @@ def modified_stable_rank(
 
 
 def scaled_stable_rank(W: Tensor, initial: float) -> int:  # (m, n) -> ()
-    """The rank that Cuttlefish gives a layer: its stable rank relative to that at initialisation.
+    """The rank that Cuttlefish assigns to a layer: its stable rank relative to initialisation.
 
-    ceil(stable rank x full rank / initial stable rank), at most the full rank, where the stable
-    rank is cut to an integer first, as in the released code.
+    It is ceil(stable rank x full rank / initial stable rank), at most the full rank. The stable
+    rank is first truncated to an integer, as in the released code.
 
     Args:
         W: The trained weight, not zero.

@@ -1,10 +1,10 @@
-"""Decompositions into two layers: plain, spatially separable and channel-grouped.
+"""Two-layer decompositions: plain, spatially separable and channel-grouped SVD.
 
 References:
     Denton et al., NeurIPS 2014, and Zhang et al., TPAMI 2016: k x k then 1 x 1 (`Svd`).
     Jaderberg et al., BMVC 2014: k x 1 then 1 x k (`SpatialSvd`).
     Liebenwein et al., NeurIPS 2021, section 2.1: k channel groups (`GroupSvd`).
-    Chen et al., NeurIPS 2021 (DRONE): the data-aware optimum of the first in closed form.
+    Chen et al., NeurIPS 2021 (DRONE): the data-aware optimum of `Svd` in closed form.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
 __all__ = ["GroupSvd", "SpatialSvd", "Svd"]
 
-WIDE = 128  # channels beyond which every other number of groups will do: each costs a Cholesky
+WIDE = 128  # channels beyond which every second number of groups is offered: each costs a Cholesky
 
 
 @final
@@ -69,7 +69,7 @@ class TwoStageFactors(Factors):
 
 
 def _largest(ranks: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """By number of groups, the largest rank."""
+    """The largest rank per number of groups."""
     largest: dict[int, int] = {}
     for groups, r in ranks:
         largest[groups] = max(r, largest.get(groups, 0))
@@ -86,7 +86,7 @@ def _two_stage(
 @final
 @dataclass(frozen=True)
 class Svd(Operator):
-    """Rank (r,): the layer with r outputs, then a 1 x 1 layer."""
+    """Truncated SVD, rank (r,): the layer with r outputs, then a 1 x 1 layer."""
 
     name = "svd"
 
@@ -111,7 +111,7 @@ class Svd(Operator):
 @final
 @dataclass(frozen=True)
 class SpatialSvd(Operator):
-    """Rank (r,): a (kh, 1) layer with r outputs, then a (1, kw) layer."""
+    """Spatially separable SVD, rank (r,): a (kh, 1) layer with r outputs, then a (1, kw) layer."""
 
     name = "spatial_svd"
 
@@ -163,7 +163,7 @@ class SpatialSvd(Operator):
 @final
 @dataclass(frozen=True)
 class GroupSvd(Operator):
-    """Rank (k, r): a layer of k channel groups with r outputs each, then a 1 x 1 layer.
+    """Grouped SVD, rank (k, r): k channel groups with r outputs each, then a 1 x 1 layer.
 
     Args:
         max_groups: The largest k offered; k divides the number of channels.

@@ -1,10 +1,10 @@
-"""Tucker-2: 1 x 1, then k x k, then 1 x 1.
+"""Tucker-2 decomposition: 1 x 1, then k x k, then 1 x 1.
 
-In the weight metric the factors are those of the higher-order SVD (De Lathauwer et al., SIAM J.
-Matrix Anal. Appl. 2000; Kim et al., ICLR 2016, for convolutions). In the data-aware metrics the
+In the norm ``weight`` the factors are those of the higher-order SVD (De Lathauwer et al., SIAM J.
+Matrix Anal. Appl. 2000; Kim et al., ICLR 2016, for convolutions). In the data-aware norms the
 input factor comes from the channel blocks of C, the output factor from H W C W^T H^T, and the core
-is the exact least-squares solution for them. The table of errors over both ranks is a
-two-dimensional cumulative sum, so all pairs come from one factorisation.
+is the exact least-squares solution for these factors. The table of errors over both ranks is a
+two-dimensional cumulative sum, so one factorisation serves all pairs.
 
 Notation: (g, o, c, kh, kw) the weight, s = kh kw, rank (rank_out, rank_in).
 """
@@ -31,13 +31,13 @@ from rankNAS.threads import limited_threads
 
 __all__ = ["Tucker2", "TuckerFactors"]
 
-TIE = 1e-9  # relative weight of a criterion that only breaks ties
+TIE = 1e-9  # relative weight of a tie-breaking criterion
 
 
 @final
 @dataclass(frozen=True)
 class TuckerFactors(Factors):
-    """Input basis, output basis U (g, o, o) and error table; refined bases override them."""
+    """Input basis, output basis U (g, o, o) and error table; refined bases take precedence."""
 
     operator: Operator
     shape: LayerShape
@@ -77,11 +77,12 @@ class TuckerFactors(Factors):
 @final
 @dataclass(frozen=True)
 class Tucker2(Operator):
-    """Rank (rank_out, rank_in): 1 x 1 to rank_in, the kernel to rank_out, 1 x 1 to the outputs.
+    """Tucker-2, rank (rank_out, rank_in): 1 x 1 to rank_in, kernel to rank_out, 1 x 1 to outputs.
 
     Args:
-        sweeps: Alternating refinements of each requested pair (HOOI); 0 keeps the HOSVD.
-        steps: How many values of each of the two ranks a search space is offered.
+        sweeps: Sweeps of higher-order orthogonal iteration (HOOI) per requested pair; 0 keeps the
+            HOSVD.
+        steps: Number of values offered for each of the two ranks.
     """
 
     sweeps: int = 0
@@ -127,14 +128,14 @@ class Tucker2(Operator):
 
 
 def _leading(energy: Tensor) -> Tensor:  # (g, o, o) -> (g, o, o)
-    """Eigenvectors in the order of decreasing eigenvalues."""
+    """Eigenvectors by decreasing eigenvalue."""
     with limited_threads(energy.shape[-1]):
         vectors: Tensor = torch.linalg.eigh(energy).eigenvectors
     return vectors.flip(-1)
 
 
 def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBasis:
-    """Channel factor of rank R from the rows of T (g, rows, n), and the least squares for it."""
+    """Channel factor of rank R from the rows of T (g, rows, n), with its least-squares map."""
     s, c = columns.shape
     stacked = T[:, :, columns].transpose(1, 2).reshape(T.shape[0], -1, c)  # (g, s rows, c)
     blocks = diagonal_blocks(target.norm.C, columns)
@@ -146,7 +147,7 @@ def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBa
 
 
 def _errors(nested: NestedBasis, U: Tensor) -> list[list[float]]:
-    """Relative error for every (rank_out, rank_in), zero ranks included."""
+    """Relative error for every (rank_out, rank_in), including zero ranks."""
     squares = (U.mT @ nested.HM).square().sum(0)  # (o, K)
     squares = squares.unflatten(1, (-1, nested.blocks)).sum(2)
     kept = torch.nn.functional.pad(squares.cumsum(0).cumsum(1), (1, 0, 1, 0))
@@ -163,12 +164,12 @@ def _refine(
     rank: Rank,
     sweeps: int,
 ) -> tuple[NestedBasis, Tensor]:
-    """Higher-order orthogonal iteration at one rank; a sweep that does not help is dropped."""
+    """Higher-order orthogonal iteration (HOOI) at one rank; a sweep without gain is discarded."""
     r_out, r_in = rank
     best = (_errors(nested, U)[r_out][r_in], nested, U)
     for _ in range(sweeps):
         HM = best[1].HM[:, :, : r_in * nested.blocks]
-        # Where HM has fewer columns than r_out, the directions it leaves open are those of H W.
+        # If HM has fewer columns than r_out, H W determines the remaining directions.
         energy = HM @ HM.mT + TIE * target.HWC @ target.HW.mT
         U = _leading(energy)
         projected = U[:, :, :r_out].mT @ target.HW

@@ -1,1 +1,1 @@
-"""Files: atomic writes, tensors, checkpoints, fingerprints."""
+"""Input and output: atomic writes, tensors, checkpoints, fingerprints."""

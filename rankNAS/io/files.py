@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and the folder of cached ones."""
+"""Atomic file writes, and the cache folder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ __all__ = [
 
 
 def save_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file, then put it in the place of ``path`` in one step.
+    """Replace ``path`` atomically by a temporary file that ``write`` fills.
 
-    A reader sees the old file or the new one, never a part of it, even after a power cut. Missing
-    parent folders are made. Whatever ``write`` raises leaves ``path`` as it was.
+    A reader sees the old file or the new one, never a partial file, even after a power failure.
+    Missing parent folders are created. If ``write`` raises an error, ``path`` is unchanged.
 
     Args:
-        path: The file to make or replace.
+        path: The file to create or replace.
         write: Called with the path of the temporary file, which it must create. The name ends in
-            ``.tmp``, so that no pattern such as ``*.json`` finds one that a killed process left.
-            Libraries hide why they could not write; let it write bytes that it has already, or
-            through a file object of Python.
+            ``.tmp``, so patterns such as ``*.json`` skip files that a killed process left behind.
+            Libraries hide the cause of a failed write, so it should write prepared bytes or use
+            a Python file object.
 
     Raises:
-        WriteError: The disk is full, the folder cannot be written, or another OSError.
+        WriteError: The disk is full, the folder is not writable, or another OSError occurred.
     """
     try:
         _replace(path, write)
@@ -57,20 +57,20 @@ def save_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is not JSON.
+        OSError: The file cannot be read.
+        ValueError: The file is not JSON.
     """
     try:
         return json.loads(path.read_text("utf-8"))
-    except RecursionError:  # a RuntimeError, although the file is what is wrong
+    except RecursionError:  # a RuntimeError, although the file is at fault
         raise ValueError("it is nested too deeply") from None
 
 
 def is_full(error: OSError) -> bool:
-    """Whether there was no room for a file: a full disk, a quota, or a limit on its size."""
+    """Whether a write failed for lack of space: a full disk, a quota, or a file-size limit."""
     return error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
 
 
@@ -78,17 +78,17 @@ def write_json(path: Path, obj: object) -> None:
     """Write ``obj`` as indented JSON, atomically.
 
     Raises:
-        TypeError: ``obj`` holds something that JSON can not express.
-        ValueError: ``obj`` holds NaN or an infinity, which other JSON readers refuse.
+        TypeError: ``obj`` contains a value that JSON cannot express.
+        ValueError: ``obj`` contains NaN or an infinity, which other JSON readers refuse.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     save_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again (not created here).
+    """The folder for reproducible cached files (not created here).
 
-    ``RANKNAS_CACHE`` if it is set, else ``XDG_CACHE_HOME/ranknas``, else ``~/.cache/ranknas``.
+    It is ``RANKNAS_CACHE`` if set, else ``XDG_CACHE_HOME/ranknas``, else ``~/.cache/ranknas``.
     """
     if own := os.environ.get("RANKNAS_CACHE"):
         return Path(own).expanduser()
@@ -98,10 +98,10 @@ def cache_folder() -> Path:
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    if "\0" in str(path):  # Python raises a ValueError, as for a mistake in code
+    if "\0" in str(path):  # Python would raise a ValueError instead
         raise OSError(errno.EINVAL, "its name has a NUL character")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Unlike tempfile's, a file that the writer creates itself has the permissions of the umask.
+    # Unlike tempfile's files, a file that the writer creates has the permissions of the umask.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
@@ -109,12 +109,12 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if hasattr(os, "O_DIRECTORY"):  # Windows can not open a folder
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         _sync(path.parent, os.O_RDONLY)
 
 
 def _not_written(path: Path, error: OSError) -> WriteError:
-    """The error for the user."""
+    """The error for the user, with its cause."""
     cause = reason = error.strerror or str(error) or type(error).__name__
     kept = "The earlier file is intact." if os.path.isfile(path) else "No part of it is left."
     if is_full(error):
@@ -131,7 +131,7 @@ def _not_written(path: Path, error: OSError) -> WriteError:
 
 
 def _free(folder: Path) -> str:
-    """The space that is left for the nearest folder that exists."""
+    """The free space of the nearest existing folder."""
     while not os.path.isdir(folder) and folder != folder.parent:
         folder = folder.parent
     try:

@@ -12,7 +12,7 @@ __all__ = ["fingerprint"]
 
 
 def fingerprint(tensors: Mapping[str, Tensor], salt: str = "") -> str:
-    """A key (32 hex digits) of names, shapes, types and contents, equal on all machines."""
+    """A key (32 hex digits) of names, shapes, dtypes and contents, identical on all machines."""
     digest = hashlib.sha256(salt.encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

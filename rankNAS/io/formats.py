@@ -1,8 +1,8 @@
-"""Formats of the files that RankNAS writes, and how those of older versions are read.
+"""File formats of RankNAS, and upgrades from older versions.
 
-Every file names its format, a whole number. `UPGRADES` holds for each kind of file the functions
-that take the content of one format to the next. A file without a format is of format 1, which
-version 0.1 wrote. Files of a newer format than this version knows are refused.
+Every file contains its format, an integer. `UPGRADES` holds for each kind of file the functions
+that convert the content of one format to the next. A file without a format has format 1, that of
+version 0.1. Files of a newer format are refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["FORMAT", "TRIAL_METRICS", "Kind", "current_format", "format_of", "up
 Content = dict[str, Any]
 Kind = Literal["options", "result", "study", "network", "device"]
 
-FORMAT = "format"  # the entry of a file that names it
-TRIAL_METRICS = "ranknas:metrics"  # the user attribute of a trial in Optuna
+FORMAT = "format"  # the entry of a file that holds its format
+TRIAL_METRICS = "ranknas:metrics"  # the user attribute of an Optuna trial
 
 
 def current_format(kind: Kind) -> int:
@@ -28,15 +28,15 @@ def current_format(kind: Kind) -> int:
 
 
 def format_of(kind: Kind, given: object, where: str) -> int:
-    """The format that a file names, checked.
+    """The format of a file, checked.
 
     Args:
         kind: The kind of file.
-        given: The entry `FORMAT` of the file; None if it has none. A text in metadata.
-        where: The file in words, for messages.
+        given: The entry `FORMAT` of the file; None if absent; text if from metadata.
+        where: The name of the file in messages.
 
     Raises:
-        StudyError: The format is newer than this version, or no format.
+        StudyError: The format is newer than this version, or invalid.
 
     Example:
         >>> format_of("network", "1", "'small.safetensors'")
@@ -59,11 +59,11 @@ def upgraded(kind: Kind, content: Mapping[str, Any], where: str) -> Content:
 
     Args:
         kind: The kind of file.
-        content: What the file holds, its format included.
-        where: The file in words, for messages.
+        content: The content of the file, including its format.
+        where: The name of the file in messages.
 
     Raises:
-        StudyError: The format is newer than this version, or no format.
+        StudyError: The format is newer than this version, or invalid.
 
     Example:
         >>> upgraded("options", {"metric": "input"}, "'config.json'")
@@ -77,18 +77,18 @@ def upgraded(kind: Kind, content: Mapping[str, Any], where: str) -> Content:
 
 
 def _renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> Content:
-    """With entries renamed, in the same order."""
+    """The content with renamed entries, in the same order."""
     return {names.get(key, key): value for key, value in content.items()}
 
 
 def _objectives(names: list[str]) -> list[str]:
-    """Objectives by their new names; a direction (``NAME=minimize``) stays."""
+    """Objectives by their new names; a direction (``NAME=minimize``) is kept."""
     parts = [name.partition("=") for name in names]
     return [OBJECTIVES.get(name, name) + sign + direction for name, sign, direction in parts]
 
 
 def _options(content: Content) -> Content:
-    """Options of a search or a comparison, from format 1."""
+    """Options of a search or comparison, upgraded from format 1."""
     renamed = _renamed(content, OPTIONS)
     if isinstance(objective := renamed.get("objective"), list):
         names = [name if isinstance(name, str) else repr(name) for name in objective]
@@ -126,7 +126,7 @@ def _with_parts(content: Content, parts: Mapping[str, Callable[[Any], Any]]) -> 
 
 
 def _study(content: Content) -> Content:
-    """User attributes of a trial in Optuna, from format 1."""
+    """User attributes of an Optuna trial, upgraded from format 1."""
     renamed = _renamed(content, {"target": "budget_key", **OBJECTIVES})
     if TRIAL_METRICS in renamed:
         renamed[TRIAL_METRICS] = _renamed(renamed[TRIAL_METRICS], OBJECTIVES)
@@ -134,19 +134,19 @@ def _study(content: Content) -> Content:
 
 
 def _network(content: Content) -> Content:
-    """The measured metrics in the metadata of a compressed network, from format 1."""
+    """Measured metrics in the metadata of a compressed network, upgraded from format 1."""
     return content | {"metrics": _renamed(content["metrics"], OBJECTIVES)}
 
 
 def _device(content: Content) -> Content:
-    """A profile of a device, from format 1."""
+    """A device profile, upgraded from format 1."""
     networks = content["networks"].items()
     return content | {
         "networks": {k: _renamed(v, {"rest": "remainder_cost"}) for k, v in networks}
     }
 
 
-#: By kind, the upgrades from format 1 to 2, from 2 to 3, and so on.
+#: Per kind, the upgrades from format 1 to 2, from 2 to 3, and so on.
 UPGRADES: dict[Kind, tuple[Callable[[Content], Content], ...]] = {
     "options": (_options,),
     "result": (_result,),

@@ -1,7 +1,7 @@
-"""Tensors as safetensors files with a checksum, which that format does not have.
+"""Safetensors files with a checksum, which the format itself lacks.
 
-The checksum stands in the metadata and is of the tensors and of the other metadata. Files without
-one, such as those of other programs, are read as they are.
+The checksum is stored in the metadata and covers the tensors and the other metadata. Files without
+a checksum, such as those of other programs, are read unchecked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     """The content of a safetensors file, with a checksum.
 
     Args:
-        tensors: By name; none shares memory with another.
+        tensors: Tensors by name; they must not share memory.
         metadata: Texts by name.
 
     >>> content = encoded({"a": torch.zeros(2)}, {"made": "today"})
@@ -47,7 +47,7 @@ def write_tensors(
     """Write a safetensors file with a checksum, atomically.
 
     Raises:
-        WriteError: It cannot be written; an earlier file is intact.
+        WriteError: The file cannot be written; an earlier file is intact.
     """
     save_bytes(path, encoded(tensors, metadata))
 
@@ -64,7 +64,7 @@ def read_tensors(
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
-    except Exception as error:  # a damaged header can make the reader fail anywhere
+    except Exception as error:  # a damaged header can raise any error in the reader
         raise damaged(path, error) from error
     expected = metadata.get(CHECKSUM)
     texts = {name: text for name, text in metadata.items() if name != CHECKSUM}
@@ -77,7 +77,7 @@ def read_tensors(
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:
-    """The error for a file of weights that cannot be read."""
+    """The error for an unreadable weights file."""
     reason = str(error).partition("\n")[0] or type(error).__name__
     return WeightsError(
         f"{path} is truncated or no weights file ({reason}); expected safetensors or a torch "
@@ -86,5 +86,5 @@ def damaged(path: Path, error: Exception) -> WeightsError:
 
 
 def _checksum(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
-    # In order: files list the names as the alignment of the types demands.
+    # Sorted: files list the names in an order that depends on type alignment.
     return fingerprint(dict(sorted(tensors.items())), json.dumps(texts, sort_keys=True))

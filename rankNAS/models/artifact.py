@@ -1,7 +1,7 @@
-"""A compressed network as one file: safetensors, with what rebuilds it in the metadata.
+"""A compressed network as one safetensors file, with metadata to rebuild it.
 
-Nothing in the file is code: loading builds the dense model by name (or by the caller's factory),
-puts empty decomposed layers where the allocation says so, and fills in the weights.
+The file contains no code. Loading builds the dense model by name (or by the caller's factory),
+inserts empty decomposed layers according to the allocation, and fills in the weights.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def save(
         network: The network.
         allocation: The allocation it was made from.
         path: The file.
-        model: How to build the dense model: ``space``, ``num_classes`` and ``input_shape``.
+        model: Description of the dense model: ``space``, ``num_classes`` and ``input_shape``.
             Without it, `load` needs a factory.
-        metrics: Kept for the reader.
+        metrics: Measured metrics, stored for the reader.
 
     Raises:
         WriteError: The file cannot be written, for example on a full disk.
@@ -74,12 +74,12 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
 
     Args:
         path: The file.
-        model_factory: Returns the dense model, weights of any value; not needed for built-in
+        model_factory: Returns the dense model with any weights; not needed for built-in
             spaces.
 
     Raises:
-        WeightsError: Missing or damaged file, or weights that do not fit the model.
-        UsageError: The file needs a factory and none is given, or it gives another model.
+        WeightsError: The file is missing or damaged, or its weights do not fit the model.
+        UsageError: The file needs a factory and none is given, or it returns another model.
 
     Example:
         >>> import tempfile, torch
@@ -112,9 +112,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a file written by `save`.
 
     Raises:
-        WeightsError: Missing or damaged file, or not one of ours.
+        WeightsError: The file is missing or damaged, or was not written by `save`.
     """
-    if not os.path.isfile(path):  # unlike Path's, it takes any text
+    if not os.path.isfile(path):  # unlike Path.is_file, it accepts any text
         raise WeightsError(f"there is no file {str(path)!r}.")
     try:
         with safe_open(path, "pt") as file:
@@ -127,7 +127,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _upgraded(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """The metadata in the current format; so far only the measured metrics have changed."""
+    """The metadata in the current format; only the measured metrics have changed so far."""
     try:
         metrics = json.loads(metadata.get("metrics", "{}"))
         content = upgraded("network", {**metadata, "metrics": metrics}, repr(str(path)))
@@ -141,7 +141,7 @@ def _upgraded(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
 def _described(
     path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor]
 ) -> tuple[Allocation, dict[str, Any], dict[str, str]]:
-    """The allocation, how the dense model is built, and the names of shared tensors; checked."""
+    """The allocation, the description of the dense model and shared tensor names, all checked."""
     try:
         allocation = Allocation.from_json(metadata["allocation"])
         model, shared = (json.loads(metadata.get(key, "{}")) for key in ("model", "shared"))
@@ -189,7 +189,7 @@ def _dense(
 
 
 def _filled(dense: nn.Module, allocation: Allocation) -> nn.Module:
-    """The skeleton with its decomposed layers on the CPU instead of the meta device."""
+    """The skeleton, with decomposed layers on the CPU instead of the meta device."""
     network = skeleton(dense, allocation)
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):

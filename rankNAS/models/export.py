@@ -1,4 +1,4 @@
-"""Other formats of a network, each verified by reloading the file and comparing outputs."""
+"""Export of a network to other formats; each file is reloaded and its outputs are compared."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from rankNAS.io.tensors import encoded, read_tensors
 
 __all__ = ["FORMATS", "export"]
 
-TOLERANCE = 1e-3  # of the largest output; beyond it the export is refused
+TOLERANCE = 1e-3  # relative to the largest output; a larger difference refuses the export
 
 
 def export(
     network: nn.Module, path: Path, format: str, input_shape: tuple[int, ...], *, batch: int = 2
 ) -> float:
-    """Write a network to a file and check it.
+    """The output difference of a network written to a file and reloaded.
 
     Args:
         network: The network, in evaluation mode on the CPU.
         path: The file.
         format: ``safetensors`` (the weights alone), ``onnx``, or ``pt2`` (``torch.export``).
-        input_shape: Of one input. The batch size stays free.
-        batch: Inputs used for the comparison.
+        input_shape: Shape of one input. The batch size stays dynamic.
+        batch: Number of inputs of the comparison.
 
     Returns:
         The largest absolute difference between the outputs of the reloaded file and of `network`.
 
     Raises:
-        RankNASError: The reloaded file gives other outputs.
+        RankNASError: The outputs of the reloaded file differ.
         UsageError: A package that the format needs is missing.
         WriteError: The file cannot be written; an earlier one is intact.
     """
@@ -69,7 +69,7 @@ def _read_safetensors(network: nn.Module, path: Path, x: Tensor) -> Tensor:
 
 
 def _write_pt2(network: nn.Module, path: Path, x: Tensor) -> None:
-    buffer = io.BytesIO()  # PyTorch's own writer does not say why it failed
+    buffer = io.BytesIO()  # PyTorch's own writer hides why it failed
     torch.export.save(_exported(network, x), buffer)
     path.write_bytes(buffer.getbuffer())
 
@@ -89,7 +89,7 @@ def _write_onnx(network: nn.Module, path: Path, x: Tensor) -> None:
     _need("onnxscript")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own internals
+        warnings.simplefilter("ignore")  # about torch internals
         program = torch.onnx.export(
             network,
             (x,),

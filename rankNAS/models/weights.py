@@ -1,4 +1,4 @@
-"""Weights from files, from torchvision, or from a short training that is done once."""
+"""Weights from files, from torchvision, or from a short cached training."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 3  # names of tensors in a message; the rest is counted
+_LISTED = 3  # tensor names listed in a message; the others are counted
 
 
 def load_weights(model: nn.Module, path: Path | str) -> dict[str, str]:
     """Load a safetensors file or a torch state dict into ``model``, all or nothing.
 
-    A training checkpoint that holds the weights under ``state_dict`` or ``model`` is accepted, and
-    so are names that all begin with ``module.`` (``nn.DataParallel``). No code of the file runs.
+    A training checkpoint with the weights under ``state_dict`` or ``model`` is accepted, and so
+    are names with the common prefix ``module.`` (``nn.DataParallel``). No code of the file runs.
 
     Returns:
         The metadata of a safetensors file; empty for a torch file.
 
     Raises:
-        WeightsError: The file is missing, damaged or no dict of tensors; its names or shapes are
-            not those of ``model``; or a value is not finite.
+        WeightsError: The file is missing, damaged or no dict of tensors; its names or shapes
+            differ from those of ``model``; or a value is not finite.
     """
     path = Path(path)
-    if not os.path.isfile(path):  # unlike Path's, it takes any text
+    if not os.path.isfile(path):  # unlike Path.is_file, it accepts any text
         raise WeightsError(f"there is no weights file {path}; check the path.")
     if path.suffix == ".safetensors":
         state, metadata = read_tensors(path)
@@ -71,7 +71,7 @@ def load_weights(model: nn.Module, path: Path | str) -> dict[str, str]:
 
 
 def peek_metadata(path: Path | str) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for any other file, good or bad."""
+    """The metadata of a safetensors file; empty for any other or invalid file."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -80,7 +80,7 @@ def peek_metadata(path: Path | str) -> dict[str, str]:
 
 
 def recorded_normalization(path: Path | str) -> str | None:
-    """The normalisation of inputs that a weights file describes, as `load_data` takes it."""
+    """The input normalisation recorded in a weights file, in the form that `load_data` accepts."""
     texts = peek_metadata(path).values()
     return next(filter(None, map(normalization_from_metadata, texts)), None)
 
@@ -91,7 +91,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     Args:
         model: The network; it is unchanged if a check fails.
         state: Tensors by name, as in ``model.state_dict()``.
-        source: What the messages call ``state``, for example the path of a file.
+        source: The name of ``state`` in messages, for example the path of a file.
 
     Raises:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
@@ -115,11 +115,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
 
 
 def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:
-    """The default weights that torchvision publishes for a network, downloaded once.
+    """The default torchvision weights of a network, downloaded once.
 
     Args:
         spec: A torchvision network of the zoo, or ``torchvision:NAME``.
-        num_classes: The classes of the model that the weights are for.
+        num_classes: The number of classes of the model.
 
     Raises:
         UsageError: No pretrained weights exist for ``spec``, or for this number of classes.
@@ -136,7 +136,7 @@ def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(
             progress=False, check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError) as error:  # RuntimeError: the hash of the download is wrong
+    except (OSError, RuntimeError) as error:  # RuntimeError: hash mismatch of the download
         raise WeightsError(
             f"the pretrained weights of {spec} could not be downloaded ({error}), which needs "
             "network; download them elsewhere and give the file instead."
@@ -156,22 +156,22 @@ def trained_model(
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> nn.Module:
-    """Train ``model``, or load what the same training gave before.
+    """The trained ``model``, from a new training or from the cache of an identical one.
 
-    The result is cached in ``cache_folder()/models``. An interrupted training goes on from its
-    last epoch; a damaged file in the cache is made again.
+    The result is cached in ``cache_folder()/models``. An interrupted training resumes from its
+    last epoch; a damaged file in the cache is replaced.
 
     Args:
         spec: The name under which ``model`` was built.
-        model: The network, built under ``seed``, because its first weights are not in the key.
-        training_data: What to train on.
-        fingerprint: Identifies the data set and its split.
+        model: The network, built under ``seed``: its initial weights are not part of the key.
+        training_data: The training data.
+        fingerprint: Key of the data set and its split.
         seed: Replaces the seed of ``config``.
-        config: How to train.
+        config: The training configuration.
         augmentation: The augmentation that the data allows.
-        device: Where to train; the model stays there.
-        on_step: Called after each step with the step, the number of steps and the loss. Never
-            called when the cache has the result.
+        device: The device to train on; the model stays there.
+        on_step: Called after each step with the step, the number of steps and the loss. It is not
+            called if the result is cached.
 
     Returns:
         The same ``model``, in evaluation mode.
@@ -202,7 +202,7 @@ def trained_model(
 
     try:
         trained()
-    except WeightsError as error:  # before the first step
+    except WeightsError as error:  # raised before the first step
         logger.warning("training %s from its start, because of a bad checkpoint: %s", spec, error)
         partial.unlink()
         trained()
@@ -214,7 +214,7 @@ def trained_model(
 
 
 def _cache_key(spec: str, model: nn.Module, fingerprint: str, config: dict[str, Any]) -> str:
-    # The printed layers tell apart two versions of a network in the user's own file.
+    # The printed layers distinguish versions of a network in a user file.
     facts = [spec, str(model), fingerprint, config, RECIPE_VERSION]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -224,7 +224,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that are refused below anyway
+            warnings.simplefilter("ignore")  # about pickles that are refused below
             content = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         if "nsupported" in str(error) and _is_pickle(path):
@@ -233,13 +233,13 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
                 "of tensors; save model.state_dict(), best as safetensors."
             ) from error
         raise damaged(path, error) from error
-    except Exception as error:  # bytes that mean nothing can make the reader fail anywhere
+    except Exception as error:  # invalid bytes can raise any error in the reader
         raise damaged(path, error) from error
     return _tensors(content, path)
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether the file begins like a pickle or a zip archive with one; text does not."""
+    """Whether the file starts like a pickle or a zip archive, unlike text."""
     with path.open("rb") as file:
         return file.read(2).startswith((b"\x80", b"PK"))
 

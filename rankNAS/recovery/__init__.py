@@ -1,4 +1,4 @@
-"""Training and re-estimation of batch norms, which recover accuracy after compression."""
+"""Recovery of accuracy after compression: training and batch-norm re-estimation."""
 
 from __future__ import annotations
 

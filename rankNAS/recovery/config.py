@@ -1,4 +1,4 @@
-"""The configuration of a training, and its default length."""
+"""Training configuration and its default length."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rankNAS.exceptions import UsageError
 
 __all__ = ["TrainingConfig", "default_config", "default_steps", "steps_per_epoch"]
 
-# PyTorch on two CPU cores trains at 6 to 12 thousand million multiply-adds of the forward pass a
-# second (ResNet-18 and ResNet-20 at 32 x 32), so that this many take 40 to 85 s. ResNet-18 on the
-# digits gets 12 epochs out of it; with 9, one of two seeds stayed below 97 % in validation.
+# PyTorch on two CPU cores trains at 6 to 12 thousand million forward multiply-adds per second
+# (ResNet-18 and ResNet-20 at 32 x 32), so this budget takes 40 to 85 s. It gives ResNet-18 12
+# epochs on the digits; with 9 epochs, one of two seeds stayed below 97 % validation accuracy.
 _FORWARD_MACS = 500_000_000_000
 
 
@@ -21,23 +21,23 @@ _MOST_EPOCHS = 60
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train.
+    """Configuration of a training.
 
     Attributes:
         epochs: Passes over the data.
-        max_steps: Stops earlier, possibly within an epoch; the schedule ends there too.
+        max_steps: Largest number of steps, possibly within an epoch; the schedule ends there too.
         batch_size: Inputs per step.
-        learning_rate: The peak, reached after a linear warm-up and followed by a cosine to 0
+        learning_rate: Peak learning rate, after linear warm-up and before cosine decay to 0
             (Loshchilov & Hutter 2017).
-        weight_decay: For matrices and kernels; biases and norms are exempt.
+        weight_decay: Applied to matrices and kernels; biases and norms are exempt.
         optimizer: ``"sgd"`` with Nesterov momentum 0.9, or ``"adamw"``.
         distill: Weight in [0, 1] of the teacher's soft targets (Hinton et al. 2015).
-        temperature: Softens teacher and student in that term.
+        temperature: Softmax temperature of teacher and student in the distillation term.
         label_smoothing: Share of the label spread over all classes (Szegedy et al. 2016).
-        augment: Whether to augment images, as their data set allows; see `Augmentation`.
-        clip: The largest norm of a step's gradient; None for no limit. Factors of a few ranks may
-            have gradients so large that training diverges.
-        seed: The random seed of the order, the augmentation and dropout. A study replaces it by
+        augment: Whether to augment images, as the data set allows; see `Augmentation`.
+        clip: Largest gradient norm of a step; None for no limit. Low-rank factors may have
+            gradients so large that training diverges.
+        seed: Random seed of the order, the augmentation and dropout. A study replaces it with
             its own.
     """
 
@@ -78,10 +78,10 @@ def _check(field: str, value: object, valid: bool, expected: str) -> None:
 
 
 def default_steps(macs: int, images: int, batch_size: int) -> int:
-    """The number of steps for a training of about a minute on two CPU cores.
+    """The number of steps of a training of about a minute on two CPU cores.
 
-    It follows from the cost of the network alone, so that it is the same on every machine. The
-    training stops after at most 60 epochs.
+    It depends only on the cost of the network, so it is equal on every machine. The training
+    stops after at most 60 epochs.
 
     Args:
         macs: Multiply-adds of one forward pass of one input.
@@ -93,7 +93,7 @@ def default_steps(macs: int, images: int, batch_size: int) -> int:
 
 
 def default_config(macs: int, images: int, *, seed: int = 0) -> TrainingConfig:
-    """The training from random weights, for a user who gives no weights.
+    """The configuration for training from random weights, used when no weights are given.
 
     Args:
         macs: Multiply-adds of one forward pass of one input.
@@ -109,6 +109,6 @@ def default_config(macs: int, images: int, *, seed: int = 0) -> TrainingConfig:
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
-    """The number of batches in one epoch, without a last one of a single image."""
+    """The number of batches per epoch; a last batch of a single image is dropped."""
     full, rest = divmod(images, batch_size)
     return max(1, full + (rest > 1))

@@ -21,8 +21,8 @@ def loss_function(
 
     Args:
         config: The weights of its terms.
-        teacher: The network to imitate when ``config.distill`` is above 0.
-        device: Where the teacher runs.
+        teacher: The teacher network, used if ``config.distill`` is above 0.
+        device: The device of the teacher.
 
     Raises:
         UsageError: ``config.distill`` is above 0 and there is no teacher.
@@ -46,14 +46,14 @@ def loss_function(
 
 
 def hard_loss(logits: Tensor, targets: Tensor, config: TrainingConfig) -> Tensor:
-    """Cross-entropy of logits (…, classes) and labels, with smoothed labels."""
+    """Cross-entropy of logits (…, classes) and labels, with label smoothing."""
     return functional.cross_entropy(
         logits.flatten(0, -2), targets.flatten(), label_smoothing=config.label_smoothing
     )
 
 
 def soft_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """``T² KL(teacher ‖ student)``, whose gradients do not shrink with T (Hinton et al. 2015)."""
+    """``T² KL(teacher ‖ student)``; T² keeps gradients independent of T (Hinton et al. 2015)."""
     divergence = functional.kl_div(
         functional.log_softmax(student.flatten(0, -2) / temperature, dim=-1),
         functional.log_softmax(teacher.flatten(0, -2) / temperature, dim=-1),

@@ -1,8 +1,8 @@
-"""Short supervised training, with or without the original network as a teacher.
+"""Short supervised training, with optional distillation from the dense network.
 
-It trains the dense networks of the examples and fine-tunes compressed ones. Everything random is
-derived from the seed and the number of the epoch, so that a training resumed at the end of an
-epoch gives the same weights as one that was never interrupted.
+It trains the dense example networks and fine-tunes compressed ones. All randomness derives from
+the seed and the epoch number, so a training resumed at the end of an epoch gives the same weights
+as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rankNAS.recovery.losses import loss_function
 
 __all__ = ["RECIPE_VERSION", "Recovery", "train"]
 
-RECIPE_VERSION = 1  # part of the key of cached results: raise it when `train` changes
+RECIPE_VERSION = 1  # part of the key of cached results; increment it when `train` changes
 _WARM_UP = 0.1  # of all steps
 
 
@@ -47,17 +47,17 @@ def train(
     """Train ``network`` in place.
 
     Args:
-        network: Gives logits (N, classes), or (N, T, classes) for targets (N, T). It stays on
+        network: Returns logits (N, classes), or (N, T, classes) for targets (N, T). It stays on
             ``device``, in evaluation mode.
         dataset: Inputs and targets.
-        config: How to train.
+        config: The training configuration.
         augmentation: The augmentation that the data allows.
-        teacher: The network to imitate when ``config.distill`` is above 0; it is moved to
+        teacher: The teacher network, used if ``config.distill`` is above 0; it is moved to
             ``device`` and put in evaluation mode.
-        device: Where to train.
+        device: The device to train on.
         on_step: Called after each step with its number from 1, the number of steps and the loss.
         on_epoch: Called after each epoch with its number from 1; it may evaluate the network.
-        checkpoint: Written at the end of each epoch, and continued from if it exists.
+        checkpoint: Written at the end of each epoch; training resumes from it if it exists.
 
     Returns:
         The same ``network``.
@@ -65,8 +65,8 @@ def train(
     Raises:
         RankNASError: The loss is not finite.
         UsageError: ``config.distill`` is above 0 and there is no teacher.
-        WeightsError: ``checkpoint`` is damaged or of another training; nothing has changed yet.
-        WriteError: ``checkpoint`` cannot be written; the one of the last epoch is intact.
+        WeightsError: ``checkpoint`` is damaged or of another training; nothing has changed.
+        WriteError: ``checkpoint`` cannot be written; that of the last epoch is intact.
     """
     device = torch.device(device)
     loss = loss_function(config, teacher, device)
@@ -88,11 +88,11 @@ def train(
 
 @dataclass(frozen=True)
 class Recovery:
-    """A training that is the same for every network, with the dense network as the teacher.
+    """A training that is identical for every network, with the dense network as the teacher.
 
     Args:
         data: Inputs and targets.
-        config: How to train.
+        config: The training configuration.
         augmentation: The augmentation that the data allows.
     """
 
@@ -108,9 +108,9 @@ class Recovery:
 
         Args:
             splits: The training data and its augmentation.
-            config: How to train; its seed is replaced.
+            config: The training configuration; its seed is replaced.
             seed: The seed of the study.
-            samples: Train on so many samples at most, drawn by the seed; None for all.
+            samples: Largest number of training samples, drawn by the seed; None for all.
         """
         count = len_of(splits.training) if samples is None else samples
         data = subsample(splits.training, count, seed)
@@ -141,7 +141,7 @@ class Recovery:
 
 
 class _Run:
-    """A training in progress: what changes from step to step."""
+    """The state of a training in progress."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class _Run:
         """Train for one pass over the data, or until the last step."""
         seed = _epoch_seed(self.config.seed, number)
         generator = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed)  # for dropout
         for inputs, targets in self._batches(seed):
             if self.step == self.total:
                 return
@@ -178,7 +178,7 @@ class _Run:
     def _batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = self.config.batch_size
         for inputs, targets in batches(self.dataset, size, device=self.device, shuffle_seed=seed):
-            # A batch norm over 1 x 1 pixels can not be trained on a last batch of one image.
+            # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
             if len(inputs) > 1 or len_of(self.dataset) == 1:
                 yield inputs, targets
 
@@ -203,7 +203,7 @@ class _Run:
             self.on_step(self.step, self.total, value)
 
     def save(self, path: Path) -> None:
-        """Write all that ``load`` needs, as tensors and plain values."""
+        """Write the state that ``load`` needs, as tensors and plain values."""
         content = {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -213,7 +213,7 @@ class _Run:
         write_checkpoint(path, content)
 
     def load(self, path: Path) -> None:
-        """Continue where ``save`` was called."""
+        """Resume from a checkpoint of ``save``."""
         content = read_checkpoint(path, self._identity())
         self.network.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -222,7 +222,7 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         shapes = {name: list(tensor.shape) for name, tensor in self.network.state_dict().items()}
         config = asdict(self.config)
-        if self.config.clip is None:  # as before there was a limit
+        if self.config.clip is None:  # checkpoints from before `clip` existed
             del config["clip"]
         return config | {
             "flip": self.augmentation.flip,
@@ -263,10 +263,10 @@ def _optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimi
 
 @contextmanager
 def _training_mode(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Train mode, torch's own random state set aside, and the faster memory format of the CPU.
+    """Context in train mode, with torch's random state saved and channels-last on the CPU.
 
-    Channels-last convolutions were measured 2.6 times as fast. The weights are put back into the
-    usual order, which safetensors and matrix decompositions expect.
+    Channels-last convolutions were measured to be 2.6 times as fast. The weights are restored to
+    the default memory format, which safetensors and matrix decompositions expect.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

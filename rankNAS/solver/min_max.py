@@ -1,4 +1,4 @@
-"""The least worst value within budgets: bisection over the values that occur, exact.
+"""Min-max allocation within budgets: exact bisection over the occurring values.
 
 Notation as in `rankNAS.solver.tables`.
 """
@@ -17,7 +17,7 @@ __all__ = ["min_max"]
 
 
 def min_max(value: Table, costs: Sequence[Table], limits: Sequence[float]) -> Solution:
-    """The allocation whose worst value is least, exactly; ties go to the least total value.
+    """The allocation that minimises the worst value, exactly; ties by the least total value.
 
     Raises:
         BudgetError: No allocation meets the budgets.

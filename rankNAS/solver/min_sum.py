@@ -1,11 +1,11 @@
-"""The least total value within budgets: the multiple-choice knapsack, solved to a proven gap.
+"""Min-sum allocation within budgets: multiple-choice knapsack (MCKP), solved to a proven gap.
 
 Notation as in `rankNAS.solver.tables`.
 
 References:
     Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack.
-    Pisinger, European Journal of Operational Research 1995: solving it on a core of few choices.
-    HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``, solves the programmes.
+    Pisinger, European Journal of Operational Research 1995: the core algorithm.
+    HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``: the integer solver.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = ["min_sum"]
 
 Indices = npt.NDArray[np.int64]
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
-PRECISION = 1e4  # the largest value in HiGHS's eyes, which proves optima to 1e-6 in absolute terms
-CORE = 5  # choices a layer in the first programme, on average
+PRECISION = 1e4  # largest scaled value; HiGHS proves optima to 1e-6 in absolute terms
+CORE = 5  # average number of choices per layer in the first programme
 
 
 def min_sum(
@@ -49,29 +49,29 @@ def min_sum(
     gap: float = 1e-4,
     seconds: float = 30.0,
 ) -> Solution:
-    """The allocation of the least total value, as a mixed-integer programme.
+    """The allocation of least total value (MCKP), by mixed-integer programming on a core.
 
-    The duals of the linear relaxation bound the optimum from below, and bound what each choice
-    adds to it. So a programme of the few choices that add little (the core) gives an allocation;
-    choices that add more than its distance to the bound cannot improve on it, and if the core has
-    all others, its optimum is that of the whole. At most a few cores are needed.
+    The duals of the linear relaxation give a lower bound of the optimum and of the increase due to
+    each choice. A programme of the choices with a small increase (the core) gives an allocation.
+    Choices whose increase exceeds the distance of this allocation to the bound cannot improve it.
+    If the core contains all other choices, its optimum is the global optimum. A few cores suffice.
 
     Args:
-        value: What is summed; finite.
-        costs: One table a budget.
-        limits: One bound a budget.
-        largest: Choices with a greater value are not allowed.
+        value: The values to sum; finite.
+        costs: One table per budget.
+        limits: One bound per budget.
+        largest: Choices with a greater value are excluded.
         gap: Relative optimality gap at which the solver may stop.
-        seconds: Time limit; the best allocation found by then is returned with its proven gap.
+        seconds: Time limit; the best allocation so far is returned with its proven gap.
 
     Raises:
         BudgetError: No allocation meets the budgets.
-        RankNASError: None was found in time.
+        RankNASError: No allocation was found in time.
     """
     deadline = time.monotonic() + seconds
     kept = [
         _worthwhile(v, [cost[i] for cost in costs], largest) for i, v in enumerate(value)
-    ]  # indices of choices, one array a layer
+    ]  # indices of choices, one array per layer
     if not all(map(len, kept)) or any(
         least_cost(cost) > limit * (1 + SLACK) for cost, limit in zip(costs, limits, strict=True)
     ):
@@ -96,7 +96,7 @@ def min_sum(
                 raise RankNASError(f"the solver found no allocation in {seconds:g} seconds.")
             return best
         indices, lower = solved
-        # What lies outside the core adds at least its width to the bound.
+        # A choice outside the core adds at least the core's width to the bound.
         bound = max(bound, lower if whole else min(lower, least + width))
         if best is None or total(value, indices) < best.value:
             best = Solution(indices, total(value, indices), 0.0)
@@ -108,7 +108,7 @@ def min_sum(
 
 
 def _worthwhile(value: Array, costs: Sequence[Array], largest: float) -> Indices:
-    """The choices of a layer that are allowed and that no other beats in value and every cost."""
+    """The allowed choices of a layer that are non-dominated in value and every cost."""
     allowed = np.flatnonzero(value <= largest)
     columns = [cost[allowed] for cost in costs] or [np.zeros(len(allowed))]
     kept: Indices = allowed[pareto_filter(value[allowed], columns, max(1, len(allowed)))]
@@ -118,10 +118,10 @@ def _worthwhile(value: Array, costs: Sequence[Array], largest: float) -> Indices
 def _relaxation(
     value: Table, costs: Sequence[Table], limits: Sequence[float], kept: Sequence[Indices]
 ) -> tuple[float, list[Array]]:
-    """A lower bound of the total, and by how much each kept choice raises it.
+    """A lower bound of the total (Lagrangian), and its increase for each kept choice.
 
-    For any multipliers m >= 0, sum_l min_c (value + m cost) - m limit bounds the total from below
-    (weak duality), so the proof does not depend on how well the linear programme was solved.
+    For any multipliers m >= 0, sum_l min_c (value + m cost) - m limit is a lower bound of the
+    total (weak duality), so the proof is independent of the accuracy of the linear programme.
     """
     objective, rows, bounds, one = _matrices(value, costs, limits, kept)
     scale = float(np.abs(objective).max()) or 1.0
@@ -146,14 +146,14 @@ def _programme(
     gap: float,
     deadline: float,
 ) -> tuple[tuple[int, ...], float] | None:
-    """The best allocation among kept choices, and a lower bound of all; None if out of time.
+    """The best allocation among the kept choices, and a lower bound; None if out of time.
 
-    The variables are the steps from a layer's choice to the next more expensive one, each taken
-    only after the one before it, the first always. Branching on a step halves a layer's choices;
-    branching on a choice decides hardly anything where it is not taken.
+    The variables are the steps from one choice of a layer to the next more expensive one. Each
+    step requires the previous one, and the first is always taken. Branching on a step halves a
+    layer's choices; branching on a choice excludes almost nothing if the choice is not taken.
 
     Raises:
-        BudgetError: None of them meets the budgets.
+        BudgetError: No allocation of the kept choices meets the budgets.
     """
     objective, rows, bounds, _ = _matrices(value, costs, limits, kept)
     N, starts = len(objective), np.cumsum([0, *(len(k) for k in kept)])[:-1]
@@ -193,7 +193,7 @@ def _programme(
 
 
 def _steps(table: Array, starts: Indices) -> Array:  # (..., N) -> (..., N)
-    """What each choice adds to the one before it in its layer, the first choice to nothing."""
+    """Difference of each choice to the previous one of its layer; the first choice's own value."""
     steps: Array = np.diff(table, axis=-1, prepend=0)
     steps[..., starts] = table[..., starts]
     return steps

@@ -1,4 +1,4 @@
-"""Pareto fronts."""
+"""Pareto fronts and hypervolume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = npt.NDArray[np.float64]
 
 
 def non_dominated(values: npt.ArrayLike | Sequence[Any]) -> npt.NDArray[np.bool_]:
-    """Which points no other point dominates; larger is better in every column.
+    """Mask of the non-dominated points; larger is better in every column.
 
     Args:
         values: (points, objectives).
@@ -33,7 +33,7 @@ def non_dominated(values: npt.ArrayLike | Sequence[Any]) -> npt.NDArray[np.bool_
 
 
 def hypervolume(values: npt.ArrayLike | Sequence[Any], reference: npt.ArrayLike) -> float:
-    """The volume that points dominate above a reference point; larger is better in every column.
+    """Hypervolume dominated by points above a reference point; larger is better in every column.
 
     Args:
         values: (points, objectives).
@@ -55,14 +55,14 @@ def hypervolume(values: npt.ArrayLike | Sequence[Any], reference: npt.ArrayLike)
 
 
 def pareto_filter(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: int) -> list[int]:
-    """The choices of a layer that no other beats in error and in every cost, cheapest first.
+    """The non-dominated choices of a layer in error and every cost, cheapest first.
 
-    The others can never be part of an optimal allocation.
+    Dominated choices cannot be part of an optimal allocation.
 
     Args:
         errors: Relative error of each choice.
-        costs: One sequence a cost that matters.
-        most: Keep at most this many, evenly spaced in the first cost.
+        costs: One sequence per relevant cost.
+        most: Largest number of choices to keep, evenly spaced in the first cost.
 
     >>> pareto_filter([0.0, 0.2, 0.3, 0.1], [[9, 4, 5, 6]], most=64)
     [1, 3, 0]
@@ -76,7 +76,7 @@ def pareto_filter(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: i
 
 
 def _first_of_equals(columns: Array) -> npt.NDArray[np.bool_]:
-    """True for the first of each set of equal rows."""
+    """Mask of the first row of each set of equal rows."""
     first = np.zeros(len(columns), dtype=bool)
     first[np.unique(columns, axis=0, return_index=True)[1]] = True
     return first

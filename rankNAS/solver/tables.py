@@ -1,4 +1,4 @@
-"""Tables of the solvers: one value or cost for each choice of each layer.
+"""Tables of the solvers: one value or cost per choice and layer.
 
 Notation: L layers, C_l choices of layer l, K budgets; value[l] (C_l,), cost[k][l] (C_l,),
 limit[k]. An allocation is one index per layer.
@@ -17,13 +17,13 @@ from rankNAS.exceptions import BudgetError
 __all__ = ["SLACK", "Solution", "Table", "infeasible", "least_cost", "meets", "total"]
 
 Array = npt.NDArray[np.float64]
-Table = Sequence[Array]  # one array of C_l values a layer
-SLACK = 1e-9  # relative: budgets are met to rounding error, never beyond
+Table = Sequence[Array]  # one array of C_l values per layer
+SLACK = 1e-9  # relative tolerance of a budget, for rounding errors only
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An optimal allocation and how well its optimality is proven.
+    """An optimal allocation and its proven optimality gap.
 
     Args:
         indices: The choice of each layer, (L,).
@@ -37,17 +37,17 @@ class Solution:
 
 
 def least_cost(cost: Table) -> float:
-    """The smallest total cost that any allocation has."""
+    """The smallest total cost of any allocation."""
     return float(sum(c.min() for c in cost))
 
 
 def total(table: Table, indices: Sequence[int]) -> float:
-    """The total over the layers."""
+    """The sum over the layers."""
     return float(sum(t[i] for t, i in zip(table, indices, strict=True)))
 
 
 def meets(costs: Sequence[Table], limits: Sequence[float], indices: Sequence[int]) -> bool:
-    """Whether every limit holds."""
+    """Whether every limit is met."""
     return all(
         total(cost, indices) <= limit * (1 + SLACK)
         for cost, limit in zip(costs, limits, strict=True)
@@ -55,7 +55,7 @@ def meets(costs: Sequence[Table], limits: Sequence[float], indices: Sequence[int
 
 
 def infeasible(costs: Sequence[Table], limits: Sequence[float]) -> BudgetError:
-    """The error that names the least possible costs."""
+    """The error for infeasible budgets; it names the least possible costs."""
     least = ", ".join(
         f"{least_cost(cost):.6g} (limit {limit:.6g})"
         for cost, limit in zip(costs, limits, strict=True)

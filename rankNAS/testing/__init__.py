@@ -1,6 +1,6 @@
-"""Contracts as test classes, for authors of extensions, and small problems. Needs pytest.
+"""Contract tests for authors of extensions, as test classes, and small problems. Needs pytest.
 
-Subclass one in a test file and say what is tested::
+Subclass one in a test file and set the object to test::
 
     class TestMyOperator(OperatorContract):
         operator = MyOperator()
@@ -14,7 +14,7 @@ Subclass one in a test file and say what is tested::
     class TestMyObjective(ObjectiveContract):
         objective = MyObjective()
 
-RankNAS holds its own to the same classes.
+RankNAS applies the same classes to its own extensions.
 """
 
 from rankNAS.testing.hardware import HardwareContract

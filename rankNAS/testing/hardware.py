@@ -1,4 +1,4 @@
-"""What every hardware model promises, as a test class. Needs pytest."""
+"""Contract tests of hardware models, as a test class. Needs pytest."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["HardwareContract"]
 
 
 class HardwareContract:
-    """What every hardware model promises, tried on every kind of layer.
+    """Contract of a hardware model, tested on every kind of layer.
 
-    Set `hardware`. `layers` may be narrowed or extended.
+    Set `hardware`. `layers` may be reduced or extended.
     """
 
     hardware: ClassVar[HardwareModel]
     layers: ClassVar[dict[str, LayerCase]] = LAYERS
 
     def priced(self, repeats: int = 1) -> list[tuple[Layer, Choice]]:
-        """Every layer with a few of its choices; it is called `repeats` times in a pass."""
+        """Every layer with a few of its choices; each layer has `repeats` calls per pass."""
         pairs = []
         for name, case in self.layers.items():
             shape = case.shape()

@@ -1,4 +1,4 @@
-"""What every objective promises, as a test class. Needs pytest."""
+"""Contract tests of objectives, as a test class. Needs pytest."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["ObjectiveContract"]
 
 
 class ObjectiveContract:
-    """What every objective promises, tried on a small classifier.
+    """Contract of an objective, tested on a small classifier.
 
-    Set `objective`, and `noise` if it measures something that varies: the largest relative
-    difference between two measurements of one candidate. Override `candidate` for other tasks.
+    Set `objective`. For noisy measurements also set `noise`, the largest relative difference
+    between two measurements of one candidate. Override `candidate` for other tasks.
     """
 
     objective: ClassVar[ObjectiveBase]
     noise: ClassVar[float] = 0.0
 
     def candidate(self) -> EvaluationResult:
-        """A candidate to measure, the same each time."""
+        """A candidate to measure, identical on each call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             dense, network = nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 4))

@@ -1,4 +1,4 @@
-"""What every operator promises, as a test class. Needs pytest."""
+"""Contract tests of operators, as a test class. Needs pytest."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ from rankNAS.decompositions import (
 __all__ = ["LAYERS", "LayerCase", "OperatorContract", "definition_of_error", "random_statistics"]
 
 T = TypeVar("T")
-FEW = 3  # layers for each norm but `MAIN`, which runs on all
-MAIN: NormName = "fisher"  # weights both inputs and outputs, as each other norm does in part
+FEW = 3  # layers per norm, except `MAIN`, which uses all
+MAIN: NormName = "fisher"  # weights inputs and outputs; each other norm is a special case
 SINGULAR = [(samples, centred) for samples in (0, 1, 3) for centred in (False, True)]
-_FACTORS: dict[tuple[object, ...], Factors] = {}  # read-only once made, so tests share them
+_FACTORS: dict[tuple[object, ...], Factors] = {}  # read-only, so tests share them
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer and the size of an input for it.
+    """A layer and the shape of its input.
 
     Args:
-        make: Makes the layer with random weights.
-        input_shape: Batch included.
+        make: Creates the layer with random weights.
+        input_shape: Shape of the input, including the batch.
     """
 
     make: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
 
     def module(self, seed: int = 0) -> nn.Module:
-        """The layer in float64, the same for the same seed."""
+        """The layer in float64, determined by the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make().double().requires_grad_(False)
 
     def shape(self) -> LayerShape:
-        """Its shape, called once on an input of `input_shape`."""
+        """The layer's shape, for one call on an input of `input_shape`."""
         module = self.module()
         linear = not isinstance(module, nn.Conv1d | nn.Conv2d)
         size = self.input_shape
@@ -94,11 +94,11 @@ LAYERS: dict[str, LayerCase] = {
 
 
 def random_statistics(shape: LayerShape, *, samples: int | None = None) -> Statistics:
-    """Statistics of correlated random inputs with a mean and of correlated random gradients.
+    """Statistics of correlated random inputs with non-zero mean and of correlated gradients.
 
     Args:
         shape: The layer's shape.
-        samples: How many; fewer than a side gives a singular moment, 0 gives zeros.
+        samples: Number of samples; fewer than a side gives a singular moment, 0 gives zeros.
     """
     generator = torch.Generator().manual_seed(2)
 
@@ -116,7 +116,7 @@ def random_statistics(shape: LayerShape, *, samples: int | None = None) -> Stati
 
 
 def definition_of_error(norm: ErrorNorm, W: Tensor, approximation: Tensor) -> float:
-    """||H (W - What) C^1/2||_F^2 / ||H W C^1/2||_F^2, written out."""
+    """||H (W - What) C^1/2||_F^2 / ||H W C^1/2||_F^2, computed from its definition."""
     g, o, n = W.shape
     eye = torch.eye
     H = eye(o, dtype=W.dtype).expand(g, o, o) if norm.H is None else norm.H
@@ -130,10 +130,10 @@ def definition_of_error(norm: ErrorNorm, W: Tensor, approximation: Tensor) -> fl
 
 
 class OperatorContract:
-    """What every operator promises, tried on every kind of layer and in every norm.
+    """Contract of an operator, tested on every kind of layer and every norm.
 
-    Set `operator`. `layers` may be narrowed or extended; those that the operator refuses are left
-    out. The norm `fisher` is tried on all layers, and each other norm on a few of them.
+    Set `operator`. `layers` may be reduced or extended; layers that the operator refuses are
+    skipped. The norm `fisher` is tested on all layers, each other norm on a few of them.
     """
 
     operator: ClassVar[Operator]
@@ -144,11 +144,11 @@ class OperatorContract:
     }  # holds for any norm if it holds for one; tried in `weight` too, which has no matrices
 
     def multiples(self, rank: Rank) -> Rank:
-        """The entries of a rank that `multiple_of` applies to; override if not all of them."""
+        """The entries of a rank that `multiple_of` applies to; override it if not all."""
         return rank
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Every test that takes a layer runs on all that the operator does not refuse."""
+        """Parametrise every test that takes a layer over all layers that are not refused."""
         if "layer" not in metafunc.fixturenames:
             return
         usable = [n for n, x in self.layers.items() if self.operator.refuses(x.shape()) is None]
@@ -181,7 +181,7 @@ class OperatorContract:
     def factors(
         self, request: pytest.FixtureRequest, layer: LayerCase, norm: ErrorNorm
     ) -> Factors:
-        """The factors of the layer in the norm at all of `ranks`, the same for all tests."""
+        """The factors of the layer in the norm at all `ranks`, shared by all tests."""
         parameters = request.node.callspec.params
         key = type(self), parameters["layer"], parameters["norm"]
         if key not in _FACTORS:
@@ -191,7 +191,7 @@ class OperatorContract:
         return _FACTORS[key]
 
     def families(self, shape: LayerShape) -> list[list[Rank]]:
-        """A few families, each thinned to a few ranks; first and last are kept."""
+        """A few families, each reduced to a few ranks including the first and the last."""
         return [_thinned(family, 4) for family in _thinned(self.operator.families(shape), 2)]
 
     def ranks(self, shape: LayerShape) -> list[Rank]:

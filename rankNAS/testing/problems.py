@@ -1,4 +1,4 @@
-"""Small random searches, to try strategies on."""
+"""Small random search problems for tests of strategies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Budgets = Literal[0, 1, 2]
 def random_problem(
     seed: int, *, layers: int = 5, choices: int = 8, budgets: Budgets = 1, objectives: int = 1
 ) -> Problem:
-    """A random search whose budgets can be met.
+    """A random search problem with feasible budgets.
 
     Args:
         seed: Equal seeds give equal problems.
-        layers: How many.
-        choices: Choices of each layer, dense included; some dominate others.
-        budgets: On ``macs`` and, if 2, on ``params`` too.
-        objectives: 1 for an accuracy, 2 for an accuracy against ``macs``.
+        layers: Number of layers.
+        choices: Choices of each layer, including dense; some dominate others.
+        budgets: 1 for a budget on ``macs``, 2 for a second one on ``params``.
+        objectives: 1 for accuracy, 2 for accuracy and ``macs``.
     """
     rng = np.random.default_rng(seed)
     names = [f"layer{i}" for i in range(layers)]
@@ -58,7 +58,7 @@ def random_problem(
 
 
 def random_trial(problem: Problem, number: int, allocation: Allocation) -> Trial:
-    """An evaluation of an allocation: accuracy falls with each layer's error, unequally."""
+    """A trial of an allocation: accuracy falls with each layer's error, by unequal amounts."""
     indices = problem.indices(allocation)
     slopes = np.random.default_rng(0).uniform(0.1, 2, len(indices))
     degradation = sum(s * e[i] for s, e, i in zip(slopes, problem.errors, indices, strict=True))

@@ -1,4 +1,4 @@
-"""What every strategy promises, as a test class. Needs pytest."""
+"""Contract tests of strategies, as a test class. Needs pytest."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _STUDIES: dict[tuple[type, int], Study] = {}
 
 @dataclass(frozen=True)
 class Study:
-    """What a strategy proposed as a study grew, and whether it kept its hands off the rest.
+    """The proposals of a strategy in a growing study, and its side effects.
 
     Args:
         rounds: Each history with the proposals made for it.
-        generators_kept: The global random generators and the number of threads did not change.
-        tables_kept: The problem's tables did not change.
+        generators_kept: Whether global random generators and thread count are unchanged.
+        tables_kept: Whether the problem's tables are unchanged.
     """
 
     rounds: tuple[tuple[History, tuple[Allocation, ...]], ...]
@@ -39,10 +39,10 @@ class Study:
 
 
 class StrategyContract:
-    """What every strategy promises.
+    """Contract of a strategy.
 
-    Set `strategy`. Every test looks at the same small study of each problem in `problems`:
-    `rounds` rounds of `batch` proposals each, of which the first fails and the rest are evaluated.
+    Set `strategy`. Every test uses the same small study of each problem in `problems`: `rounds`
+    rounds of `batch` proposals each. The first proposal fails and the others are evaluated.
     """
 
     strategy: ClassVar[Strategy]
@@ -55,18 +55,18 @@ class StrategyContract:
     }
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Every test that takes a problem or a study runs on all of `problems`."""
+        """Parametrise every test that takes a problem or a study over `problems`."""
         if "problem" in metafunc.fixturenames:
             metafunc.parametrize("problem", self.problems, indirect=True)
 
     @pytest.fixture
     def problem(self, request: pytest.FixtureRequest) -> Problem:
-        """A search to make proposals for."""
+        """A search problem to make proposals for."""
         return self.problems[request.param]
 
     @pytest.fixture
     def study(self, problem: Problem) -> Study:
-        """The study of the problem, the same for all tests."""
+        """The study of the problem, shared by all tests."""
         key = type(self), id(problem)
         if key not in _STUDIES:
             _STUDIES[key] = _study(self.strategy, problem, self.rounds, self.batch)
@@ -97,7 +97,7 @@ class StrategyContract:
         history, proposals = study.rounds[-1]
         copy: Strategy = pickle.loads(pickle.dumps(self.strategy))
         assert copy == self.strategy
-        torch.rand(3)  # the global generators play no part
+        torch.rand(3)  # global generators must have no effect
         np.random.random()
         rng = np.random.default_rng(self.rounds - 1)
         assert tuple(copy.propose(problem, history, self.batch, rng)) == proposals
@@ -121,7 +121,7 @@ def _state(problem: Problem) -> tuple[list[Array], object]:
 
 
 def _probed(strategy: Strategy, problem: Problem, history: History) -> History:
-    """With the probes that a strategy asks for, until it asks for no more."""
+    """The history with all probes that a strategy requests."""
     while True:
         probes = dict.fromkeys(strategy.probes(problem, history))
         if not (wanted := [a for a in probes if a not in history.found]):

@@ -16,7 +16,7 @@ __all__ = ["CATALOGUE", "SPACES", "SpaceEntry", "build_model", "family"]
 
 _TORCHVISION = "rankNAS.search_spaces.zoo.external:torchvision_factory"
 _CIFAR = "rankNAS.search_spaces.zoo.cifar"
-#: By name: what makes the network, and what it is. Nothing is imported to list them.
+#: Name to (factory of the network, description). Listing imports nothing.
 CATALOGUE: dict[str, tuple[str, str]] = {
     "resnet18": (_TORCHVISION, "ResNet-18 for ImageNet (He et al. 2016)"),
     "resnet34": (_TORCHVISION, "ResNet-34 for ImageNet (He et al. 2016)"),
@@ -39,14 +39,14 @@ _GENERAL_FORMS = (
 
 @dataclass(frozen=True)
 class SpaceEntry:
-    """A network with a name.
+    """A named network.
 
     Attributes:
-        name: What the user types.
+        name: The name on the command line.
         description: One line for listings.
-        factory: Makes the network, with random weights, from the number of classes and the shape
+        factory: Builds the network with random weights from the number of classes and the shape
             (channels, height, width) of one input.
-        family: Where the network comes from; pretrained weights exist for ``"torchvision"``.
+        family: The source of the network; pretrained weights exist for ``"torchvision"``.
     """
 
     name: str
@@ -61,11 +61,11 @@ def _entry(name: str, found: Callable[..., Any]) -> SpaceEntry:
 
 
 def family(name: str) -> Literal["torchvision", "cifar"]:
-    """Where a network of the `CATALOGUE` comes from."""
+    """The source of a network of the `CATALOGUE`."""
     return "torchvision" if CATALOGUE[name][0] == _TORCHVISION else "cifar"
 
 
-#: By name, the entry, imported on first use.
+#: Name to entry, imported on first use.
 SPACES: Mapping[str, SpaceEntry] = Catalogue(CATALOGUE, _entry)
 
 
@@ -80,8 +80,8 @@ def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) ->
 
     Raises:
         UnknownNameError: There is no such network.
-        UsageError: The network can not take inputs of this shape, or the form of ``spec`` needs a
-            package that is not installed.
+        UsageError: The network does not accept inputs of this shape, or the form of ``spec`` needs
+            a package that is not installed.
     """
     from rankNAS.search_spaces.zoo.external import file_model, timm_model, torchvision_factory
 

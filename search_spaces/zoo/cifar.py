@@ -1,7 +1,7 @@
-"""Networks made for 32 x 32 images.
+"""Networks for 32 x 32 images.
 
-The names of their parameters are those of the common CIFAR checkpoints (``layer1.0.conv1`` …
-``linear``), so that such checkpoints load without renaming.
+Parameter names follow the common CIFAR checkpoints (``layer1.0.conv1`` … ``linear``), so that
+these checkpoints load without renaming.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def vgg16_cifar(num_classes: int, input_shape: tuple[int, ...]) -> CifarVGG:
     """VGG-16 with batch norm and a single linear classifier.
 
     Raises:
-        UsageError: The images are smaller than 32 x 32, which five poolings reduce to nothing.
+        UsageError: The images are smaller than 32 x 32; five poolings would leave no pixel.
     """
     side = 2 ** len(_VGG16_STAGES)
     if min(input_shape[1:]) < side:
@@ -81,14 +81,14 @@ class BasicBlock(nn.Module):
         self.shortcut = PadShortcut(outputs - inputs) if inputs != outputs else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, outputs, H / stride, W / stride) of features (N, inputs, H, W)."""
+        """Features (N, outputs, H / stride, W / stride) from features (N, inputs, H, W)."""
         residual = functional.relu(self.bn1(self.conv1(features)))
         residual = self.bn2(self.conv2(residual))
         return functional.relu(residual + self.shortcut(features))
 
 
 class PadShortcut(nn.Module):
-    """Shortcut of option A: every second pixel, and channels of zeros (He et al. 2016, 3.3)."""
+    """Option A shortcut: every second pixel, padded with zero channels (He et al. 2016, 3.3)."""
 
     def __init__(self, new_channels: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class PadShortcut(nn.Module):
         self.after = new_channels - self.before
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (N, C + new channels, H / 2, W / 2) of features (N, C, H, W)."""
+        """Features (N, C + new channels, H / 2, W / 2) from features (N, C, H, W)."""
         padding = (0, 0, 0, 0, self.before, self.after)
         return functional.pad(features[:, :, ::2, ::2], padding)
 
@@ -129,7 +129,7 @@ def _vgg_layers(channels: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for width, depth in _VGG16_STAGES:
         for inputs, outputs in pairwise([channels] + [width] * depth):
-            # The bias does nothing before a batch norm, but VGG checkpoints have it.
+            # The bias has no effect before a batch norm, but VGG checkpoints contain it.
             convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
             layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         layers.append(nn.MaxPool2d(2))
@@ -143,7 +143,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
 
 @torch.no_grad()
 def _initialise(network: nn.Module) -> None:
-    """Normal weights that keep the variance of ReLU features (He et al. 2015)."""
+    """Kaiming initialisation: normal weights that keep the ReLU variance (He et al. 2015)."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Networks of other packages, and of the user's own files, without their weights."""
+"""Networks of other packages and of user files, with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rankNAS.plugins import load_callable
 
 __all__ = ["file_model", "timm_model", "torchvision_factory", "torchvision_model"]
 
-# These two would otherwise return tuples in training mode and warn about their initialisation.
+# These two otherwise return tuples in training mode and warn about their initialisation.
 _SINGLE_OUTPUT: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -22,7 +22,7 @@ _SINGLE_OUTPUT: dict[str, dict[str, Any]] = {
 
 
 def torchvision_model(num_classes: int, input_shape: tuple[int, ...], *, name: str) -> nn.Module:
-    """A classifier of torchvision with random weights.
+    """A torchvision classifier with random weights.
 
     Args:
         num_classes: The number of logits.
@@ -31,7 +31,7 @@ def torchvision_model(num_classes: int, input_shape: tuple[int, ...], *, name: s
 
     Raises:
         UnknownNameError: torchvision has no classifier of this name.
-        UsageError: ``input_shape`` is not that of an image the network can take.
+        UsageError: ``input_shape`` is not an image shape that the network accepts.
     """
     from torchvision import models
 
@@ -52,11 +52,11 @@ def torchvision_factory(name: str) -> Callable[[int, tuple[int, ...]], nn.Module
 
 
 def timm_model(name: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """A network of timm with random weights, for ``input_shape[0]`` channels.
+    """A timm network with random weights, for ``input_shape[0]`` channels.
 
     Raises:
         UnknownNameError: timm has no network of this name.
-        UsageError: timm is not installed, or its network can not have this shape of input.
+        UsageError: timm is not installed, or the network does not accept this input shape.
     """
     try:
         import timm
@@ -82,12 +82,12 @@ def timm_model(name: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.
 
 
 def file_model(spec: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
-    """What the function at ``path/to/file.py:factory`` returns.
+    """The network that the function at ``path/to/file.py:factory`` returns.
 
-    The function is given those of ``num_classes`` and ``input_shape`` that it has parameters for.
+    The function receives ``num_classes`` and ``input_shape`` if it has parameters of these names.
 
     Raises:
-        UsageError: The function can not be loaded or called so, or returns no ``nn.Module``.
+        UsageError: The function cannot be loaded or called, or returns no ``nn.Module``.
     """
     factory = load_callable(spec, "search space")
     options = {"num_classes": num_classes, "input_shape": input_shape}
@@ -121,7 +121,7 @@ def _check_rgb(name: str, input_shape: tuple[int, ...]) -> None:
 
 
 def _vit_image_size(name: str, input_shape: tuple[int, ...]) -> int:
-    """The side of the square images, in pixels; ``vit_b_16`` cuts patches of 16 pixels."""
+    """The side of the square images in pixels; ``vit_b_16`` uses patches of 16 pixels."""
     patch = int(name.rpartition("_")[2])
     _, height, width = input_shape
     if height != width or height % patch:

@@ -1,4 +1,4 @@
-"""Random shifts and mirrors of images, for training."""
+"""Random translations and horizontal flips of images, for training."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["NO_FLIP", "Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shifts images by up to an eighth of their size, and mirrors half of them.
+    """Translates images by up to an eighth of their size, and flips half of them.
 
-    Pixels from outside an image are 0, the mean of normalised images.
+    Pixels outside an image are 0, the mean of normalised images.
 
     Args:
-        flip: Whether to mirror; right if a mirrored image keeps its class.
+        flip: Whether to flip; valid if a mirrored image keeps its class.
     """
 
     flip: bool = False
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Augment a batch.
+        """The augmented batch.
 
         Args:
-            x: Images (N, C, H, W); anything else is returned as it is.
+            x: Images (N, C, H, W); any other shape is returned unchanged.
             generator: A generator on the CPU.
 
         Returns:
@@ -52,6 +52,6 @@ NO_FLIP = Augmentation()
 
 
 def _shifted(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Positions (count, size) in a padded axis that a window at a random offset covers."""
+    """Positions (count, size) of randomly shifted windows in a padded axis."""
     offsets = torch.randint(2 * (size // 8) + 1, (count, 1), generator=generator)
     return offsets + torch.arange(size)

@@ -1,4 +1,4 @@
-"""A map-style data set of labelled images, normalised a batch at a time."""
+"""A map-style data set of labelled images, normalised in batches."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         fetch: From row numbers (n,) to pixels (n, 3, H, W), uint8 or float in [0, 1].
-        labels: int64, one for every row that ``fetch`` knows.
+        labels: int64, one per row that ``fetch`` knows.
         normalization: Applied to whole batches.
-        rows: The rows that are in this set, in order; all by default.
+        rows: The rows of this set, in order; all by default.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def targets(self) -> Tensor:
-        """All labels, int64 (len,); no image is decoded."""
+        """All labels, int64 (len,); computed without decoding images."""
         return self._labels[self._rows]
 
     def subset(self, indices: Tensor) -> Images:
-        """The set with these items only, in this order; pixels are shared, not copied."""
+        """The set of these items, in this order; pixels are shared, not copied."""
         return Images(self._fetch, self._labels, self.normalization, self._rows[indices])
 
     def batch(self, indices: Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
-        """Items ``indices`` (n,) at once: (n, 3, H, W) and (n,), normalised on ``device``."""
+        """Items ``indices`` (n,) as a batch: (n, 3, H, W) and (n,), normalised on ``device``."""
         rows = self._rows[indices]
         pixels = self._fetch(rows).to(device)
         return self.normalization(pixels), self._labels[rows].to(device)

@@ -1,4 +1,4 @@
-"""Pixels of images by row: stored in memory, or decoded when they are fetched."""
+"""Pixels of images by row: stored in memory, or decoded on access."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["EncodedImage", "ImageDecoder", "StoredPixels"]
 
 @dataclass(frozen=True, eq=False)
 class StoredPixels:
-    """Pixels (N, 3, h, w) in memory, resized when fetched to ``size`` squared if given."""
+    """Pixels (N, 3, h, w) in memory, resized on access to ``size`` x ``size`` if given."""
 
     pixels: Tensor
     size: int | None = None
@@ -35,7 +35,7 @@ class StoredPixels:
 
 
 class EncodedImage(NamedTuple):
-    """An encoded image (its bytes, or the path of its file) and its name in error messages."""
+    """An encoded image (bytes, or the path of its file) and its name for error messages."""
 
     content: bytes | str
     name: str
@@ -43,13 +43,13 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ImageDecoder:
-    """Images that are decoded when they are fetched.
+    """Images that are decoded on access.
 
     Args:
         encoded: The images.
-        size: Height and width after resizing and cropping; None leaves images as they are.
+        size: Height and width after resizing and cropping; None leaves images unchanged.
         margin: The shorter side before the crop, relative to the crop.
-        expected: The shape that every image must have; None for any.
+        expected: The required shape of every image; None for any shape.
     """
 
     encoded: Sequence[EncodedImage]
@@ -72,7 +72,7 @@ class ImageDecoder:
         return pixels
 
     def in_memory(self) -> StoredPixels:
-        """Decode all images now."""
+        """All images, decoded now."""
         pixels = torch.empty((len(self.encoded), *self.decode(0).shape), dtype=torch.uint8)
         for row in range(len(self.encoded)):
             pixels[row] = self.decode(row)
@@ -89,7 +89,7 @@ def _decode(encoded: EncodedImage, size: int | None, margin: float) -> Tensor:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             pixels = np.array(_fit(rgb, size, margin))
-    except Exception as error:  # decoders raise whatever their format's code raises
+    except Exception as error:  # decoders raise arbitrary errors
         raise DataError(
             f"cannot decode {name} ({type(error).__name__}: {error}); "
             "replace or remove this image."
@@ -98,7 +98,7 @@ def _decode(encoded: EncodedImage, size: int | None, margin: float) -> Tensor:
 
 
 def _fit(image: Image, size: int | None, margin: float) -> Image:
-    """Resize the shorter side to ``margin * size``, then crop the centre."""
+    """The image with its shorter side resized to ``margin * size`` and its centre cropped."""
     if size is None or (margin == 1 and image.size == (size, size)):
         return image
     from torchvision.transforms import functional as transforms
@@ -109,5 +109,5 @@ def _fit(image: Image, size: int | None, margin: float) -> Image:
 
 
 def _unit(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1]; floats are there already."""
+    """Pixels in [0, 1]; floats are unchanged."""
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()

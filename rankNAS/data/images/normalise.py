@@ -24,12 +24,12 @@ class Normalization:
 
     @property
     def spec(self) -> str:
-        """The canonical ``m/m/m,s/s/s``; :func:`parse_normalization` reads it."""
+        """The canonical ``m/m/m,s/s/s``, as accepted by :func:`parse_normalization`."""
         return ",".join("/".join(map(repr, values)) for values in (self.mean, self.std))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels (..., 3, H, W): uint8, or float in [0, 1]; float32 comes out."""
-        # Two passes over the pixels: scaling the constants saves a third, of division by 255.
+        """Normalised float32 pixels from pixels (..., 3, H, W): uint8, or float in [0, 1]."""
+        # Two passes over the pixels: scaled constants save the third, the division by 255.
         scale = 255 if pixels.dtype == torch.uint8 else 1
         mean, std = (
             torch.tensor(values, device=pixels.device).reshape(3, 1, 1) * scale
@@ -45,14 +45,14 @@ _NAMED = {
 
 
 def parse_normalization(spec: str | None) -> Normalization:
-    """The normalisation that a user wrote; ImageNet's for None.
+    """The normalisation for a user's specification; ImageNet's for None.
 
     Args:
-        spec: ``imagenet``, ``cifar10``, ``MEAN,STD`` with one number or three with ``/``
-            between them each, or six numbers ``m,m,m,s,s,s``; for pixels in [0, 1].
+        spec: ``imagenet``, ``cifar10``, ``MEAN,STD`` with one number each or three separated by
+            ``/``, or six numbers ``m,m,m,s,s,s``; for pixels in [0, 1].
 
     Raises:
-        DataError: If it has another form, a mean outside [0, 1] or a std that is not positive.
+        DataError: The form is invalid, a mean is outside [0, 1] or a std is not positive.
     """
     if spec is None:
         return _NAMED["imagenet"]
@@ -64,7 +64,7 @@ def parse_normalization(spec: str | None) -> Normalization:
     if len(parts) != 2:
         _bad_normalization(spec)
     mean, std = (_channels(part, spec) for part in parts)
-    # Means of 100 are for pixels up to 255: taken as they are, every input would be constant.
+    # Means near 100 are meant for pixels up to 255: every normalised input would be constant.
     if not all(0 <= value <= 1 for value in mean) or not all(value > 0 for value in std):
         _bad_normalization(spec)
     return Normalization(mean, std)
@@ -94,7 +94,7 @@ _STATISTIC = rf"[\s=:\"']*[(\[]?\s*({_NUMBER}(?:\s*[,/\s]\s*{_NUMBER})*)"
 
 
 def normalization_from_metadata(text: str) -> str | None:
-    """The normalisation a checkpoint's description records, as a canonical specification.
+    """The normalisation recorded in a checkpoint's description, as a canonical specification.
 
     Args:
         text: For example ``RGB/255 normalised by mean (0.5,0.5,0.5), std (0.2,0.2,0.2)``.
@@ -103,7 +103,7 @@ def normalization_from_metadata(text: str) -> str | None:
         A string for ``load_data(normalize=...)``; None if ``text`` has no mean and std.
 
     Raises:
-        DataError: If it has both but with unusable numbers.
+        DataError: It contains both, but with invalid numbers.
     """
     mean = re.search("means?" + _STATISTIC, text, re.IGNORECASE)
     std = re.search("(?:stds?|standard deviations?)" + _STATISTIC, text, re.IGNORECASE)

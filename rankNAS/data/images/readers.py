@@ -1,7 +1,7 @@
 """Readers of labelled images: files, folders and libraries.
 
 Every reader returns a `Source` with two `Images`. They hold labels and pixels (in memory as uint8,
-or decoded when they are fetched), and normalise whole batches at once.
+or decoded on access), and normalise whole batches at once.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from rankNAS.exceptions import DataError
 
 __all__ = ["EAGER_BYTES", "READERS", "Source"]
 
-#: Images that take at most this much as uint8 are decoded once and kept in memory.
+#: Image sets of at most this size as uint8 are decoded once and kept in memory.
 EAGER_BYTES = 2 << 30
 
 
-#: The shorter side before the crop, relative to the crop, as is usual for ImageNet.
+#: The shorter side before the crop, relative to the crop; the usual value for ImageNet.
 FOLDER_MARGIN = 256 / 224
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """The images that a reader returns.
+    """The images of a reader.
 
     Attributes:
         train: The training images.
         test: The test images.
         flip: Whether a mirrored image still shows the same class.
-        content: A digest of everything that was read, before any preprocessing.
+        content: A digest of the content read, before any preprocessing.
     """
 
     train: Images
@@ -49,9 +49,9 @@ class Source:
 
 
 def read_digits(_: str, normalization: Normalization, image_size: int | None) -> Source:
-    """scikit-learn's digits as three equal channels, 32x32 unless told otherwise.
+    """scikit-learn's digits as three equal channels, 32 x 32 by default.
 
-    A fifth of every class is the test set, always the same.
+    The test set is a fixed fifth of every class.
     """
     from sklearn.datasets import load_digits
 
@@ -65,7 +65,7 @@ def read_digits(_: str, normalization: Normalization, image_size: int | None) ->
 
 
 def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Rows of the larger and of the smaller part, the latter a ``fraction`` of every class."""
+    """Rows of the larger and the smaller part; the latter holds ``fraction`` of every class."""
     generator = torch.Generator().manual_seed(0)
     smaller = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(int(labels.max()) + 1):
@@ -76,8 +76,8 @@ def _stratified(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
 
 
 def _folder(name: str, content: str) -> Path:
-    """The folder ``name``, which should hold ``content``."""
-    path = Path(os.path.expanduser(name))  # unlike Path's, these take any text
+    """The path of folder ``name``; ``content`` describes its expected content in messages."""
+    path = Path(os.path.expanduser(name))  # unlike Path's methods, these accept any text
     if not name or not os.path.isdir(path):
         raise DataError(f"there is no folder {name!r}; give the folder that has {content}.")
     return path
@@ -130,8 +130,8 @@ def _folder_images(
 ) -> tuple[list[tuple[EncodedImage, int]], dict[str, int]]:
     """The images below ``folder`` with labels, and the label of each class.
 
-    The labels are those of ``classes`` if given: numbering the classes of each folder by
-    itself would shift them whenever one folder lacks a class.
+    ``classes`` fixes the labels if given. Separate numbering per folder would shift the
+    labels if one folder lacks a class.
     """
     from torchvision.datasets import ImageFolder
 
@@ -154,7 +154,7 @@ def _folder_images(
 
 
 def _file_parts(paths: Sequence[str], root: Path) -> Iterable[bytes]:
-    """Names and sizes of all files and the content of 64: reading all would take too long."""
+    """Names and sizes of all files, and the content of 64 of them to limit the time."""
     for path in paths:
         yield Path(path).relative_to(root).as_posix().encode()
         yield str(Path(path).stat().st_size).encode()
@@ -165,7 +165,7 @@ def _file_parts(paths: Sequence[str], root: Path) -> Iterable[bytes]:
 def read_parquet(folder: str, normalization: Normalization, image_size: int | None) -> Source:
     """``train.parquet`` and ``test.parquet`` (or shards) with encoded images and labels.
 
-    With ``image_size`` the shorter side is resized to it and the centre cropped.
+    With ``image_size``, the shorter side is resized to it and the centre is cropped.
     """
     root = _folder(folder, "train.parquet and test.parquet in it")
     sets, contents = [], []
@@ -177,14 +177,14 @@ def read_parquet(folder: str, normalization: Normalization, image_size: int | No
         decoder = replace(decoder, expected=expected)
         eager = len(encoded) * expected.numel() <= EAGER_BYTES
         sets.append(Images(decoder.in_memory() if eager else decoder, labels, normalization))
-        # The encoded bytes, since decoders of different versions differ in the last bit.
+        # Encoded bytes, because decoder versions differ in the last bit.
         images = (image.content for image in encoded if isinstance(image.content, bytes))
         contents += [digest(images).encode(), _bytes_of(labels)]
     return Source(sets[0], sets[1], True, digest(contents))
 
 
 def _parquet_rows(root: Path, split: str) -> tuple[list[EncodedImage], Tensor]:
-    """Encoded images and labels of a split, from all its files."""
+    """Encoded images and labels of a split, from all of its files."""
     encoded: list[EncodedImage] = []
     values: list[Any] = []
     for path in _parquet_files(root, split):
@@ -200,7 +200,7 @@ def _parquet_rows(root: Path, split: str) -> tuple[list[EncodedImage], Tensor]:
 
 
 def _parquet_files(root: Path, split: str) -> list[Path]:
-    """``split.parquet``, or every one of its numbered shards."""
+    """``split.parquet``, or all of its numbered shards."""
     if (root / f"{split}.parquet").is_file():
         return [root / f"{split}.parquet"]
     shards = sorted(root.glob(f"{split}-*-of-*.parquet"))
@@ -235,7 +235,7 @@ def _parquet_columns(path: Path) -> tuple[list[bytes | None], list[Any]]:
 
 
 def _image_column(names: Sequence[str], path: Path) -> str:
-    """The name of the column of images, in a file that has labels as well."""
+    """The name of the image column, in a file that also has labels."""
     image = next((name for name in ("image", "img") if name in names), None)
     if image is None or "label" not in names:
         raise DataError(
@@ -263,7 +263,7 @@ def _image_bytes(column: Any, path: Path) -> list[bytes | None]:
 
 
 def _labels(values: Sequence[Any], names: Callable[[int], str], split: str) -> Tensor:
-    """Labels as int64 (n,), if there are some and all are integers from 0."""
+    """Labels as int64 (n,); an error unless there are labels and all are integers from 0."""
     for row, value in enumerate(values):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise DataError(
@@ -280,7 +280,7 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return content
 
 
-#: Readers by the word before the colon of a source; each gets the text after the colon.
+#: Readers by the prefix of a source; each receives the text after the colon.
 READERS: dict[str, Callable[[str, Normalization, int | None], Source]] = {
     "digits": read_digits,
     "parquet": read_parquet,
