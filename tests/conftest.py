@@ -52,6 +52,7 @@ sys.stdin.read()
 
 # Before pytest-xdist, which reads the marks.
 @pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each group of tests runs in one process; long ones begin first."""
     for item in items:

@@ -37,6 +37,7 @@ __all__ = ["min_sum"]
 Indices = npt.NDArray[np.int64]
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 PRECISION = 1e4  # largest scaled value; HiGHS proves optima to 1e-6 in absolute terms
+RESOLUTION = 1e-10  # of the largest value; HiGHS does not tell smaller differences from zero
 CORE = 5  # average number of choices per layer in the first programme
 
 
@@ -80,6 +81,7 @@ def min_sum(
     bound = least
     sizes = np.sort(np.concatenate(extra))
     width = float(sizes[min(CORE * len(value), len(sizes)) - 1])
+    resolution = RESOLUTION * max(float(np.abs(v).max()) for v in value)
     best = None
     while True:
         core = [k[e <= width] for k, e in zip(kept, extra, strict=True)]
@@ -100,7 +102,8 @@ def min_sum(
         bound = max(bound, lower if whole else min(lower, least + width))
         if best is None or total(value, indices) < best.value:
             best = Solution(indices, total(value, indices), 0.0)
-        best = replace(best, gap=max(0.0, best.value - bound) / (abs(best.value) or 1.0))
+        rise = best.value - bound if best.value - bound > resolution else 0.0
+        best = replace(best, gap=rise / (abs(best.value) or 1.0))
         needed = best.value - gap * abs(best.value) - least
         if best.gap <= gap or whole or needed <= width:
             return best

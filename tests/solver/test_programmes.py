@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rankNAS.exceptions import BudgetError, RankNASError
@@ -94,6 +94,9 @@ def test_the_optimum_is_that_of_brute_force(kind: str, case: Case) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(case=cases(), gap=st.sampled_from([0.0, 0.05]))
+@example(
+    case=Case([np.array([0.0, 1.0, 5.7e-192])], [[np.array([1.0, 0.25, 0.5])]], [0.625]), gap=0.0
+)
 def test_a_core_of_one_choice_a_layer_is_widened_until_the_optimum_is_proven(
     case: Case, gap: float
 ) -> None:

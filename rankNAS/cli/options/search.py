@@ -39,7 +39,7 @@ class SearchOptions(ModelOptions):
     study: str | None = option(None, "Name of the study. Default: a new one.", SEARCH)
     start: str | None = option(
         None,
-        "Evaluate this allocation first: a file such as best.json, or a study, whose best it is.",
+        "Evaluate this allocation first: a file such as best.json, or the best of a study.",
         SEARCH,
     )
     storage: str | None = option(
