@@ -52,12 +52,14 @@ sys.stdin.read()
 
 # Before pytest-xdist, which reads the marks.
 @pytest.hookimpl(tryfirst=True)
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Each group of tests runs in one process."""
+    if item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each group of tests runs in one process; long ones begin first."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    """Long groups begin first."""
     items.sort(key=rank_of)
 
 
