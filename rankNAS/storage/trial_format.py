@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Literal, cast
 
@@ -65,7 +64,7 @@ class TrialFormat:
         if trial.probe:
             attributes["probe"] = True
         attributes["budget_key"] = trial.budget_key
-        attributes[CHECK] = [token, _digest(trial)]
+        attributes[CHECK] = [token, _digest(trial, trial.metrics)]
         complete = trial.state == "complete"
         return FrozenTrial(
             number=-1,
@@ -118,7 +117,7 @@ class TrialFormat:
             )
             token, digest = attributes.get(CHECK, ("", None))
             # The checksum covers the metrics as written.
-            whole = digest in (None, _digest(replace(trial, metrics=attributes[TRIAL_METRICS])))
+            whole = digest in (None, _digest(trial, attributes[TRIAL_METRICS]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
         if not whole:
@@ -130,13 +129,13 @@ class TrialFormat:
         return {"params": labels, "distributions": {k: self.distributions[k] for k in labels}}
 
 
-def _digest(trial: Trial) -> str:
+def _digest(trial: Trial, metrics: Mapping[str, float]) -> str:
     """Checksum of a stored trial, without its time."""
     stored = [
         trial.allocation.labels(),
         trial.state,
         [float(v) for v in trial.values] if trial.state == "complete" else [],
-        dict(trial.metrics),
+        dict(metrics),
         trial.reason,
         trial.probe,
         trial.budget_key,
