@@ -217,7 +217,7 @@ def checked(cls: type, content: object) -> dict[str, Any]:
 def with_current_names(
     cls: type,
     content: Mapping[str, Any],
-    written: Callable[[str], str] | None,
+    written: Callable[[str], str],
     where: str = "",
 ) -> dict[str, Any]:
     """Options with their earlier names, and earlier names in their values, replaced.
@@ -225,9 +225,7 @@ def with_current_names(
     Args:
         cls: The dataclass of the options.
         content: Values by name.
-        written: Formats a name as in the source. Each replacement gives a `RenamedWarning`, and
-            both names together are an error. None replaces silently; if both names are given, the
-            earlier one wins.
+        written: Formats a name as in the source. Each replacement gives a `RenamedWarning`.
         where: The source of the options, as a prefix of messages.
 
     Raises:
@@ -238,25 +236,23 @@ def with_current_names(
         for old in spec.old_names:
             if old not in found:
                 continue
-            if written is not None:
-                earlier, now = where + written(old), written(spec.name)
-                if spec.name in found:
-                    raise UsageError(f"{earlier} is now {now}; give only one of them.")
-                warn_renamed(earlier, now)
+            earlier, now = where + written(old), written(spec.name)
+            if spec.name in found:
+                raise UsageError(f"{earlier} is now {now}; give only one of them.")
+            warn_renamed(earlier, now)
             found[spec.name] = found.pop(old)
         values = spec.option.renamed_values
         if values and isinstance(found.get(spec.name), list):
-            warn = None if written is None else where
-            found[spec.name] = _current_values(spec, found[spec.name], warn)
+            found[spec.name] = _current_values(spec, found[spec.name], where)
     return found
 
 
-def _current_values(spec: Spec, given: Sequence[Any], where: str | None) -> list[Any]:
-    """The values with earlier names replaced; warns if the source is known."""
+def _current_values(spec: Spec, given: Sequence[Any], where: str) -> list[Any]:
+    """The values with earlier names replaced, each with a warning."""
     table, found = spec.option.renamed_values, []
     for value in given:
         known = isinstance(value, str) and value in table
-        if known and where is not None:
+        if known:
             warn_renamed(f"{where}{spec.name} {value!r}", repr(table[value]))
         found.append(table[value] if known else value)
     return found
