@@ -21,6 +21,8 @@ from rankNAS.search_spaces.base import Layer, SearchSpace
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rankNAS.trees import Inputs
+
 __all__ = [
     "CallableModel",
     "HardwareModel",
@@ -74,7 +76,7 @@ class HardwareModel(ABC):
         self,
         network: nn.Module | None,
         space: SearchSpace,
-        inputs: Tensor | None = None,
+        inputs: Inputs | Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> HardwareModel:
         """The model, prepared for a space. It is called once, before any prediction.
@@ -82,7 +84,7 @@ class HardwareModel(ABC):
         Args:
             network: The network that the space was compiled from; None if it is not available.
             space: The space, compiled for the batch size to predict.
-            inputs: At least one input of the network; None if none is available.
+            inputs: The network's arguments for at least one sample; None if not available.
             on_progress: Called with (steps done, steps in total).
 
         Raises:

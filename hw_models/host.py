@@ -57,6 +57,7 @@ from rankNAS.hw_models.timing import (
 )
 from rankNAS.io.files import cache_folder
 from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.trees import Inputs, to_device
 
 __all__ = ["Host", "general_shapes"]
 
@@ -118,7 +119,7 @@ class Host(StageModel):
         self,
         network: nn.Module | None,
         space: SearchSpace,
-        inputs: Tensor | None = None,
+        inputs: Inputs | Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> Host:
         wanted = list(dict.fromkeys(stage_key(s) for s in stages_of(space)))
@@ -302,10 +303,10 @@ class Host(StageModel):
         medians, spread = np.median(times, axis=0).tolist(), spread_of_median(times).tolist()
         return [Measurement(m, s, len(times)) for m, s in zip(medians, spread, strict=True)]
 
-    def _whole(self, network: nn.Module, space: SearchSpace, inputs: Tensor) -> _Whole:
+    def _whole(self, network: nn.Module, space: SearchSpace, inputs: Inputs) -> _Whole:
         """The network under several allocations, for timing between the stages."""
         device = torch.device(self.device)
-        x = inputs.to(device)
+        x = to_device(inputs, device)
         allocations = [space.dense, *random_allocations(space, self.networks, self.seed)]
         networks = [built(network, allocation, x) for allocation in allocations]
         watched = [each.watching(space.layers.values()) for each in networks]

@@ -17,6 +17,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import skeleton
 from rankNAS.hw_models.timing import Array, wait_for
 from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.trees import Inputs, channels_last, device_of, tensors, with_size
 
 __all__ = [
     "Network",
@@ -36,14 +37,15 @@ class Network:
 
     Args:
         model: The model in evaluation mode, on the device of the inputs.
-        inputs: The inputs of every pass.
+        inputs: The arguments of every pass.
     """
 
-    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: nn.Module, inputs: Inputs | Tensor) -> None:
+        self.model, self.inputs = model, Inputs.of(inputs)
+        self.device = device_of(model)
 
     def __call__(self) -> Any:
-        return self.model(self.inputs)
+        return self.inputs.run(self.model)
 
     def watching(self, layers: Iterable[Layer]) -> Watch:
         """A callable that runs the network and records the time of each layer."""
@@ -81,7 +83,7 @@ class Watch:
         self._rows.append(self._spent)
 
     def _add(self, i: int, sign: int, *_: object) -> None:
-        wait_for(self._network.inputs.device)
+        wait_for(self._network.device)
         self._spent[i] += sign * time.perf_counter()
 
     def seconds(self) -> Array:
@@ -90,7 +92,7 @@ class Watch:
         return medians
 
 
-def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Network:
+def built(network: nn.Module, allocation: Allocation, inputs: Inputs | Tensor) -> Network:
     """The network under an allocation, with random weights."""
     model = skeleton(copy.deepcopy(network), allocation).eval()
     for module in model.modules():
@@ -99,16 +101,18 @@ def built(network: nn.Module, allocation: Allocation, inputs: Tensor) -> Network
                 # Small normal values: denormal and infinite values would slow the arithmetic down.
                 drawn = 0.05 * torch.randn(parameter.shape).to(parameter.dtype)
                 setattr(module, name, nn.Parameter(drawn, requires_grad=False))
-    model, x = model.to(inputs.device), inputs
-    if x.dim() == 4:
+    x = Inputs.of(inputs)
+    first = tensors(x)
+    model = model.to(first[0].device) if first else model
+    if any(tensor.dim() == 4 and tensor.is_floating_point() for tensor in first):
         model = model.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-    return Network(model, x)
+    return Network(model, channels_last(x))
 
 
-def batched(inputs: Tensor, size: int) -> Tensor:
+def batched(inputs: Inputs | Tensor, size: int) -> Inputs:
     """The inputs, repeated to a batch of the given size."""
-    return inputs.repeat(math.ceil(size / len(inputs)), *[1] * (inputs.dim() - 1))[:size]
+    found: Inputs = with_size(Inputs.of(inputs), size)
+    return found
 
 
 def random_allocations(space: SearchSpace, count: int, seed: int) -> list[Allocation]:

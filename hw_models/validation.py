@@ -17,6 +17,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.hw_models.base import LatencyTables, Progress
 from rankNAS.hw_models.networks import batched, built
 from rankNAS.hw_models.timing import Array, interleaved, spread_of_median, waiting
+from rankNAS.trees import Inputs, to_device
 
 __all__ = ["Agreement", "agreement", "validate"]
 
@@ -65,7 +66,7 @@ class Agreement:
 def validate(
     tables: LatencyTables,
     network: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs | Tensor,
     allocations: Mapping[str, Allocation],
     *,
     batch: int = 1,
@@ -85,7 +86,7 @@ def validate(
     Args:
         tables: Latency predictions for a space of the network.
         network: The network that the space was compiled from.
-        inputs: At least one input.
+        inputs: The network's arguments for at least one sample.
         allocations: The allocations by name.
         batch: Inputs per forward pass.
         device: The device to measure.
@@ -105,7 +106,7 @@ def validate(
     if not allocations:
         raise UsageError("there is no allocation to validate; give at least one.")
     device = torch.device(device)
-    x = batched(inputs, batch).to(device)
+    x = to_device(batched(inputs, batch), device)
     dense = Allocation.of({name: choices[0] for name, choices in tables.choices.items()})
     names = list(allocations)
     blocks = [names[i : i + BLOCK] for i in range(0, len(names), BLOCK)]

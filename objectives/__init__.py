@@ -3,88 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rankNAS import renamed
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.lazy import Catalogue, exports
 from rankNAS.plugins import load_callable
+from rankNAS.tasks import METRICS
 
 if TYPE_CHECKING:
-    from rankNAS.objectives.base import Direction, EvaluationResult, Objective, ObjectiveBase
+    from rankNAS.objectives.base import EvaluationResult, Objective, ObjectiveBase
     from rankNAS.objectives.costs import CostObjective, Latency
-    from rankNAS.objectives.quality import Accuracy, KLDivergence, Loss, ReverseKL
+    from rankNAS.objectives.quality import Metric
+    from rankNAS.tasks.base import Direction, Task
 
 __all__ = [
     "CATALOGUE",
     "DIRECTIONS",
     "OBJECTIVES",
-    "Accuracy",
-    "KLDivergence",
-    "EvaluationResult",
     "CostObjective",
-    "Direction",
+    "EvaluationResult",
     "Latency",
-    "Loss",
+    "Metric",
     "Objective",
     "ObjectiveBase",
-    "ReverseKL",
     "make_objective",
 ]
 
-_COST = (
-    "rankNAS.objectives.costs:CostObjective",
-    "An exact cost of the whole network: ``macs``, ``params`` or ``weight_bytes``.",
-)
-#: Name to (class, first line of its docstring). Listing imports nothing.
-CATALOGUE: dict[str, tuple[str, str]] = {
-    "accuracy": (
-        "rankNAS.objectives.quality:Accuracy",
-        "Classification accuracy on the validation data, in [0, 1].",
-    ),
-    "loss": (
-        "rankNAS.objectives.quality:Loss",
-        "Loss on the validation data: cross entropy in nats, or mean squared error.",
-    ),
-    "kl_divergence": (
-        "rankNAS.objectives.quality:KLDivergence",
-        "Divergence from the dense model's outputs, KL(dense || compressed) in nats.",
-    ),
-    "reverse_kl": (
-        "rankNAS.objectives.quality:ReverseKL",
-        "Divergence from the dense model's outputs, KL(compressed || dense) in nats.",
-    ),
-    "macs": _COST,
-    "params": _COST,
-    "weight_bytes": _COST,
+_COST = "An exact cost of the whole network: ``macs``, ``params`` or ``weight_bytes``."
+#: Name to (class, first line of its docstring), of costs. Listing imports nothing.
+COSTS: dict[str, tuple[str, str]] = {
+    "macs": ("rankNAS.objectives.costs:CostObjective", _COST),
+    "params": ("rankNAS.objectives.costs:CostObjective", _COST),
+    "weight_bytes": ("rankNAS.objectives.costs:CostObjective", _COST),
     "latency": (
         "rankNAS.objectives.costs:Latency",
         "Median seconds of one forward pass of the compressed network, measured on its device.",
     ),
 }
+#: Name to (class, description), of the metrics of all built-in tasks and of costs.
+CATALOGUE: dict[str, tuple[str, str]] = {
+    **{name: ("rankNAS.objectives.quality:Metric", text) for name, (_, text) in METRICS.items()},
+    **COSTS,
+}
 #: Name to direction, for listings.
 DIRECTIONS: dict[str, Direction] = {
-    name: "maximize" if name == "accuracy" else "minimize" for name in CATALOGUE
+    name: cast("Direction", METRICS[name][0]) if name in METRICS else "minimize"
+    for name in CATALOGUE
 }
+
+
+def _made(name: str, objective: Any) -> ObjectiveBase:
+    given = {"direction": DIRECTIONS[name]} if name in METRICS else {}
+    made: ObjectiveBase = objective(name=name, **given)
+    return made
+
+
 #: Name to objective, imported on first use.
-OBJECTIVES: Mapping[str, ObjectiveBase] = Catalogue(
-    CATALOGUE, lambda name, objective: objective(name=name)
-)
+OBJECTIVES: Mapping[str, ObjectiveBase] = Catalogue(CATALOGUE, _made)
 
-_BASE = ("Direction", "EvaluationResult", "Objective", "ObjectiveBase")
+_BASE = ("EvaluationResult", "Objective", "ObjectiveBase")
 _MODULES = {home.partition(":")[2]: home.partition(":")[0] for home, _ in CATALOGUE.values()}
-__getattr__ = renamed.renamed_exports(
-    __name__,
-    {"Agreement": "KLDivergence", "ReverseAgreement": "ReverseKL"},
-    exports(__name__, _MODULES | dict.fromkeys(_BASE, "rankNAS.objectives.base")),
-)
+__getattr__ = exports(__name__, _MODULES | dict.fromkeys(_BASE, "rankNAS.objectives.base"))
 
 
-def make_objective(given: str | ObjectiveBase) -> ObjectiveBase:
+def make_objective(given: str | ObjectiveBase, task: Task | None = None) -> ObjectiveBase:
     """The objective for a name, ``file.py:function[=DIRECTION]``, or an objective itself.
 
     The direction of a function is the text after ``=``, else its attribute ``direction``, else
     ``maximize``.
+
+    Args:
+        given: The name or the objective.
+        task: The task whose metrics may be named; None accepts those of all built-in tasks.
 
     Raises:
         UnknownNameError: There is no such objective.
@@ -104,10 +95,27 @@ def make_objective(given: str | ObjectiveBase) -> ObjectiveBase:
         )
     if ".py:" not in given:
         given = renamed.current_name(renamed.OBJECTIVES, given, what="the objective")
-        if given not in OBJECTIVES:
-            raise UnknownNameError("objective", given, OBJECTIVES, "Or path/to/file.py:function.")
-        return OBJECTIVES[given]
+        return _named(given, task)
     path, _, name_direction = given.rpartition(":")
     name, _, direction = name_direction.partition("=")
     fn = load_callable(f"{path}:{name}", "objective")
     return Objective(fn, cast("Direction", direction or getattr(fn, "direction", "maximize")))
+
+
+def _named(name: str, task: Task | None) -> ObjectiveBase:
+    """The objective for a name; a metric must be one of the task."""
+    if task is None or name in COSTS:
+        if name in OBJECTIVES:
+            return OBJECTIVES[name]
+        raise UnknownNameError("objective", name, OBJECTIVES, "Or path/to/file.py:function.")
+    from rankNAS.objectives.quality import Metric
+
+    if name in task.directions:
+        return Metric(name, task.directions[name])
+    if name in METRICS:
+        raise UsageError(
+            f"the objective {name!r} is no metric of this data: the task is {task.describe()}, "
+            f"with {', '.join(task.directions)}. Choose one of them, or give another task."
+        )
+    known = [*task.directions, *COSTS]
+    raise UnknownNameError("objective", name, known, "Or path/to/file.py:function.")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankNAS.allocation import Allocation
+from rankNAS.data.samples import Samples
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.renamed import renamed_exports
+from rankNAS.tasks.base import Direction, Task
+from rankNAS.trees import Inputs, channels_last
 
 __all__ = ["EvaluationResult", "Direction", "Objective", "ObjectiveBase"]
 
-Direction = Literal["maximize", "minimize"]
 __getattr__ = renamed_exports(__name__, {"Candidate": "EvaluationResult"})
 
 
@@ -27,21 +29,39 @@ class EvaluationResult:
 
     Args:
         allocation: The allocation.
-        logits: Outputs on the validation inputs, (samples, …).
-        dense_logits: Outputs of the dense model.
-        targets: Validation targets.
-        inputs: Validation inputs.
+        metrics: The task's metrics on the validation samples.
         costs: Exact costs of the whole network by name.
+        task: Reads batches and outputs.
+        samples: The validation samples.
         build: Builds the compressed network in evaluation mode; called on demand.
+        device: The device of the network.
+        batch_size: Samples per batch of `batches`.
     """
 
     allocation: Allocation
-    logits: Tensor
-    dense_logits: Tensor
-    targets: Tensor
-    inputs: Tensor
+    metrics: Mapping[str, float]
     costs: Mapping[str, float]
+    task: Task
+    samples: Samples
     build: Callable[[], nn.Module]
+    device: torch.device | str = "cpu"
+    batch_size: int = 256
+
+    def data(self) -> Any:
+        """All validation samples as one batch, such as ``(inputs, targets)``.
+
+        Raises:
+            DataError: Their shapes differ.
+        """
+        return channels_last(self.samples.batch(self.device))
+
+    def batches(self) -> Iterator[Any]:
+        """The validation samples in batches."""
+        return self.samples.batches(self.batch_size, device=self.device)
+
+    def example(self, count: int) -> Inputs:
+        """The model's arguments for the first samples."""
+        return self.task.inputs_of(channels_last(self.samples.example(count, self.device)))
 
 
 class ObjectiveBase(ABC):
@@ -85,10 +105,12 @@ class Objective(ObjectiveBase):
     """An objective from any function of the compressed network and the validation data.
 
     Args:
-        fn: Takes the network (``nn.Module``, evaluation mode) and the validation data
-            (``inputs, targets``); returns a number.
+        fn: Takes the network (``nn.Module``, evaluation mode) and the validation data: all samples
+            as one batch in the form of the data, such as ``(inputs, targets)``; returns a number.
         direction: ``maximize`` or ``minimize``.
         name: Defaults to the function's name.
+        batches: Give the function an iterable of batches instead, for data that are too large or
+            too unequal for one batch.
 
     Raises:
         UsageError: `fn` is not callable, or the direction is unknown.
@@ -100,9 +122,10 @@ class Objective(ObjectiveBase):
         'depth'
     """
 
-    fn: Callable[[nn.Module, tuple[Tensor, Tensor]], float]
+    fn: Callable[[nn.Module, Any], float]
     direction: Direction = "maximize"
     name: str = ""
+    batches: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.fn):
@@ -115,4 +138,5 @@ class Objective(ObjectiveBase):
             object.__setattr__(self, "name", getattr(self.fn, "__name__", "objective"))
 
     def measure(self, candidate: EvaluationResult) -> float:
-        return self.fn(candidate.build(), (candidate.inputs, candidate.targets))
+        data = candidate.batches() if self.batches else candidate.data()
+        return self.fn(candidate.build(), data)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.objectives.base import Direction, EvaluationResult, ObjectiveBase
+from rankNAS.trees import Inputs, device_of
 
 __all__ = ["CostObjective", "Latency", "median_seconds"]
 
@@ -43,18 +44,19 @@ class Latency(ObjectiveBase):
     direction: Direction = "minimize"
 
     def measure(self, candidate: EvaluationResult) -> float:
-        return median_seconds(candidate.build(), candidate.inputs[: self.batch_size], self.repeats)
+        return median_seconds(candidate.build(), candidate.example(self.batch_size), self.repeats)
 
 
 @torch.no_grad()
-def median_seconds(network: nn.Module, inputs: Tensor, repeats: int) -> float:
+def median_seconds(network: nn.Module, inputs: Inputs | Tensor, repeats: int) -> float:
     """Median seconds of a forward pass."""
+    given, device = Inputs.of(inputs), device_of(network)
     seconds = []
     for repeat in range(repeats + 2):
         started = time.perf_counter()
-        network(inputs)
-        if inputs.is_cuda:
-            torch.cuda.synchronize(inputs.device)
+        given.run(network)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         if repeat >= 2:
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)

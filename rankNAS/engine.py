@@ -29,15 +29,18 @@ from rankNAS.strategies.binding import bind
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
+from rankNAS.tasks.base import Task
+from rankNAS.tasks.infer import make_task, resolve_task
 
-__all__ = ["run", "search"]
+__all__ = ["objectives_of", "run", "search"]
 
 
 def search(
     model: nn.Module,
     data: DataSource,
     *,
-    objectives: Sequence[str | ObjectiveBase] = ("accuracy",),
+    task: str | Task | None = None,
+    objectives: Sequence[str | ObjectiveBase] | None = None,
     budget: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None,
     strategy: str | Strategy = "auto",
     n_trials: int = 40,
@@ -59,8 +62,12 @@ def search(
 
     Args:
         model: The dense model; it is not changed.
-        data: A source (see `load_data`), a `Data`, or a training and a test set.
-        objectives: Names, or `Objective` objects. With several, see ``Study.pareto_front``.
+        data: A source (see `load_data`), a `Data`, a training and a test set, or one set alone,
+            labelled or not.
+        task: What the model is for: a name (see `rankNAS.tasks.TASKS`) or a `Task`; found from the
+            data and the model's output if None.
+        objectives: Names, or `Objective` objects; by default the task's first metric. With
+            several, see ``Study.pareto_front``.
         budget: Cost name to the fraction kept of the dense model's, for example
             ``{"macs": 0.3}``. A sequence of budgets runs one search per budget, with the same
             factors, tables and trials.
@@ -106,15 +113,20 @@ def search(
     workers = Workers(workers) if isinstance(workers, int) else workers
     started = time.perf_counter()
     chosen = make_strategy(strategy)
-    measured = [make_objective(o) for o in objectives]
+    for objective in objectives or ():
+        make_objective(objective, None if task is None else make_task(task))
     budgets = check_budgets(budget)
-    _check(n_trials, measured)
-    if settings.early_stopping:
-        SuccessiveHalving([o.name for o in measured], [o.direction for o in measured])
+    if n_trials < 1:
+        raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
     loaded = load_data(data)
+    resolved = resolve_task(task, model, loaded)
+    measured = objectives_of(objectives, resolved)
+    if settings.early_stopping:
+        _pruner(measured, resolved)
     context, problems = prepare(
         model,
         loaded,
+        resolved,
         strategies=[chosen],
         budgets=budgets,
         objectives=measured,
@@ -132,6 +144,7 @@ def search(
         configuration=study_identity(
             model,
             loaded,
+            resolved,
             chosen,
             measured,
             budgets,
@@ -155,20 +168,36 @@ def search(
     return study
 
 
-def _check(n_trials: int, objectives: Sequence[ObjectiveBase]) -> None:
-    if n_trials < 1:
-        raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
+def objectives_of(given: Sequence[str | ObjectiveBase] | None, task: Task) -> list[ObjectiveBase]:
+    """The objectives, by default the first metric of the task; all are checked.
+
+    Raises:
+        UsageError: There is none, two have one name, or one has the name of a cost.
+    """
+    names = [next(iter(task.directions))] if given is None else given
+    objectives = [make_objective(objective, task) for objective in names]
     if not objectives:
-        raise UsageError("at least one objective is needed, for example 'accuracy'.")
-    names = [o.name for o in objectives]
-    if len(set(names)) < len(names):
-        raise UsageError(f"objectives must have different names, got {', '.join(names)}.")
+        raise UsageError(
+            f"at least one objective is needed, for example {next(iter(task.directions))!r}."
+        )
+    found = [o.name for o in objectives]
+    if len(set(found)) < len(found):
+        raise UsageError(f"objectives must have different names, got {', '.join(found)}.")
     for objective in objectives:
         if objective.name in BUDGET_COSTS and not isinstance(objective, CostObjective | Latency):
             raise UsageError(
                 f"an objective of yours has the name of a cost, {objective.name!r}, which is "
                 "known without measuring; give it another name."
             )
+    return objectives
+
+
+def _pruner(objectives: Sequence[ObjectiveBase], task: Task) -> SuccessiveHalving:
+    return SuccessiveHalving(
+        [o.name for o in objectives],
+        [o.direction for o in objectives],
+        metrics=tuple(task.directions),
+    )
 
 
 def _check_choices(problem: Problem, store: StudyStore) -> None:
@@ -209,7 +238,7 @@ def run(
         study.evaluator.remember(trial.allocation, trial.metrics, final=final)
     problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
-        pruner = SuccessiveHalving(problem.objectives, problem.directions)
+        pruner = SuccessiveHalving(problem.objectives, problem.directions, metrics=problem.metrics)
         pruner.learn(history)
     executor: Executor
     if workers is not None and workers.parallel:

@@ -8,20 +8,18 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, Select, factorise
 from rankNAS.data.base import Data
-from rankNAS.data.batches import in_memory, len_of
-from rankNAS.data.labels import check_labels
+from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits, held_out, split
 from rankNAS.decompositions.shapes import COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
-from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
@@ -35,6 +33,8 @@ from rankNAS.solver.pareto import pareto_filter
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
+from rankNAS.tasks.base import Task
+from rankNAS.trees import Inputs
 
 __all__ = ["prepare", "requests"]
 
@@ -42,6 +42,7 @@ __all__ = ["prepare", "requests"]
 def prepare(
     model: nn.Module,
     data: Data,
+    task: Task,
     *,
     strategies: Sequence[Strategy],
     budgets: Sequence[Mapping[str, float]],
@@ -59,6 +60,7 @@ def prepare(
     Args:
         model: The dense model; it is not changed.
         data: The data.
+        task: Reads batches and outputs; see `resolve_task`.
         strategies: All strategies that will be used; the choices that any of them may need stay.
         budgets: One for each problem.
         objectives: What is measured.
@@ -85,11 +87,10 @@ def prepare(
     splits = split(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
-    recovery = _recovery(data, splits, settings, seed)
+    recovery = _recovery(splits, task, settings, seed)
     model = copy.deepcopy(separate_attention(model)).to(device).eval()
-    inputs = splits.calibration[0].to(device)
-    check_labels(data, _outputs(model, inputs))
-    space = space or compile_space(model, inputs[:1], policy=settings.policy)
+    example = task.inputs_of(splits.calibration.example(1, device))
+    space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
     for budget in budgets:
@@ -98,19 +99,22 @@ def prepare(
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
-        space, latency = _latency(model, space, inputs[:1], settings, hardware, report, start)
+        space, latency = _latency(model, space, example, settings, hardware, report, start)
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     select = _selection(names, latency, settings.choices, needs, start)
-    factorisation = _factorised(model, space, inputs, settings, seed, select, report)
+    factorisation = _factorised(
+        model, space, splits.calibration, task, settings, seed, select, report
+    )
     if latency is not None:
         latency = latency.restrict(
             {name: layer.choices for name, layer in factorisation.space.layers.items()}
         )
-    problems = _problems(factorisation, budgets, objectives, latency)
+    problems = _problems(factorisation, task, budgets, objectives, latency)
     evaluator = Evaluator(
         factorisation,
-        splits.calibration[0],
+        task,
+        splits.calibration,
         splits.validation,
         objectives,
         extra_costs=None if latency is None else partial(_predicted, latency),
@@ -133,30 +137,22 @@ def requests(
 ) -> list[Request]:
     """One request to a strategy for each budget; known before any work is done."""
     names = [o.name for o in objectives]
-    training = len_of(data.train) - held_out(len_of(data.train), settings.validation)
-    return [Request(b, names, training, data.num_classes is not None) for b in budgets]
+    training = len(data.train) - held_out(len(data.train), settings.validation)
+    return [Request(b, names, training) for b in budgets]
 
 
-def _recovery(data: Data, splits: Splits, settings: Settings, seed: int) -> Recovery | None:
+def _recovery(splits: Splits, task: Task, settings: Settings, seed: int) -> Recovery | None:
     """The training of every trial's network, with its samples in memory."""
     if settings.recovery is None:
         return None
-    if data.num_classes is None:
-        raise UsageError(f"{data.name} has no class labels; networks cannot be trained on it.")
-    recovery = Recovery.of(splits, settings.recovery, seed, settings.recovery_samples)
-    return replace(recovery, data=in_memory(recovery.data))
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, inputs: Tensor) -> int:
-    """Size of the last axis of the model's output."""
-    return int(model(inputs[:1]).shape[-1])
+    recovery = Recovery.of(splits, task, settings.recovery, seed, settings.recovery_samples)
+    return replace(recovery, data=recovery.data.kept())
 
 
 def _latency(
     model: nn.Module,
     space: SearchSpace,
-    example: Tensor,
+    example: Inputs,
     settings: Settings,
     hardware: str | HardwareModel,
     report: Progress,
@@ -167,7 +163,7 @@ def _latency(
     Args:
         model: The dense model.
         space: Its space.
-        example: One input.
+        example: The model's arguments for one sample.
         settings: The batch size that counts, and the policy.
         hardware: A name or a `HardwareModel`.
         report: Called with the stage ``time``.
@@ -227,7 +223,8 @@ def _selection(
 def _factorised(
     model: nn.Module,
     space: SearchSpace,
-    inputs: Tensor,
+    samples: Samples,
+    task: Task,
     settings: Settings,
     seed: int,
     select: Select,
@@ -237,7 +234,8 @@ def _factorised(
     statistics = calibrate(
         model,
         space,
-        inputs,
+        samples,
+        task,
         norm=settings.norm,
         seed=seed,
         cache=cache_folder() / "calibration",
@@ -256,6 +254,7 @@ def _factorised(
 
 def _problems(
     factorisation: Factorisation,
+    task: Task,
     budgets: Sequence[Mapping[str, float]],
     objectives: Sequence[ObjectiveBase],
     latency: LatencyTables | None,
@@ -264,7 +263,9 @@ def _problems(
     errors = factorisation.errors()
     named = [(o.name, o.direction) for o in objectives]
     problems = tuple(
-        build_problem(factorisation.space, errors, budget, latency=latency, objectives=named)
+        build_problem(
+            factorisation.space, errors, budget, latency=latency, objectives=named, task=task
+        )
         for budget in budgets
     )
     for problem in problems:

@@ -17,6 +17,7 @@ from rankNAS.recovery.config import TrainingConfig
 from rankNAS.renamed import renamed
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies.base import Strategy
+from rankNAS.tasks.base import Task
 
 __all__ = ["Settings", "study_identity"]
 
@@ -84,6 +85,7 @@ class Settings:
 def study_identity(
     model: nn.Module,
     data: Data,
+    task: Task,
     strategy: Strategy,
     objectives: Sequence[ObjectiveBase],
     budgets: Sequence[Mapping[str, float]],
@@ -96,6 +98,7 @@ def study_identity(
     Args:
         model: The dense model.
         data: The data.
+        task: Reads batches and outputs.
         strategy: The strategy.
         objectives: What is measured.
         budgets: All budgets. Their bounds may change; the costs that they bound may not, because
@@ -107,6 +110,7 @@ def study_identity(
     return {
         "weights": fingerprint(model.state_dict()),
         "data": data.fingerprint,
+        "task": task.identity,
         "strategy": strategy,
         "objectives": [f"{o.name}={o.direction}" for o in objectives],
         "costs": sorted({name for budget in budgets for name in budget}),

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import nn
-from torch.utils.data import Dataset
 
 from rankNAS.allocation import Allocation
 from rankNAS.data.base import Data
+from rankNAS.data.samples import Samples, Source
 from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator
-from rankNAS.evaluation.outputs import test_metrics
+from rankNAS.evaluation.outputs import Reference, network_metrics, test_batches
+from rankNAS.exceptions import StudyError
 from rankNAS.models import artifact
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train
@@ -27,6 +29,7 @@ from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Problem
+from rankNAS.tasks.base import Task
 
 __all__ = ["Study", "front"]
 
@@ -98,6 +101,11 @@ class Study:
         return self.context.splits
 
     @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return self.context.task
+
+    @property
     def final(self) -> bool:
         """Whether trials, except probes, evaluate the network that `materialise` returns."""
         return self.strategy.refits or self.evaluator.recovery is not None
@@ -144,9 +152,38 @@ class Study:
         return network.cpu()
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
-        """Loss and accuracy on the test data, which the search never sees."""
+        """The task's metrics on the test data, which the search never sees.
+
+        Raises:
+            StudyError: There are no test data.
+        """
+        if self.splits.test is None:
+            raise StudyError(
+                f"{self.data.name} has no test data; give a pair (train, test), or see the "
+                "validation metrics of the trials."
+            )
         network = self.materialise() if network is None else network
-        return test_metrics(network, self.splits.test, device=self.evaluator.device)
+        return self.measure(network, self.splits.test, self._test_reference)
+
+    def measure(
+        self, network: nn.Module, samples: Samples, reference: Reference | None = None
+    ) -> dict[str, float]:
+        """The task's metrics of a network on samples, without the divergences if no reference.
+
+        Args:
+            network: The network.
+            samples: The samples.
+            reference: The dense model's predictions for them.
+        """
+        device = self.evaluator.device
+        return network_metrics(network, samples, self.task, reference=reference, device=device)
+
+    @cached_property
+    def _test_reference(self) -> Reference | None:
+        if self.splits.test is None:
+            return None
+        batches = test_batches(self.splits.test, device=self.evaluator.device)
+        return Reference(self.task, self.context.factorisation.model, batches)
 
     def finetune(
         self,
@@ -154,7 +191,7 @@ class Study:
         dense: nn.Module,
         config: TrainingConfig,
         *,
-        data: Dataset[Any] | None = None,
+        data: Source | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> nn.Module:
         """Train a compressed network in place, on the training data or a part of it.
@@ -170,8 +207,9 @@ class Study:
             network,
             self.splits.training if data is None else data,
             config,
+            task=self.task,
             augmentation=self.splits.augmentation,
-            teacher=copy.deepcopy(dense) if config.distill > 0 else None,
+            teacher=copy.deepcopy(dense),
             device=self.evaluator.device,
             on_step=on_step,
         )

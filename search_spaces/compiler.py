@@ -23,6 +23,7 @@ from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
+from rankNAS.trees import Inputs, tensors
 
 __all__ = ["compile_space", "count_macs"]
 
@@ -42,8 +43,8 @@ def compile_space(
 
     Args:
         model: Any module; ``nn.MultiheadAttention`` is treated as four linear layers.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments, on the
-            model's device (``meta`` included). Costs refer to exactly this input.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or
+            `Inputs`, on the model's device (``meta`` included). Costs refer to exactly this input.
         policy: Policy for the candidate ranks.
         exclude: Regular expressions; a layer whose path matches one of them stays dense.
         keep_output_dense: Keep the last layer of the forward pass dense.
@@ -129,11 +130,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
 
 
 def _forward(model: nn.Module, example_inputs: Any) -> Any:
-    if isinstance(example_inputs, dict):
-        return model(**example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return model(*example_inputs)
-    return model(example_inputs)
+    return Inputs.of(example_inputs).run(model)
 
 
 @contextmanager
@@ -148,11 +145,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _shape_of(example_inputs: Any) -> tuple[int, ...]:
-    if isinstance(example_inputs, dict):
-        example_inputs = list(example_inputs.values())
-    if isinstance(example_inputs, tuple | list):
-        example_inputs = example_inputs[0] if example_inputs else torch.empty(0)
-    return tuple(getattr(example_inputs, "shape", ()))
+    found = tensors(Inputs.of(example_inputs))
+    return tuple(found[0].shape) if found else ()
 
 
 def _is_decomposable(module: nn.Module) -> bool:

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from rankNAS.compression.patches import folded, patches
 from rankNAS.decompositions.norms import Statistics
+from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
 from rankNAS.search_spaces.base import Layer
 
-__all__ = ["MomentAccumulator", "unbiased_covariance"]
+__all__ = ["MomentAccumulator", "counted", "unbiased_covariance"]
 
 
 class MomentAccumulator:
@@ -33,16 +34,24 @@ class MomentAccumulator:
         self._moment = self._mean = _zero()
         self._patches = 0
 
-    def add_input(self, x: Tensor) -> None:
-        """Add the patches of a batch of inputs."""
-        P = patches(self.layer.shape, x, self.generator)  # (g, N, n)
+    def add_input(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the patches of a batch of inputs.
+
+        Args:
+            x: The inputs.
+            mask: The positions (N, T) that count, for layers whose inputs are (N, T, features).
+        """
+        P = patches(
+            self.layer.shape, counted(self.layer.shape, x, mask), self.generator
+        )  # (g, N, n)
         self._moment = self._moment + (P.mT @ P).double()
         self._mean = self._mean + P.sum(1).double()
         self._patches += P.shape[1]
 
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Add the loss gradients at the outputs of a batch."""
+    def add_gradient(self, gradient: Tensor, mask: Tensor | None = None) -> None:
+        """Add the loss gradients at the outputs of a batch; for the mask see `add_input`."""
         shape = self.layer.shape
+        gradient = counted(self.layer.shape, gradient, mask)
         if shape.kernel:
             gradient = gradient.movedim(-1 - len(shape.kernel), -1)
         D = gradient.reshape(-1, shape.groups, shape.outputs // shape.groups).transpose(0, 1)
@@ -85,6 +94,15 @@ class MomentAccumulator:
             covariance = self._covariance / self._groups
             moment = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
         return moment[:, order][:, :, order], mean[:, order]
+
+
+def counted(shape: LayerShape, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions that count, in at least float32: half precision overflows in sums."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if mask is None or shape.kernel or x.shape[:-1] != mask.shape:
+        return x
+    return x[mask]
 
 
 def _zero() -> Tensor:

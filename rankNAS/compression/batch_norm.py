@@ -11,7 +11,6 @@ difference between the two networks on the same inputs (`BatchNormReference`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeGuard
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.exceptions import UsageError
+from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
 
 __all__ = [
     "BatchNormReference",
     "cumulative_averaging",
-    "even_chunks",
     "has_batch_norm",
     "is_tracking",
     "reestimate_batch_norm",
@@ -39,7 +38,9 @@ def has_batch_norm(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 256) -> nn.Module:
+def reestimate_batch_norm(
+    network: nn.Module, inputs: InputSource, batch_size: int = 256
+) -> nn.Module:
     """The same ``network`` with batch-norm statistics re-estimated in place.
 
     Every running mean and variance becomes the plain average over the batches (Ioffe & Szegedy
@@ -48,7 +49,7 @@ def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 
 
     Args:
         network: The network to change; it ends in evaluation mode.
-        inputs: Unlabelled images (N, C, H, W), or other inputs of the network, N >= 2.
+        inputs: Unlabelled images (N, C, H, W), or other samples or batches of inputs, N >= 2.
         batch_size: Largest number of inputs per forward pass (3 inputs may form one batch when
             ``batch_size`` is 2, because a single input has no variance).
 
@@ -62,14 +63,15 @@ def reestimate_batch_norm(network: nn.Module, inputs: Tensor, batch_size: int = 
     layers = tracking_layers(network)
     if not layers:
         return network
-    if len(inputs) < 2 or batch_size < 2:
+    count = inputs.samples if isinstance(inputs, InputBatches) else len(inputs)
+    if count < 2 or batch_size < 2:
         raise UsageError(
-            f"batch-norm statistics were asked for from {len(inputs)} inputs in batches of "
+            f"batch-norm statistics were asked for from {count} inputs in batches of "
             f"{batch_size}, but a variance needs at least 2; give more inputs or a larger batch."
         )
     with cumulative_averaging(layers):
-        for batch in even_chunks(inputs, batch_size):
-            network(batch)
+        for batch in input_batches(inputs, batch_size, even=True):
+            batch.run(network)
     return network
 
 
@@ -87,11 +89,11 @@ class BatchNormReference:
 
     Args:
         network: The dense network, with its stored statistics.
-        inputs: Calibration inputs; ``network`` is unchanged.
+        inputs: Calibration samples, or batches of their inputs; ``network`` is unchanged.
         batch_size: As for `reestimate_batch_norm`.
     """
 
-    def __init__(self, network: nn.Module, inputs: Tensor, batch_size: int = 256) -> None:
+    def __init__(self, network: nn.Module, inputs: InputSource, batch_size: int = 256) -> None:
         layers = tracking_layers(network)
         self._stored = {layer: _statistics(layer) for layer in layers}
         reestimate_batch_norm(network, inputs, batch_size)
@@ -132,12 +134,6 @@ def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 def tracking_layers(network: nn.Module) -> list[_BatchNorm]:
     """The batch norms that keep running statistics."""
     return [module for module in network.modules() if is_tracking(module)]
-
-
-def even_chunks(inputs: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-    """Chunks whose sizes differ by 1 at most, for equal weights and no chunk of 1 input."""
-    count = min(math.ceil(len(inputs) / batch_size), len(inputs) // 2)
-    return inputs.tensor_split(count)
 
 
 @contextmanager

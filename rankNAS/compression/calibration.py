@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rankNAS.compression.accumulators import MomentAccumulator
 from rankNAS.compression.patches import MAX_POSITIONS
@@ -29,6 +28,11 @@ from rankNAS.io.fingerprints import fingerprint
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.tasks.base import Task
+from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
+from rankNAS.tasks.layout import Layout
+from rankNAS.tasks.matching import Matching
+from rankNAS.trees import device_of, named_tensors
 
 __all__ = ["calibrate"]
 
@@ -39,7 +43,8 @@ POOLED = 32  # samples per group of the pooled covariance, as in the released co
 def calibrate(
     model: nn.Module,
     space: SearchSpace,
-    inputs: Tensor,
+    samples: InputSource,
+    task: Task | None = None,
     *,
     norm: NormName = "fisher",
     batch_size: int = 128,
@@ -52,13 +57,15 @@ def calibrate(
     Args:
         model: The compiled dense model, in evaluation mode.
         space: Its space.
-        inputs: Calibration inputs, (samples, …).
+        samples: Calibration samples, labelled or not; a tensor holds one sample along axis 0.
+        task: Reads inputs and outputs; None for inputs alone and a model that returns class
+            logits.
         norm: ``weight`` needs no statistics and returns none; ``fisher`` needs a backward pass
-            and a model that returns class logits. ``pooled`` averages the means and the unbiased
-            covariances of consecutive groups of 32 samples; groups are slightly larger if 32 does
-            not divide the samples.
+            and samples its targets from the task's likelihood. ``pooled`` averages the means and
+            the unbiased covariances of consecutive groups of 32 samples; groups are slightly
+            larger if 32 does not divide the samples.
         batch_size: Samples per pass; ``pooled`` uses its groups instead.
-        seed: Random seed of the sampled labels and positions.
+        seed: Random seed of the sampled targets and positions.
         cache: Folder in which the result is cached.
         on_batch: Called with (batches done, batches in total).
 
@@ -68,18 +75,19 @@ def calibrate(
     if norm == "weight":
         return {}
     model = separate_attention(model)
-    path = (
-        None if cache is None else cache / f"{_key(model, space, inputs, norm, seed)}.safetensors"
-    )
-    if path is not None and (cached := _read(path, space, inputs.device)) is not None:
-        return cached
-    recorder = _Recorder(space, seed)
+    device = device_of(model)
     pooled = norm == "pooled"
-    groups = max(1, len(inputs) // POOLED)
-    chunks = inputs.tensor_split(groups) if pooled else inputs.split(batch_size)
+    groups = max(1, len(samples) // POOLED) if pooled else None
+    chunks = input_batches(samples, batch_size, task=task, device=device, count=groups)
+    path = None
+    if cache is not None:
+        path = cache / f"{_key(model, space, chunks, task, norm, seed)}.safetensors"
+    if path is not None and (cached := _read(path, space, device)) is not None:
+        return cached
+    recorder = _Recorder(space, seed, task or Matching(by="kl", layout=Layout()))
     with recorder.recording(model, gradients=norm == "fisher"):
-        for done, batch in enumerate(chunks, 1):
-            recorder.run(model, batch, backward=norm == "fisher")
+        for done in range(1, len(chunks) + 1):
+            recorder.run(model, chunks, done - 1, backward=norm == "fisher")
             if pooled:
                 for sums in recorder.sums.values():
                     sums.close_group()
@@ -94,8 +102,9 @@ def calibrate(
 class _Recorder:
     """Accumulates the moments of every layer during forward and backward passes."""
 
-    def __init__(self, space: SearchSpace, seed: int) -> None:
-        self._layers = space.layers
+    def __init__(self, space: SearchSpace, seed: int, task: Task) -> None:
+        self._layers, self._task = space.layers, task
+        self._mask: Tensor | None = None
         self._generator = torch.Generator().manual_seed(seed)
         self.sums = {
             name: MomentAccumulator(layer, self._generator) for name, layer in space.layers.items()
@@ -130,7 +139,8 @@ class _Recorder:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            self.sums[layer.name].add_input((*args, *kwargs.values())[0].detach())
+            x = (*args, *kwargs.values())[0].detach()
+            self.sums[layer.name].add_input(x, self._mask)
             if not gradients:
                 return None
             if not output.requires_grad:
@@ -142,33 +152,42 @@ class _Recorder:
 
         return hook
 
-    def run(self, model: nn.Module, batch: Tensor, *, backward: bool) -> None:
-        """Run a forward pass; with ``backward``, also a backward pass for sampled labels."""
+    def run(self, model: nn.Module, batches: InputBatches, number: int, *, backward: bool) -> None:
+        """Run a forward pass; with ``backward``, also a backward pass for sampled targets."""
+        self._mask = batches.mask(number)
         if not backward:
             with torch.no_grad():
-                model(batch)
+                batches[number].run(model)
             return
         with torch.enable_grad():
-            logits = model(batch)
-            logits = logits.reshape(-1, logits.shape[-1])
-            probabilities = logits.detach().softmax(-1)
-            uniform = torch.rand(len(logits), 1, generator=self._generator).to(probabilities)
-            labels = (probabilities.cumsum(-1) < uniform).sum(-1).clamp_max(logits.shape[-1] - 1)
-            loss = functional.cross_entropy(logits, labels, reduction="sum")
+            prediction = self._task.predict(batches[number].run(model), batches.batch(number))
+            loss = prediction.sampled_loss(self._generator)
             # Gradients only with respect to the recorded outputs; parameters need none.
-            # Layers that do not affect the logits have zero gradients.
+            # Layers that do not affect the prediction have zero gradients.
             outputs = [y for _, y in self._outputs]
             gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
             for (name, _), gradient in zip(self._outputs, gradients, strict=True):
-                self.sums[name].add_gradient(gradient)
+                self.sums[name].add_gradient(gradient, self._mask)
         self._outputs.clear()
 
 
-def _key(model: nn.Module, space: SearchSpace, inputs: Tensor, norm: str, seed: int) -> str:
+def _key(
+    model: nn.Module,
+    space: SearchSpace,
+    batches: InputBatches,
+    task: Task | None,
+    norm: str,
+    seed: int,
+) -> str:
     """Content key of layers, weights, inputs and settings."""
     layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
-    salt = "\n".join([f"2 {norm} {seed} {MAX_POSITIONS} {model}", *layers])
-    return fingerprint({**model.state_dict(), "inputs": inputs}, salt)
+    salt = "\n".join([f"3 {norm} {seed} {MAX_POSITIONS} {task} {model}", *layers])
+    inputs = {
+        f"inputs {i} {name}": tensor
+        for i in range(len(batches))
+        for name, tensor in named_tensors(batches[i])
+    }
+    return fingerprint({**model.state_dict(), **inputs}, salt)
 
 
 def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:

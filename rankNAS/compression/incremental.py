@@ -7,15 +7,19 @@ them. A network that cannot be traced faithfully is run as a whole.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from rankNAS.tasks.feeding import InputBatches
+from rankNAS.trees import Inputs, count_bytes, named_tensors, rows
 
 __all__ = ["CachedPass", "IncrementalExecutor"]
 
@@ -44,6 +48,7 @@ class IncrementalExecutor:
     ) -> None:
         self.nodes, self.result, self.network, self.cut_points = nodes, result, network, cut_points
         self._interpreter = fx.Interpreter(network)
+        self._placeholders = [node for node in nodes if node.op == "placeholder"]
         place = {node: i for i, node in enumerate(nodes)}
         last_use = [i for i, _ in enumerate(nodes)]
         for i, node in enumerate(nodes):
@@ -57,26 +62,26 @@ class IncrementalExecutor:
 
     @classmethod
     def of(
-        cls, model: nn.Module, layers: Mapping[str, Sequence[str]], examples: Iterable[Tensor]
+        cls, model: nn.Module, layers: Mapping[str, Sequence[str]], examples: Sequence[Inputs]
     ) -> IncrementalExecutor | None:
         """The executor of a traced model; None if the model cannot be traced.
 
         Args:
             model: In evaluation mode. Its in-place activations become out-of-place.
             layers: Per layer, all of its paths in the model.
-            examples: Inputs on which the traced network must agree with the model.
+            examples: One or more inputs on which the traced network must agree with the model.
 
         Returns:
             None if the model cannot be traced, or depends on state that the trace lacks.
         """
         try:
             with torch.no_grad():
-                expected = [model(x) for x in examples]
-                stages = _trace(model, layers)
+                expected = [x.run(model) for x in examples]
+                stages = _trace(model, layers, examples[0])
                 if stages is None:
                     return None
                 actual = [stages.run({}, 0, x)[0] for x in examples]
-            same = all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+            same = all(_equal(a, b) for a, b in zip(actual, expected, strict=True))
         except Exception as error:
             logger.debug("the model is not traced: %s", error, exc_info=True)
             return None
@@ -86,7 +91,7 @@ class IncrementalExecutor:
         self,
         values: dict[fx.Node, Any],
         start: int,
-        x: Tensor,
+        x: Inputs,
         keep: Iterable[int] = (),
         stop: int | None = None,
     ) -> tuple[Any, dict[int, dict[fx.Node, Any]]]:
@@ -95,7 +100,7 @@ class IncrementalExecutor:
         Args:
             values: Live values at `start`.
             start: Number of the first operation.
-            x: The network's input.
+            x: The network's inputs.
             keep: Numbers of operations before which live values are cached.
             stop: Number of the operation to stop before; None runs to the end.
 
@@ -110,7 +115,7 @@ class IncrementalExecutor:
         return output, kept
 
     def advance(
-        self, values: dict[fx.Node, Any], start: int, stop: int, x: Tensor
+        self, values: dict[fx.Node, Any], start: int, stop: int, x: Inputs
     ) -> dict[fx.Node, Any]:
         """Live values before operation `stop`, given those before `start`."""
         if start == stop:
@@ -132,7 +137,7 @@ class IncrementalExecutor:
         live_values: dict[fx.Node, Any],
         start: int,
         stop: int,
-        x: Tensor,
+        x: Inputs,
         kept: dict[int, dict[fx.Node, Any]],
         keep: set[int],
     ) -> None:
@@ -142,12 +147,19 @@ class IncrementalExecutor:
                 kept[i] = dict(live_values)
             node = self.nodes[i]
             if node.op == "placeholder":
-                live_values[node] = x
+                live_values[node] = self._argument(node, x)
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), live_values.__getitem__)
                 live_values[node] = getattr(self._interpreter, node.op)(node.target, args, kwargs)
             for dead in self.last_use[i]:
                 del live_values[dead]
+
+    def _argument(self, node: fx.Node, x: Inputs) -> Any:
+        """The value of a placeholder: by name, by position, or the parameter's default."""
+        if node.target in x.kwargs:
+            return x.kwargs[str(node.target)]
+        position = self._placeholders.index(node)
+        return x.args[position] if position < len(x.args) else node.args[0]
 
 
 class CachedPass:
@@ -160,57 +172,74 @@ class CachedPass:
     """
 
     def __init__(
-        self, stages: IncrementalExecutor, batches: Sequence[Tensor], *, stop: int | None = None
+        self, stages: IncrementalExecutor, batches: InputBatches, *, stop: int | None = None
     ) -> None:
         self.stages, self.batches, self.stop = stages, batches, stop
         self._kept: dict[int, list[dict[fx.Node, Any]]] = {}
-        self._outputs: list[Any] | None = None
+        self._done = False
         with torch.no_grad():
             self._cuts = self._affordable()
 
     def invalidate(self, first: int) -> None:
         """Mark the operations from number `first` on as changed."""
-        self._outputs = None
+        self._done = False
         for cut in [c for c in self._kept if c > first]:
             del self._kept[cut]
 
     @property
     def start(self) -> int:
         """Number of the first operation of the next run; past the end if none is needed."""
-        if self._outputs is not None:
-            return len(self.stages.nodes)
-        return max(self._kept, default=0)
+        return len(self.stages.nodes) if self._done else max(self._kept, default=0)
 
-    @torch.no_grad()
-    def run(self) -> list[Any]:
-        """The outputs of all batches; only changed operations are recomputed."""
-        if self._outputs is None:
-            start = self.start
-            cut_points = [c for c in self._cuts if c > start]
-            before = self._kept.get(start) or [{} for _ in self.batches]
-            runs = [
-                self.stages.run(values, start, x, cut_points, self.stop)
-                for values, x in zip(before, self.batches, strict=True)
-            ]
-            self._kept |= {cut: [kept[cut] for _, kept in runs] for cut in cut_points}
-            self._outputs = [output for output, _ in runs]
-        return self._outputs
+    def run(self) -> None:
+        """Recompute the changed operations, for their effects on the modules."""
+        if not self._done:
+            for _ in self.outputs():
+                pass
+
+    def outputs(self) -> Iterator[Any]:
+        """The output of each batch; only changed operations are recomputed, and none is kept."""
+        start = max(self._kept, default=0)
+        cut_points = [c for c in self._cuts if c > start]
+        before = self._kept.get(start)
+        found: list[dict[int, dict[fx.Node, Any]]] = []
+        for i in range(len(self.batches)):
+            values = {} if before is None else before[i]
+            with torch.no_grad():
+                output, kept = self.stages.run(
+                    values, start, self.batches[i], cut_points, self.stop
+                )
+            found.append(kept)
+            yield output
+        self._kept |= {cut: [kept[cut] for kept in found] for cut in cut_points}
+        self._done = True
 
     def _affordable(self) -> list[int]:
         """Evenly spaced cut points, as many as the memory allows."""
         cut_points = sorted(set(self.stages.cut_points.values()) - {0})
-        few = self.batches[0][:2]
+        first, size = self.batches[0], self.batches.sizes[0]
+        few = rows(first, slice(0, 2), size)
         _, kept = self.stages.run({}, 0, few, cut_points, self.stop)
-        sampled = sum(_bytes(values.values()) for values in kept.values())
-        total = sampled * sum(map(len, self.batches)) / len(few)
+        sampled = count_bytes([list(values.values()) for values in kept.values()])
+        total = sampled * self.batches.samples / min(2, size)
         return list(kept)[:: max(1, math.ceil(total / MEMORY))]
 
 
-def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> IncrementalExecutor | None:
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two outputs have equal tensors in equal places."""
+    first, second = dict(named_tensors(a)), dict(named_tensors(b))
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def _trace(
+    model: nn.Module, layers: Mapping[str, Sequence[str]], example: Inputs
+) -> IncrementalExecutor | None:
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
-    traced = fx.symbolic_trace(model)
+    traced = fx.symbolic_trace(model, concrete_args=_defaults(model, example))
     nodes = list(traced.graph.nodes)
     if not all(_made_out_of_place(node) for node in nodes):
         return None
@@ -227,7 +256,7 @@ def _trace(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> Incremental
             path = path.rpartition(".")[0]
         if node.op in ("call_module", "get_attr") and path in owner:
             users.setdefault(owner[path], i)
-    if set(users) != set(layers) or sum(n.op == "placeholder" for n in nodes) != 1:
+    if set(users) != set(layers):
         return None
     (output,) = (node for node in nodes if node.op == "output")
     if nodes[-1] is not output:
@@ -256,5 +285,13 @@ def _nodes_in(argument: Any) -> list[fx.Node]:
     return found
 
 
-def _bytes(values: Iterable[Any]) -> int:
-    return sum(v.nbytes for v in values if isinstance(v, Tensor))
+def _defaults(model: nn.Module, example: Inputs) -> dict[str, Any]:
+    """The parameters of the forward method that the inputs leave out, with their defaults."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    return {
+        p.name: p.default
+        for i, p in enumerate(parameters)
+        if i >= len(example.args)
+        and p.name not in example.kwargs
+        and p.default is not inspect.Parameter.empty
+    }

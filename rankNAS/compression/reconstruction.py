@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.compression.batch_norm import even_chunks, is_tracking
+from rankNAS.compression.accumulators import counted
+from rankNAS.compression.batch_norm import is_tracking
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.incremental import IncrementalExecutor
@@ -28,7 +29,9 @@ from rankNAS.compression.patches import folded, patches
 from rankNAS.compression.surgery import changeable_copy, shared_copy
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
+from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
 from rankNAS.threads import limited_threads
+from rankNAS.trees import rows
 
 __all__ = ["refit_sequentially"]
 
@@ -42,7 +45,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, c
 def refit_sequentially(
     factorisation: Factorisation,
     allocation: Mapping[str, Choice],
-    inputs: Tensor,
+    inputs: InputSource,
     *,
     batch_size: int = 256,
     seed: int = 0,
@@ -53,7 +56,7 @@ def refit_sequentially(
     Args:
         factorisation: Factors from the dense network's inputs; unchanged.
         allocation: The choices.
-        inputs: Calibration inputs (samples, …).
+        inputs: Calibration samples, or batches of their inputs.
         batch_size: Samples per forward pass. Batch norms use the statistics of the batch in both
             networks.
         seed: Random seed of the positions sampled from large feature maps.
@@ -67,12 +70,13 @@ def refit_sequentially(
     dense = _training_statistics(shared_copy(factorisation.model))
     compressed = changeable_copy(factorisation.model, factorisation.layers)
     compressed = _training_statistics(compressed)
-    walk = _walk(factorisation, dense, compressed, inputs, batch_size)
+    batches = input_batches(inputs, batch_size, even=True)
+    walk = _walk(factorisation, dense, compressed, batches)
     layers = {}
     for done, (name, pairs) in enumerate(walk, 1):
         choice, layer = allocation[name], factorisation.layers[name].restrict([allocation[name]])
         if len(layer.layer.shape.calls) == 1:
-            moments = _Moments.of(layer, pairs, seed)
+            moments = _Moments.of(layer, pairs, batches, seed)
             shape = layer.layer.shape
             if moments.count >= SAMPLES * shape.width:
                 with limited_threads(max(shape.width, shape.outputs // shape.groups)):
@@ -119,15 +123,21 @@ class _Moments:
     count: int
 
     @classmethod
-    def of(cls, layer: LayerFactors, pairs: Pairs, seed: int) -> _Moments:
+    def of(cls, layer: LayerFactors, pairs: Pairs, batches: InputBatches, seed: int) -> _Moments:
         """Moments over all batches."""
         shape = layer.layer.shape
         sums: list[Tensor] = []
         count = 0
         for number, pair in enumerate(pairs):
             # The same positions in both networks.
+            mask = batches.mask(number)
             P, Q = (
-                patches(shape, x, torch.Generator().manual_seed(seed + number), POSITIONS)
+                patches(
+                    shape,
+                    counted(shape, x, mask),
+                    torch.Generator().manual_seed(seed + number),
+                    POSITIONS,
+                )
                 for x in pair
             )
             parts = [P.sum(1), Q.sum(1), P.mT @ Q, Q.mT @ Q]
@@ -177,8 +187,7 @@ def _walk(
     factorisation: Factorisation,
     dense: nn.Module,
     compressed: nn.Module,
-    inputs: Tensor,
-    batch_size: int,
+    batches: InputBatches,
 ) -> Iterator[tuple[str, Pairs]]:
     """Each layer in the order of the forward pass, with its inputs in both networks.
 
@@ -186,10 +195,8 @@ def _walk(
     """
     layers = factorisation.space.layers
     paths = {name: layer.paths for name, layer in layers.items()}
-    batches = even_chunks(inputs, batch_size) if len(inputs) > 1 else (inputs,)
-    staged = [
-        IncrementalExecutor.of(model, paths, [batches[0][:2]]) for model in (dense, compressed)
-    ]
+    few = rows(batches[0], slice(0, 2), batches.sizes[0])
+    staged = [IncrementalExecutor.of(model, paths, [few]) for model in (dense, compressed)]
     if staged[0] is not None and staged[1] is not None:
         yield from _staged(staged[0], staged[1], layers, batches)
         return
@@ -201,7 +208,7 @@ def _staged(
     dense: IncrementalExecutor,
     compressed: IncrementalExecutor,
     layers: Mapping[str, Any],
-    batches: tuple[Tensor, ...],
+    batches: InputBatches,
 ) -> Iterator[tuple[str, Pairs]]:
     """Advance both forward passes from layer to layer, for all batches."""
     both = dense, compressed
@@ -227,9 +234,7 @@ class _ReachedError(Exception):
     """The target layer has been called."""
 
 
-def _hooked(
-    name: str, dense: nn.Module, compressed: nn.Module, batches: tuple[Tensor, ...]
-) -> Pairs:
+def _hooked(name: str, dense: nn.Module, compressed: nn.Module, batches: InputBatches) -> Pairs:
     """Forward passes up to a layer, for networks that cannot be traced."""
     for x in batches:
         found = []
@@ -241,7 +246,7 @@ def _hooked(
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
             try:
-                model(x)
+                x.run(model)
             except _ReachedError:
                 pass
             finally:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch.utils.data import Dataset
 
 from rankNAS.data.images.augment import Augmentation
+from rankNAS.data.samples import Samples
 
 __all__ = ["Data"]
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A training set and a test set; map-style datasets of (input tensor, target tensor).
+    """A training set and a test set.
 
     Attributes:
         name: The source, as given.
-        train: The training set; items are (input, target), already normalised.
-        test: The test set, with items of the same form.
-        input_shape: The shape of one input.
-        num_classes: One more than the largest label; None if the task is not classification.
+        train: The training samples; images are already normalised.
+        test: The test samples, of the same form; None if there are none.
+        input_shape: The shape of one input; None if a sample has several inputs, or none of a
+            fixed shape.
+        num_classes: One more than the largest class label; None if labels are no classes, or are
+            only known from reading every item.
         fingerprint: A key (hex) of content and preprocessing, identical on all machines.
         normalize: Mean and std in use, in the form that ``load_data`` accepts; None if unknown.
-        flip: Whether a mirrored input keeps its class.
+        flip: Whether a mirrored input keeps its target.
 
     Example:
         >>> import torch
@@ -37,15 +37,20 @@ class Data:
     """
 
     name: str
-    train: Dataset[Any]
-    test: Dataset[Any]
-    input_shape: tuple[int, ...]
+    train: Samples
+    test: Samples | None
+    input_shape: tuple[int, ...] | None
     num_classes: int | None
     fingerprint: str
     normalize: str | None = None
     flip: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "train", Samples.of(self.train, where="train"))
+        if self.test is not None:
+            object.__setattr__(self, "test", Samples.of(self.test, where="test"))
+
     @property
     def augmentation(self) -> Augmentation:
-        """The augmentation that preserves the classes of the training data."""
+        """The augmentation that preserves the targets of the training data."""
         return Augmentation(flip=self.flip)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from rankNAS.data.batches import item_of, len_of
+from rankNAS.data.samples import Samples
+from rankNAS.trees import tensors
 
 __all__ = ["digest", "sampled_bytes"]
 
@@ -24,15 +23,15 @@ def digest(parts: Iterable[bytes]) -> str:
     return state.hexdigest()
 
 
-def sampled_bytes(dataset: Dataset[Any], where: str) -> list[bytes]:
-    """The length and up to 64 evenly spaced items, including the first and the last."""
-    last = len_of(dataset) - 1
+def sampled_bytes(samples: Samples) -> list[bytes]:
+    """The number of samples and up to 64 evenly spaced ones, including the first and the last."""
+    last = len(samples) - 1
     parts = [str(last).encode()]
     # Random transforms that use torch's generator must give the same items each time.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for row in sorted({i * last // 63 for i in range(64)}):
-            for value in item_of(dataset, row, where):
+            for value in tensors(samples[row]):
                 parts += [f"{value.dtype}{tuple(value.shape)}".encode(), _raw(value)]
     return parts
 

@@ -1,122 +1,121 @@
-"""Class labels of data sets: found without reading inputs, and checked."""
+"""Class labels of samples: found without reading inputs where a data set stores them."""
 
 from __future__ import annotations
 
-import numbers
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
 
-from rankNAS.data.batches import len_of
 from rankNAS.data.images.dataset import Images
+from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError
+from rankNAS.trees import tensors
 
-if TYPE_CHECKING:
-    from rankNAS.data.base import Data
+__all__ = ["check_labels", "count_classes", "stored_labels"]
 
-__all__ = ["check_labels", "labels_of", "num_classes_of"]
+IGNORED = -100  # as in `torch.nn.functional.cross_entropy`
+NAMES = ("labels", "label", "targets", "target", "y")
 
 
-def check_labels(data: Data, outputs: int) -> None:
-    """Raise an error unless the network has an output for every class.
+def check_labels(samples: Samples, where: str, outputs: int, ignored: int = IGNORED) -> None:
+    """Raise an error unless the network has an output for every stored class label.
 
     Args:
-        data: The data; sets without class labels pass.
+        samples: The samples; those that store no class labels pass.
+        where: Their name in messages, such as ``train``.
         outputs: The number of outputs of the network.
+        ignored: The label of samples that do not count.
 
     Raises:
         DataError: A label is negative or at least ``outputs``.
     """
-    for where, dataset in (("train", data.train), ("test", data.test)):
-        labels = labels_of(dataset, where)
-        if labels is None:
-            continue
-        _refuse(
-            labels,
-            labels >= outputs,
-            where,
-            f"but the network has {outputs} outputs; give a network with more outputs, "
-            "or renumber the classes.",
-        )
+    labels = stored_labels(samples)
+    if labels is None:
+        return
+    counts = labels != ignored
+    _refuse(
+        labels,
+        counts & (labels >= outputs),
+        where,
+        f"but the network has {outputs} outputs; give a network with more outputs, "
+        "or renumber the classes.",
+    )
+    why = f"but labels must be integers from 0, or {ignored} for samples that do not count."
+    _refuse(labels, counts & (labels < 0), where, why)
 
 
-def num_classes_of(train: Tensor | None, test: Tensor | None) -> int | None:
-    """One more than the largest label of both sets; None unless both have class labels."""
-    if train is None or test is None:
+def count_classes(samples: Samples) -> int | None:
+    """One more than the largest class label; reads every item whose label is not stored.
+
+    Returns:
+        None if labels are no whole numbers.
+    """
+    labels = stored_labels(samples)
+    if labels is None:
+        found = [_target(samples[row]) for row in range(len(samples))]
+        if any(label is None or label.numel() != 1 for label in found):
+            return None
+        labels = _whole(torch.stack([x.flatten()[0] for x in found if x is not None]))
+    return None if labels is None or not len(labels) else max(int(labels.max()) + 1, 1)
+
+
+def stored_labels(samples: Samples) -> Tensor | None:
+    """All labels, int64 (n,), from memory; None for other targets, or if they are not stored."""
+    source, order = samples.source, samples.order
+    if isinstance(source, Images):
+        return source.targets[order]
+    stored = _target(source) if isinstance(source, tuple | Mapping) else None
+    if stored is None and not isinstance(source, Tensor | tuple | Mapping):
+        stored = _attribute(source)
+        if stored is not None and not _agrees(samples, stored[order]):
+            return None
+    if stored is None or len(stored) <= int(order.max()):
         return None
-    return int(torch.maximum(train.max(), test.max())) + 1
+    return _whole(stored[order])
 
 
-def labels_of(dataset: Dataset[Any], where: str) -> Tensor | None:
-    """All labels, int64 (n,), without reading inputs if possible; None for non-integer targets."""
-    labels = _stored_labels(dataset)
-    if labels is None or not _agrees(dataset, labels):
-        labels = _scanned_labels(dataset, where)
-    if labels is not None:
-        why = "but labels must be integers from 0; renumber the classes."
-        _refuse(labels, labels < 0, where, why)
-    return labels
-
-
-def _stored_labels(dataset: Dataset[Any]) -> Tensor | None:
-    """Labels that a dataset stores in one attribute."""
-    if isinstance(dataset, Subset):
-        labels = _stored_labels(dataset.dataset)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, TensorDataset):
-        return _as_labels(dataset.tensors[-1])
+def _attribute(source: Any) -> Tensor | None:
+    """Labels that a data set stores in one attribute."""
     for name in ("targets", "labels"):
-        labels = _as_labels(getattr(dataset, name, None))
-        if labels is not None and len(labels) == len_of(dataset):
+        try:
+            labels = torch.as_tensor(getattr(source, name, None))
+        except (TypeError, ValueError, RuntimeError):
+            continue
+        if labels.ndim == 1 and len(labels) == len(source):
             return labels
     return None
 
 
-def _as_labels(values: object) -> Tensor | None:
-    """``values`` as a one-dimensional integer tensor; None if they are no such labels."""
-    try:
-        labels = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
+def _target(batch: Any) -> Tensor | None:
+    """The target of a batch or an item: the last part, or the part with a name of targets."""
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in NAMES if name in batch), None)
+    else:
+        found = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _whole(labels: Tensor) -> Tensor | None:
+    """``labels`` as int64 (n,); None if they are no whole numbers, one for each sample."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         return None
-    integers = not labels.is_floating_point() and not labels.is_complex()
-    return labels.long() if labels.ndim == 1 and integers and labels.dtype != torch.bool else None
+    return labels.long() if labels.dtype != torch.bool else None
 
 
-def _agrees(dataset: Dataset[Any], labels: Tensor) -> bool:
+def _agrees(samples: Samples, labels: Tensor) -> bool:
     """Whether the stored labels match those of the first and the last item.
 
     A target transform may change the labels of items.
     """
-    return isinstance(dataset, Images) or all(
-        _integer(dataset[row][1]) == int(labels[row]) for row in {0, len(labels) - 1}
-    )
-
-
-def _scanned_labels(dataset: Dataset[Any], where: str) -> Tensor | None:
-    """Labels from reading every item; None if the first is no integer."""
-    if _integer(dataset[0][1]) is None:
-        return None
-    labels = []
-    for row in range(len_of(dataset)):
-        target = dataset[row][1]
-        label = _integer(target)
-        if label is None:
-            raise DataError(
-                f"item {row} of the {where} split has the label {target!r}, unlike item 0, whose "
-                "label is an integer; make all labels integers from 0."
-            )
-        labels.append(label)
-    return torch.tensor(labels)
-
-
-def _integer(value: object) -> int | None:
-    """An integer scalar as int; None for other values, including booleans."""
-    if isinstance(value, Tensor):
-        value = value.item() if value.ndim == 0 else None
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return int(value) if integral else None  # type: ignore[call-overload]
+    for row in {0, len(samples) - 1}:
+        own = _target(samples[row])
+        if own is None or own.numel() != 1 or float(own) != float(labels[row]):
+            return False
+    return bool(tensors(samples[0]))
 
 
 def _refuse(labels: Tensor, bad: Tensor, where: str, why: str) -> None:

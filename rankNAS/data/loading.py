@@ -1,4 +1,4 @@
-"""Training and test data from a name, a user's function, or a pair of data sets.
+"""Training and test data from a name, a user's function, or data sets.
 
 >>> data = load_data("digits")
 >>> data.input_shape, data.num_classes
@@ -10,22 +10,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rankNAS.data.base import Data
-from rankNAS.data.batches import item_of
 from rankNAS.data.fingerprint import digest, sampled_bytes
 from rankNAS.data.images.normalise import parse_normalization
 from rankNAS.data.images.readers import READERS
-from rankNAS.data.labels import labels_of, num_classes_of
+from rankNAS.data.labels import stored_labels
+from rankNAS.data.samples import Samples, Source
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError
 from rankNAS.plugins import is_plugin, load_callable
+from rankNAS.trees import named_tensors
 
 __all__ = ["DataSource", "load_data"]
 
-#: A name, a `Data`, or a pair of training and test set; see `load_data`.
-DataSource: TypeAlias = "str | Data | tuple[Dataset[Any], Dataset[Any]]"
+#: A name, a `Data`, a pair of training and test data, or training data alone; see `load_data`.
+DataSource: TypeAlias = "str | Data | tuple[Source, Source] | Source"
 SOURCES = ("digits", "parquet:DIR", "imagefolder:DIR", "cifar10:DIR", "path/to/file.py:factory")
 
 
@@ -40,7 +41,8 @@ def load_data(
     Args:
         source: One of ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``,
             ``path/to/file.py:factory`` (a function that returns one of the following); or
-            a training and a test dataset; or a ``Data``, which is returned unchanged.
+            a tuple of training and test data; or training data alone, labelled or not; or a
+            ``Data``, which is returned unchanged. For the forms of data see `Samples.of`.
         normalize: ``imagenet`` (the default), ``cifar10``, ``MEAN,STD`` (each one number or
             three separated by ``/``) or ``m,m,m,s,s,s``, for pixels in [0, 1].
         image_size: Height and width of resized images; by default 32 for digits, 224 for image
@@ -65,7 +67,7 @@ def load_data(
         )
     if isinstance(source, str):
         return _from_factory(source)
-    return source if isinstance(source, Data) else _from_pair("datasets", source)
+    return source if isinstance(source, Data) else _from_source("datasets", source)
 
 
 def _read(source: str, normalize: str | None, image_size: int | None) -> Data:
@@ -78,13 +80,14 @@ def _read(source: str, normalize: str | None, image_size: int | None) -> Data:
     normalization = parse_normalization(normalize)
     found = READERS[kind](folder, normalization, image_size)
     shape = tuple(found.train[0][0].shape)
+    classes = int(torch.maximum(found.train.targets.max(), found.test.targets.max())) + 1
     key = digest(part.encode() for part in (kind, found.content, normalization.spec, str(shape)))
     return Data(
         name=source,
-        train=found.train,
-        test=found.test,
+        train=Samples.of(found.train),
+        test=Samples.of(found.test),
         input_shape=shape,
-        num_classes=num_classes_of(found.train.targets, found.test.targets),
+        num_classes=classes,
         fingerprint=key[:16],
         normalize=normalization.spec,
         flip=found.flip,
@@ -103,38 +106,50 @@ def _from_factory(source: str) -> Data:
             f"the data factory {source} raised {type(error).__name__}: {error}; "
             "it must work when called without arguments."
         ) from error
-    return replace(made, name=source) if isinstance(made, Data) else _from_pair(source, made)
+    return replace(made, name=source) if isinstance(made, Data) else _from_source(source, made)
 
 
-def _from_pair(name: str, pair: object) -> Data:
-    """The data of a user's training and test dataset."""
-    if not isinstance(pair, tuple) or len(pair) != 2:
+def _from_source(name: str, source: object) -> Data:
+    """The data of a user's training and test data, or of training data alone."""
+    pair = isinstance(source, tuple) and len(source) == 2
+    if source is None or (isinstance(source, tuple) and not pair):
         raise DataError(
-            f"{name}: got {type(pair).__name__}; give a Data or a tuple of two map-style "
-            "datasets, (train, test)."
+            f"{name}: got {type(source).__name__}; give a Data, a tuple of two data sets "
+            "(train, test), or one data set."
         )
-    train, test = pair
-    shapes = [
-        tuple(_first_input(part, where).shape)
-        for part, where in ((train, "train"), (test, "test"))
+    parts: Any = source if pair else (source, None)
+    train = Samples.of(parts[0], where="train")
+    test = None if parts[1] is None else Samples.of(parts[1], where="test")
+    _check_alike(name, train, test)
+    labels = [stored_labels(part) for part in (train, test) if part is not None]
+    classes = None
+    if all(found is not None for found in labels):
+        classes = max(int(found.max()) + 1 for found in labels if found is not None)
+    key = digest(sampled_bytes(train) + ([] if test is None else sampled_bytes(test)))
+    return Data(name, train, test, _input_shape(train), classes, key[:16])
+
+
+def _check_alike(name: str, train: Samples, test: Samples | None) -> None:
+    """Raise a DataError unless items of both sets have the same tensors with as many axes."""
+    if test is None:
+        return
+    forms = [
+        {place or "the tensor": x.dim() for place, x in named_tensors(part[0])}
+        for part in (train, test)
     ]
-    if shapes[0] != shapes[1]:
+    if forms[0] != forms[1]:
+        listed = [
+            ", ".join(f"{place} with {n} axes" for place, n in form.items()) for form in forms
+        ]
         raise DataError(
-            f"{name}: inputs have the shape {shapes[0]} in the train split and {shapes[1]} in "
-            "the test split; both must be the same."
+            f"{name}: items have {listed[0]} in the train split, but {listed[1]} in the test "
+            "split; both must have the same form."
         )
-    labels = labels_of(train, "train"), labels_of(test, "test")
-    key = digest(sampled_bytes(train, "train") + sampled_bytes(test, "test"))
-    return Data(name, train, test, shapes[0], num_classes_of(*labels), key[:16])
 
 
-def _first_input(dataset: Any, where: str) -> Tensor:
-    """Input 0 of a non-empty map-style dataset."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise DataError(
-            f"the {where} dataset is a {type(dataset).__name__} without len() or indexing; "
-            "give a map-style dataset, such as a torch.utils.data.TensorDataset."
-        )
-    if not len(dataset):
-        raise DataError(f"the {where} split has no items; it needs at least one.")
-    return item_of(dataset, 0, where)[0]
+def _input_shape(samples: Samples) -> tuple[int, ...] | None:
+    """The shape of the only input of a sample; None if there are several."""
+    item = samples[0]
+    if isinstance(item, tuple | list) and len(item) <= 2:
+        item = item[0]
+    return tuple(item.shape) if isinstance(item, Tensor) else None

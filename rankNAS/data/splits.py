@@ -2,26 +2,24 @@
 
 >>> from rankNAS.data.loading import load_data
 >>> parts = split(load_data("digits"), calibration=256, validation=256, seed=0)
->>> len(parts.calibration[0]), len(parts.validation[0])
+>>> len(parts.calibration), len(parts.validation)
 (256, 256)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch.utils.data import Dataset
 
 from rankNAS.data.base import Data
-from rankNAS.data.batches import Pair, gather, len_of, permutation, subset
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
+from rankNAS.data.samples import Samples, permutation
 from rankNAS.exceptions import DataError
 
-__all__ = ["Splits", "held_out", "split", "subsample"]
+__all__ = ["Splits", "held_out", "split"]
 
 #: Largest percentages of the training set for validation and calibration data.
 VALIDATION_PERCENT, CALIBRATION_PERCENT = 20, 40
+KEPT = 4 << 30  # bytes of a part that is kept in memory; a larger one is read at each pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +28,16 @@ class Splits:
 
     Attributes:
         training: Data for training and fine-tuning: all but validation, including calibration.
-        calibration: Inputs (n, *input_shape) and targets (n, ...) in memory.
-        validation: The same for other items.
-        test: The whole test set.
+        calibration: Samples for statistics and batch norms, in memory.
+        validation: Other samples, for metrics, in memory.
+        test: The whole test set; None if there is none.
         augmentation: The augmentation that the training data allows.
     """
 
-    training: Dataset[Any]
-    calibration: Pair
-    validation: Pair
-    test: Dataset[Any]
+    training: Samples
+    calibration: Samples
+    validation: Samples
+    test: Samples | None
     augmentation: Augmentation = NO_FLIP
 
 
@@ -55,7 +53,7 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
     Raises:
         DataError: A count is not positive, or the training set has less than 5 items.
     """
-    size = len_of(data.train)
+    size = len(data.train)
     if calibration < 1 or validation < 1:
         raise DataError(
             f"{calibration} calibration and {validation} validation items were asked for; "
@@ -67,9 +65,9 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
     end = validated + min(calibration, size * CALIBRATION_PERCENT // 100)
     order = permutation(size, seed)
     return Splits(
-        training=subset(data.train, order[validated:].sort().values),
-        calibration=gather(data.train, order[validated:end]),
-        validation=gather(data.train, order[:validated]),
+        training=data.train.take(order[validated:].sort().values),
+        calibration=data.train.take(order[validated:end]).kept(KEPT),
+        validation=data.train.take(order[:validated]).kept(KEPT),
         test=data.test,
         augmentation=data.augmentation,
     )
@@ -78,10 +76,3 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
 def held_out(size: int, validation: int) -> int:
     """The number of validation items that `split` takes from ``size`` training items."""
     return min(validation, size * VALIDATION_PERCENT // 100)
-
-
-def subsample(dataset: Dataset[Any], count: int, seed: int) -> Dataset[Any]:
-    """At most `count` items, sampled by the seed, in the order of the dataset."""
-    if count >= len_of(dataset):
-        return dataset
-    return subset(dataset, permutation(len_of(dataset), seed)[:count].sort().values)

@@ -12,16 +12,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import (
     BatchNormReference,
     cumulative_averaging,
-    even_chunks,
     has_batch_norm,
     is_tracking,
     reestimate_batch_norm,
@@ -30,15 +30,19 @@ from rankNAS.compression.batch_norm import (
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.compression.surgery import exceeds_memory_limit, shared_copy
-from rankNAS.data.batches import channels_last
-from rankNAS.evaluation.outputs import PartwiseOutputs
+from rankNAS.data.samples import Samples
+from rankNAS.evaluation.outputs import KEPT, PartwiseOutputs, Reference, total_sums
 from rankNAS.evaluation.pruning import part_ends
+from rankNAS.tasks.base import Sums, Task, added
+from rankNAS.tasks.feeding import InputBatches, input_batches
+from rankNAS.trees import Inputs, channels_last, rows, tensors
 
 __all__ = ["Backend", "Timing"]
 
 # Samples per forward pass for each CPU thread: activations of larger batches exceed its caches. On
 # ResNet-20, 256 samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
+OUTPUT_BYTES = 256 << 20  # of a batch, at most
 
 
 @dataclass
@@ -50,41 +54,42 @@ class Timing:
 
 
 class Backend:
-    """The network under evaluation, with its calibration and validation inputs on one device.
+    """The network under evaluation, with its calibration and validation batches on one device.
 
     Args:
         factorisation: The factors, shared and never changed.
-        calibration: Inputs (samples, …) from which batch-norm statistics are re-estimated.
-        inputs: Validation inputs (samples, …).
-        parts: Increasing shares up to 1 of the validation inputs, which are run part by part.
+        task: Reads batches and outputs.
+        calibration: Samples from which batch-norm statistics are re-estimated.
+        validation: Samples on which metrics are measured.
+        parts: Increasing shares up to 1 of the validation samples, which are run part by part.
         batch_norm: Whether to correct batch-norm statistics; ignored without batch norms.
-        batch_size: Samples per forward pass, at most; a CPU takes fewer.
+        batch_size: Samples per forward pass, at most. A CPU takes fewer, and so does a model whose
+            outputs are large.
         device: Where to run.
         low_memory: Keep no activations. On the CPU, also copy no weights of a network that exceeds
             the memory limit.
-        known_logits: The dense network's outputs on the validation inputs, if known.
+        known: The dense network's predictions by part, if known.
         timing: Records the time of forward passes.
     """
 
     def __init__(
         self,
         factorisation: Factorisation,
-        calibration: Tensor,
-        inputs: Tensor,
+        task: Task,
+        calibration: Samples,
+        validation: Samples,
         *,
         parts: Sequence[float],
         batch_norm: bool,
         batch_size: int,
         device: torch.device | str,
         low_memory: bool,
-        known_logits: Tensor | None,
+        known: Sequence[Reference] | None,
         timing: Timing,
     ) -> None:
-        self.factorisation, self.device, self.timing = factorisation, device, timing
-        self.batch_size = batch_size
+        self.factorisation, self.task = factorisation, task
+        self.device, self.timing = device, timing
         cpu = torch.device(device).type == "cpu"
-        if cpu:
-            self.batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
         model = factorisation.model
         # On another device, a copy is needed in any case.
         self._shares = low_memory and cpu and exceeds_memory_limit(model)
@@ -92,20 +97,36 @@ class Backend:
         self.network = network.to(device).eval()
         self._applied = {name: (layer, DENSE) for name, layer in factorisation.layers.items()}
         self.batch_norm = batch_norm and has_batch_norm(self.network)
-        self.calibration = channels_last(calibration.to(device))
-        self.inputs = channels_last(inputs.to(device))
-        if self.inputs.dim() == 4:
+        self.images = _has_images(task.inputs_of(validation.example()))
+        if self.images:
             self.network = self.network.to(memory_format=torch.channels_last)
-        self._executor = None if low_memory else self._traced()
-        ends = part_ends(parts, len(inputs))
-        sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self._outputs = PartwiseOutputs(self.inputs, sizes, self.batch_size, self._executor)
-        self._norms, self._calibrating = self._calibration_pass()
-        self.dense_logits = (
-            torch.cat(list(self.outputs())) if known_logits is None else known_logits
+        self.batch_size = self._affordable(batch_size, validation, cpu=cpu)
+        self.calibration = input_batches(
+            calibration,
+            self.batch_size,
+            task=task,
+            device=device,
+            even=True,
+            place=channels_last,
         )
+        ends = part_ends(parts, len(validation))
+        self.parts = [
+            validation.take(torch.arange(start, end)).batched(
+                self.batch_size, device=device, place=channels_last
+            )
+            for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        ]
+        self._executor = None if low_memory else self._traced()
+        self._outputs = PartwiseOutputs(self.parts, task, self._executor)
+        self._norms, self._calibrating = self._calibration_pass()
+        self.references = known or [
+            Reference(task, model, part, outputs=self._outputs.part(i, self.network), most_bytes=b)
+            for i, (part, b) in enumerate(zip(self.parts, self._shares_of(KEPT), strict=True))
+        ]
+        for reference in self.references:
+            reference.model = model
         if self.batch_norm:
-            self._reference = BatchNormReference(self.network, self.calibration, self.batch_size)
+            self._reference = BatchNormReference(self.network, self.calibration)
             self._dense_norms = tracking_layers(self.network)
         self.invalidate()
 
@@ -135,19 +156,32 @@ class Backend:
             if factorisation is not self.factorisation:
                 self._write(self.factorisation.space.dense, self.factorisation)
 
-    def outputs(self) -> Iterator[Tensor]:
-        """Yield the outputs on the validation inputs, part by part."""
-        for number in range(len(self._outputs)):
-            started = time.perf_counter()
-            logits = self._outputs.part(number, self.network)
-            self.timing.forward += time.perf_counter() - started
-            yield logits
+    def sums(self) -> Iterator[Sums]:
+        """The sums over the validation samples of each part."""
+        for number, (part, reference) in enumerate(zip(self.parts, self.references, strict=True)):
+            outputs = self._outputs.part(number, self.network)
+            total: Sums = {}
+            for i, batch in enumerate(part):
+                output = self._timed(outputs)
+                prediction = self.task.predict(output, batch)
+                total = added(total, prediction.sums(reference.prediction(i, batch)))
+                del output, prediction  # before the next forward pass
+            self._timed(outputs)  # the end of the pass
+            yield total
 
-    @torch.no_grad()
-    def outputs_of(self, network: nn.Module) -> Tensor:
-        """The outputs of another network on the validation inputs, in evaluation mode."""
+    def sums_of(self, network: nn.Module) -> Sums:
+        """The sums of another network over all validation samples, in evaluation mode."""
         network = network.to(self.device).eval()
-        return torch.cat([network(x) for x in self.inputs.split(self.batch_size)])
+        total: Sums = {}
+        for part, reference in zip(self.parts, self.references, strict=True):
+            total = added(total, total_sums(network, part, self.task, reference))
+        return total
+
+    def _timed(self, outputs: Iterator[Any]) -> Any:
+        started = time.perf_counter()
+        output = next(outputs, None)
+        self.timing.forward += time.perf_counter() - started
+        return output
 
     def build(self, allocation: Mapping[str, Choice], factorisation: Factorisation) -> nn.Module:
         """The compressed network of the allocation that is applied now, with its thin layers."""
@@ -166,7 +200,7 @@ class Backend:
     def placed(self) -> Factorisation:
         """The factorisation with the model's weights in the memory format of the network."""
         model = self.factorisation.model
-        if self.inputs.dim() == 4:
+        if self.images:
             model = copy.deepcopy(model).to(memory_format=torch.channels_last)
         return replace(self.factorisation, model=model)
 
@@ -191,7 +225,7 @@ class Backend:
     def _reestimate(self) -> None:
         """Re-estimate the statistics of all batch norms behind the first change."""
         if self._calibrating is None:
-            reestimate_batch_norm(self.network, self.calibration, self.batch_size)
+            reestimate_batch_norm(self.network, self.calibration)
             self._reference.correct(tracking_layers(self.network), self._dense_norms)
             return
         after = [i for i, _ in self._norms if i >= self._calibrating.start]
@@ -204,8 +238,23 @@ class Backend:
 
     def _traced(self) -> IncrementalExecutor | None:
         layers = {n: layer.paths for n, layer in self.factorisation.space.layers.items()}
-        examples = [self.inputs[:2], self.inputs[:3]]
+        first = InputBatches(self.parts[0], self.task)
+        examples = [rows(first[0], slice(0, n), first.sizes[0]) for n in (2, 3)]
         return IncrementalExecutor.of(self.network, layers, examples)
+
+    @torch.no_grad()
+    def _affordable(self, batch_size: int, validation: Samples, *, cpu: bool) -> int:
+        """The number of samples per forward pass."""
+        if cpu:
+            batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
+        one = channels_last(validation.example(device=self.device))
+        needed = self.task.run(self.network, one).nbytes
+        return max(1, min(batch_size, OUTPUT_BYTES // max(1, needed)))
+
+    def _shares_of(self, total: int) -> list[int]:
+        """A number of bytes divided over the parts by their samples."""
+        samples = [sum(part.sizes) for part in self.parts]
+        return [total * count // sum(samples) for count in samples]
 
     def _calibration_pass(self) -> tuple[list[tuple[int, _BatchNorm]], CachedPass | None]:
         """The batch norms by operation, and the pass over the calibration inputs up to the last.
@@ -218,5 +267,9 @@ class Backend:
         modules = dict(executor.network.named_modules())
         calls = [(i, modules.get(str(n.target))) for i, n in enumerate(executor.nodes)]
         norms = [(i, m) for i, m in calls if is_tracking(m)]
-        chunks = even_chunks(self.calibration, self.batch_size)
-        return norms, CachedPass(executor, chunks, stop=norms[-1][0] + 1)
+        return norms, CachedPass(executor, self.calibration, stop=norms[-1][0] + 1)
+
+
+def _has_images(inputs: Inputs) -> bool:
+    """Whether a floating-point input has the shape (N, C, H, W)."""
+    return any(x.dim() == 4 and x.is_floating_point() for x in tensors(inputs))

@@ -11,11 +11,12 @@ import torch
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.data.splits import Splits
 from rankNAS.evaluation.evaluator import Evaluator
-from rankNAS.evaluation.outputs import quality
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import Recovery
+from rankNAS.tasks.base import Task
+from rankNAS.trees import named_tensors
 
 __all__ = ["Progress", "SearchContext", "silent"]
 
@@ -46,13 +47,15 @@ class SearchContext:
     seed: int = 0
     report: Progress = silent
 
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return self.evaluator.task
+
     def dense(self) -> dict[str, float]:
-        """Quality of the dense model on the validation data, and its costs."""
-        space, targets = self.factorisation.space, self.splits.validation[1].to(self.device)
-        return {
-            **quality(self.evaluator.dense_logits, targets),
-            **self.evaluator.costs(space.dense),
-        }
+        """Metrics of the dense model on the validation data, and its costs."""
+        space = self.factorisation.space
+        return {**self.evaluator.dense(), **self.evaluator.costs(space.dense)}
 
     def recovery(self, config: TrainingConfig, samples: int | None = None) -> Recovery:
         """A training on the study's training data, with the study's seed.
@@ -61,7 +64,7 @@ class SearchContext:
             config: The training configuration; its seed is replaced.
             samples: Maximum number of training samples; None for all.
         """
-        return Recovery.of(self.splits, config, self.seed, samples)
+        return Recovery.of(self.splits, self.task, config, self.seed, samples)
 
     def checkpoint(self, key: str) -> Path:
         """Path for the state of a long computation; equal for equal models, data and keys.
@@ -69,6 +72,7 @@ class SearchContext:
         Args:
             key: All other dependencies of the computation, in words.
         """
-        inputs, targets = self.splits.calibration
-        tensors = {**self.factorisation.model.state_dict(), "inputs": inputs, "targets": targets}
+        tensors = dict(self.factorisation.model.state_dict())
+        for i, batch in enumerate(self.splits.calibration.batches(256)):
+            tensors |= {f"calibration {i} {name}": x for name, x in named_tensors(batch)}
         return cache_folder() / "checkpoints" / f"{fingerprint(tensors, f'{self.seed} {key}')}.pt"

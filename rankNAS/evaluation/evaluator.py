@@ -13,17 +13,21 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.reconstruction import refit_sequentially
+from rankNAS.data.samples import Samples
 from rankNAS.evaluation.backend import Backend, Timing
-from rankNAS.evaluation.outputs import output_metrics
+from rankNAS.evaluation.outputs import Reference
 from rankNAS.evaluation.pruning import PruneCallback, check_pruning, part_ends
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
 from rankNAS.recovery.trainer import Recovery
+from rankNAS.tasks.base import Sums, Task, added
+from rankNAS.tasks.feeding import input_batches
+from rankNAS.trees import channels_last
 
 __all__ = ["Evaluator"]
 
@@ -34,9 +38,10 @@ class Evaluator:
 
     Args:
         factorisation: The factors, shared and never changed.
-        calibration: Inputs (samples, …) from which batch-norm statistics are re-estimated.
-        validation: Inputs and targets on which metrics are measured.
-        objectives: Objectives to measure besides loss, accuracy, divergences and costs.
+        task: Reads batches and outputs, and names the metrics.
+        calibration: Samples from which batch-norm statistics are re-estimated.
+        validation: Samples on which metrics are measured.
+        objectives: Objectives to measure besides the task's metrics and the costs.
         extra_costs: Further costs of an allocation by name, for example a predicted latency.
         batch_norm: Correct batch-norm statistics by the change that compression causes on the
             calibration inputs; ignored without batch norms.
@@ -49,15 +54,16 @@ class Evaluator:
         low_memory: Keep no activations and, on the CPU, copy no weights of a network that exceeds
             the memory limit (`exceeds_memory_limit`): its thin layers are built at each call.
             Slower. Always on in pickled copies.
-        known_logits: The dense network's outputs on the validation inputs, if known.
+        known: The dense network's predictions for the validation samples, if known.
         recovery: A training of returned networks. Evaluations skip it, unless they are final.
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
             the network is trained, of the validation samples otherwise.
     """
 
     factorisation: Factorisation
-    calibration: Tensor
-    validation: tuple[Tensor, Tensor]
+    task: Task
+    calibration: Samples
+    validation: Samples
     objectives: Sequence[ObjectiveBase] = ()
     extra_costs: Callable[[Mapping[str, Choice]], Mapping[str, float]] | None = None
     batch_norm: bool = True
@@ -68,23 +74,22 @@ class Evaluator:
     recovery: Recovery | None = None
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
-    known_logits: Tensor | None = None
+    known: Sequence[Reference] | None = None
 
     def __post_init__(self) -> None:
         self.backend = Backend(
             self.factorisation,
+            self.task,
             self.calibration,
-            self.validation[0],
+            self.validation,
             parts=self.parts if self.recovery is None else (1.0,),
             batch_norm=self.batch_norm,
             batch_size=self.batch_size,
             device=self.device,
             low_memory=self.low_memory,
-            known_logits=self.known_logits,
+            known=self.known,
             timing=self.timing,
         )
-        self.dense_logits = self.backend.dense_logits
-        self._targets = self.validation[1].to(self.device)
         self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}  # by `_key`
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,9 +99,9 @@ class Evaluator:
         state = {f.name: getattr(self, f.name) for f in fields(self)}
         placed = {
             "factorisation": self.backend.placed(),
-            "calibration": self.backend.calibration,
-            "validation": (self.backend.inputs, self._targets),
-            "known_logits": self.dense_logits,
+            "calibration": self.calibration.placed(channels_last),
+            "validation": self.validation.placed(channels_last),
+            "known": [reference.detached() for reference in self.backend.references],
         }
         return {**state, **placed, "low_memory": True, "timing": Timing()}
 
@@ -110,7 +115,7 @@ class Evaluator:
         final: bool = False,
         should_continue: PruneCallback | None = None,
     ) -> dict[str, float]:
-        """Metrics of an allocation: accuracy, loss, divergences, costs, and the objectives.
+        """Metrics of an allocation: the task's metrics, costs, and the objectives.
 
         Args:
             allocation: One choice a layer.
@@ -153,6 +158,13 @@ class Evaluator:
         network = self._untrained(allocation)
         return network if self.recovery is None else self._train(network, self.recovery)
 
+    def dense(self) -> dict[str, float]:
+        """The task's metrics of the dense network on the validation samples."""
+        total: Sums = {}
+        for reference in self.backend.references:
+            total = added(total, reference.sums)
+        return self.task.finish(total)
+
     def costs(self, allocation: Allocation) -> dict[str, float]:
         """Exact costs of the whole network, and the extra ones."""
         cost = self.factorisation.space.cost(allocation)
@@ -168,63 +180,59 @@ class Evaluator:
         costs = self.costs(allocation)
         if final and self.recovery is not None:
             network = self._untrained(allocation)
-            logits = self._trained_outputs(network, self.recovery, costs, should_continue)
-            return self._measure(allocation, logits, costs, lambda: copy.deepcopy(network))
+            sums = self._trained_sums(network, self.recovery, costs, should_continue)
+            return self._measure(allocation, sums, costs, lambda: copy.deepcopy(network))
         factors = self._factors(allocation, final)
         with self.backend.applying(allocation, factors):
-            logits = self._outputs(costs, should_continue)
+            sums = self._sums(costs, should_continue)
             return self._measure(
-                allocation, logits, costs, lambda: self.backend.build(allocation, factors)
+                allocation, sums, costs, lambda: self.backend.build(allocation, factors)
             )
 
     def _measure(
         self,
         allocation: Allocation,
-        logits: Tensor,
+        sums: Sums,
         costs: dict[str, float],
         build: Callable[[], nn.Module],
     ) -> dict[str, float]:
-        x, y, dense = self.backend.inputs, self._targets, self.dense_logits
-        candidate = EvaluationResult(allocation, logits, dense, y, x, costs, build)
+        metrics = self.task.finish(sums)
+        samples, device = self.validation, self.device
+        candidate = EvaluationResult(allocation, metrics, costs, self.task, samples, build, device)
         # A predicted cost replaces a measured one; any other objective is measured.
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
-        return {**self._metrics(logits), **costs, **measured}
+        return {**metrics, **costs, **measured}
 
-    def _outputs(self, costs: dict[str, float], should_continue: PruneCallback | None) -> Tensor:
-        """The outputs on all validation samples, unless the evaluation is pruned."""
-        found: list[Tensor] = []
-        for part in self.backend.outputs():
-            found.append(part)
-            seen = sum(map(len, found))
-            if should_continue is not None and seen < len(self._targets):
+    def _sums(self, costs: dict[str, float], should_continue: PruneCallback | None) -> Sums:
+        """The sums over all validation samples, unless the evaluation is pruned."""
+        total: Sums = {}
+        seen = 0
+        for part, sums in zip(self.backend.parts, self.backend.sums(), strict=True):
+            total = added(total, sums)
+            seen += sum(part.sizes)
+            if should_continue is not None and seen < len(self.validation):
                 words = f"{seen} validation samples"
-                check_pruning(
-                    should_continue, seen, words, self._metrics(torch.cat(found)) | costs
-                )
-        return torch.cat(found)
+                check_pruning(should_continue, seen, words, self.task.finish(total) | costs)
+        return total
 
-    def _trained_outputs(
+    def _trained_sums(
         self,
         network: nn.Module,
         recovery: Recovery,
         costs: dict[str, float],
         should_continue: PruneCallback | None,
-    ) -> Tensor:
-        """Train a network, unless the evaluation is pruned; return its final outputs."""
+    ) -> Sums:
+        """Train a network, unless the evaluation is pruned; return its final sums."""
         epochs = recovery.config.epochs
 
         def on_epoch(epoch: int) -> None:
             if should_continue is not None and epoch in part_ends(self.parts, epochs)[:-1]:
                 words = f"{epoch} of {epochs} epochs"
-                check_pruning(
-                    should_continue,
-                    epoch,
-                    words,
-                    self._metrics(self.backend.outputs_of(network)) | costs,
-                )
+                metrics = self.task.finish(self.backend.sums_of(network))
+                check_pruning(should_continue, epoch, words, metrics | costs)
 
         self._train(network, recovery, on_epoch)
-        return self.backend.outputs_of(network)
+        return self.backend.sums_of(network)
 
     def _train(
         self,
@@ -238,17 +246,20 @@ class Evaluator:
         except RankNASError as error:  # it diverged
             raise ObjectiveError(str(error)) from None
 
-    def _metrics(self, logits: Tensor) -> dict[str, float]:
-        return output_metrics(logits, self._targets, self.dense_logits)
-
     def _factors(self, allocation: Allocation, refit: bool) -> Factorisation:
         """The factors of an allocation, refitted if `refit` and the evaluator is set so."""
         self.factorisation.space.check(allocation)
         if not (refit and self.sequential):
             return self.factorisation
-        return refit_sequentially(
-            self.factorisation, allocation, self.backend.calibration, batch_size=self.batch_size
+        batches = input_batches(
+            self.calibration,
+            self.batch_size,
+            task=self.task,
+            device=self.device,
+            even=True,
+            place=channels_last,
         )
+        return refit_sequentially(self.factorisation, allocation, batches)
 
     def _untrained(self, allocation: Allocation) -> nn.Module:
         """The network of an allocation, with refitted factors if the evaluator is set so."""

@@ -1,108 +1,164 @@
-"""Outputs of networks on data sets, and the metrics computed from them."""
+"""Outputs and metrics of networks on data, streamed; and the dense model's predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
-from rankNAS.data.batches import batches, channels_last
-from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl
+from rankNAS.data.samples import BatchSequence, Samples
+from rankNAS.tasks.base import Prediction, Sums, Task, added
+from rankNAS.tasks.feeding import InputBatches
+from rankNAS.trees import channels_last, device_of
 
-__all__ = ["PartwiseOutputs", "output_metrics", "predictions", "quality", "test_metrics"]
+__all__ = ["PartwiseOutputs", "Reference", "network_metrics", "test_batches", "total_sums"]
+
+#: Bytes of the dense model's predictions that are kept, over all batches.
+KEPT = 128 << 20
 
 
 class PartwiseOutputs:
-    """The outputs of one changing network on fixed inputs, part by part.
+    """The outputs of one changing network on fixed batches, part by part.
 
     Args:
-        inputs: The inputs (samples, …), on the network's device.
-        sizes: The number of samples of each part.
-        batch_size: Samples per forward pass, at most.
+        parts: The batches of each part.
+        task: Reads their inputs.
         executor: The network's executor, if it could be traced. A forward pass then begins at the
             first operation that changed since the last one.
     """
 
     def __init__(
-        self,
-        inputs: Tensor,
-        sizes: Sequence[int],
-        batch_size: int,
-        executor: IncrementalExecutor | None,
+        self, parts: Sequence[BatchSequence], task: Task, executor: IncrementalExecutor | None
     ) -> None:
-        self._parts = [part.split(batch_size) for part in inputs.split(list(sizes))]
+        self._inputs = [InputBatches(part, task) for part in parts]
         self._passes: list[CachedPass] | None = None
         if executor is not None:
-            self._passes = [CachedPass(executor, part) for part in self._parts]
+            self._passes = [CachedPass(executor, inputs) for inputs in self._inputs]
 
     def invalidate(self, first: int) -> None:
         """Mark the executor's operations from number `first` on as changed."""
         for cached in self._passes or ():
             cached.invalidate(first)
 
-    def __len__(self) -> int:
-        """The number of parts."""
-        return len(self._parts)
-
-    @torch.no_grad()
-    def part(self, number: int, network: nn.Module) -> Tensor:
-        """The outputs of the network on one part."""
+    def part(self, number: int, network: nn.Module) -> Iterator[Any]:
+        """The outputs of the network on the batches of one part."""
         if self._passes is not None:
-            return torch.cat(self._passes[number].run())
-        return torch.cat([network(x) for x in self._parts[number]])
+            yield from self._passes[number].outputs()
+            return
+        for i in range(len(self._inputs[number])):
+            with torch.no_grad():
+                output = self._inputs[number][i].run(network)
+            yield output
 
 
-def output_metrics(logits: Tensor, targets: Tensor, dense_logits: Tensor) -> dict[str, float]:
-    """Metrics computed from outputs alone.
+class Reference:
+    """The dense model's predictions of some batches, kept in a bounded memory or recomputed.
+
+    Predictions are kept whole if all of them need at most `most_bytes`; else in a compact form, if
+    the task has one (`Prediction.kept`); else they are computed again when they are needed.
 
     Args:
-        logits: Outputs (n, …) on the first validation samples.
-        targets: The targets of all validation samples.
-        dense_logits: The dense network's outputs on all validation samples.
+        task: Reads outputs.
+        model: The dense model.
+        batches: The batches.
+        outputs: Their outputs, if they are known; each is read once.
+        most_bytes: The memory.
     """
-    targets, dense_logits = targets[: len(logits)], dense_logits[: len(logits)]
-    metrics = quality(logits, targets)
-    if logits.dim() > 1 and not targets.is_floating_point():
-        metrics["kl_divergence"] = kl_divergence(logits, dense_logits)
-        metrics["reverse_kl"] = reverse_kl(logits, dense_logits)
-    return metrics
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        batches: Sequence[Any],
+        *,
+        outputs: Iterator[Any] | None = None,
+        most_bytes: int = KEPT,
+    ) -> None:
+        self.task = task
+        self.model: nn.Module | None = model
+        self._kept: list[Prediction | None] = []
+        self.sums: Sums = {}
+        for batch in batches:
+            output = self._run(batch) if outputs is None else next(outputs)
+            prediction = task.predict(output, batch)
+            kept = prediction.kept(most_bytes // len(batches))
+            self.sums = added(self.sums, prediction.sums(prediction if kept is None else kept))
+            self._kept.append(kept)
+        if outputs is not None:
+            next(outputs, None)  # the end of the pass, which keeps its activations
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def prediction(self, number: int, batch: Any) -> Prediction:
+        """The dense model's prediction for one of the batches."""
+        kept = self._kept[number]
+        return self.task.predict(self._run(batch), batch) if kept is None else kept
+
+    def detached(self) -> Reference:
+        """The reference without the dense model, for another process."""
+        found = copy.copy(self)
+        found.model = None
+        found.sums = {name: value.cpu() for name, value in self.sums.items()}
+        return found
+
+    @torch.no_grad()
+    def _run(self, batch: Any) -> Any:
+        inputs = self.task.inputs_of(batch)
+        device = getattr(inputs.first, "device", None)
+        assert self.model is not None
+        if device is not None and device_of(self.model) != device:
+            self.model = copy.deepcopy(self.model).to(device)
+        return inputs.run(self.model.eval())
 
 
-def quality(logits: Tensor, targets: Tensor) -> dict[str, float]:
-    """Loss, and accuracy if the targets are classes."""
-    metrics = {"loss": loss(logits, targets)}
-    if not targets.is_floating_point():
-        metrics["accuracy"] = accuracy(logits, targets)
-    return metrics
-
-
-def test_metrics(
+def network_metrics(
     network: nn.Module,
-    dataset: Dataset[Any] | tuple[Tensor, Tensor],
+    samples: Samples,
+    task: Task,
     *,
+    reference: Reference | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Loss and accuracy of a network on a data set, streamed."""
-    return quality(*predictions(network, dataset, batch_size=batch_size, device=device))
+    """The metrics of a network on samples, streamed.
+
+    Args:
+        network: The network; it is moved to the device and ends in evaluation mode.
+        samples: The samples.
+        task: Reads them and computes the metrics.
+        reference: The dense model's predictions for the batches of `test_batches`, for the
+            divergences.
+        batch_size: Samples per forward pass.
+        device: Where to run.
+    """
+    batches = test_batches(samples, batch_size, device)
+    return task.finish(total_sums(network.to(device), batches, task, reference))
 
 
-@torch.no_grad()
-def predictions(
+def test_batches(
+    samples: Samples, batch_size: int = 256, device: torch.device | str = "cpu"
+) -> BatchSequence:
+    """The batches on which networks are tested."""
+    return samples.batched(batch_size, device=device, place=channels_last)
+
+
+def total_sums(
     network: nn.Module,
-    dataset: Dataset[Any] | tuple[Tensor, Tensor],
-    *,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Outputs of a network and the targets of a data set, streamed."""
-    network = network.to(device).eval()
-    logits, targets = [], []
-    for x, y in batches(dataset, batch_size, device=device):
-        logits.append(network(channels_last(x)))
-        targets.append(y)
-    return torch.cat(logits), torch.cat(targets)
+    batches: Sequence[Any],
+    task: Task,
+    reference: Reference | None = None,
+) -> Sums:
+    """The sums of a network's predictions over all batches, without keeping an output."""
+    network.eval()
+    sums: Sums = {}
+    for number, batch in enumerate(batches):
+        with torch.no_grad():
+            prediction = task.run(network, batch)
+        dense = None if reference is None else reference.prediction(number, batch)
+        sums = added(sums, prediction.sums(dense))
+    return sums

@@ -22,7 +22,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.objectives.base import Direction
 from rankNAS.strategies.history import History
 from rankNAS.strategies.problem import Array
-from rankNAS.strategies.sensitivity.tables import QUALITY
+from rankNAS.tasks import METRICS
 
 __all__ = ["SuccessiveHalving"]
 
@@ -39,6 +39,7 @@ class SuccessiveHalving:
         objectives: Names of the objectives; those measured only at the end are ignored.
         directions: Their directions.
         reduction: The number of trials that reach a step per trial that continues.
+        metrics: The metrics that are known at every step: those of the task.
 
     Raises:
         UsageError: A reduction below 2, or no objective is known before the end.
@@ -52,19 +53,20 @@ class SuccessiveHalving:
     objectives: Sequence[str]
     directions: Sequence[Direction]
     reduction: int = 3
+    metrics: Sequence[str] = tuple(METRICS)
     _seen: dict[tuple[str, int], list[Array]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.reduction < 2:
             raise UsageError(f"`reduction` must be at least 2, got {self.reduction}.")
-        known = QUALITY | set(COSTS)
+        known = {*self.metrics, *COSTS}
         pairs = zip(self.objectives, self.directions, strict=True)
         self._signs = {n: 1.0 if d == "maximize" else -1.0 for n, d in pairs if n in known}
-        if not any(name in QUALITY for name in self._signs):
+        if not any(name in self.metrics for name in self._signs):
             raise UsageError(
                 "early stopping compares trials that are not finished, but none of the "
                 f"objectives {', '.join(self.objectives)} is known then; add one of "
-                f"{', '.join(sorted(QUALITY))} or leave early stopping out."
+                f"{', '.join(sorted(self.metrics))} or leave early stopping out."
             )
 
     def __call__(self, budget_key: str, step: int, metrics: Mapping[str, float]) -> bool:

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.images.normalise import normalization_from_metadata
+from rankNAS.data.samples import Samples
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.io.checkpoints import check_archive
 from rankNAS.io.files import cache_folder
@@ -28,6 +28,7 @@ from rankNAS.io.tensors import damaged, read_tensors, write_tensors
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import RECIPE_VERSION, train
 from rankNAS.search_spaces.zoo import SPACES
+from rankNAS.tasks.base import Task
 
 if TYPE_CHECKING:
     from torchvision import models
@@ -147,11 +148,12 @@ def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:
 def trained_model(
     spec: str,
     model: nn.Module,
-    training_data: Dataset[Any],
+    training_data: Samples,
     *,
     fingerprint: str,
     seed: int,
     config: TrainingConfig,
+    task: Task | None = None,
     augmentation: Augmentation = NO_FLIP,
     device: torch.device | str = "cpu",
     on_step: Callable[[int, int, float], None] | None = None,
@@ -168,6 +170,7 @@ def trained_model(
         fingerprint: Key of the data set and its split.
         seed: Replaces the seed of ``config``.
         config: The training configuration.
+        task: Reads batches and outputs; found from a first batch if None.
         augmentation: The augmentation that the data allows.
         device: The device to train on; the model stays there.
         on_step: Called after each step with the step, the number of steps and the loss. It is not
@@ -194,6 +197,7 @@ def trained_model(
             model,
             training_data,
             config,
+            task=task,
             augmentation=augmentation,
             device=device,
             on_step=on_step,

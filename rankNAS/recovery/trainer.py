@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from rankNAS.data.batches import batches, len_of
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
-from rankNAS.data.splits import Splits, subsample
+from rankNAS.data.samples import Samples, Source
+from rankNAS.data.splits import Splits
 from rankNAS.exceptions import RankNASError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.losses import loss_function
+from rankNAS.tasks.base import Prediction, Task
+from rankNAS.tasks.infer import EXAMPLES, infer_task
+from rankNAS.trees import channels_last, size_of
 
 __all__ = ["RECIPE_VERSION", "Recovery", "train"]
 
@@ -34,9 +36,10 @@ _WARM_UP = 0.1  # of all steps
 
 def train(
     network: nn.Module,
-    dataset: Dataset[Any],
+    data: Source,
     config: TrainingConfig,
     *,
+    task: Task | None = None,
     augmentation: Augmentation = NO_FLIP,
     teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
@@ -47,11 +50,11 @@ def train(
     """Train ``network`` in place.
 
     Args:
-        network: Returns logits (N, classes), or (N, T, classes) for targets (N, T). It stays on
-            ``device``, in evaluation mode.
-        dataset: Inputs and targets.
+        network: The network. It stays on ``device``, in evaluation mode.
+        data: The samples.
         config: The training configuration.
-        augmentation: The augmentation that the data allows.
+        task: Reads batches and outputs; found from a first batch if None.
+        augmentation: The augmentation that the data allows, for tasks whose targets it keeps.
         teacher: The teacher network, used if ``config.distill`` is above 0; it is moved to
             ``device`` and put in evaluation mode.
         device: The device to train on.
@@ -69,10 +72,13 @@ def train(
         WriteError: ``checkpoint`` cannot be written; that of the last epoch is intact.
     """
     device = torch.device(device)
-    loss = loss_function(config, teacher, device)
-    per_epoch = steps_per_epoch(len_of(dataset), config.batch_size)
+    samples = Samples.of(data)
+    if task is None:
+        task = infer_task(network.to(device), samples.example(EXAMPLES, device))
+    loss = loss_function(config, task, teacher, device)
+    per_epoch = steps_per_epoch(len(samples), config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)
-    run = _Run(network, dataset, config, augmentation, device, loss, int(total), on_step)
+    run = _Run(network, samples, task, config, augmentation, device, loss, int(total), on_step)
     with _training_mode(network, device):
         if checkpoint is not None and checkpoint.is_file():
             run.load(checkpoint)
@@ -91,30 +97,38 @@ class Recovery:
     """A training that is identical for every network, with the dense network as the teacher.
 
     Args:
-        data: Inputs and targets.
+        data: The training samples.
+        task: Reads batches and outputs.
         config: The training configuration.
         augmentation: The augmentation that the data allows.
     """
 
-    data: Dataset[Any]
+    data: Samples
+    task: Task
     config: TrainingConfig
     augmentation: Augmentation = NO_FLIP
 
     @classmethod
     def of(
-        cls, splits: Splits, config: TrainingConfig, seed: int, samples: int | None = None
+        cls,
+        splits: Splits,
+        task: Task,
+        config: TrainingConfig,
+        seed: int,
+        samples: int | None = None,
     ) -> Recovery:
         """The training of a study.
 
         Args:
             splits: The training data and its augmentation.
+            task: Reads batches and outputs.
             config: The training configuration; its seed is replaced.
             seed: The seed of the study.
             samples: Largest number of training samples, drawn by the seed; None for all.
         """
-        count = len_of(splits.training) if samples is None else samples
-        data = subsample(splits.training, count, seed)
-        return cls(data, replace(config, seed=seed), splits.augmentation)
+        count = len(splits.training) if samples is None else samples
+        data = splits.training.subsample(count, seed)
+        return cls(data, task, replace(config, seed=seed), splits.augmentation)
 
     def train(
         self,
@@ -133,6 +147,7 @@ class Recovery:
             network,
             self.data,
             self.config,
+            task=self.task,
             augmentation=self.augmentation,
             teacher=dense,
             device=device,
@@ -146,15 +161,16 @@ class _Run:
     def __init__(
         self,
         network: nn.Module,
-        dataset: Dataset[Any],
+        samples: Samples,
+        task: Task,
         config: TrainingConfig,
         augmentation: Augmentation,
         device: torch.device,
-        loss_function: Callable[[Tensor, Tensor, Tensor], Tensor],
+        loss_function: Callable[[Any, Prediction], Tensor],
         total: int,
         on_step: Callable[[int, int, float], None] | None,
     ) -> None:
-        self.network, self.dataset, self.config = network, dataset, config
+        self.network, self.samples, self.task, self.config = network, samples, task, config
         self.device, self.loss_function, self.total = device, loss_function, total
         self.augmentation, self.on_step = augmentation, on_step
         self.step = 0
@@ -166,27 +182,28 @@ class _Run:
         seed = _epoch_seed(self.config.seed, number)
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for dropout
-        for inputs, targets in self._batches(seed):
+        augmented = self.config.augment and self.task.invariant
+        for batch in self._batches(seed):
             if self.step == self.total:
                 return
-            if self.config.augment and inputs.dim() == 4:
-                inputs = self.augmentation(inputs, generator)
-            if self.device.type == "cpu" and inputs.dim() == 4:
-                inputs = inputs.contiguous(memory_format=torch.channels_last)
-            self._update(inputs, targets)
+            if augmented:
+                batch = self.augmentation.of_batch(batch, generator)
+            if self.device.type == "cpu":
+                batch = channels_last(batch)
+            self._update(batch)
 
-    def _batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, seed: int) -> Iterator[Any]:
         size = self.config.batch_size
-        for inputs, targets in batches(self.dataset, size, device=self.device, shuffle_seed=seed):
+        for batch in self.samples.batches(size, device=self.device, shuffle_seed=seed):
             # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
-            if len(inputs) > 1 or len_of(self.dataset) == 1:
-                yield inputs, targets
+            if len(self.samples) == 1 or size_of(batch) > 1:
+                yield batch
 
-    def _update(self, inputs: Tensor, targets: Tensor) -> None:
+    def _update(self, batch: Any) -> None:
         rate = _learning_rate(self.step, self.total, self.config.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss_function(inputs, self.network(inputs), targets)
+        loss = self.loss_function(batch, self.task.run(self.network, batch))
         value = loss.item()
         if not math.isfinite(value):
             raise RankNASError(
@@ -226,7 +243,7 @@ class _Run:
             del config["clip"]
         return config | {
             "flip": self.augmentation.flip,
-            "images": len_of(self.dataset),
+            "images": len(self.samples),
             "recipe": RECIPE_VERSION,
             "shapes": shapes,
         }

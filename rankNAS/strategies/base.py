@@ -29,13 +29,11 @@ class Request:
         budget: As in `Problem`.
         objectives: Their names.
         training: Samples that may be trained on.
-        classes: Whether the targets are classes.
     """
 
     budget: Mapping[str, float]
     objectives: Sequence[str]
     training: int
-    classes: bool
 
 
 class Strategy(ABC):

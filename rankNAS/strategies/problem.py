@@ -17,6 +17,7 @@ from rankNAS.renamed import renamed
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.tables import SLACK, least_cost
+from rankNAS.tasks import METRICS
 
 __all__ = ["DENSE_INDEX", "Array", "Problem"]
 
@@ -38,6 +39,8 @@ class Problem:
         budget: By cost name, the fraction kept of the dense model's cost.
         objectives: Names of the objectives.
         directions: Their directions.
+        metrics: The metrics of the task, which are computed from predictions alone.
+        divergence: The metric that compares a network's predictions with the dense model's.
 
     Raises:
         UsageError: The first choice of a layer is not dense, dense occurs again or has an error,
@@ -49,8 +52,10 @@ class Problem:
     costs: Mapping[str, tuple[Array, ...]]
     remainder_cost: Mapping[str, float]
     budget: Mapping[str, float]
-    objectives: tuple[str, ...] = ("accuracy",)
-    directions: tuple[Direction, ...] = ("maximize",)
+    objectives: tuple[str, ...] = ("loss",)
+    directions: tuple[Direction, ...] = ("minimize",)
+    metrics: tuple[str, ...] = tuple(METRICS)
+    divergence: str = "kl_divergence"
 
     def __post_init__(self) -> None:
         tables = [("errors", self.errors), *self.costs.items()]

@@ -10,6 +10,7 @@ from rankNAS.decompositions.shapes import COSTS
 from rankNAS.hw_models.base import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.problem import Array, Problem
+from rankNAS.tasks.base import Task
 
 __all__ = ["build_problem"]
 
@@ -20,7 +21,8 @@ def build_problem(
     budget: Mapping[str, float],
     *,
     latency: LatencyTables | None = None,
-    objectives: Sequence[tuple[str, str]] = (("accuracy", "maximize"),),
+    objectives: Sequence[tuple[str, str]] = (("loss", "minimize"),),
+    task: Task | None = None,
 ) -> Problem:
     """The tables of a space.
 
@@ -30,6 +32,7 @@ def build_problem(
         budget: Cost name to fraction kept.
         latency: Of the same choices; a cost of that name exists if given.
         objectives: Names and directions.
+        task: Its metrics; None for those of all built-in tasks.
     """
     costs: dict[str, tuple[Array, ...]] = {
         name: tuple(
@@ -42,6 +45,7 @@ def build_problem(
         costs["latency"] = tuple(latency.seconds[name] for name in space.layers)
         remainder_cost["latency"] = latency.remainder_cost[0]
     zeros = {name: [0.0] * len(layer) for name, layer in space.layers.items()}
+    found = {"metrics": tuple(task.directions), "divergence": task.divergence_name} if task else {}
     return Problem(
         choices={name: layer.choices for name, layer in space.layers.items()},
         errors=tuple(np.array((errors or zeros)[name]) for name in space.layers),
@@ -50,4 +54,5 @@ def build_problem(
         budget=dict(budget),
         objectives=tuple(name for name, _ in objectives),
         directions=tuple(direction for _, direction in objectives),  # type: ignore[misc]
+        **found,  # type: ignore[arg-type]
     )

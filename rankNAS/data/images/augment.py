@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from rankNAS.trees import tree_map
 
 __all__ = ["NO_FLIP", "Augmentation"]
 
@@ -46,6 +49,10 @@ class Augmentation:
         images = torch.arange(count)[:, None, None]
         picked = (part.to(x.device) for part in (images, rows[:, :, None], columns[:, None, :]))
         return padded[tuple(picked)].permute(0, 3, 1, 2).contiguous()
+
+    def of_batch(self, batch: Any, generator: torch.Generator) -> Any:
+        """The batch with its image inputs augmented: all floating-point (N, C, H, W) tensors."""
+        return tree_map(lambda x: self(x, generator) if x.is_floating_point() else x, batch)
 
 
 NO_FLIP = Augmentation()

@@ -63,8 +63,8 @@ class Beam(Strategy):
         width: States that are lowered further on each level; 1 is greedy.
         step: What a level removes, in units of the mean layer's cost on that level: large steps
             early, small ones near the budget.
-        score: ``loss`` scores accuracy by the loss, which is the finer measure; any other
-            objective, and with ``objective`` accuracy too, is its own score.
+        score: ``loss`` scores a share of correct predictions by the loss, which is the finer
+            measure; any other objective, and with ``objective`` this one too, is its own score.
         children: Measure only so many children of a state, those of the least total relative
             error; None measures all, as published.
         operators: Whose choices are used; None for all.
@@ -134,7 +134,11 @@ class Beam(Strategy):
 
     def _scores(self, problem: Problem, history: History) -> Callable[[State], float | None]:
         """A state's score, larger is better: None if not measured, minus infinity if it failed."""
-        by_loss = self.score == "loss" and problem.objectives[0] == "accuracy"
+        by_loss = (
+            self.score == "loss"
+            and problem.objectives[0] in problem.metrics
+            and problem.directions[0] == "maximize"
+        )
 
         def score(state: State) -> float | None:
             trial = history.found.get(problem.allocation(state))

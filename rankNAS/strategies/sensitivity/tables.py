@@ -21,7 +21,6 @@ __all__ = ["degradation", "sensitivity_tables", "sensitivity_probes"]
 
 EXPONENTS = 0.5, 4.0  # bounds of the power law's exponent between and beyond measured points
 FLOOR = 1e-3  # the smallest sensitivity of a measured choice, relative to the largest
-QUALITY = {"accuracy", "loss", "kl_divergence", "reverse_kl"}
 
 
 def sensitivity_probes(problem: Problem, errors: Sequence[float]) -> list[Allocation]:
@@ -38,12 +37,12 @@ def sensitivity_probes(problem: Problem, errors: Sequence[float]) -> list[Alloca
 def degradation(problem: Problem, trial: Trial) -> float:
     """How much worse a trial is than the dense model; smaller is better.
 
-    The KL divergence from the dense model's predictions, if the first objective is a quality
-    metric: it needs no labels, is smooth where accuracy jumps, and cannot be improved by fitting
-    the validation labels. Otherwise the first objective itself.
+    The divergence from the dense model's predictions, if the first objective is a metric of the
+    task: it needs no labels, is smooth where shares of correct predictions jump, and cannot be
+    improved by fitting the validation labels. Otherwise the first objective itself.
     """
-    if problem.objectives[0] in QUALITY and "kl_divergence" in trial.metrics:
-        return trial.metrics["kl_divergence"]
+    if problem.objectives[0] in problem.metrics and problem.divergence in trial.metrics:
+        return trial.metrics[problem.divergence]
     return -float(problem.signs[0]) * trial.values[0]
 
 

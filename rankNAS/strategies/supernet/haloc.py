@@ -35,7 +35,6 @@ from typing import Any, final, get_args
 import numpy as np
 
 from rankNAS.allocation import Allocation
-from rankNAS.data.batches import len_of
 from rankNAS.evaluation.context import SearchContext, silent
 from rankNAS.exceptions import UsageError
 from rankNAS.strategies.base import Request, Strategy
@@ -53,7 +52,7 @@ __all__ = ["Haloc"]
 class Haloc(Strategy):
     """Differentiable search of equal Tucker-2 ranks on a super-net; a reconstruction.
 
-    It needs a model and training data (see `bind_context`), classes and a budget, and proposes one
+    It needs a model and training data (see `bind_context`) and a budget, and proposes one
     allocation per problem. The training is continued where it was interrupted.
 
     Args:
@@ -103,13 +102,8 @@ class Haloc(Strategy):
             raise UsageError(f"`penalty` must be power or log, got {self.penalty!r}.")
 
     def check(self, request: Request) -> None:
-        """Raise a UsageError without a budget, without classes, or with too little data."""
+        """Raise a UsageError without a budget, or with too little data."""
         _check_budget(request.budget)
-        if not request.classes:
-            raise UsageError(
-                "strategy 'haloc' trains with the cross-entropy, but the targets are no classes; "
-                "choose another strategy, for example 'energy'."
-            )
         self._check_size(request.training)
 
     def _check_size(self, training: int) -> None:
@@ -121,7 +115,7 @@ class Haloc(Strategy):
 
     def bind_context(self, context: SearchContext) -> Strategy:
         """The strategy with the model and the data that it trains on."""
-        self._check_size(len_of(context.splits.training))
+        self._check_size(len(context.splits.training))
         return _Bound(self, context, self.operators)
 
     def propose(

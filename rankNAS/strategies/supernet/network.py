@@ -41,6 +41,7 @@ from rankNAS.decompositions.base import balanced
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.supernet.losses import Maps
+from rankNAS.trees import Inputs
 
 __all__ = ["FactoredWeight", "SuperNet", "multiply"]
 
@@ -77,17 +78,17 @@ class SuperNet:
             for name, found in factors.layers.items()
         }
 
-    def forward(self, x: Tensor, weights: Mapping[str, Tensor]) -> tuple[Tensor, Maps]:
+    def forward(self, x: Inputs | Tensor, weights: Mapping[str, Tensor]) -> tuple[Any, Maps]:
         """The network's output, and the feature maps of the searched layers.
 
         Args:
-            x: A batch of inputs.
+            x: The network's arguments for a batch.
             weights: By layer, outputs first.
         """
         return self._call(x, {f"{n}.weight": self._turned(n, w) for n, w in weights.items()})
 
     @torch.no_grad()
-    def original(self, x: Tensor) -> Maps:
+    def original(self, x: Inputs | Tensor) -> Maps:
         """The feature maps of the dense network as it was given."""
         return self._call(x, self._original)[1]
 
@@ -102,9 +103,10 @@ class SuperNet:
         for name, weight in weights.items():
             self._weight(name).copy_(self._turned(name, weight))
 
-    def _call(self, x: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Maps]:
+    def _call(self, x: Inputs | Tensor, parameters: dict[str, Tensor]) -> tuple[Any, Maps]:
         self._maps = {}
-        output: Tensor = functional_call(self.network, parameters, (x,))
+        given = Inputs.of(x)
+        output = functional_call(self.network, parameters, given.args, given.kwargs)
         maps, self._maps = self._maps, {}
         return output, maps
 

@@ -11,11 +11,9 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.data import Dataset
 
 from rankNAS.compression.factorisation import Factorisation
-from rankNAS.data.batches import batches, channels_last, len_of, subset
+from rankNAS.data.samples import Samples
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.exceptions import ObjectiveError, WeightsError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
@@ -30,6 +28,7 @@ from rankNAS.strategies.supernet.losses import (
     penalised,
 )
 from rankNAS.strategies.supernet.network import FactoredWeight, SuperNet
+from rankNAS.trees import channels_last, size_of
 
 __all__ = ["Schedule", "Training"]
 
@@ -73,6 +72,7 @@ class Training:
 
     def __init__(self, configuration: Schedule, context: SearchContext, problem: Problem) -> None:
         self.configuration, self.context, self.problem = configuration, context, problem
+        self.task = context.task
         space = context.factorisation.space.restrict(problem.choices)
         self.net = SuperNet(context.factorisation.model, space)
         self.names = list(problem.choices)
@@ -114,18 +114,18 @@ class Training:
         first, last = TEMPERATURES
         temperature = first * (last / first) ** (self.epoch / self.configuration.epochs)
         truncations = self.net.truncations(factors)
-        for step, (x, y) in enumerate(self._batches(self.held_out, generator)):
+        for step, batch in enumerate(self._batches(self.held_out, generator)):
             p = [gumbel_softmax(logits, temperature, generator) for logits in self.logits]
             weights = {
                 name: torch.tensordot(q.to(truncations[name].dtype), truncations[name], 1)
                 for name, q in zip(self.names, p, strict=True)
             }
-            output, maps = self.net.forward(x, weights)
+            output, maps = self.net.forward(self.task.inputs_of(batch), weights)
             # A relaxed sample is one of these as the temperature falls to 0 (Gumbel-max).
             selection = [logits.softmax(-1) for logits in self.logits]
             ratios = expected_costs(selection, self.tables, self.rest)
             c = self.configuration
-            loss = penalised(_cross_entropy(output, y), ratios, c.penalty, c.strength)
+            loss = penalised(self._loss(output, batch), ratios, c.penalty, c.strength)
             self._update(self.optimizer, loss, maps, step)
             self._check("a logit", dict(zip(self.names, self.logits, strict=True)))
 
@@ -142,11 +142,13 @@ class Training:
         optimizer = torch.optim.SGD([*trained, *others], lr=c.weight_rate, momentum=MOMENTUM)
         falling = c.features * math.cos(math.pi / 2 * self.epoch / c.epochs)
         mu = max(min(SMALLEST, c.features), falling)
-        for step, (x, y) in enumerate(self._batches(self.training, generator), c.steps):
-            x = self.context.splits.augmentation(x, generator)
-            targets = self.net.original(x)
-            output, maps = self.net.forward(x, {n: w.product() for n, w in chosen.items()})
-            loss = _cross_entropy(output, y) + mu * feature_distance(maps, targets)
+        for step, batch in enumerate(self._batches(self.training, generator), c.steps):
+            if self.task.invariant:
+                batch = self.context.splits.augmentation.of_batch(batch, generator)
+            inputs = self.task.inputs_of(batch)
+            targets = self.net.original(inputs)
+            output, maps = self.net.forward(inputs, {n: w.product() for n, w in chosen.items()})
+            loss = self._loss(output, batch) + mu * feature_distance(maps, targets)
             self._update(optimizer, loss, maps, step)
         for parameter in others:
             parameter.requires_grad_(False)
@@ -187,21 +189,26 @@ class Training:
             "Lower `learning_rate` or `weight_rate`."
         )
 
-    def _batches(
-        self, part: Dataset[Any], generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _loss(self, output: Any, batch: Any) -> Tensor:
+        """The task's loss; without labels, the divergence from the dense network."""
+        prediction = self.task.predict(output, batch)
+        if self.task.labelled:
+            return prediction.loss()
+        with torch.no_grad():
+            reference = self.task.run(self.context.factorisation.model, batch)
+        return prediction.distillation(reference)
+
+    def _batches(self, part: Samples, generator: torch.Generator) -> Iterator[Any]:
         """The batches of one epoch; where the data is short, of several passes over it."""
         return islice(self._endless(part, generator), self.configuration.steps)
 
-    def _endless(
-        self, part: Dataset[Any], generator: torch.Generator
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _endless(self, part: Samples, generator: torch.Generator) -> Iterator[Any]:
         while True:
             seed = int(torch.randint(2**31, (1,), generator=generator))
             size, device = self.configuration.batch_size, self.context.device
-            for x, y in batches(part, size, device=device, shuffle_seed=seed):
-                if len(x) > 1:  # a batch norm cannot train on one sample
-                    yield channels_last(x), y
+            for batch in part.batches(size, device=device, shuffle_seed=seed):
+                if size_of(batch) > 1:  # a batch norm cannot train on one sample
+                    yield channels_last(batch)
 
     def _save(self) -> None:
         """Write all that `_load` needs, as tensors and plain values."""
@@ -228,13 +235,9 @@ class Training:
         self.epoch = content["epoch"]
 
 
-def _halves(dataset: Dataset[Any], seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+def _halves(samples: Samples, seed: int) -> tuple[Samples, Samples]:
     """Two disjoint random halves: for the logits, and for the weights."""
-    size = len_of(dataset)
+    size = len(samples)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
     halves = order[: size // 2], order[size // 2 :]
-    return subset(dataset, halves[0].sort().values), subset(dataset, halves[1].sort().values)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return samples.take(halves[0].sort().values), samples.take(halves[1].sort().values)

@@ -1,0 +1,252 @@
+"""Stores of samples: items that are collated, tensors in memory, or batches in memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from rankNAS.data.images.dataset import Images
+from rankNAS.data.items import Batch, Collate, as_tensors, shapes_of, stacked
+from rankNAS.exceptions import DataError
+from rankNAS.trees import count_bytes, rows, size_of, to_device
+
+__all__ = ["Store", "store_of"]
+
+MOST_BYTES = 4 << 30  # of batches that an iterable may put into memory
+
+
+class Store(ABC):
+    """Where samples are."""
+
+    source: Any
+    in_memory = True
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    @abstractmethod
+    def item(self, row: int) -> Any:
+        """One sample, with tensors for numbers and arrays."""
+
+    @abstractmethod
+    def groups(self, order: Tensor) -> list[Tensor]:
+        """The rows, divided into those that fit into one batch."""
+
+    @abstractmethod
+    def gather(self, wanted: Tensor, device: str | torch.device) -> Batch:
+        """The batch of some rows of one group."""
+
+    @abstractmethod
+    def kept(self, order: Tensor) -> Store:
+        """A store in memory of some rows."""
+
+    def placed(self, function: Callable[[Batch], Batch]) -> Store | None:
+        """The store with a function of its tensors applied; None if they are not in memory."""
+        return None
+
+
+@final
+class _Items(Store):
+    """A map-style data set or a list of items."""
+
+    def __init__(self, dataset: Any, collate: Collate | None, where: str) -> None:
+        self.source, self._collate, self._where = dataset, collate, where
+        self.in_memory = isinstance(dataset, list)
+        self._shapes: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def item(self, row: int) -> Any:
+        return as_tensors(self.source[row], f"item {row} of the {self._where} split")
+
+    def groups(self, order: Tensor) -> list[Tensor]:
+        if self._collate is not None or self._alike(order):
+            return [order]
+        return _grouped(order, self._shape)
+
+    def gather(self, wanted: Tensor, device: str | torch.device) -> Batch:
+        if isinstance(self.source, Images):
+            return self.source.batch(wanted, device)
+        if self._collate is None:
+            return to_device(self._stacked([self.item(row) for row in wanted.tolist()]), device)
+        items = [self.source[row] for row in wanted.tolist()]
+        return to_device(
+            as_tensors(self._collate(items), "a batch of the collate function"), device
+        )
+
+    def kept(self, order: Tensor) -> Store:
+        if self._collate is None and len(self.groups(order)) == 1:
+            return _Stacked(self.gather(order, "cpu"))
+        items = [self.source[row] for row in order.tolist()]
+        return _Items(items, self._collate, self._where)
+
+    def _alike(self, order: Tensor) -> bool:
+        """Whether the items have equal shapes: all in memory, or else 8 evenly spaced ones."""
+        if isinstance(self.source, Images):
+            return True
+        chosen = order
+        if not isinstance(self.source, list) and len(order) > 8:
+            chosen = order[torch.arange(8) * (len(order) - 1) // 7]
+        return len({self._shape(row) for row in chosen.tolist()}) == 1
+
+    def _stacked(self, items: list[Any]) -> Batch:
+        try:
+            return stacked(items)
+        except RuntimeError as error:
+            raise DataError(
+                f"items of the {self._where} split differ in shape: {error}; give a `collate_fn` "
+                "that makes them equal, or a list of items."
+            ) from error
+
+    def _shape(self, row: int) -> Any:
+        if row not in self._shapes:
+            self._shapes[row] = shapes_of(self.item(row))
+        return self._shapes[row]
+
+
+@final
+class _Stacked(Store):
+    """Tensors in memory: all samples as one batch."""
+
+    def __init__(self, tree: Batch) -> None:
+        self.source, self._size = tree, size_of(tree)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def item(self, row: int) -> Any:
+        return rows(self.source, torch.tensor(row), self._size)
+
+    def groups(self, order: Tensor) -> list[Tensor]:
+        return [order]
+
+    def gather(self, wanted: Tensor, device: str | torch.device) -> Batch:
+        first, last = int(wanted[0]), int(wanted[-1])
+        # Consecutive rows are a view.
+        run = last - first == len(wanted) - 1 and bool((wanted.diff() == 1).all())
+        found = rows(self.source, slice(first, last + 1) if run else wanted, self._size)
+        return to_device(found, device)
+
+    def kept(self, order: Tensor) -> Store:
+        if len(order) == self._size and bool((order == torch.arange(self._size)).all()):
+            return self
+        return _Stacked(self.gather(order, "cpu"))
+
+    def placed(self, function: Callable[[Batch], Batch]) -> Store | None:
+        return _Stacked(function(self.source))
+
+
+@final
+class _Batches(Store):
+    """Batches in memory. Samples of different batches are never merged."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.source = batches
+        self._sizes = [size_of(batch) for batch in batches]
+        self._starts = [0, *torch.tensor(self._sizes).cumsum(0).tolist()]
+        self._owner = torch.repeat_interleave(
+            torch.arange(len(batches)), torch.tensor(self._sizes)
+        )
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def item(self, row: int) -> Any:
+        i = int(self._owner[row])
+        return rows(self.source[i], torch.tensor(row - self._starts[i]), self._sizes[i])
+
+    def groups(self, order: Tensor) -> list[Tensor]:
+        return _grouped(order, lambda row: int(self._owner[row]))
+
+    def gather(self, wanted: Tensor, device: str | torch.device) -> Batch:
+        i = int(self._owner[wanted[0]])
+        found = rows(self.source[i], wanted - self._starts[i], self._sizes[i])
+        return to_device(found, device)
+
+    def kept(self, order: Tensor) -> Store:
+        return _Batches([self.gather(group, "cpu") for group in self.groups(order)])
+
+
+def store_of(source: Any, collate: Collate | None, where: str) -> Store:
+    """The store of a source; see `Samples.of`.
+
+    Raises:
+        DataError: The source is of another kind, or too large for the memory.
+    """
+    if isinstance(source, DataLoader):
+        return _loaded(source, collate, where)
+    if isinstance(source, TensorDataset) and collate is None:
+        return _Stacked(tuple(source.tensors))
+    if isinstance(source, Tensor) or _is_tuple_of_tensors(source):
+        return _Stacked(source)
+    if isinstance(source, IterableDataset):
+        return _Items(list(_bounded(source, where)), collate, where)
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        if not isinstance(source, Mapping | str | bytes | tuple):
+            return _Items(source, collate, where)
+    elif isinstance(source, Iterable):
+        return _read(source, where)
+    raise DataError(
+        f"the {where} data is a {type(source).__name__}; give a map-style data set such as a "
+        "torch.utils.data.TensorDataset, a list of items, a DataLoader, or an iterable of batches."
+    )
+
+
+def _is_tuple_of_tensors(source: Any) -> bool:
+    return (
+        isinstance(source, tuple) and bool(source) and all(isinstance(x, Tensor) for x in source)
+    )
+
+
+def _loaded(loader: DataLoader[Any], collate: Collate | None, where: str) -> Store:
+    """A data loader's data set with its collate function; its batches if it chooses samples."""
+    if collate is None and loader.collate_fn is not default_collate:
+        collate = loader.collate_fn
+    plain = isinstance(loader.sampler, SequentialSampler | RandomSampler)
+    if loader.batch_size is not None and plain and not isinstance(loader.dataset, IterableDataset):
+        return store_of(loader.dataset, collate, where)
+    return _read(loader, where)
+
+
+def _read(source: Iterable[Any], where: str) -> Store:
+    """The batches of an iterable, in memory."""
+    name = f"a batch of the {where} split"
+    batches = [as_tensors(batch, name) for batch in _bounded(source, where)]
+    if not batches:
+        raise DataError(f"the {where} split has no items; it needs at least one.")
+    return _Batches(batches)
+
+
+def _bounded(source: Iterable[Any], where: str) -> Iterator[Any]:
+    """What an iterable yields; raises an error instead of filling the memory."""
+    total = 0
+    for part in source:
+        total += count_bytes(as_tensors(part, f"a part of the {where} split"))
+        if total > MOST_BYTES:
+            raise DataError(
+                f"the {where} data is an iterable of more than {MOST_BYTES >> 30} GiB, which "
+                "would have to stay in memory; give a map-style data set, or fewer batches."
+            )
+        yield part
+
+
+def _grouped(order: Tensor, key: Callable[[int], Any]) -> list[Tensor]:
+    """Rows with equal keys together, in the order of their first rows."""
+    groups: dict[Any, list[int]] = {}
+    for row in order.tolist():
+        groups.setdefault(key(row), []).append(row)
+    return [torch.tensor(found) for found in groups.values()]

@@ -1,0 +1,247 @@
+"""Predictions of one class out of several: of samples, tokens or pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rankNAS.exceptions import DataError
+from rankNAS.tasks.base import Prediction, Sums
+
+__all__ = ["Categorical", "TopClasses"]
+
+IGNORED = -100  # the label of what does not count, as in `torch.nn.functional.cross_entropy`
+CHUNK = 1 << 22  # logits that are read at once, in float64
+FEWEST = 4  # classes of a compact reference
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Categorical(Prediction):
+    """Logits of N predictions over C classes.
+
+    Args:
+        logits: (N, C).
+        targets: Classes, int64 (N,), `IGNORED` for what does not count; None without labels.
+        counts: Whether a prediction counts, bool (N,); None if all do that have a target.
+        weights: Class weights of the loss (C,).
+        confusion: Whether to sum a confusion matrix.
+    """
+
+    logits: Tensor
+    targets: Tensor | None = None
+    counts: Tensor | None = None
+    weights: Tensor | None = None
+    confusion: bool = False
+
+    def __len__(self) -> int:
+        return len(self.logits) if self._valid is None else int(self._valid.sum())
+
+    @cached_property
+    def _valid(self) -> Tensor | None:
+        """Rows that count; None if all do."""
+        valid = self.counts
+        if self.targets is not None:
+            found = self.targets != IGNORED
+            valid = found if valid is None else valid & found
+        return None if valid is None or bool(valid.all()) else valid
+
+    def loss(self, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross entropy in nats; 0 if no prediction counts."""
+        logits, targets = _of(self.logits, self._valid), self._targets()
+        if not len(logits):
+            return self.logits.sum() * 0.0
+        return functional.cross_entropy(
+            logits,
+            _of(targets, self._valid),
+            weight=self._weights(logits),
+            label_smoothing=label_smoothing,
+        )
+
+    def sampled_loss(self, generator: torch.Generator) -> Tensor:
+        logits = _of(self.logits, self._valid)
+        sampled = []
+        for chunk in _chunks(logits.detach()):
+            probabilities = chunk.float().softmax(-1)
+            uniform = torch.rand(len(chunk), 1, generator=generator).to(probabilities)
+            labels = (probabilities.cumsum(-1) < uniform).sum(-1)
+            sampled.append(labels.clamp_max(chunk.shape[-1] - 1))
+        if not sampled:
+            return logits.sum() * 0.0
+        return functional.cross_entropy(_float(logits), torch.cat(sampled), reduction="sum")
+
+    def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
+        """``T² KL(teacher ‖ student)``: its gradients do not grow with T (Hinton et al. 2015)."""
+        assert isinstance(reference, Categorical)
+        student, teacher = (_of(x.logits, self._valid) for x in (self, reference))
+        divergence = functional.kl_div(
+            functional.log_softmax(student / temperature, dim=-1),
+            functional.log_softmax(teacher / temperature, dim=-1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return temperature**2 * divergence
+
+    @torch.no_grad()
+    def sums(self, reference: Prediction | None) -> Sums:
+        total: Sums = {}
+        for start, logits in self._numbered():
+            rows = slice(start, start + len(logits))
+            valid = None if self._valid is None else self._valid[rows]
+            z = _of(logits, valid).double()
+            log_q = z.log_softmax(-1)
+            found: Sums = {"count": _count(z)}
+            if self.targets is not None:
+                found |= self._labelled(z, log_q, _of(self.targets[rows], valid))
+            if reference is not None:
+                found |= _divergences(log_q, reference, rows, valid)
+            total = {k: total[k] + v for k, v in found.items()} if total else found
+        return total
+
+    def kept(self, most_bytes: int) -> Prediction | None:
+        logits = self.logits.detach()
+        if logits.nbytes <= most_bytes:
+            return Categorical(logits.clone() if logits._is_view() else logits)
+        count = min(most_bytes // (8 * len(logits)), logits.shape[-1])
+        return TopClasses.of(logits, count) if count >= FEWEST else None
+
+    @property
+    def nbytes(self) -> int:
+        return self.logits.nbytes
+
+    def _labelled(self, z: Tensor, log_q: Tensor, y: Tensor) -> Sums:
+        classes = z.shape[-1]
+        if len(y) and (int(y.max()) >= classes or int(y.min()) < 0):
+            wrong = y[(y < 0) | (y >= classes)][0]
+            raise DataError(
+                f"a target is the class {int(wrong)}, but the model has {classes} classes; number "
+                f"the classes from 0, and mark what does not count by {IGNORED}."
+            )
+        nll = -log_q.gather(-1, y[:, None])[:, 0]
+        weights = self._weights(z)
+        w = torch.ones_like(nll) if weights is None else weights[y]
+        predicted = z.argmax(-1)
+        found = {"loss": (w * nll).sum(), "weight": w.sum()}
+        found["correct"] = (predicted == y).double().sum()
+        if self.confusion:
+            cells = torch.bincount(y * classes + predicted, minlength=classes**2)
+            found["confusion"] = cells.reshape(classes, classes).double()
+        return found
+
+    def _numbered(self) -> Iterator[tuple[int, Tensor]]:
+        start = 0
+        for chunk in _chunks(self.logits):
+            yield start, chunk
+            start += len(chunk)
+
+    def _targets(self) -> Tensor:
+        if self.targets is None:
+            raise DataError("the batch has no targets; train with a teacher alone (distill=1).")
+        return self.targets
+
+    def _weights(self, like: Tensor) -> Tensor | None:
+        return None if self.weights is None else self.weights.to(like)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class TopClasses(Prediction):
+    """The k most likely classes of N predictions: a compact reference.
+
+    Divergences from it are those of the distributions over these classes and all others together,
+    a lower bound of the exact ones.
+
+    Args:
+        classes: int32 (N, k).
+        log_probabilities: float32 (N, k).
+    """
+
+    classes: Tensor
+    log_probabilities: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, count: int) -> TopClasses:
+        """The top classes of logits (N, C)."""
+        found = [
+            functional.log_softmax(chunk.double(), -1).topk(count) for chunk in _chunks(logits)
+        ]
+        return cls(
+            torch.cat([x.indices.int() for x in found]),
+            torch.cat([x.values.float() for x in found]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def loss(self, label_smoothing: float = 0.0) -> Tensor:
+        raise _reference_only()
+
+    def sampled_loss(self, generator: torch.Generator) -> Tensor:
+        raise _reference_only()
+
+    def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
+        raise _reference_only()
+
+    def sums(self, reference: Prediction | None) -> Sums:
+        raise _reference_only()
+
+    def kept(self, most_bytes: int) -> Prediction | None:
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return self.classes.nbytes + self.log_probabilities.nbytes
+
+
+def _reference_only() -> NotImplementedError:
+    return NotImplementedError("a compact prediction is a reference and nothing else")
+
+
+def _divergences(log_q: Tensor, reference: Prediction, rows: slice, valid: Tensor | None) -> Sums:
+    """KL divergences between a reference p and log_q (n, C) of the counted rows."""
+    if isinstance(reference, TopClasses):
+        classes = _of(reference.classes[rows], valid).long()
+        log_p = _with_rest(_of(reference.log_probabilities[rows], valid).double())
+        log_q = _with_rest(log_q.gather(-1, classes))
+    else:
+        assert isinstance(reference, Categorical)
+        log_p = _of(reference.logits[rows], valid).double().log_softmax(-1)
+    return {"kl": _kl(log_p, log_q), "reverse_kl": _kl(log_q, log_p)}
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The sum over rows of KL(p || q); classes of probability 0 under p contribute 0."""
+    p = log_p.exp()
+    terms = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p))
+    return terms.sum()
+
+
+def _with_rest(log_p: Tensor) -> Tensor:  # (n, k) -> (n, k + 1)
+    """Log probabilities with that of all other classes together."""
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-12)
+    return torch.cat([log_p, rest.log()], -1)
+
+
+def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
+    """Rows in parts of at most `CHUNK` elements."""
+    found: tuple[Tensor, ...] = logits.split(max(1, CHUNK // max(1, logits.shape[-1])))
+    return found
+
+
+def _of(rows: Tensor, valid: Tensor | None) -> Tensor:
+    return rows if valid is None else rows[valid]
+
+
+def _float(x: Tensor) -> Tensor:
+    """At least float32: half precision overflows in sums."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _count(rows: Tensor) -> Tensor:
+    return torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)

@@ -1,0 +1,221 @@
+"""The task of a model and its data: given by name, by an object, or found from a first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.data.base import Data
+from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
+from rankNAS.lazy import load
+from rankNAS.plugins import is_plugin, load_callable
+from rankNAS.tasks import TASKS
+from rankNAS.tasks.base import Task
+from rankNAS.tasks.categorical import IGNORED
+from rankNAS.tasks.classification import Classification, MultiLabel
+from rankNAS.tasks.language import CausalLanguageModelling, MaskedLanguageModelling
+from rankNAS.tasks.layout import Layout
+from rankNAS.tasks.matching import Matching
+from rankNAS.tasks.regression import Regression
+from rankNAS.tasks.segmentation import Segmentation
+from rankNAS.trees import Inputs, device_of
+
+__all__ = ["EXAMPLES", "infer_task", "make_task", "resolve_task"]
+
+EXAMPLES = 64  # samples whose targets are looked at
+
+
+def make_task(given: str | Task) -> Task:
+    """The task for a name, ``file.py:function`` (which returns a task), or a task itself.
+
+    ``matching:kl`` is `Matching` by KL divergence.
+
+    Raises:
+        UnknownNameError: There is no such task.
+        UsageError: The function cannot be loaded, or returns no task.
+
+    >>> make_task("regression").name
+    'regression'
+    """
+    if isinstance(given, Task):
+        return given
+    if not isinstance(given, str):
+        raise UsageError(
+            f"a task must be a name or a Task, got {type(given).__name__}; see rankNAS.tasks."
+        )
+    if is_plugin(given):
+        found = load_callable(given, "task")()
+        if not isinstance(found, Task):
+            raise UsageError(f"{given} returned a {type(found).__name__} instead of a Task.")
+        return found
+    name, _, by = given.partition(":")
+    if name not in TASKS or (by and (name, by) != ("matching", "kl")):
+        raise UnknownNameError("task", given, TASKS, "Or path/to/file.py:function.")
+    if by:
+        return Matching(by="kl")
+    made: Task = load(TASKS[name][0])()
+    return made
+
+
+def infer_task(model: nn.Module, batch: Any) -> Task:
+    """The task of a model, from the form of a batch, its targets and the model's output.
+
+    Args:
+        model: The dense model, on the device of the batch.
+        batch: A batch of at least two samples, if there are.
+
+    Raises:
+        DataError: Several tasks or none fit, or the model fails on the batch.
+
+    Example:
+        >>> batch = torch.zeros(4, 8), torch.tensor([0, 2, 1, 0])
+        >>> infer_task(nn.Linear(8, 3), batch).describe()
+        'classification of 3 classes'
+    """
+    layout = Layout.of(batch, model)
+    targets = layout.target_of(batch)
+    output = _output(model, layout.inputs_of(batch))
+    if targets is None:
+        return _unlabelled(model, output, layout, batch)
+    found = _labelled(model, output, targets, batch)
+    task = found.bound(batch, model)
+    task.predict(output, batch)  # raises an error if the two do not fit
+    return task
+
+
+def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task:
+    """The task of a model and its data, checked on the first samples and on stored targets.
+
+    Args:
+        given: A name, a task, or None to infer it.
+        model: The dense model.
+        data: The data.
+
+    Raises:
+        DataError: The data do not fit the model or the task.
+        UnknownNameError: There is no such task.
+    """
+    batch = data.train.example(EXAMPLES, device_of(model))
+    if given is None:
+        task = infer_task(model, batch)
+    else:
+        task = make_task(given).bound(batch, model)
+    output = _output(model, task.inputs_of(batch))
+    task.predict(output, batch)
+    for where, samples in (("train", data.train), ("test", data.test)):
+        if samples is not None:
+            task.check(samples, where, output)
+    return task
+
+
+@torch.no_grad()
+def _output(model: nn.Module, inputs: Inputs) -> Any:
+    training = [module for module in model.modules() if module.training]
+    try:
+        return inputs.run(model.eval())
+    except RankNASError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{type(model).__name__} fails on the first batch of the data: "
+            f"{type(error).__name__}: {error}; check the order and the names of the inputs."
+        ) from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Task:
+    logits = _logits(output)
+    name = type(model).__name__
+    if logits is not None and logits.dim() == 3 and "CausalLM" in name:
+        return CausalLanguageModelling(layout=layout)
+    by_kl = logits is not None and not isinstance(output, Tensor)
+    return Matching(by="kl" if by_kl else "distance", layout=layout)
+
+
+def _labelled(model: nn.Module, output: Any, targets: Any, batch: Any) -> Task:
+    logits = _logits(output)
+    if logits is None or not isinstance(targets, Tensor):
+        raise DataError(
+            f"the task is unclear: the model returns a {type(output).__name__} for targets that "
+            f"are a {type(targets).__name__}; give task=Custom(loss, metrics)."
+        )
+    if _are_classes(targets):
+        return _of_classes(model, logits, targets)
+    if targets.dtype == torch.bool or _are_labels(logits, targets):
+        return MultiLabel() if logits.dim() > 1 and logits.shape[-1] > 1 else Classification()
+    return Regression()
+
+
+def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
+    """The task of whole-number targets."""
+    flat = targets[:, 0] if targets.dim() == 2 and targets.shape[1] == 1 else targets
+    if flat.dim() == 1 and logits.dim() <= 2:
+        binary = logits.dim() == 1 or logits.shape[-1] == 1
+        if _plausible(logits, flat) or not (binary or targets.is_floating_point()):
+            return Classification(classes=1 if binary else logits.shape[-1])
+        return Regression()
+    segmented = logits.dim() >= 3 and logits.shape[:1] + logits.shape[2:] == flat.shape
+    tokens = logits.dim() == 3 and logits.shape[:2] == flat.shape
+    if segmented and tokens:
+        raise DataError(
+            f"the task is unclear: logits {tuple(logits.shape)} for targets {tuple(flat.shape)} "
+            "have their classes on axis 1 or on axis 2; give the task 'segmentation', 'causal_lm' "
+            "or 'masked_lm'."
+        )
+    if segmented:
+        return Segmentation()
+    if tokens:
+        masked = "Masked" in type(model).__name__ or "TokenClassification" in type(model).__name__
+        return MaskedLanguageModelling() if masked else CausalLanguageModelling()
+    if logits.shape == targets.shape and _between(targets, 0, 1):
+        return MultiLabel()
+    if logits.shape == targets.shape:
+        return Regression()
+    raise DataError(
+        f"the task is unclear: the model returns {tuple(logits.shape)} for targets "
+        f"{tuple(targets.shape)}; give the task by name, or Custom(loss, metrics)."
+    )
+
+
+def _plausible(logits: Tensor, targets: Tensor) -> bool:
+    """Whether whole-number floats are classes of the logits."""
+    counted = targets[targets != IGNORED]
+    if not counted.numel() or float(counted.min()) < 0:
+        return False
+    classes = 2 if logits.dim() == 1 or logits.shape[-1] == 1 else logits.shape[-1]
+    return float(counted.max()) < classes
+
+
+def _are_classes(targets: Tensor) -> bool:
+    """Whether targets are whole numbers."""
+    if targets.dtype == torch.bool:
+        return targets.dim() == 1
+    if not targets.is_floating_point():
+        return not targets.is_complex()
+    return bool(targets.isfinite().all()) and bool((targets == targets.round()).all())
+
+
+def _are_labels(logits: Tensor, targets: Tensor) -> bool:
+    """Whether targets are probabilities of several labels, for logits of their shape."""
+    several = targets.dim() == 2 and targets.shape[1] > 1
+    return several and logits.shape == targets.shape and _between(targets, 0, 1)
+
+
+def _between(targets: Tensor, low: float, high: float) -> bool:
+    counted = targets[targets != IGNORED]
+    return bool(((counted >= low) & (counted <= high)).all())
+
+
+def _logits(output: Any) -> Tensor | None:
+    """The one tensor of an output, or its ``logits``."""
+    if isinstance(output, Tensor):
+        return output
+    found = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    )
+    return found if isinstance(found, Tensor) else None

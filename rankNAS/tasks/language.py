@@ -1,0 +1,139 @@
+"""Language modelling: the next token, or the token at masked positions."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.exceptions import DataError
+from rankNAS.tasks.base import Direction, Prediction, Task, main_output
+from rankNAS.tasks.categorical import IGNORED, Categorical
+from rankNAS.tasks.checks import check_length, check_some, whole_numbers
+from rankNAS.tasks.classification import likelihood_metrics
+from rankNAS.tasks.layout import Layout
+from rankNAS.trees import tensors
+
+__all__ = ["CausalLanguageModelling", "LanguageModelling", "MaskedLanguageModelling"]
+
+MOST = 700.0  # the largest loss in nats whose exponential is finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelling(Task):
+    """Base of language models: logits (N, T, C), tokens (N, T), -100 for what does not count.
+
+    Perplexity is exp of the mean loss over all tokens that count.
+    """
+
+    divergence_name: ClassVar[str] = "kl_divergence"
+
+    @property
+    def directions(self) -> Mapping[str, Direction]:
+        return {
+            "perplexity": "minimize",
+            "accuracy": "maximize",
+            "loss": "minimize",
+            "kl_divergence": "minimize",
+            "reverse_kl": "minimize",
+        }
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        check_some(sums, self.name)
+        found = likelihood_metrics(sums)
+        accuracy = float(sums["correct"] / sums["count"])
+        perplexity = math.exp(min(found["loss"], MOST))
+        return {"perplexity": perplexity, "accuracy": accuracy, **found}
+
+    def predict(self, output: Any, batch: Any) -> Prediction:
+        logits = main_output(output, self.name)
+        targets = whole_numbers(self._tokens(batch), self.name)
+        check_length(logits, targets, self.name)
+        if logits.dim() != 3 or logits.shape[:2] != targets.shape:
+            raise DataError(
+                f"the task {self.name!r} takes logits (N, T, C) for tokens (N, T), but the model "
+                f"returns {tuple(logits.shape)} for tokens {tuple(targets.shape)}."
+            )
+        logits, targets = self._aligned(logits, targets)
+        return Categorical(logits.flatten(0, 1), targets.flatten())
+
+    def _tokens(self, batch: Any) -> Any:
+        return self.targets_of(batch)
+
+    @abstractmethod
+    def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and their targets."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CausalLanguageModelling(LanguageModelling):
+    """The next token at each position.
+
+    Without labels, the inputs are the targets, but for padded positions.
+
+    Args:
+        shifted: Whether targets are already the next tokens, as in (x[:-1], x[1:]).
+    """
+
+    name: ClassVar[str] = "causal_lm"
+    shifted: bool = False
+
+    def describe(self) -> str:
+        return "causal language modelling"
+
+    def bound(self, batch: Any, model: nn.Module) -> Self:
+        """The task with the layout of a batch; finds out whether targets are shifted."""
+        if self.layout is not None:
+            return self
+        layout = Layout.of(batch, model)
+        found = replace(self, layout=layout)
+        x, y = _first(found, batch), layout.target_of(batch)
+        if isinstance(y, Tensor) and x is not None and x.shape == y.shape and y.shape[-1] > 1:
+            return replace(found, shifted=_are_shifted(x, y))
+        return found
+
+    def _tokens(self, batch: Any) -> Any:
+        found = self._layout.target_of(batch)
+        if found is not None:
+            return found
+        tokens, mask = _first(self, batch), self.mask_of(batch)
+        if tokens is None:
+            raise DataError("a batch has no tokens (integers) among the model's inputs.")
+        return tokens if mask is None else torch.where(mask, tokens, IGNORED)
+
+    def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return (logits, targets) if self.shifted else (logits[:, :-1], targets[:, 1:])
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MaskedLanguageModelling(LanguageModelling):
+    """The token at each position whose label is not -100."""
+
+    name: ClassVar[str] = "masked_lm"
+
+    def describe(self) -> str:
+        return "masked language modelling"
+
+    def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, targets
+
+
+def _first(task: Task, batch: Any) -> Tensor | None:
+    """The first integer tensor of the model's inputs: the tokens."""
+    found = (x for x in tensors(task.inputs_of(batch)) if not x.is_floating_point())
+    return next(found, None)
+
+
+def _are_shifted(tokens: Tensor, targets: Tensor) -> bool:
+    """Whether targets are the tokens one position later, rather than the tokens themselves."""
+    counts = targets != IGNORED
+    same = ((targets == tokens) & counts).sum()
+    following = ((targets[..., :-1] == tokens[..., 1:]) & counts[..., :-1]).sum()
+    return bool(following > same)

@@ -1,0 +1,81 @@
+"""Segmentation: one class at each position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from rankNAS.exceptions import DataError
+from rankNAS.tasks.base import Direction, Prediction, Task, main_output
+from rankNAS.tasks.categorical import IGNORED, Categorical
+from rankNAS.tasks.checks import check_length, check_some, whole_numbers
+from rankNAS.tasks.classification import likelihood_metrics
+
+__all__ = ["Segmentation"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Segmentation(Task):
+    """A class at each position, as in `torch.nn.functional.cross_entropy`.
+
+    The model returns logits (N, C, ...) for targets (N, ...). Intersection over union is computed
+    from a confusion matrix summed over all positions; classes that neither occur nor are predicted
+    are left out of the mean.
+
+    Args:
+        ignored: The label of positions that do not count; -100 does not count either.
+        weights: Class weights of the loss.
+    """
+
+    name: ClassVar[str] = "segmentation"
+    divergence_name: ClassVar[str] = "kl_divergence"
+    ignored: int = IGNORED
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def directions(self) -> Mapping[str, Direction]:
+        return {
+            "miou": "maximize",
+            "accuracy": "maximize",
+            "loss": "minimize",
+            "kl_divergence": "minimize",
+            "reverse_kl": "minimize",
+        }
+
+    def predict(self, output: Any, batch: Any) -> Prediction:
+        logits = main_output(output, self.name)
+        targets = whole_numbers(self.targets_of(batch), self.name)
+        check_length(logits, targets, self.name)
+        if targets.dim() == logits.dim() and targets.shape[1] == 1:
+            targets = targets[:, 0]
+        if logits.dim() < 3 or logits.shape[:1] + logits.shape[2:] != targets.shape:
+            raise DataError(
+                f"the task 'segmentation' takes logits (N, C, ...) for targets (N, ...), but the "
+                f"model returns {tuple(logits.shape)} for targets {tuple(targets.shape)}; permute "
+                "the class axis to position 1."
+            )
+        flat = targets.flatten()
+        if self.ignored != IGNORED:
+            flat = torch.where(flat == self.ignored, IGNORED, flat)
+        weights = None if self.weights is None else torch.tensor(self.weights)
+        return Categorical(
+            logits.movedim(1, -1).flatten(0, -2), flat, weights=weights, confusion=True
+        )
+
+    def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        check_some(sums, self.name)
+        confusion = sums["confusion"]
+        hits = confusion.diagonal()
+        union = confusion.sum(0) + confusion.sum(1) - hits
+        occurs = union > 0
+        miou = float((hits[occurs] / union[occurs]).mean())
+        accuracy = float(sums["correct"] / sums["count"])
+        return {"miou": miou, "accuracy": accuracy, **likelihood_metrics(sums)}
+
+    def describe(self) -> str:
+        return "segmentation"
