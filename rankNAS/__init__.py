@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankNAS.allocation import DENSE, Allocation, Choice
     from rankNAS.comparison import compare
+    from rankNAS.compressor import compress, compress_, save
     from rankNAS.data.base import Data
     from rankNAS.data.loading import load_data
     from rankNAS.decompositions import Operator
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from rankNAS.settings import Settings
     from rankNAS.strategies import Strategy, Trial
     from rankNAS.study import Study
+    from rankNAS.tasks.base import Task
+    from rankNAS.tasks.custom import Custom
+    from rankNAS.tasks.infer import infer_task
 
     __version__: str
 
@@ -33,6 +37,7 @@ _HOMES = {
     "Choice": "allocation",
     "Data": "data",
     "HardwareModel": "hw_models",
+    "Custom": "tasks.custom",
     "Objective": "objectives",
     "Operator": "decompositions",
     "RankNASError": "exceptions",
@@ -41,12 +46,17 @@ _HOMES = {
     "Settings": "settings",
     "Strategy": "strategies",
     "Study": "study",
+    "Task": "tasks.base",
     "Trial": "strategies",
     "UsageError": "exceptions",
     "compare": "comparison",
     "compile_space": "search_spaces",
+    "compress": "compressor",
+    "compress_": "compressor",
+    "infer_task": "tasks.infer",
     "load": "models.artifact",
     "load_data": "data.loading",
+    "save": "compressor",
     "search": "engine",
 }
 
@@ -55,6 +65,7 @@ __all__ = [
     "Allocation",
     "CallableModel",
     "Choice",
+    "Custom",
     "Data",
     "HardwareModel",
     "Objective",
@@ -65,12 +76,17 @@ __all__ = [
     "Settings",
     "Strategy",
     "Study",
+    "Task",
     "Trial",
     "UsageError",
     "compare",
     "compile_space",
+    "compress",
+    "compress_",
+    "infer_task",
     "load",
     "load_data",
+    "save",
     "search",
 ]
 
