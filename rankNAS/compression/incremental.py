@@ -211,6 +211,7 @@ class CachedPass:
                 )
             found.append(kept)
             yield output
+            del output  # before the next forward pass
         self._kept |= {cut: [kept[cut] for kept in found] for cut in cut_points}
         self._done = True
 

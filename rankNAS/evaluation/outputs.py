@@ -53,6 +53,7 @@ class PartwiseOutputs:
             with torch.no_grad():
                 output = self._inputs[number][i].run(network)
             yield output
+            del output  # before the next forward pass
 
 
 class Reference:
@@ -88,6 +89,7 @@ class Reference:
             kept = prediction.kept(most_bytes // len(batches))
             self.sums = added(self.sums, prediction.sums(prediction if kept is None else kept))
             self._kept.append(kept)
+            del output, prediction  # before the next forward pass
         if outputs is not None:
             next(outputs, None)  # the end of the pass, which keeps its activations
 
@@ -161,4 +163,5 @@ def total_sums(
             prediction = task.run(network, batch)
         dense = None if reference is None else reference.prediction(number, batch)
         sums = added(sums, prediction.sums(dense))
+        del prediction, dense  # before the next forward pass
     return sums
