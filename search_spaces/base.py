@@ -176,9 +176,7 @@ class SearchSpace:
         """
         factor, remainder = divmod(size, self.batch_size)
         if size < 1 or remainder:
-            raise UsageError(
-                f"a batch size must be a multiple of {self.batch_size}, got {size}."
-            )
+            raise UsageError(f"a batch size must be a multiple of {self.batch_size}, got {size}.")
         layers = {name: layer.repeated(factor) for name, layer in self.layers.items()}
         skipped = tuple(replace(s, cost=s.cost.repeated(factor)) for s in self.skipped)
         shape = (size, *self.input_shape[1:]) if self.input_shape else ()

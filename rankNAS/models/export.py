@@ -181,7 +181,7 @@ def _named(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """The tensors of the arguments by their names in an ONNX file, in order."""
     if not inputs.kwargs and len(inputs.args) == 1 and isinstance(inputs.args[0], Tensor):
         return {"input": inputs.args[0]}
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in _arguments(network, inputs).items():
         found |= {_identifier(place): x for place, x in named_tensors(value, name)}
     return found

@@ -58,7 +58,7 @@ class TaskContract:
         with torch.no_grad():
             for parameter in network.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter += 0.5 * noise.to(parameter)
+                parameter.add_(0.5 * noise.to(parameter))
         return network
 
     def test_has_a_name_and_metrics_with_directions(self) -> None:
@@ -177,9 +177,8 @@ class TaskContract:
     def _halves(self) -> tuple[Any, Any]:
         batch = self.batch()
         size = size_of(batch)
-        return tuple(  # type: ignore[return-value]
-            rows(batch, part, size) for part in (slice(0, size // 2), slice(size // 2, size))
-        )
+        middle = size // 2
+        return rows(batch, slice(0, middle), size), rows(batch, slice(middle, size), size)
 
 
 def _has_gradients(loss: Tensor, network: nn.Module) -> bool:

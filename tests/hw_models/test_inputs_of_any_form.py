@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import rankNAS
-from rankNAS.hw_models import Host, compile_latency, validate
+from rankNAS.hw_models import Device, Host, Roofline, compile_latency, validate
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.trees import Inputs
 
+BOARD = Device.of(
+    {"name": "board", "bandwidth": 1e9, "launch": 1e-9, "peak": {"float32": 1e9}}, "'board.toml'"
+)
 SETTINGS = rankNAS.Settings(calibration=16, validation=16, norm="weight")
 
 
@@ -48,7 +52,7 @@ class Tokens(nn.Module):
 def pair() -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     parts = torch.randn(40, 64), torch.randn(40, 64), torch.randint(2, (40,))
-    return Pair().eval(), parts
+    return Pair().eval(), TensorDataset(*parts)
 
 
 def tokens() -> tuple[nn.Module, Any]:
@@ -59,26 +63,27 @@ def tokens() -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize("make", [pair, tokens])
-@pytest.mark.parametrize("hardware", ["host", "v100"])
+@pytest.mark.parametrize("bound", [1.0, 0.7])
 def test_latency_is_budgeted(
-    make: Any, hardware: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Any, bound: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, data = make()
-    device: Any = hardware
-    if hardware == "host":
+    device: Any = Roofline(BOARD)
+    if bound == 1:  # as timings differ, this machine meets no smaller bound for certain
         device = Host(file=tmp_path / "host.json", repeats=3, seconds=0.0, shapes=4, networks=2)
-        monkeypatch.setattr("rankNAS.hw_models.host.LIMIT", 0.0)
+        monkeypatch.setattr("rankNAS.hw_models.host.LIMIT", 1e-6)
     study = rankNAS.search(
         model,
         data,
-        budget={"latency": 0.95},
+        budget={"latency": bound},
         strategy="random",
         n_trials=1,
         hardware=device,
         settings=SETTINGS,
         task="causal_lm" if make is tokens else None,
     )
-    assert study.best.metrics["predicted_latency"] <= study.dense["predicted_latency"]
+    found, dense = (m["predicted_latency"] for m in (study.best.metrics, study.dense))
+    assert 0 < found <= bound * dense * (1 + 1e-9)
     inputs = study.task.inputs_of(study.splits.calibration.example(1))
     rows = validate(
         compile_latency(Host(repeats=3, seconds=0.0), study.context.factorisation.space),

@@ -23,8 +23,8 @@ from rankNAS.hw_models.networks import (
 )
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.trees import Inputs
 from rankNAS.search_spaces.policies import RankPolicy
+from rankNAS.trees import Inputs
 
 
 def network() -> nn.Module:

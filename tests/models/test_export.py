@@ -148,7 +148,9 @@ def test_each_tensor_of_the_outputs_is_compared(
 def test_wrong_outputs_are_refused(
     network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(export.__globals__["_READERS"], "safetensors", lambda n, p, x: x.run(n) + 0.1)
+    monkeypatch.setitem(
+        export.__globals__["_READERS"], "safetensors", lambda n, p, x: x.run(n) + 0.1
+    )
     with pytest.raises(RankNASError, match="differ by up to 0.1"):
         export(network, tmp_path / "n", "safetensors", (3, 8, 8))
 

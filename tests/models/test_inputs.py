@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,7 @@ def test_other_objects_are_refused() -> None:
 
     with pytest.raises(UsageError, match="an argument of the model is a Part; only tensors"):
         InputSpec.of(Inputs((Part(torch.zeros(2)),), {}))
-    for wrong in (None, {"args": []}, {"args": [{"what": 1}], "kwargs": {}}, {"args": 1}):
+    damaged: list[Any] = [None, {"args": []}, {"args": [{"what": 1}], "kwargs": {}}, {"args": 1}]
+    for wrong in damaged:
         with pytest.raises(UsageError, match="description of a model's inputs is damaged"):
             InputSpec.from_json(wrong)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.data.samples import Samples
-from rankNAS.exceptions import DataError, ObjectiveError, UnknownNameError, UsageError
+from rankNAS.exceptions import ObjectiveError, UnknownNameError, UsageError
 from rankNAS.objectives import (
     OBJECTIVES,
     CostObjective,
@@ -26,7 +26,6 @@ from rankNAS.objectives import (
 from rankNAS.tasks import METRICS, Classification, Regression, Segmentation, Task
 from rankNAS.tasks.language import MaskedLanguageModelling
 from rankNAS.testing import ObjectiveContract
-from rankNAS.trees import Inputs
 
 
 def measured(

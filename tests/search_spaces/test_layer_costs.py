@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import small, split
 from torch import Tensor, nn
 
 import rankNAS
@@ -12,7 +13,6 @@ from rankNAS.exceptions import BudgetError
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.strategies.tables import build_problem
-from networks import small, split
 
 
 def two_layers(keep_output_dense: bool = True) -> SearchSpace:
