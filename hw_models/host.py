@@ -126,7 +126,7 @@ class Host(StageModel):
         key, profile = network_key(space), self._profile()
         chosen = thinned(wanted, self.shapes) if self.measures else []
         if self.measures and self.general:
-            chosen += general_shapes(space.input_shape[0])
+            chosen += general_shapes(space.batch_size)
         missing = [shape for shape in chosen if shape not in profile.stages]
         queue, whole = missing, None
         new = self.measures and key not in profile.networks
@@ -135,7 +135,7 @@ class Host(StageModel):
             further = [shape for shape in wanted if shape not in taken]
             random.Random(self.seed).shuffle(further)
             queue = missing + further  # further stages only while time is left
-            whole = self._whole(network, space, batched(inputs, space.input_shape[0]))
+            whole = self._whole(network, space, batched(inputs, space.batch_size))
         steps = TURNS * len(queue) + (0 if whole is None else len(whole.allocations))
         report = on_progress or (lambda done, total: None)
         report(0, steps)

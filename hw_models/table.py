@@ -25,6 +25,8 @@ from rankNAS.search_spaces.base import Layer, SearchSpace
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from rankNAS.trees import Inputs
+
 __all__ = ["MeasuredTable"]
 
 logger = logging.getLogger(__name__)
@@ -103,10 +105,10 @@ class MeasuredTable(HardwareModel):
         self,
         network: nn.Module | None,
         space: SearchSpace,
-        inputs: Tensor | None = None,
+        inputs: Inputs | Tensor | None = None,
         on_progress: Progress | None = None,
     ) -> MeasuredTable:
-        batch = space.input_shape[0]
+        batch = space.batch_size
         if self.batch is not None and self.batch != batch:
             raise UsageError(
                 f"table {self.name!r} was measured at batch size {self.batch}, but {batch} is "

@@ -31,11 +31,14 @@ __all__ = [
 ]
 
 _COST = "An exact cost of the whole network: ``macs``, ``params`` or ``weight_bytes``."
+_LAYER_COST = "An exact cost of the decomposable layers alone: ``layer_macs`` or ``layer_params``."
 #: Name to (class, first line of its docstring), of costs. Listing imports nothing.
 COSTS: dict[str, tuple[str, str]] = {
     "macs": ("rankNAS.objectives.costs:CostObjective", _COST),
     "params": ("rankNAS.objectives.costs:CostObjective", _COST),
     "weight_bytes": ("rankNAS.objectives.costs:CostObjective", _COST),
+    "layer_macs": ("rankNAS.objectives.costs:CostObjective", _LAYER_COST),
+    "layer_params": ("rankNAS.objectives.costs:CostObjective", _LAYER_COST),
     "latency": (
         "rankNAS.objectives.costs:Latency",
         "Median seconds of one forward pass of the compressed network, measured on its device.",

@@ -19,7 +19,10 @@ __all__ = ["CostObjective", "Latency", "median_seconds"]
 @final
 @dataclass(frozen=True)
 class CostObjective(ObjectiveBase):
-    """An exact cost of the whole network: ``macs``, ``params`` or ``weight_bytes``."""
+    """An exact cost of the whole network: ``macs``, ``params`` or ``weight_bytes``.
+
+    ``layer_macs`` and ``layer_params`` count the decomposable layers alone.
+    """
 
     name: str
     direction: Direction = "minimize"

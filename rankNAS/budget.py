@@ -1,4 +1,8 @@
-"""Budgets: upper bounds on costs, each as a fraction of the dense model's cost."""
+"""Budgets: upper bounds on costs, each as a fraction of the dense model's cost.
+
+``layer_macs`` and ``layer_params`` count the decomposable layers alone, as many papers do; the
+other costs are those of the whole model.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ __all__ = [
     "parse_budgets",
 ]
 
-BUDGET_COSTS = ("macs", "params", "weight_bytes", "latency")
+BUDGET_COSTS = ("macs", "params", "weight_bytes", "layer_macs", "layer_params", "latency")
 
 
 def parse_budget(items: Iterable[str], cost: str = "macs") -> dict[str, float]:

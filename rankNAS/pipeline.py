@@ -16,7 +16,7 @@ from rankNAS.compression.factorisation import Factorisation, Select, factorise
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits, held_out, split
-from rankNAS.decompositions.shapes import COSTS
+from rankNAS.decompositions.shapes import EXACT_COSTS, LAYER_COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
@@ -169,7 +169,7 @@ def _latency(
         report: Called with the stage ``time``.
         start: Allocations whose choices are kept.
     """
-    asked = space.at_batch(settings.latency_batch * space.input_shape[0])
+    asked = space.at_batch(settings.latency_batch * space.batch_size)
     predictor = make_hardware(hardware, strict=settings.strict_hardware)
     bound = predictor.bind(model, asked, example, partial(report, "time"))
     latency = compile_latency(bound, asked)
@@ -198,7 +198,8 @@ def _selection(
             budget bounds it. Choices are selected for each need separately.
         start: Allocations whose choices are kept.
     """
-    exact = [name for name in COSTS if name in names]
+    wanted = [LAYER_COSTS.get(name, name) for name in EXACT_COSTS if name in names]
+    exact = list(dict.fromkeys(wanted))  # of one layer, both counts are equal
 
     def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
         kept = {allocation[layer.name] for allocation in start}

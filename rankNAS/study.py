@@ -19,8 +19,9 @@ from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.outputs import Reference, network_metrics, test_batches
-from rankNAS.exceptions import StudyError
+from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.models import artifact
+from rankNAS.models.inputs import InputSpec
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train
 from rankNAS.renamed import renamed
@@ -32,6 +33,8 @@ from rankNAS.strategies.problem import Problem
 from rankNAS.tasks.base import Task
 
 __all__ = ["Study", "front"]
+
+DESCRIBED = 64  # samples from which the range of integer inputs is read
 
 
 @renamed(answer="solution", record="store", bench="context")
@@ -179,6 +182,15 @@ class Study:
         return network_metrics(network, samples, self.task, reference=reference, device=device)
 
     @cached_property
+    def inputs(self) -> dict[str, Any] | None:
+        """The form of the model's arguments as JSON values; None if they cannot be described."""
+        example = self.task.inputs_of(self.splits.calibration.example(DESCRIBED))
+        try:
+            return InputSpec.of(example).to_json()
+        except UsageError:
+            return None
+
+    @cached_property
     def _test_reference(self) -> Reference | None:
         if self.splits.test is None:
             return None
@@ -229,7 +241,8 @@ class Study:
             if found is not None and found.state == "complete" and not found.probe
             else self.evaluator.evaluate(allocation, final=self.final)
         )
-        return artifact.save(network, allocation, path, model=self.model, metrics=metrics)
+        model = {"inputs": self.inputs, **self.model}
+        return artifact.save(network, allocation, path, model=model, metrics=metrics)
 
 
 def front(problem: Problem, history: History) -> list[Trial]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.decompositions.shapes import COSTS, Cost, LayerShape
+from rankNAS.decompositions.shapes import COSTS, LAYER_COSTS, Cost, LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.renamed import renamed
 
@@ -91,7 +91,8 @@ class SearchSpace:
         layers: Name to layer, in the order of the forward pass.
         skipped: Layers that could be decomposed and are left dense.
         remainder_cost: Cost of everything outside `layers`, skipped layers included.
-        input_shape: Shape of the example input, batch included; costs are for this input.
+        input_shape: Shape of the first input tensor that has one sample along axis 0, batch
+            included; costs are for the example inputs. Empty for a model without such an input.
 
     Example:
         >>> import torch
@@ -102,12 +103,27 @@ class SearchSpace:
         1664
         >>> space.skipped[0].reason
         'output layer'
+        >>> class Two(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.left, self.right = torch.nn.Linear(64, 64), torch.nn.Linear(32, 64)
+        ...         self.head = torch.nn.Linear(64, 2)
+        ...     def forward(self, a, b):
+        ...         return self.head(self.left(a) + self.right(b))
+        >>> space = compile_space(Two(), (torch.zeros(3, 64), torch.zeros(3, 32)))
+        >>> space.batch_size, space.at_batch(6).input_shape
+        (3, (6, 64))
     """
 
     layers: dict[str, Layer]
     skipped: tuple[Skipped, ...]
     remainder_cost: Cost
     input_shape: tuple[int, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """The number of samples that costs are for."""
+        return self.input_shape[0] if self.input_shape else 1
 
     @cached_property
     def dense_cost(self) -> Cost:
@@ -128,6 +144,17 @@ class SearchSpace:
         self.check(allocation)
         return sum((self.layers[name][c] for name, c in allocation.items()), self.remainder_cost)
 
+    def costs(self, allocation: Mapping[str, Choice]) -> dict[str, int]:
+        """Exact costs by name: of the whole model, and of the decomposable layers alone.
+
+        Raises:
+            UsageError: The allocation names a layer or a choice that the space does not have.
+        """
+        total = self.cost(allocation)
+        whole = {name: total[name] for name in COSTS}
+        layers = {name: total[of] - self.remainder_cost[of] for name, of in LAYER_COSTS.items()}
+        return whole | layers
+
     def check(self, allocation: Mapping[str, Choice]) -> None:
         """Raise a UsageError unless the allocation gives every layer one of its choices."""
         if unknown := [name for name in allocation if name not in self.layers]:
@@ -147,14 +174,12 @@ class SearchSpace:
         Args:
             size: A multiple of the batch size that the space was compiled for.
         """
-        factor, remainder = divmod(size, self.input_shape[0])
+        factor, remainder = divmod(size, self.batch_size)
         if size < 1 or remainder:
-            raise UsageError(
-                f"a batch size must be a multiple of {self.input_shape[0]}, got {size}."
-            )
+            raise UsageError(f"a batch size must be a multiple of {self.batch_size}, got {size}.")
         layers = {name: layer.repeated(factor) for name, layer in self.layers.items()}
         skipped = tuple(replace(s, cost=s.cost.repeated(factor)) for s in self.skipped)
-        shape = (size, *self.input_shape[1:])
+        shape = (size, *self.input_shape[1:]) if self.input_shape else ()
         return SearchSpace(layers, skipped, self.remainder_cost.repeated(factor), shape)
 
     def restrict(self, keep: Mapping[str, Sequence[Choice]]) -> SearchSpace:

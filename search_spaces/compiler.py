@@ -19,11 +19,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
-from rankNAS.exceptions import RankNASError, UsageError
+from rankNAS.exceptions import DataError, RankNASError, UsageError
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
-from rankNAS.trees import Inputs, tensors
+from rankNAS.trees import Inputs, size_of, tensors
 
 __all__ = ["compile_space", "count_macs"]
 
@@ -145,8 +145,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _shape_of(example_inputs: Any) -> tuple[int, ...]:
-    found = tensors(Inputs.of(example_inputs))
-    return tuple(found[0].shape) if found else ()
+    """The shape of the first input tensor with one sample along axis 0; () without any."""
+    inputs = Inputs.of(example_inputs)
+    found = [tensor for tensor in tensors(inputs) if tensor.dim()]
+    try:
+        size: int | None = size_of(inputs)
+    except DataError:  # some tensor, such as a table of positions, has no axis of samples
+        size = None
+    batched = [tensor for tensor in found if size in (None, len(tensor))]
+    return tuple(batched[0].shape) if batched else ()
 
 
 def _is_decomposable(module: nn.Module) -> bool:

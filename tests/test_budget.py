@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankNAS.budget import BUDGET_COSTS, check_budget, parse_budget
+from rankNAS.decompositions.shapes import EXACT_COSTS
 from rankNAS.exceptions import BudgetError, UnknownNameError
 
 fractions = st.floats(0, 1, exclude_min=True)
@@ -16,6 +17,12 @@ fractions = st.floats(0, 1, exclude_min=True)
 def test_written_budgets_are_read_back(budget: dict[str, float]) -> None:
     assert parse_budget([f"{name}={fraction!r}" for name, fraction in budget.items()]) == budget
     assert check_budget(budget) == budget
+
+
+def test_every_cost_that_is_counted_may_be_bounded() -> None:
+    assert BUDGET_COSTS == (*EXACT_COSTS, "latency")
+    assert parse_budget(["layer_params=0.8"]) == {"layer_params": 0.8}
+    assert parse_budget(["0.8"], "layer_macs") == {"layer_macs": 0.8}
 
 
 def test_a_bare_fraction_bounds_the_default_cost() -> None:

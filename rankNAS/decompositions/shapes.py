@@ -15,9 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["COSTS", "Cost", "GroupedLinear", "LayerShape", "chain", "is_hf_conv1d", "pointwise"]
+__all__ = [
+    "COSTS",
+    "EXACT_COSTS",
+    "LAYER_COSTS",
+    "Cost",
+    "GroupedLinear",
+    "LayerShape",
+    "chain",
+    "is_hf_conv1d",
+    "pointwise",
+]
 
 COSTS = ("macs", "params", "weight_bytes")
+#: Costs of the decomposable layers alone, as many papers count, to the cost that they sum.
+LAYER_COSTS = {"layer_macs": "macs", "layer_params": "params"}
+#: All costs that are counted, not measured.
+EXACT_COSTS = (*COSTS, *LAYER_COSTS)
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,8 @@ class Evaluator:
         return self.task.finish(total)
 
     def costs(self, allocation: Allocation) -> dict[str, float]:
-        """Exact costs of the whole network, and the extra ones."""
-        cost = self.factorisation.space.cost(allocation)
-        exact = {"macs": cost.macs, "params": cost.params, "weight_bytes": cost.weight_bytes}
+        """Exact costs of the whole network and of its layers, and the extra ones."""
+        exact = self.factorisation.space.costs(allocation)
         return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
 
     def _key(self, allocation: Allocation, final: bool) -> tuple[Allocation, bool]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rankNAS.decompositions.shapes import COSTS
+from rankNAS.decompositions.shapes import EXACT_COSTS
 from rankNAS.exceptions import UsageError
 from rankNAS.objectives.base import Direction
 from rankNAS.strategies.history import History
@@ -59,7 +59,7 @@ class SuccessiveHalving:
     def __post_init__(self) -> None:
         if self.reduction < 2:
             raise UsageError(f"`reduction` must be at least 2, got {self.reduction}.")
-        known = {*self.metrics, *COSTS}
+        known = {*self.metrics, *EXACT_COSTS}
         pairs = zip(self.objectives, self.directions, strict=True)
         self._signs = {n: 1.0 if d == "maximize" else -1.0 for n, d in pairs if n in known}
         if not any(name in self.metrics for name in self._signs):

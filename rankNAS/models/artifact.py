@@ -21,9 +21,11 @@ from rankNAS.compression.factorisation import skeleton
 from rankNAS.exceptions import StudyError, UsageError, WeightsError
 from rankNAS.io.formats import FORMAT, current_format, upgraded
 from rankNAS.io.tensors import read_tensors, write_tensors
+from rankNAS.models.inputs import InputSpec
 from rankNAS.models.weights import load_state
+from rankNAS.plugins import is_plugin
 
-__all__ = ["load", "read_metadata", "save"]
+__all__ = ["load", "read_inputs", "read_metadata", "save"]
 
 
 def save(
@@ -40,8 +42,9 @@ def save(
         network: The network.
         allocation: The allocation it was made from.
         path: The file.
-        model: Description of the dense model: ``space``, ``num_classes`` and ``input_shape``.
-            Without it, `load` needs a factory.
+        model: Description of the dense model: ``space``, with ``num_classes`` and
+            ``input_shape`` (None if it has none), without which `load` needs a factory; and
+            ``inputs``, the form of its arguments (`InputSpec.to_json`), for exports.
         metrics: Measured metrics, stored for the reader.
 
     Raises:
@@ -108,6 +111,23 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     return network.eval()
 
 
+def read_inputs(path: Path | str) -> InputSpec | None:
+    """The form of the arguments of a network in a file written by `save`; None if unknown.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    metadata = read_metadata(Path(path))
+    try:
+        model = json.loads(metadata.get("model", "{}"))
+        if model.get("inputs"):
+            return InputSpec.from_json(model["inputs"])
+        shape = model.get("input_shape")
+        return InputSpec.of_shape(tuple(shape)) if shape else None
+    except (ValueError, TypeError, AttributeError, RecursionError, UsageError) as error:
+        raise WeightsError(f"the metadata of {str(path)!r} is damaged: {error}") from None
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a file written by `save`.
 
@@ -151,16 +171,7 @@ def _described(
         isinstance(kept, str) and kept in state for kept in shared.values()
     ):
         raise WeightsError(f"the metadata of {str(path)!r} shares tensors that it does not have.")
-    wrong = not isinstance(model, dict) or (
-        model
-        and not (
-            isinstance(model.get("space"), str)
-            and isinstance(model.get("num_classes"), int)
-            and isinstance(model.get("input_shape"), list)
-            and all(isinstance(size, int) for size in model["input_shape"])
-        )
-    )
-    if wrong:
+    if not isinstance(model, dict) or ("space" in model and not _is_recipe(model)):
         raise WeightsError(
             f"the metadata of {str(path)!r} does not say how its model is built: expected "
             f"`space`, `num_classes` and `input_shape`, got {model!r}."
@@ -168,15 +179,28 @@ def _described(
     return allocation, model, shared
 
 
+def _is_recipe(model: Mapping[str, Any]) -> bool:
+    """Whether a description of a model is complete; a user's factory may need neither number."""
+    space, classes, shape = (model.get(k) for k in ("space", "num_classes", "input_shape"))
+    if not isinstance(space, str):
+        return False
+    if is_plugin(space):
+        classes, shape = 0 if classes is None else classes, [] if shape is None else shape
+    return (
+        isinstance(classes, int)
+        and isinstance(shape, list)
+        and all(isinstance(size, int) for size in shape)
+    )
+
+
 def _dense(
     model: Mapping[str, Any], path: Path, model_factory: Callable[[], nn.Module] | None
 ) -> nn.Module:
     if model_factory is not None:
         return model_factory()
-    from rankNAS.plugins import is_plugin
     from rankNAS.search_spaces.zoo import build_model
 
-    if not model or is_plugin(model["space"]):
+    if "space" not in model or is_plugin(model["space"]):
         raise UsageError(
             f"{str(path)!r} was made from a model of your own; give the function that builds it: "
             "load(path, model_factory)."

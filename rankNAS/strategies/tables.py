@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rankNAS.decompositions.shapes import COSTS
+from rankNAS.decompositions.shapes import COSTS, EXACT_COSTS, LAYER_COSTS
 from rankNAS.hw_models.base import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.problem import Array, Problem
@@ -36,11 +36,13 @@ def build_problem(
     """
     costs: dict[str, tuple[Array, ...]] = {
         name: tuple(
-            np.array([c[name] for c in x.costs], dtype=float) for x in space.layers.values()
+            np.array([c[LAYER_COSTS.get(name, name)] for c in x.costs], dtype=float)
+            for x in space.layers.values()
         )
-        for name in COSTS
+        for name in EXACT_COSTS
     }
     remainder_cost = {name: float(space.remainder_cost[name]) for name in COSTS}
+    remainder_cost |= dict.fromkeys(LAYER_COSTS, 0.0)
     if latency is not None:
         costs["latency"] = tuple(latency.seconds[name] for name in space.layers)
         remainder_cost["latency"] = latency.remainder_cost[0]

@@ -52,7 +52,7 @@ class LanguageModelling(Task):
 
     def predict(self, output: Any, batch: Any) -> Prediction:
         logits = main_output(output, self.name)
-        targets = whole_numbers(self._tokens(batch), self.name)
+        targets = whole_numbers(self.targets_of(batch), self.name)
         check_length(logits, targets, self.name)
         if logits.dim() != 3 or logits.shape[:2] != targets.shape:
             raise DataError(
@@ -61,9 +61,6 @@ class LanguageModelling(Task):
             )
         logits, targets = self._aligned(logits, targets)
         return Categorical(logits.flatten(0, 1), targets.flatten())
-
-    def _tokens(self, batch: Any) -> Any:
-        return self.targets_of(batch)
 
     @abstractmethod
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +95,8 @@ class CausalLanguageModelling(LanguageModelling):
             return replace(found, shifted=_are_shifted(x, y))
         return found
 
-    def _tokens(self, batch: Any) -> Any:
+    def targets_of(self, batch: Any) -> Any:
+        """The labels, or the tokens themselves without labels."""
         found = self._layout.target_of(batch)
         if found is not None:
             return found

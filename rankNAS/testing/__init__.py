@@ -14,6 +14,15 @@ Subclass one in a test file and set the object to test::
     class TestMyObjective(ObjectiveContract):
         objective = MyObjective()
 
+    class TestMyTask(TaskContract):
+        task = MyTask()
+
+        def model(self):
+            return MyModel().eval()
+
+        def batch(self):
+            return {"inputs": torch.ones(8, 3), "labels": torch.zeros(8)}
+
 RankNAS applies the same classes to its own extensions.
 """
 
@@ -28,6 +37,7 @@ from rankNAS.testing.operators import (
 )
 from rankNAS.testing.problems import random_problem, random_trial
 from rankNAS.testing.strategies import StrategyContract
+from rankNAS.testing.tasks import TaskContract
 
 __all__ = [
     "LAYERS",
@@ -36,6 +46,7 @@ __all__ = [
     "ObjectiveContract",
     "OperatorContract",
     "StrategyContract",
+    "TaskContract",
     "definition_of_error",
     "random_problem",
     "random_statistics",

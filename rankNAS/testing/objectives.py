@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation, Choice
+from rankNAS.data.samples import Samples
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
+from rankNAS.tasks.classification import Classification
+from rankNAS.trees import tensors
 
 __all__ = ["ObjectiveContract"]
 
 
 class ObjectiveContract:
-    """Contract of an objective, tested on a small classifier.
+    """Contract of an objective, tested on a small network.
 
     Set `objective`. For noisy measurements also set `noise`, the largest relative difference
     between two measurements of one candidate. Override `candidate` for other tasks.
@@ -30,13 +33,16 @@ class ObjectiveContract:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             dense, network = nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 4))
-            inputs, targets = torch.randn(9, 6), torch.randint(4, (9,))
+            batch = torch.randn(9, 6), torch.randint(4, (9,))
+        task = Classification().bound(batch, dense)
         with torch.no_grad():
-            logits, dense_logits = network.eval()(inputs), dense(inputs)
+            sums = task.run(network.eval(), batch).sums(task.run(dense, batch))
         allocation = Allocation.of({"layer": Choice("svd", (2,))})
         costs = {"macs": 20.0, "params": 26.0, "weight_bytes": 104.0}
+        costs |= {"layer_macs": 20.0, "layer_params": 26.0}
+        samples = Samples.of(batch)
         return EvaluationResult(
-            allocation, logits, dense_logits, targets, inputs, costs, lambda: network
+            allocation, task.finish(sums), costs, task, samples, lambda: network
         )
 
     def test_has_a_name_and_a_direction(self) -> None:
@@ -54,14 +60,15 @@ class ObjectiveContract:
             assert self.objective(other) == pytest.approx(first, rel=self.noise, abs=0)
 
     def test_the_candidate_is_left_alone(self) -> None:
-        def tensors(candidate: EvaluationResult) -> list[Tensor]:
-            own = [candidate.logits, candidate.dense_logits, candidate.targets, candidate.inputs]
-            return [*own, *candidate.build().state_dict().values()]
+        def content(candidate: EvaluationResult) -> list[Tensor]:
+            weights = candidate.build().state_dict().values()
+            return [*tensors(candidate.data()), *weights]
 
         candidate, untouched = self.candidate(), self.candidate()
         self.objective(candidate)
         assert candidate.costs == untouched.costs
+        assert candidate.metrics == untouched.metrics
         assert candidate.allocation == untouched.allocation
         assert not candidate.build().training
-        pairs = zip(tensors(candidate), tensors(untouched), strict=True)
+        pairs = zip(content(candidate), content(untouched), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)

@@ -24,6 +24,7 @@ from rankNAS.hw_models.networks import (
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
+from rankNAS.trees import Inputs
 
 
 def network() -> nn.Module:
@@ -68,8 +69,11 @@ def test_random_allocations_are_of_every_size_and_of_the_space() -> None:
 
 def test_batches() -> None:
     x = torch.arange(6).reshape(3, 2)
-    assert torch.equal(batched(x, 2), x[:2])
-    assert torch.equal(batched(x, 7), torch.cat([x, x, x[:1]]))
+    assert torch.equal(batched(x, 2).first, x[:2])
+    assert torch.equal(batched(x, 7).first, torch.cat([x, x, x[:1]]))
+    several = batched(Inputs((x,), {"mask": x > 2, "scale": torch.tensor(2.0), "flag": True}), 7)
+    assert len(several.args[0]) == len(several.kwargs["mask"]) == 7
+    assert (several.kwargs["scale"], several.kwargs["flag"]) == (2.0, True)
 
 
 class Sleeps(nn.Module):

@@ -14,7 +14,8 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import factorise
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.io.tensors import CHECKSUM
-from rankNAS.models.artifact import load, read_metadata, save
+from rankNAS.models.artifact import load, read_inputs, read_metadata, save
+from rankNAS.models.inputs import InputSpec
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
 
@@ -91,6 +92,34 @@ def test_a_model_of_ones_own_needs_its_factory(tmp_path: Path) -> None:
     from_file = {"space": "evil.py:factory", "num_classes": 1, "input_shape": [4]}
     save(network, allocation, path, model=from_file)
     with pytest.raises(UsageError, match="give the function that builds it"):
+        load(path)
+
+
+def test_the_form_of_the_inputs_is_kept(tmp_path: Path) -> None:
+    allocation, network = Allocation.of({"0": DENSE}), nn.Sequential(nn.Linear(4, 4))
+    spec = InputSpec.of({"ids": torch.tensor([[2, 9]] * 3), "mask": torch.ones(3, 2).bool()})
+    model = {"space": "mine.py:factory", "num_classes": None, "input_shape": None}
+    path = save(
+        network, allocation, tmp_path / "n.safetensors", model=model | {"inputs": spec.to_json()}
+    )
+    assert read_inputs(path) == spec
+    assert load(path, lambda: nn.Sequential(nn.Linear(4, 4))) is not None
+    save(network, allocation, path, model={"inputs": spec.to_json()})
+    assert read_inputs(path) == spec
+    with pytest.raises(UsageError, match="give the function that builds it"):
+        load(path)
+    built_in = {"space": "resnet20", "num_classes": 10, "input_shape": [3, 32, 32]}
+    save(network, allocation, path, model=built_in)  # as version 0.2 did
+    found = read_inputs(path)
+    assert found is not None and found.random(2).args[0].shape == (2, 3, 32, 32)
+    save(network, allocation, path, model={})
+    assert read_inputs(path) is None
+    for wrong in ({"args": 3}, {"args": [], "kwargs": {"x": {"tensor": {"shape": [1]}}}}, [1]):
+        save(network, allocation, path, model={"inputs": wrong})
+        with pytest.raises(WeightsError, match="is damaged"):
+            read_inputs(path)
+    save(network, allocation, path, model=built_in | {"num_classes": None})
+    with pytest.raises(WeightsError, match="does not say how its model is built"):
         load(path)
 
 

@@ -11,33 +11,64 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
+from rankNAS.data.samples import Samples
 from rankNAS.exceptions import ObjectiveError, UnknownNameError, UsageError
 from rankNAS.objectives import (
     OBJECTIVES,
-    Accuracy,
     CostObjective,
     EvaluationResult,
-    KLDivergence,
     Latency,
-    Loss,
+    Metric,
     Objective,
     ObjectiveBase,
-    ReverseKL,
     make_objective,
 )
-from rankNAS.objectives.quality import accuracy, kl_divergence, loss, reverse_kl
+from rankNAS.tasks import METRICS, Classification, Regression, Segmentation, Task
+from rankNAS.tasks.language import MaskedLanguageModelling
 from rankNAS.testing import ObjectiveContract
+
+
+def measured(
+    task: Task, logits: Tensor, targets: Tensor, dense: Tensor | None = None
+) -> dict[str, float]:
+    """The metrics of outputs, with the dense model's outputs as the reference."""
+    batch = torch.zeros(len(logits), 3), targets
+    task = task.bound(batch, nn.Linear(3, 2))
+    reference = task.predict(logits if dense is None else dense, batch)
+    return task.finish(task.predict(logits, batch).sums(reference))
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    return measured(_task(logits), logits, targets)["accuracy"]
+
+
+def loss(logits: Tensor, targets: Tensor) -> float:
+    return measured(_task(logits), logits, targets)["loss"]
+
+
+def kl_divergence(logits: Tensor, dense: Tensor) -> float:
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    return measured(_task(logits), logits, labels, dense)["kl_divergence"]
+
+
+def reverse_kl(logits: Tensor, dense: Tensor) -> float:
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    return measured(_task(logits), logits, labels, dense)["reverse_kl"]
+
+
+def _task(logits: Tensor) -> Task:
+    return MaskedLanguageModelling() if logits.dim() == 3 else Classification()
 
 
 def candidate(logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> EvaluationResult:
     torch.manual_seed(0)
     network = nn.Linear(3, 2).eval()
     costs = {"macs": 6.0, "params": 8.0, "weight_bytes": 32.0}
-    inputs = torch.randn(len(targets), 3)
-    dense = logits if dense is None else dense
-    return EvaluationResult(
-        Allocation.of({}), logits, dense, targets, inputs, costs, lambda: network
-    )
+    batch = torch.randn(len(targets), 3), targets
+    task = Classification().bound(batch, network)
+    metrics = measured(Classification(), logits, targets.long(), dense)
+    samples = Samples.of(batch)
+    return EvaluationResult(Allocation.of({}), metrics, costs, task, samples, lambda: network)
 
 
 class Width(ObjectiveBase):
@@ -49,23 +80,27 @@ class Width(ObjectiveBase):
 
 
 class TestAccuracy(ObjectiveContract):
-    objective = Accuracy()
+    objective = Metric("accuracy", "maximize")
 
 
 class TestLoss(ObjectiveContract):
-    objective = Loss()
+    objective = Metric("loss", "minimize")
 
 
 class TestAgreement(ObjectiveContract):
-    objective = KLDivergence()
+    objective = Metric("kl_divergence", "minimize")
 
 
 class TestReverseAgreement(ObjectiveContract):
-    objective = ReverseKL()
+    objective = Metric("reverse_kl", "minimize")
 
 
 class TestCost(ObjectiveContract):
     objective = CostObjective("macs")
+
+
+class TestLayerCost(ObjectiveContract):
+    objective = CostObjective("layer_params")
 
 
 class TestLatency(ObjectiveContract):
@@ -143,21 +178,26 @@ def test_agreement_survives_extreme_logits() -> None:
 
 
 def test_regression() -> None:
+    def error(output: Tensor, targets: Tensor) -> float:
+        return measured(Regression(), output, targets)["loss"]
+
     y, targets = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 2.0, 1.0])
-    assert loss(y, targets) == pytest.approx((1 + 0 + 9) / 3)
+    assert error(y, targets) == pytest.approx((1 + 0 + 9) / 3)
     # a column of outputs belongs to the row of targets, not to every pair of them
-    assert loss(y[:, None], targets) == pytest.approx((1 + 0 + 9) / 3)
+    assert error(y[:, None], targets) == pytest.approx((1 + 0 + 9) / 3)
     wide = torch.stack([y, targets], 1)
-    assert loss(wide, torch.zeros(3, 2)) == pytest.approx((1 + 4 + 16 + 0 + 4 + 1) / 6)
+    assert error(wide, torch.zeros(3, 2)) == pytest.approx((1 + 4 + 16 + 0 + 4 + 1) / 6)
 
 
 def test_objectives_measure_these() -> None:
     logits, dense, targets = torch.randn(7, 3), torch.randn(7, 3), torch.randint(3, (7,))
     given = candidate(logits, targets, dense)
-    assert Accuracy()(given) == accuracy(logits, targets)
-    assert Loss()(given) == loss(logits, targets)
-    assert KLDivergence()(given) == kl_divergence(logits, dense)
-    assert ReverseKL()(given) == reverse_kl(logits, dense)
+    assert make_objective("accuracy")(given) == accuracy(logits, targets)
+    assert make_objective("loss")(given) == loss(logits, targets)
+    assert make_objective("kl_divergence")(given) == kl_divergence(logits, dense)
+    assert make_objective("reverse_kl")(given) == reverse_kl(logits, dense)
+    with pytest.raises(ObjectiveError, match="'miou' is no metric of the task 'classification'"):
+        make_objective("miou")(given)
     assert CostObjective("params")(given) == 8
     assert 0 < Latency(batch_size=3, repeats=2)(given) < 1
     with pytest.raises(ObjectiveError, match="'energy' raised KeyError"):
@@ -182,9 +222,39 @@ def test_latency_times_what_it_says() -> None:
 def test_names_and_directions() -> None:
     for name, objective in OBJECTIVES.items():
         assert make_objective(name) is objective and objective.name == name
-        expected = "maximize" if name == "accuracy" else "minimize"
+        expected = METRICS[name][0] if name in METRICS else "minimize"
         assert objective.direction == expected
+    for name in ("accuracy", "f1", "miou", "r2"):
+        assert make_objective(name).direction == "maximize"
     assert make_objective(own := Width()) is own
+
+
+def test_objectives_are_metrics_of_the_task() -> None:
+    found = make_objective("miou", Segmentation())
+    assert (found.name, found.direction) == ("miou", "maximize")
+    assert make_objective("layer_macs", Segmentation()) == CostObjective("layer_macs")
+    with pytest.raises(UsageError, match="'r2' is no metric of this data: the task is segm"):
+        make_objective("r2", Segmentation())
+    with pytest.raises(UnknownNameError, match="Did you mean 'miou'"):
+        make_objective("mioo", Segmentation())
+
+
+def test_functions_get_the_data_in_the_form_of_the_data() -> None:
+    class Tokens(nn.Module):
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return (ids * mask).float()
+
+    batch = {"ids": torch.arange(12).reshape(4, 3), "mask": torch.ones(4, 3, dtype=torch.bool)}
+    task = Regression().bound({**batch, "labels": torch.zeros(4, 3)}, Tokens())
+    given = EvaluationResult(Allocation.of({}), {}, {}, task, Samples.of(iter([batch])), Tokens)
+
+    def total(network: nn.Module, data: dict[str, Tensor]) -> float:
+        return float(network(**data).sum())
+
+    assert Objective(total)(given) == 66
+    several = Objective(lambda n, batches: sum(total(n, b) for b in batches), batches=True)
+    assert several(EvaluationResult(**{**vars(given), "batch_size": 3})) == 66
+    assert given.example(2).kwargs["ids"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_unknown_names_suggest_the_nearest() -> None:

@@ -54,13 +54,14 @@ def _print_space(name: str, space: SearchSpace) -> None:
         )
     columns = ("layer", "shape", "MACs", "params", "least MACs", "choices, or why dense")
     print_table(f"{name} at {'x'.join(map(str, space.input_shape))}", columns, rows, left=2)
-    total = space.dense_cost
+    total, layers = space.dense_cost, space.costs(space.dense)
     least = space.remainder_cost.macs + sum(
         min(c.macs for c in x.costs) for x in space.layers.values()
     )
     typer.echo(
         f"{len(space.layers)} layers to decompose, {len(space.skipped)} left dense; "
-        f"{number(total.macs)} MACs, {number(total.params)} params; "
+        f"{number(total.macs)} MACs, {number(total.params)} params, of which the layers have "
+        f"{number(layers['layer_macs'])} and {number(layers['layer_params'])}; "
         f"smallest budget: macs={least / total.macs:.4f}"
     )
 
@@ -83,8 +84,7 @@ def _document(name: str, space: SearchSpace) -> dict[str, Any]:
     return {
         "space": name,
         "input_shape": list(space.input_shape),
-        "macs": space.dense_cost.macs,
-        "params": space.dense_cost.params,
+        **space.costs(space.dense),
         "layers": {
             layer.name: {
                 str(choice): {"macs": cost.macs, "params": cost.params}

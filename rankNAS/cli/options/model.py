@@ -28,14 +28,15 @@ class ModelOptions(SpaceOptions):
 
     budget: list[str] = option(
         [],
-        "Fraction kept of the dense MACs, or COST=FRACTION; COST is macs, params, weight_bytes or "
-        "latency. Repeat for joint constraints. A comma-separated list runs one search per "
-        "budget.",
+        "Fraction kept of the dense MACs, or COST=FRACTION; COST is macs, params, weight_bytes, "
+        "latency, or layer_macs or layer_params of the decomposable layers alone. Repeat for "
+        "joint constraints. A comma-separated list runs one search per budget.",
         GOAL,
     )
     cost: str = option(
         "macs",
-        "Cost that a bare --budget bounds: macs, params, weight_bytes or latency.",
+        "Cost that a bare --budget bounds: macs, params, weight_bytes, layer_macs, layer_params "
+        "or latency.",
         GOAL,
         hidden=True,
     )
