@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from rankNAS.data.items import Batch, Collate
-from rankNAS.data.stores import Store, store_of
+from rankNAS.data.stores import Store, chooses_rows, collate_of, store_of
 from rankNAS.exceptions import DataError
 from rankNAS.trees import count_bytes
 
@@ -62,9 +62,13 @@ class Samples:
         """
         if isinstance(source, Samples):
             return source
-        if isinstance(source, Subset):
-            return cls.of(source.dataset, collate, where).take(torch.as_tensor(source.indices))
-        found = cls(store_of(source, collate, where))
+        if type(source) is Subset:
+            found = cls.of(source.dataset, collate, where).take(_rows(source.indices))
+        elif isinstance(source, DataLoader) and chooses_rows(source):
+            made = collate_of(source) if collate is None else collate
+            found = cls.of(source.dataset, made, where).take(_rows(source.sampler.indices))
+        else:
+            found = cls(store_of(source, collate, where))
         if not len(found):
             raise DataError(f"the {where} split has no items; it needs at least one.")
         return found
@@ -232,6 +236,10 @@ class BatchSequence(Sequence[Batch]):
             return self._held[index]
         batch = self._store.gather(self._chunks[index], self._device)
         return batch if self._place is None else self._place(batch)
+
+
+def _rows(indices: Iterable[int]) -> Tensor:
+    return torch.tensor([int(i) for i in indices], dtype=torch.int64)
 
 
 def permutation(size: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
     TensorDataset,
     default_collate,
 )
@@ -189,9 +190,10 @@ def store_of(source: Any, collate: Collate | None, where: str) -> Store:
     """
     if isinstance(source, DataLoader):
         return _loaded(source, collate, where)
-    if isinstance(source, TensorDataset) and collate is None:
+    # Subclasses may change the items.
+    if type(source) is TensorDataset and collate is None:
         return _Stacked(tuple(source.tensors))
-    if isinstance(source, Tensor) or _is_tuple_of_tensors(source):
+    if isinstance(source, Tensor) or _are_parts(source):
         return _Stacked(source)
     if isinstance(source, IterableDataset):
         return _Items(list(_bounded(source, where)), collate, where)
@@ -206,16 +208,29 @@ def store_of(source: Any, collate: Collate | None, where: str) -> Store:
     )
 
 
-def _is_tuple_of_tensors(source: Any) -> bool:
+def chooses_rows(loader: DataLoader[Any]) -> bool:
+    """Whether a loader takes a fixed subset of its data set, in random order."""
+    return loader.batch_size is not None and type(loader.sampler) is SubsetRandomSampler
+
+
+def collate_of(loader: DataLoader[Any]) -> Collate | None:
+    """A loader's collate function; None for the default one."""
+    return None if loader.collate_fn is default_collate else loader.collate_fn
+
+
+def _are_parts(source: Any) -> bool:
+    """Whether a source is a tuple or a mapping of tensors: the parts of one batch."""
+    parts = list(source.values()) if isinstance(source, Mapping) else source
     return (
-        isinstance(source, tuple) and bool(source) and all(isinstance(x, Tensor) for x in source)
+        isinstance(source, tuple | Mapping)
+        and bool(parts)
+        and all(isinstance(x, Tensor) for x in parts)
     )
 
 
 def _loaded(loader: DataLoader[Any], collate: Collate | None, where: str) -> Store:
     """A data loader's data set with its collate function; its batches if it chooses samples."""
-    if collate is None and loader.collate_fn is not default_collate:
-        collate = loader.collate_fn
+    collate = collate_of(loader) if collate is None else collate
     plain = isinstance(loader.sampler, SequentialSampler | RandomSampler)
     if loader.batch_size is not None and plain and not isinstance(loader.dataset, IterableDataset):
         return store_of(loader.dataset, collate, where)
