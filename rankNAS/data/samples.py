@@ -12,10 +12,10 @@ from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from rankNAS.data.items import Batch, Collate
-from rankNAS.data.stores import Store, chooses_rows, collate_of, store_of
+from rankNAS.data.stores import Store, store_of, subset_of
 from rankNAS.exceptions import DataError
 from rankNAS.trees import count_bytes
 
@@ -62,13 +62,13 @@ class Samples:
         """
         if isinstance(source, Samples):
             return source
-        if type(source) is Subset:
-            found = cls.of(source.dataset, collate, where).take(_rows(source.indices))
-        elif isinstance(source, DataLoader) and chooses_rows(source):
-            made = collate_of(source) if collate is None else collate
-            found = cls.of(source.dataset, made, where).take(_rows(source.sampler.indices))
-        else:
+        part = subset_of(source)
+        if part is None:
             found = cls(store_of(source, collate, where))
+        else:
+            dataset, indices, own = part
+            rows = torch.tensor([int(i) for i in indices], dtype=torch.int64)
+            found = cls.of(dataset, own if collate is None else collate, where).take(rows)
         if not len(found):
             raise DataError(f"the {where} split has no items; it needs at least one.")
         return found
@@ -236,10 +236,6 @@ class BatchSequence(Sequence[Batch]):
             return self._held[index]
         batch = self._store.gather(self._chunks[index], self._device)
         return batch if self._place is None else self._place(batch)
-
-
-def _rows(indices: Iterable[int]) -> Tensor:
-    return torch.tensor([int(i) for i in indices], dtype=torch.int64)
 
 
 def permutation(size: int, seed: int) -> Tensor:

@@ -14,8 +14,9 @@ from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
 from rankNAS.tasks.binary import Bernoulli
-from rankNAS.tasks.categorical import IGNORED, Categorical
+from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.checks import (
+    IGNORED,
     check_classes,
     check_length,
     check_some,

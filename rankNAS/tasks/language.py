@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
-from rankNAS.tasks.categorical import IGNORED, Categorical
-from rankNAS.tasks.checks import check_length, check_some, whole_numbers
+from rankNAS.tasks.categorical import Categorical
+from rankNAS.tasks.checks import IGNORED, check_length, check_some, whole_numbers
 from rankNAS.tasks.classification import likelihood_metrics
 from rankNAS.tasks.layout import MASKS, PADDINGS, Layout
 from rankNAS.trees import tensors

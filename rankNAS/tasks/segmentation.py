@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
-from rankNAS.tasks.categorical import IGNORED, Categorical
+from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.checks import (
+    IGNORED,
     check_classes,
     check_length,
     check_some,
