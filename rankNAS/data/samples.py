@@ -163,12 +163,12 @@ class Samples:
         """All samples as one batch.
 
         Raises:
-            DataError: Their shapes differ.
+            DataError: Their shapes differ, or they are given as several batches.
         """
         if not self.uniform:
             raise DataError(
-                "the samples differ in shape, so that they do not fit into one batch; give a "
-                "`collate_fn` that pads them."
+                "the samples differ in shape or are given as several batches, so that they do not "
+                "fit into one batch; give a map-style data set, with a `collate_fn` that pads."
             )
         return self._store.gather(self._order, device)
 
