@@ -45,6 +45,11 @@ class Regression(Task):
                 f"the model returns {tuple(mean.shape)} for targets {tuple(targets.shape)}; the "
                 "task 'regression' needs equal shapes."
             )
+        if targets.is_complex() or mean.is_complex():
+            raise DataError(
+                "the task 'regression' takes real numbers, but there are complex ones; give their "
+                "real and imaginary parts, or Custom(loss, metrics)."
+            )
         check_finite(targets)
         targets = targets.to(at_least_float32(mean).dtype)
         return Gaussian(mean.reshape(len(mean), -1), targets.reshape(len(targets), -1))
