@@ -42,7 +42,7 @@ TREES = [
     A,
     (A, B),
     [A, "text", None],
-    {"a": A, "b": [B, 3]},
+    {"a": A, "b": (B, 3)},
     OrderedDict(a=A, b=B),
     UserDict({"a": A, "b": B}),
     defaultdict(list, a=A),
