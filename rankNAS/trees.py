@@ -179,7 +179,7 @@ def rows(tree: Any, wanted: Tensor | slice, size: int, *, top: bool = True) -> A
 
     Args:
         tree: The batch.
-        wanted: Positions (n,), or a slice.
+        wanted: Positions (n,), one position (), or a slice.
         size: The number of samples of the batch. Tensors of another length stay whole.
         top: Whether the tree is the whole batch; a list then holds its parts.
     """
@@ -188,7 +188,9 @@ def rows(tree: Any, wanted: Tensor | slice, size: int, *, top: bool = True) -> A
             return tree
         return tree[wanted if isinstance(wanted, slice) else wanted.to(tree.device)]
     if isinstance(tree, list) and not top and len(tree) == size:
-        return tree[wanted] if isinstance(wanted, slice) else [tree[i] for i in wanted.tolist()]
+        if isinstance(wanted, slice) or not wanted.dim():
+            return tree[wanted if isinstance(wanted, slice) else int(wanted)]
+        return [tree[i] for i in wanted.tolist()]
     return map_children(lambda value: rows(value, wanted, size, top=False), tree)
 
 

@@ -44,6 +44,8 @@ def as_tensors(value: Any, where: str) -> Any:
 def _converted(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
         return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "OSUMm":
+        return value  # text, dates and other objects
     if isinstance(value, np.ndarray | np.generic | numbers.Number):
         try:
             return torch.as_tensor(value)

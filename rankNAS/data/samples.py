@@ -12,10 +12,10 @@ from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from rankNAS.data.items import Batch, Collate
-from rankNAS.data.stores import Store, store_of
+from rankNAS.data.stores import Store, store_of, subset_of
 from rankNAS.exceptions import DataError
 from rankNAS.trees import count_bytes
 
@@ -62,9 +62,13 @@ class Samples:
         """
         if isinstance(source, Samples):
             return source
-        if isinstance(source, Subset):
-            return cls.of(source.dataset, collate, where).take(torch.as_tensor(source.indices))
-        found = cls(store_of(source, collate, where))
+        part = subset_of(source)
+        if part is None:
+            found = cls(store_of(source, collate, where))
+        else:
+            dataset, indices, own = part
+            rows = torch.tensor([int(i) for i in indices], dtype=torch.int64)
+            found = cls.of(dataset, own if collate is None else collate, where).take(rows)
         if not len(found):
             raise DataError(f"the {where} split has no items; it needs at least one.")
         return found
@@ -159,12 +163,12 @@ class Samples:
         """All samples as one batch.
 
         Raises:
-            DataError: Their shapes differ.
+            DataError: Their shapes differ, or they are given as several batches.
         """
         if not self.uniform:
             raise DataError(
-                "the samples differ in shape, so that they do not fit into one batch; give a "
-                "`collate_fn` that pads them."
+                "the samples differ in shape or are given as several batches, so that they do not "
+                "fit into one batch; give a map-style data set, with a `collate_fn` that pads."
             )
         return self._store.gather(self._order, device)
 

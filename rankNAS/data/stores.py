@@ -13,6 +13,8 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
     TensorDataset,
     default_collate,
 )
@@ -20,7 +22,7 @@ from torch.utils.data import (
 from rankNAS.data.images.dataset import Images
 from rankNAS.data.items import Batch, Collate, as_tensors, shapes_of, stacked
 from rankNAS.exceptions import DataError
-from rankNAS.trees import count_bytes, rows, size_of, to_device
+from rankNAS.trees import count_bytes, map_children, rows, size_of, to_device
 
 __all__ = ["Store", "store_of"]
 
@@ -181,6 +183,17 @@ class _Batches(Store):
         return _Batches([self.gather(group, "cpu") for group in self.groups(order)])
 
 
+def subset_of(source: Any) -> tuple[Any, Sequence[int], Collate | None] | None:
+    """A data set, the chosen rows and the collate function of a subset; None for other sources."""
+    if type(source) is Subset:  # subclasses may change the items
+        return source.dataset, source.indices, None
+    if isinstance(source, DataLoader) and source.batch_size is not None:
+        sampler = source.sampler
+        if type(sampler) is SubsetRandomSampler:
+            return source.dataset, sampler.indices, _collate(source)
+    return None
+
+
 def store_of(source: Any, collate: Collate | None, where: str) -> Store:
     """The store of a source; see `Samples.of`.
 
@@ -189,9 +202,10 @@ def store_of(source: Any, collate: Collate | None, where: str) -> Store:
     """
     if isinstance(source, DataLoader):
         return _loaded(source, collate, where)
-    if isinstance(source, TensorDataset) and collate is None:
+    # Subclasses may change the items.
+    if type(source) is TensorDataset and collate is None:
         return _Stacked(tuple(source.tensors))
-    if isinstance(source, Tensor) or _is_tuple_of_tensors(source):
+    if isinstance(source, Tensor) or _are_parts(source):
         return _Stacked(source)
     if isinstance(source, IterableDataset):
         return _Items(list(_bounded(source, where)), collate, where)
@@ -206,20 +220,37 @@ def store_of(source: Any, collate: Collate | None, where: str) -> Store:
     )
 
 
-def _is_tuple_of_tensors(source: Any) -> bool:
+def _are_parts(source: Any) -> bool:
+    """Whether a source is a tuple or a mapping of tensors: the parts of one batch."""
+    parts = list(source.values()) if isinstance(source, Mapping) else source
     return (
-        isinstance(source, tuple) and bool(source) and all(isinstance(x, Tensor) for x in source)
+        isinstance(source, tuple | Mapping)
+        and bool(parts)
+        and all(isinstance(x, Tensor) for x in parts)
     )
+
+
+def _collate(loader: DataLoader[Any]) -> Collate | None:
+    """A loader's collate function; None for the default one."""
+    return None if loader.collate_fn is default_collate else loader.collate_fn
 
 
 def _loaded(loader: DataLoader[Any], collate: Collate | None, where: str) -> Store:
     """A data loader's data set with its collate function; its batches if it chooses samples."""
-    if collate is None and loader.collate_fn is not default_collate:
-        collate = loader.collate_fn
+    collate = _collate(loader) if collate is None else collate
     plain = isinstance(loader.sampler, SequentialSampler | RandomSampler)
     if loader.batch_size is not None and plain and not isinstance(loader.dataset, IterableDataset):
         return store_of(loader.dataset, collate, where)
+    if loader.collate_fn is default_collate:
+        return _read(map(_with_tuples, loader), where)
     return _read(loader, where)
+
+
+def _with_tuples(batch: Any) -> Any:
+    """The batch with tuples for the lists that the default collate function makes of them."""
+    if isinstance(batch, list) and any(not isinstance(part, str) for part in batch):
+        return tuple(map(_with_tuples, batch))
+    return map_children(_with_tuples, batch)
 
 
 def _read(source: Iterable[Any], where: str) -> Store:

@@ -8,7 +8,7 @@ all derived from predictions. Metrics are sums over predictions, so that no outp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -17,10 +17,20 @@ from torch import Tensor, nn
 
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError
+from rankNAS.tasks.checks import check_finite
 from rankNAS.tasks.layout import Layout
 from rankNAS.trees import Inputs, size_of, tensors
 
-__all__ = ["Direction", "Prediction", "Sums", "Task", "added", "main_output"]
+__all__ = [
+    "Direction",
+    "Prediction",
+    "Sums",
+    "Task",
+    "added",
+    "at_least_float32",
+    "held",
+    "main_output",
+]
 
 CHECKED = 1024  # samples whose targets are checked at a time
 Direction = Literal["maximize", "minimize"]
@@ -162,30 +172,23 @@ class Task(ABC):
         if not self.labelled or not samples.in_memory:
             return
         row = 0
-        for batch in samples.batches(CHECKED):
+        # Batches of unequal items are not in the order of the items.
+        for batch in samples.batches(CHECKED) if samples.uniform else _one_by_one(samples):
             targets = self.targets_of(batch)
             if isinstance(targets, Tensor):
-                self.check_targets(targets, f"of the {where} split", row)
+                self.check_targets(targets, output, f"of the {where} split", row)
             row += size_of(batch)
 
-    def check_targets(self, targets: Tensor, where: str, row: int) -> None:
-        """Raise a DataError for a target that is NaN or infinite.
+    def check_targets(self, targets: Tensor, output: Any, where: str, row: int) -> None:
+        """Raise a DataError for a target that is NaN or infinite, or that the task cannot use.
 
         Args:
             targets: Targets of consecutive items.
+            output: The model's output for some samples.
             where: Their name in messages.
             row: The number of the first item.
         """
-        if not targets.is_floating_point():
-            return
-        bad = ~targets.isfinite()
-        if bool(bad.any()):
-            place = bad.nonzero()[0]
-            value = float(targets[tuple(place)])
-            raise DataError(
-                f"item {row + int(place[0])} {where} has the target {value}; remove such items, "
-                "or replace the value."
-            )
+        check_finite(targets, where, row)
 
     @property
     def identity(self) -> str:
@@ -213,11 +216,26 @@ class Task(ABC):
         return self.layout
 
 
+def _one_by_one(samples: Samples) -> Iterator[Any]:
+    return (samples.take(torch.tensor([row])).batch() for row in range(len(samples)))
+
+
 def added(first: Sums, second: Sums) -> Sums:
     """The sums over both sets of predictions."""
     if not first:
         return second
     return {name: first[name] + value for name, value in second.items()}
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision, which overflows in sums, as float32; other tensors unchanged."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def held(x: Tensor) -> Tensor:
+    """The tensor without its graph, and without the rest of a larger storage."""
+    x = x.detach()
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 def main_output(output: Any, task: str) -> Tensor:

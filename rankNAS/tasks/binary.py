@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankNAS.tasks.base import Prediction, Sums
+from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held
 
 __all__ = ["Bernoulli"]
 
@@ -18,6 +18,8 @@ __all__ = ["Bernoulli"]
 @dataclass(frozen=True, eq=False)
 class Bernoulli(Prediction):
     """Logits of N predictions of L independent labels; above 0 is yes.
+
+    Predictions of which no label counts do not count themselves.
 
     Args:
         logits: (N, L).
@@ -32,32 +34,32 @@ class Bernoulli(Prediction):
     weights: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.logits) if self.counts is None else int(self.counts.any(1).sum())
 
     def loss(self, label_smoothing: float = 0.0) -> Tensor:
         """Mean logistic loss of a label in nats."""
-        y = self.targets.to(self.logits.dtype)
+        logits = at_least_float32(self.logits)
+        y = self.targets.to(logits.dtype)
         y = y * (1 - label_smoothing) + 0.5 * label_smoothing
-        losses = self._losses(self.logits, y)
+        losses = self._losses(logits, y)
         if self.counts is None:
             return losses.mean()
         return losses[self.counts].sum() / self.counts.sum().clamp_min(1)
 
     def sampled_loss(self, generator: torch.Generator) -> Tensor:
-        probabilities = self.logits.detach().float().sigmoid()
+        logits = at_least_float32(self.logits)
+        probabilities = logits.detach().sigmoid()
         uniform = torch.rand(probabilities.shape, generator=generator).to(probabilities)
-        sampled = (uniform < probabilities).to(self.logits.dtype)
-        losses = functional.binary_cross_entropy_with_logits(
-            self.logits, sampled, reduction="none"
-        )
+        sampled = (uniform < probabilities).to(logits.dtype)
+        losses = functional.binary_cross_entropy_with_logits(logits, sampled, reduction="none")
         return self._counted(losses).sum()
 
     def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
         """``T²`` times the mean over samples of the summed divergence of the labels."""
         assert isinstance(reference, Bernoulli)
-        student, teacher = self.logits / temperature, reference.logits / temperature
+        student, teacher = (at_least_float32(x.logits) / temperature for x in (self, reference))
         divergence = self._counted(_kl(teacher, student)).sum()
-        return temperature**2 * divergence / len(self)
+        return temperature**2 * divergence / max(1, len(self))
 
     @torch.no_grad()
     def sums(self, reference: Prediction | None) -> Sums:
@@ -81,7 +83,8 @@ class Bernoulli(Prediction):
     def kept(self, most_bytes: int) -> Prediction | None:
         if self.nbytes > most_bytes:
             return None
-        return Bernoulli(self.logits.detach(), self.targets)
+        logits = held(self.logits)
+        return Bernoulli(logits, logits[:0])  # a reference needs no targets
 
     @property
     def nbytes(self) -> int:

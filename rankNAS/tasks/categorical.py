@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankNAS.exceptions import DataError
-from rankNAS.tasks.base import Prediction, Sums
+from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held
+from rankNAS.tasks.checks import IGNORED
 
 __all__ = ["Categorical", "TopClasses"]
 
-IGNORED = -100  # the label of what does not count, as in `torch.nn.functional.cross_entropy`
 CHUNK = 1 << 22  # logits that are read at once, in float64
 FEWEST = 4  # classes of a compact reference
 
@@ -57,6 +57,7 @@ class Categorical(Prediction):
         logits, targets = _of(self.logits, self._valid), self._targets()
         if not len(logits):
             return self.logits.sum() * 0.0
+        logits = at_least_float32(logits)
         return functional.cross_entropy(
             logits,
             _of(targets, self._valid),
@@ -74,12 +75,18 @@ class Categorical(Prediction):
             sampled.append(labels.clamp_max(chunk.shape[-1] - 1))
         if not sampled:
             return logits.sum() * 0.0
-        return functional.cross_entropy(_float(logits), torch.cat(sampled), reduction="sum")
+        return functional.cross_entropy(
+            at_least_float32(logits), torch.cat(sampled), reduction="sum"
+        )
 
     def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
         """``T² KL(teacher ‖ student)``: its gradients do not grow with T (Hinton et al. 2015)."""
         assert isinstance(reference, Categorical)
-        student, teacher = (_of(x.logits, self._valid) for x in (self, reference))
+        student, teacher = (
+            at_least_float32(_of(x.logits, self._valid)) for x in (self, reference)
+        )
+        if not len(student):
+            return self.logits.sum() * 0.0
         divergence = functional.kl_div(
             functional.log_softmax(student / temperature, dim=-1),
             functional.log_softmax(teacher / temperature, dim=-1),
@@ -105,10 +112,11 @@ class Categorical(Prediction):
         return total
 
     def kept(self, most_bytes: int) -> Prediction | None:
+        if self.nbytes <= most_bytes:
+            return Categorical(held(self.logits))
         logits = self.logits.detach()
-        if logits.nbytes <= most_bytes:
-            return Categorical(logits.clone() if logits._is_view() else logits)
-        count = min(most_bytes // (8 * len(logits)), logits.shape[-1])
+        # An int32 and a float32 for each class, and a float32 for all others together.
+        count = min((most_bytes // len(logits) - 4) // 8, logits.shape[-1])
         return TopClasses.of(logits, count) if count >= FEWEST else None
 
     @property
@@ -159,7 +167,7 @@ class TopClasses(Prediction):
 
     Args:
         classes: int32 (N, k).
-        log_probabilities: float32 (N, k).
+        log_probabilities: float32 (N, k + 1), the last one of all other classes together.
     """
 
     classes: Tensor
@@ -168,13 +176,12 @@ class TopClasses(Prediction):
     @classmethod
     def of(cls, logits: Tensor, count: int) -> TopClasses:
         """The top classes of logits (N, C)."""
-        found = [
-            functional.log_softmax(chunk.double(), -1).topk(count) for chunk in _chunks(logits)
-        ]
-        return cls(
-            torch.cat([x.indices.int() for x in found]),
-            torch.cat([x.values.float() for x in found]),
-        )
+        classes, values = [], []
+        for chunk in _chunks(logits):
+            top = functional.log_softmax(chunk.double(), -1).topk(count)
+            classes.append(top.indices.int())
+            values.append(_with_rest(top.values).float())
+        return cls(torch.cat(classes), torch.cat(values))
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -207,7 +214,7 @@ def _divergences(log_q: Tensor, reference: Prediction, rows: slice, valid: Tenso
     """KL divergences between a reference p and log_q (n, C) of the counted rows."""
     if isinstance(reference, TopClasses):
         classes = _of(reference.classes[rows], valid).long()
-        log_p = _with_rest(_of(reference.log_probabilities[rows], valid).double())
+        log_p = _of(reference.log_probabilities[rows], valid).double()
         log_q = _with_rest(log_q.gather(-1, classes))
     else:
         assert isinstance(reference, Categorical)
@@ -224,7 +231,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _with_rest(log_p: Tensor) -> Tensor:  # (n, k) -> (n, k + 1)
     """Log probabilities with that of all other classes together."""
-    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-12)
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-15)
     return torch.cat([log_p, rest.log()], -1)
 
 
@@ -236,11 +243,6 @@ def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
 
 def _of(rows: Tensor, valid: Tensor | None) -> Tensor:
     return rows if valid is None else rows[valid]
-
-
-def _float(x: Tensor) -> Tensor:
-    """At least float32: half precision overflows in sums."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _count(rows: Tensor) -> Tensor:

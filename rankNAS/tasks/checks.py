@@ -7,9 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from rankNAS.exceptions import DataError
+from rankNAS.exceptions import DataError, UsageError
 
-__all__ = ["check_finite", "check_length", "check_some", "check_unit", "whole_numbers"]
+__all__ = [
+    "IGNORED",
+    "check_classes",
+    "check_finite",
+    "check_length",
+    "check_some",
+    "check_unit",
+    "check_weights",
+    "whole_numbers",
+]
+
+IGNORED = -100  # the label of what does not count, as in `torch.nn.functional.cross_entropy`
 
 
 def check_length(output: Tensor, targets: Any, task: str) -> None:
@@ -35,19 +46,57 @@ def check_some(sums: Mapping[str, Tensor], task: str) -> None:
         )
 
 
-def check_finite(targets: Tensor, task: str) -> None:
-    """Raise a DataError for targets that are NaN or infinite."""
-    if not bool(targets.isfinite().all()):
-        bad = targets[~targets.isfinite()].flatten()[0]
+def check_finite(targets: Tensor, where: str = "of a batch", row: int = 0) -> None:
+    """Raise a DataError for a target that is NaN or infinite.
+
+    Args:
+        targets: Targets of consecutive items.
+        where: Their name in messages, such as ``of the train split``.
+        row: The number of the first item.
+    """
+    if not targets.is_floating_point():
+        return
+    bad = ~targets.isfinite()
+    if bool(bad.any()):
+        place = tuple(bad.nonzero()[0].tolist())
+        item = f"item {row + place[0]}" if place else "an item"
         raise DataError(
-            f"a target of the task {task!r} is {float(bad)}; remove such samples, or replace the "
-            "value."
+            f"{item} {where} has the target {float(targets[place])}; remove such items, or "
+            "replace the value."
+        )
+
+
+def check_classes(targets: Tensor, classes: int, where: str, row: int) -> None:
+    """Raise a DataError for a class number that the model has no output for.
+
+    Args:
+        targets: Class numbers of consecutive items; `IGNORED` does not count.
+        classes: The number of classes.
+        where: Their name in messages, such as ``of the train split``.
+        row: The number of the first item.
+    """
+    bad = (targets != IGNORED) & ((targets < 0) | (targets >= classes))
+    if bool(bad.any()):
+        place = tuple(bad.nonzero()[0].tolist())
+        raise DataError(
+            f"item {row + place[0]} {where} has the target {int(targets[place])}, but the model "
+            f"has {classes} classes; number the classes from 0, and mark what does not count by "
+            f"{IGNORED}."
+        )
+
+
+def check_weights(weights: tuple[float, ...] | None, classes: int, task: str) -> None:
+    """Raise a UsageError unless there is one weight for each class."""
+    if weights is not None and len(weights) != classes:
+        raise UsageError(
+            f"the task {task!r} has {len(weights)} weights, but the model has {classes} classes; "
+            "give one weight for each."
         )
 
 
 def check_unit(targets: Tensor, task: str) -> None:
     """Raise a DataError for targets outside [0, 1]."""
-    check_finite(targets, task)
+    check_finite(targets)
     if targets.numel() and (float(targets.min()) < 0 or float(targets.max()) > 1):
         worst = targets.min() if float(targets.min()) < 0 else targets.max()
         raise DataError(
@@ -65,7 +114,7 @@ def whole_numbers(targets: Any, task: str) -> Any:
         targets.is_floating_point() or targets.is_complex()
     ):
         return targets.long() if isinstance(targets, Tensor) else targets
-    check_finite(targets, task)
+    check_finite(targets)
     whole = targets.long()
     if bool((whole != targets).any()):
         bad = targets[whole != targets].flatten()[0]

@@ -14,11 +14,14 @@ from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
 from rankNAS.tasks.binary import Bernoulli
-from rankNAS.tasks.categorical import IGNORED, Categorical
+from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.checks import (
+    IGNORED,
+    check_classes,
     check_length,
     check_some,
     check_unit,
+    check_weights,
     whole_numbers,
 )
 
@@ -63,8 +66,7 @@ class Classification(Task):
                 f"{tuple(logits.shape)} for targets {tuple(targets.shape)}; for a class at each "
                 "position use the task 'segmentation' (N, C, ...) or 'masked_lm' (N, T, C)."
             )
-        weights = None if self.weights is None else torch.tensor(self.weights)
-        return Categorical(logits, targets, weights=weights)
+        return self._categorical(logits, targets)
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         check_some(sums, self.name)
@@ -72,10 +74,12 @@ class Classification(Task):
         return found | likelihood_metrics(sums)
 
     def check(self, samples: Samples, where: str, output: Any) -> None:
+        check_labels(samples, where, self._outputs(output))
         super().check(samples, where, output)
-        logits = main_output(output, self.name)
-        binary = logits.dim() == 1 or logits.shape[-1] == 1
-        check_labels(samples, where, 2 if binary else logits.shape[-1])
+
+    def check_targets(self, targets: Tensor, output: Any, where: str, row: int) -> None:
+        super().check_targets(targets, output, where, row)
+        check_classes(whole_numbers(targets, self.name), self._outputs(output), where, row)
 
     def describe(self) -> str:
         if self.classes == 1:
@@ -94,12 +98,18 @@ class Classification(Task):
                 "the model returns one logit a sample, so targets must be 0 or 1, but there is "
                 f"{int(targets[counts].max())}; give a model with an output for each class."
             )
-        weights = None
-        if self.weights is not None:
-            negative, positive = self.weights
-            weights = torch.tensor([positive / negative])
-        kept = None if bool(counts.all()) else counts[:, None]
-        return Bernoulli(logits, targets[:, None].clamp_min(0).float(), kept, weights)
+        # The logit of class 1 beside 0 for class 0: the softmax of both is the logistic function.
+        return self._categorical(torch.cat([torch.zeros_like(logits), logits], 1), targets)
+
+    def _categorical(self, logits: Tensor, targets: Tensor) -> Prediction:
+        check_weights(self.weights, logits.shape[1], self.name)
+        weights = None if self.weights is None else torch.tensor(self.weights)
+        return Categorical(logits, targets, weights=weights)
+
+    def _outputs(self, output: Any) -> int:
+        """The number of classes that an output distinguishes."""
+        logits = main_output(output, self.name)
+        return 2 if logits.dim() == 1 or logits.shape[-1] == 1 else logits.shape[-1]
 
 
 @final
@@ -135,6 +145,7 @@ class MultiLabel(Task):
         targets = targets.float()
         counts = targets != IGNORED
         check_unit(targets[counts], self.name)
+        check_weights(self.weights, logits[0].numel(), self.name)
         weights = None if self.weights is None else torch.tensor(self.weights)
         flat = logits.flatten(1)
         kept = None if bool(counts.all()) else counts.flatten(1)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rankNAS.exceptions import DataError
-from rankNAS.tasks.base import Prediction, Sums
+from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held
 
-__all__ = ["Gaussian", "Outputs", "normalised_distance"]
+__all__ = ["ROUNDING", "Gaussian", "Outputs", "normalised_distance"]
+
+ROUNDING = 1e-13  # of a variance from float64 sums, relative to the sum of squares
 
 
 @final
@@ -33,16 +35,20 @@ class Gaussian(Prediction):
 
     def loss(self, label_smoothing: float = 0.0) -> Tensor:
         """Mean squared error."""
-        return torch.nn.functional.mse_loss(self.mean, self.targets.to(self.mean.dtype))
+        mean = at_least_float32(self.mean)
+        return torch.nn.functional.mse_loss(mean, self.targets.to(mean.dtype))
 
     def sampled_loss(self, generator: torch.Generator) -> Tensor:
         """Half the squared distance, in units of each output's standard deviation in the batch."""
-        return _sampled(self.mean, _deviation(self.mean.detach()), generator)
+        mean = at_least_float32(self.mean)
+        return _sampled(mean, _deviation(mean.detach()), generator)
 
     def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
         """Mean squared distance from the teacher's outputs."""
         assert isinstance(reference, Gaussian)
-        return torch.nn.functional.mse_loss(self.mean, reference.mean)
+        return torch.nn.functional.mse_loss(
+            at_least_float32(self.mean), at_least_float32(reference.mean)
+        )
 
     @torch.no_grad()
     def sums(self, reference: Prediction | None) -> Sums:
@@ -65,7 +71,8 @@ class Gaussian(Prediction):
     def kept(self, most_bytes: int) -> Prediction | None:
         if self.nbytes > most_bytes:
             return None
-        return Gaussian(self.mean.detach(), self.targets)
+        mean = held(self.mean)
+        return Gaussian(mean, mean[:0])  # a reference needs no targets
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +145,7 @@ class Outputs(Prediction):
     def kept(self, most_bytes: int) -> Prediction | None:
         if self.nbytes > most_bytes:
             return None
-        return Outputs([x.detach() for x in self.tensors])
+        return Outputs([held(x) for x in self.tensors])
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +153,7 @@ class Outputs(Prediction):
 
     def _part(self, x: Tensor) -> Tensor:
         """The positions that count, if the tensor has them."""
-        mask = self.counts
+        mask, x = self.counts, at_least_float32(x)
         return x[mask] if mask is not None and x.shape[: mask.dim()] == mask.shape else x
 
 
@@ -163,7 +170,7 @@ def normalised_distance(distance: Tensor, total: Tensor, squares: Tensor, count:
         count: The number of terms of each sum.
     """
     variance = squares - total.square() / count
-    constant = variance <= 1e-12 * squares
+    constant = variance <= ROUNDING * squares
     scale = torch.where(constant, squares, variance)
     kept = scale > 0
     if not bool(kept.any()):

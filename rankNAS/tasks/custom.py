@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rankNAS.data.samples import Samples
-from rankNAS.exceptions import DataError, UsageError
-from rankNAS.tasks.base import Direction, Prediction, Sums, Task
+from rankNAS.exceptions import DataError, RankNASError, UsageError
+from rankNAS.tasks.base import Direction, Prediction, Sums, Task, held
 from rankNAS.tasks.checks import check_some
 from rankNAS.tasks.continuous import Outputs
 from rankNAS.tasks.matching import distance_of, outputs_of
@@ -108,7 +108,7 @@ class Custom(Task):
         return found
 
     def check(self, samples: Samples, where: str, output: Any) -> None:
-        """Nothing: only the task's functions know what they accept."""
+        """Nothing: only the task's functions know which targets they accept."""
 
     @property
     def identity(self) -> str:
@@ -139,7 +139,13 @@ class _CustomPrediction(Prediction):
     def loss(self, label_smoothing: float = 0.0) -> Tensor:
         if self.task.loss is None:
             raise DataError("the custom task has no loss; train with a teacher alone (distill=1).")
-        return self.task.loss(self.output, self.batch)
+        found: Tensor = _called("loss", self.task.loss, self.output, self.batch)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            raise DataError(
+                f"the custom task's 'loss' returned {_kind(found)} instead of a tensor of one "
+                "number; return the mean over the batch."
+            )
+        return found.squeeze()
 
     def sampled_loss(self, generator: torch.Generator) -> Tensor:
         """The outputs' distance from samples; the loss itself where outputs have no gradients."""
@@ -152,7 +158,7 @@ class _CustomPrediction(Prediction):
         assert isinstance(reference, _CustomPrediction)
         if self.task.divergence is None:
             return outputs_of(self.output).distillation(outputs_of(reference.output))
-        found: Tensor = self.task.divergence(self.output, reference.output)
+        found: Tensor = _called("divergence", self.task.divergence, self.output, reference.output)
         return found
 
     @torch.no_grad()
@@ -167,36 +173,57 @@ class _CustomPrediction(Prediction):
             found = {}
         found["count"] = _number(size)
         for name, (function, _) in self.task.metrics.items():
-            found[name] = _number(size * self._value(name, function(self.output, self.batch)))
+            found[name] = _number(size * _value(name, function, self.output, self.batch))
         if self.task.loss is not None:
-            value = self.task.loss(self.output, self.batch)
-            found["loss"] = _number(size * self._value("loss", value))
+            found["loss"] = _number(size * _value("loss", self.task.loss, self.output, self.batch))
         if reference is not None and self.task.divergence is not None:
             assert isinstance(reference, _CustomPrediction)
-            value = self.task.divergence(self.output, reference.output)
-            found["divergence"] = _number(size * self._value("divergence", value))
+            value = _value("divergence", self.task.divergence, self.output, reference.output)
+            found["divergence"] = _number(size * value)
         return {name: value.cpu() for name, value in found.items()}
 
     def kept(self, most_bytes: int) -> Prediction | None:
         if self.nbytes > most_bytes:
             return None
-        return _CustomPrediction(self.task, tree_map(Tensor.detach, self.output), None)
+        return _CustomPrediction(self.task, tree_map(held, self.output), None)
 
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in tensors(self.output))
 
-    def _value(self, name: str, value: Any) -> float:
-        try:
-            found = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"the custom task's {name!r} returned a {type(value).__name__} instead of a "
-                f"number: {error}."
-            ) from error
-        if not math.isfinite(found):
-            raise DataError(f"the custom task's {name!r} returned {found}, not a finite number.")
-        return found
+
+def _value(name: str, function: Callable[[Any, Any], Any], output: Any, other: Any) -> float:
+    """The finite number that a function of the task returns."""
+    value = _called(name, function, output, other)
+    if isinstance(value, str | bytes) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise DataError(f"the custom task's {name!r} returned {_kind(value)} instead of a number.")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the custom task's {name!r} returned {_kind(value)} instead of a number."
+        ) from error
+    if not math.isfinite(found):
+        raise DataError(f"the custom task's {name!r} returned {found}, not a finite number.")
+    return found
+
+
+def _called(name: str, function: Callable[[Any, Any], Any], output: Any, other: Any) -> Any:
+    """What a function of the task returns; an error names the function."""
+    try:
+        return function(output, other)
+    except RankNASError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the custom task's {name!r} raised {type(error).__name__}: {error}."
+        ) from error
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _number(value: float) -> Tensor:

@@ -14,18 +14,19 @@ from rankNAS.lazy import load
 from rankNAS.plugins import is_plugin, load_callable
 from rankNAS.tasks import TASKS
 from rankNAS.tasks.base import Task
-from rankNAS.tasks.categorical import IGNORED
+from rankNAS.tasks.checks import IGNORED, check_finite
 from rankNAS.tasks.classification import Classification, MultiLabel
 from rankNAS.tasks.language import CausalLanguageModelling, MaskedLanguageModelling
 from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
-from rankNAS.trees import Inputs, device_of
+from rankNAS.trees import Inputs, count_bytes, device_of, size_of
 
 __all__ = ["EXAMPLES", "infer_task", "make_task", "resolve_task"]
 
 EXAMPLES = 64  # samples whose targets are looked at
+OUTPUT_BYTES = 64 << 20  # of their outputs
 
 
 def make_task(given: str | Task) -> Task:
@@ -98,17 +99,34 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         DataError: The data do not fit the model or the task.
         UnknownNameError: There is no such task.
     """
-    batch = data.train.example(EXAMPLES, device_of(model))
-    if given is None:
-        task = infer_task(model, batch)
-    else:
-        task = make_task(given).bound(batch, model)
+    given = None if given is None else make_task(given)
+    batch = _examples(given, model, data)
+    task = infer_task(model, batch) if given is None else given.bound(batch, model)
     output = _output(model, task.inputs_of(batch))
-    task.predict(output, batch)
+    task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
     for where, samples in (("train", data.train), ("test", data.test)):
         if samples is not None:
             task.check(samples, where, output)
     return task
+
+
+def _examples(task: Task | None, model: nn.Module, data: Data) -> Any:
+    """The first samples: `EXAMPLES`, or fewer where the model's outputs are large.
+
+    Raises:
+        DataError: A target is NaN or infinite, or the model fails.
+    """
+    device = device_of(model)
+    few = data.train.example(2, device)
+    reader = Layout.of(few, model) if task is None else task.bound(few, model)
+    output = _output(model, reader.inputs_of(few))
+    each = max(1, count_bytes(output) // size_of(few))
+    batch = data.train.example(min(EXAMPLES, max(2, OUTPUT_BYTES // each)), device)
+    layout = reader if isinstance(reader, Layout) else reader.layout
+    targets = None if layout is None else layout.target_of(batch)
+    if isinstance(targets, Tensor):
+        check_finite(targets, "of the train split")
+    return batch
 
 
 @torch.no_grad()
@@ -144,20 +162,20 @@ def _labelled(model: nn.Module, output: Any, targets: Any, batch: Any) -> Task:
             f"the task is unclear: the model returns a {type(output).__name__} for targets that "
             f"are a {type(targets).__name__}; give task=Custom(loss, metrics)."
         )
+    targets = targets.long() if targets.dtype == torch.bool else targets
     if _are_classes(targets):
         return _of_classes(model, logits, targets)
-    if targets.dtype == torch.bool or _are_labels(logits, targets):
-        return MultiLabel() if logits.dim() > 1 and logits.shape[-1] > 1 else Classification()
-    return Regression()
+    return MultiLabel() if _are_labels(logits, targets) else Regression()
 
 
 def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
     """The task of whole-number targets."""
-    flat = targets[:, 0] if targets.dim() == 2 and targets.shape[1] == 1 else targets
+    flat = targets[:, 0] if targets.dim() > 1 and targets.shape[1] == 1 else targets
     if flat.dim() == 1 and logits.dim() <= 2:
         binary = logits.dim() == 1 or logits.shape[-1] == 1
-        if _plausible(logits, flat) or not (binary or targets.is_floating_point()):
-            return Classification(classes=1 if binary else logits.shape[-1])
+        classes = 1 if binary else logits.shape[-1]
+        if _plausible(flat, max(2, classes)) or not (binary or targets.is_floating_point()):
+            return Classification(classes=classes)
         return Regression()
     segmented = logits.dim() >= 3 and logits.shape[:1] + logits.shape[2:] == flat.shape
     tokens = logits.dim() == 3 and logits.shape[:2] == flat.shape
@@ -167,7 +185,7 @@ def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
             "have their classes on axis 1 or on axis 2; give the task 'segmentation', 'causal_lm' "
             "or 'masked_lm'."
         )
-    if segmented:
+    if segmented and (logits.shape[1] > 1 or _plausible(flat, 2)):
         return Segmentation()
     if tokens:
         masked = "Masked" in type(model).__name__ or "TokenClassification" in type(model).__name__
@@ -182,19 +200,13 @@ def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
     )
 
 
-def _plausible(logits: Tensor, targets: Tensor) -> bool:
-    """Whether whole-number floats are classes of the logits."""
-    counted = targets[targets != IGNORED]
-    if not counted.numel() or float(counted.min()) < 0:
-        return False
-    classes = 2 if logits.dim() == 1 or logits.shape[-1] == 1 else logits.shape[-1]
-    return float(counted.max()) < classes
+def _plausible(targets: Tensor, classes: int) -> bool:
+    """Whether whole numbers are class numbers."""
+    return _between(targets, 0, classes - 1)
 
 
 def _are_classes(targets: Tensor) -> bool:
     """Whether targets are whole numbers."""
-    if targets.dtype == torch.bool:
-        return targets.dim() == 1
     if not targets.is_floating_point():
         return not targets.is_complex()
     return bool(targets.isfinite().all()) and bool((targets == targets.round()).all())

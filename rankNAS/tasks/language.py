@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
-from rankNAS.tasks.categorical import IGNORED, Categorical
-from rankNAS.tasks.checks import check_length, check_some, whole_numbers
+from rankNAS.tasks.categorical import Categorical
+from rankNAS.tasks.checks import IGNORED, check_length, check_some, whole_numbers
 from rankNAS.tasks.classification import likelihood_metrics
-from rankNAS.tasks.layout import Layout
+from rankNAS.tasks.layout import MASKS, PADDINGS, Layout
 from rankNAS.trees import tensors
 
 __all__ = ["CausalLanguageModelling", "LanguageModelling", "MaskedLanguageModelling"]
@@ -62,6 +62,13 @@ class LanguageModelling(Task):
         logits, targets = self._aligned(logits, targets)
         return Categorical(logits.flatten(0, 1), targets.flatten())
 
+    def targets_of(self, batch: Any) -> Any:
+        """The targets; -100 where the inputs are padded."""
+        tokens, mask = super().targets_of(batch), self.mask_of(batch)
+        if mask is None or not isinstance(tokens, Tensor) or mask.shape != tokens.shape:
+            return tokens
+        return tokens.where(mask, IGNORED)
+
     @abstractmethod
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and their targets."""
@@ -96,10 +103,9 @@ class CausalLanguageModelling(LanguageModelling):
         return found
 
     def targets_of(self, batch: Any) -> Any:
-        """The labels, or the tokens themselves without labels."""
-        found = self._layout.target_of(batch)
-        if found is not None:
-            return found
+        """The labels, or the tokens themselves without labels; -100 where they are padded."""
+        if self._layout.target_of(batch) is not None:
+            return super().targets_of(batch)
         tokens, mask = _first(self, batch), self.mask_of(batch)
         if tokens is None:
             raise DataError("a batch has no tokens (integers) among the model's inputs.")
@@ -124,9 +130,14 @@ class MaskedLanguageModelling(LanguageModelling):
 
 
 def _first(task: Task, batch: Any) -> Tensor | None:
-    """The first integer tensor of the model's inputs: the tokens."""
-    found = (x for x in tensors(task.inputs_of(batch)) if not x.is_floating_point())
-    return next(found, None)
+    """The tokens among the model's inputs: ``input_ids``, or else the first integers."""
+    inputs = task.inputs_of(batch)
+    named = inputs.kwargs.get("input_ids")
+    if isinstance(named, Tensor):
+        return named
+    others = [value for name, value in inputs.kwargs.items() if name not in (*MASKS, *PADDINGS)]
+    found = (x for x in tensors([*inputs.args, *others]) if not x.is_floating_point())
+    return next((x for x in found if x.dtype != torch.bool), None)
 
 
 def _are_shifted(tokens: Tensor, targets: Tensor) -> bool:

@@ -153,7 +153,9 @@ def _of_names(batch: Any, signature: _Signature, labelled: bool | None) -> Layou
         *(batch if isinstance(batch, Mapping) else (f.name for f in dataclasses.fields(batch)))
     ]
     found = [name for name in names if tensors(_part(batch, name))]
-    target = next((n for n in TARGETS if n in found), None) if labelled is not False else None
+    needed = signature.names[: signature.required]
+    target = next((n for n in TARGETS if n in found and n not in needed), None)
+    target = None if labelled is False else target
     others = [name for name in found if name not in TARGETS or name != target]
     if labelled is False:
         others = [n for n in others if n not in TARGETS or n in signature.names]
@@ -167,7 +169,9 @@ def _of_names(batch: Any, signature: _Signature, labelled: bool | None) -> Layou
         return Layout(tuple(others), target)
     raise DataError(
         f"a batch has the keys {', '.join(map(str, names))}, but the model's forward takes "
-        f"({', '.join(signature.names)}); name the keys as its parameters."
+        f"({', '.join(signature.names)}); name the keys as its parameters, or give the task a "
+        "layout, such as Regression(layout=Layout(inputs=None, target='y')) for a model that "
+        "takes the whole batch."
     )
 
 
@@ -185,11 +189,21 @@ def _of_positions(batch: Any, signature: _Signature, labelled: bool | None) -> L
     target = count - 1 if labelled else None
     used = count - 1 if labelled else int(min(count, max(signature.most, 1)))
     first = batch[0]
-    if used == 1 and isinstance(first, Mapping):
-        return Layout((0,), target, unpacked=True)
-    if used == 1 and isinstance(first, tuple | list) and signature.most >= len(first) > 1:
+    if used == 1 and isinstance(first, Mapping) and all(map(signature.accepts, first)):
+        mask = next((n for n in (*MASKS, *PADDINGS) if n in first), None)
+        return Layout((0,), target, unpacked=True, mask=mask, inverted=mask in PADDINGS)
+    if used == 1 and isinstance(first, tuple | list) and _unpacks(first, signature):
         return Layout((0,), target, unpacked=True, **_mask(signature, len(first)))
     return Layout(tuple(range(used)), target, **_mask(signature, used))
+
+
+def _unpacks(first: Any, signature: _Signature) -> bool:
+    """Whether a sequence is several arguments, rather than one.
+
+    A list for a model that needs one argument is that argument, such as the images of a detector.
+    """
+    several = signature.required > 1 or isinstance(first, tuple)
+    return several and max(signature.required, 2) <= len(first) <= signature.most
 
 
 def _mask(signature: _Signature, count: int) -> dict[str, Any]:

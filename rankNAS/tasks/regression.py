@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor
 
 from rankNAS.exceptions import DataError
-from rankNAS.tasks.base import Direction, Prediction, Task, main_output
+from rankNAS.tasks.base import Direction, Prediction, Task, at_least_float32, main_output
 from rankNAS.tasks.checks import check_finite, check_length, check_some
-from rankNAS.tasks.continuous import Gaussian, normalised_distance
+from rankNAS.tasks.continuous import ROUNDING, Gaussian, normalised_distance
 
 __all__ = ["Regression"]
 
@@ -23,7 +24,8 @@ class Regression(Task):
 
     Outputs and targets have one shape, (N, ...); (N,) and (N, 1) are the same. The metrics are
     ``r2``, which is the mean over outputs of 1 - (squared error) / (variance of the targets), the
-    mean absolute error ``mae``, and ``loss``, the mean squared error.
+    mean absolute error ``mae``, and ``loss``, the mean squared error. An output whose targets are
+    constant has an ``r2`` of 1 if it is predicted exactly and of 0 otherwise, as in scikit-learn.
     """
 
     name: ClassVar[str] = "regression"
@@ -43,17 +45,21 @@ class Regression(Task):
                 f"the model returns {tuple(mean.shape)} for targets {tuple(targets.shape)}; the "
                 "task 'regression' needs equal shapes."
             )
-        targets = targets.to(mean.dtype)
-        check_finite(targets, self.name)
+        if targets.is_complex() or mean.is_complex():
+            raise DataError(
+                "the task 'regression' takes real numbers, but there are complex ones; give their "
+                "real and imaginary parts, or Custom(loss, metrics)."
+            )
+        check_finite(targets)
+        targets = targets.to(at_least_float32(mean).dtype)
         return Gaussian(mean.reshape(len(mean), -1), targets.reshape(len(targets), -1))
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         check_some(sums, self.name)
         count, squared = sums["count"], sums["squared"]
-        error = normalised_distance(squared, sums["target"], sums["target_squares"], count)
         outputs = squared.numel()
         found = {
-            "r2": 1 - error,
+            "r2": _r2(squared, sums["target"], sums["target_squares"], count),
             "mae": float(sums["absolute"].sum() / count / outputs),
             "loss": float(squared.sum() / count / outputs),
         }
@@ -65,3 +71,11 @@ class Regression(Task):
 
     def describe(self) -> str:
         return "regression"
+
+
+def _r2(squared: Tensor, total: Tensor, squares: Tensor, count: Tensor) -> float:
+    """The mean over outputs of the coefficient of determination, from sums (D,)."""
+    variance = squares - total.square() / count
+    constant = variance <= ROUNDING * squares
+    explained = 1 - squared / torch.where(constant, torch.ones_like(variance), variance)
+    return float(torch.where(constant, (squared == 0).double(), explained).mean())

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
-from rankNAS.tasks.categorical import IGNORED, Categorical
-from rankNAS.tasks.checks import check_length, check_some, whole_numbers
+from rankNAS.tasks.categorical import Categorical
+from rankNAS.tasks.checks import (
+    IGNORED,
+    check_classes,
+    check_length,
+    check_some,
+    check_weights,
+    whole_numbers,
+)
 from rankNAS.tasks.classification import likelihood_metrics
 
 __all__ = ["Segmentation"]
@@ -23,7 +30,8 @@ __all__ = ["Segmentation"]
 class Segmentation(Task):
     """A class at each position, as in `torch.nn.functional.cross_entropy`.
 
-    The model returns logits (N, C, ...) for targets (N, ...). Intersection over union is computed
+    The model returns logits (N, C, ...) for targets (N, ...), or one logit a position (N, 1, ...)
+    for the classes 0 and 1 (logistic loss, threshold at 0). Intersection over union is computed
     from a confusion matrix summed over all positions; classes that neither occur nor are predicted
     are left out of the mean.
 
@@ -53,19 +61,25 @@ class Segmentation(Task):
         check_length(logits, targets, self.name)
         if targets.dim() == logits.dim() and targets.shape[1] == 1:
             targets = targets[:, 0]
+        if logits.dim() > 2 and logits.shape[1] == 1:  # one logit: classes 0 and 1
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
         if logits.dim() < 3 or logits.shape[:1] + logits.shape[2:] != targets.shape:
             raise DataError(
                 f"the task 'segmentation' takes logits (N, C, ...) for targets (N, ...), but the "
                 f"model returns {tuple(logits.shape)} for targets {tuple(targets.shape)}; permute "
                 "the class axis to position 1."
             )
-        flat = targets.flatten()
-        if self.ignored != IGNORED:
-            flat = torch.where(flat == self.ignored, IGNORED, flat)
+        flat = self._marked(targets).flatten()
+        check_weights(self.weights, logits.shape[1], self.name)
         weights = None if self.weights is None else torch.tensor(self.weights)
         return Categorical(
             logits.movedim(1, -1).flatten(0, -2), flat, weights=weights, confusion=True
         )
+
+    def check_targets(self, targets: Tensor, output: Any, where: str, row: int) -> None:
+        super().check_targets(targets, output, where, row)
+        classes = max(2, main_output(output, self.name).shape[1])
+        check_classes(self._marked(whole_numbers(targets, self.name)), classes, where, row)
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         check_some(sums, self.name)
@@ -79,3 +93,9 @@ class Segmentation(Task):
 
     def describe(self) -> str:
         return "segmentation"
+
+    def _marked(self, targets: Tensor) -> Tensor:
+        """Targets with -100 for positions that do not count."""
+        return (
+            targets if self.ignored == IGNORED else targets.where(targets != self.ignored, IGNORED)
+        )
