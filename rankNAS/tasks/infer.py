@@ -21,7 +21,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
-from rankNAS.trees import Inputs, device_of
+from rankNAS.trees import Inputs, device_of, tensors
 
 __all__ = ["EXAMPLES", "infer_task", "make_task", "resolve_task"]
 
@@ -80,7 +80,7 @@ def infer_task(model: nn.Module, batch: Any) -> Task:
     output = _output(model, layout.inputs_of(batch))
     if targets is None:
         return _unlabelled(model, output, layout, batch)
-    found = _labelled(model, output, targets, batch)
+    found = _labelled(model, output, targets, layout.inputs_of(batch))
     task = found.bound(batch, model)
     task.predict(output, batch)  # raises an error if the two do not fit
     return task
@@ -137,7 +137,7 @@ def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Ta
     return Matching(by="kl" if by_kl else "distance", layout=layout)
 
 
-def _labelled(model: nn.Module, output: Any, targets: Any, batch: Any) -> Task:
+def _labelled(model: nn.Module, output: Any, targets: Any, inputs: Inputs) -> Task:
     logits = _logits(output)
     if logits is None or not isinstance(targets, Tensor):
         raise DataError(
@@ -145,13 +145,13 @@ def _labelled(model: nn.Module, output: Any, targets: Any, batch: Any) -> Task:
             f"are a {type(targets).__name__}; give task=Custom(loss, metrics)."
         )
     if _are_classes(targets):
-        return _of_classes(model, logits, targets)
+        return _of_classes(model, logits, targets, inputs)
     if targets.dtype == torch.bool or _are_labels(logits, targets):
         return MultiLabel() if logits.dim() > 1 and logits.shape[-1] > 1 else Classification()
     return Regression()
 
 
-def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
+def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor, inputs: Inputs) -> Task:
     """The task of whole-number targets."""
     flat = targets[:, 0] if targets.dim() == 2 and targets.shape[1] == 1 else targets
     if flat.dim() == 1 and logits.dim() <= 2:
@@ -171,7 +171,8 @@ def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
         return Segmentation()
     if tokens:
         masked = "Masked" in type(model).__name__ or "TokenClassification" in type(model).__name__
-        return MaskedLanguageModelling() if masked else CausalLanguageModelling()
+        causal = not masked and _continue(inputs, flat)
+        return CausalLanguageModelling() if causal else MaskedLanguageModelling()
     if logits.shape == targets.shape and _between(targets, 0, 1):
         return MultiLabel()
     if logits.shape == targets.shape:
@@ -180,6 +181,18 @@ def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
         f"the task is unclear: the model returns {tuple(logits.shape)} for targets "
         f"{tuple(targets.shape)}; give the task by name, or Custom(loss, metrics)."
     )
+
+
+def _continue(inputs: Inputs, targets: Tensor) -> bool:
+    """Whether most targets are the tokens of the inputs, or those one position later."""
+    counts = targets != IGNORED
+    for tokens in tensors(inputs):
+        if tokens.shape == targets.shape and not tokens.is_floating_point():
+            same = (targets == tokens)[counts]
+            following = (targets[:, :-1] == tokens[:, 1:])[counts[:, :-1]]
+            if max(same.sum(), following.sum()) > counts.sum() / 2:
+                return True
+    return False
 
 
 def _plausible(logits: Tensor, targets: Tensor) -> bool:
