@@ -67,7 +67,10 @@ class Stream(IterableDataset[int]):
         (([(1, 2)], tensors()), r"items have \[0\] with 0 axes, \[1\] with 0 axes in the train"),
         ((tensors(), [5]), "the tensor with 0 axes in the test split"),
         ((["cat"], ["dog"]), "item 0 of the train split is a str without a tensor"),
-        ((Labelled(["cat"]), Labelled([0])), r"items have \[0\] with 2 axes in the train split, but"),
+        (
+            (Labelled(["cat"]), Labelled([0])),
+            r"\[0\] with 2 axes in the train split, but",
+        ),
         (([(Image.new("RGB", (4, 4)), 0)], tensors()), "contains a Image; convert it"),
     ],
 )

@@ -28,7 +28,6 @@ from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.infer import infer_task
 
-
 TASK_METRICS = [
     Metric("accuracy", "maximize"),
     Metric("loss", "minimize"),
