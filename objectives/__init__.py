@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from rankNAS import renamed
@@ -67,7 +68,16 @@ OBJECTIVES: Mapping[str, ObjectiveBase] = Catalogue(CATALOGUE, _made)
 
 _BASE = ("EvaluationResult", "Objective", "ObjectiveBase")
 _MODULES = {home.partition(":")[2]: home.partition(":")[0] for home, _ in CATALOGUE.values()}
-__getattr__ = exports(__name__, _MODULES | dict.fromkeys(_BASE, "rankNAS.objectives.base"))
+_exported = exports(__name__, _MODULES | dict.fromkeys(_BASE, "rankNAS.objectives.base"))
+
+
+def __getattr__(name: str) -> Any:
+    metric = renamed.OBJECTIVE_CLASSES.get(name)
+    if metric is None:
+        return _exported(name)
+    direction = DIRECTIONS[metric]
+    renamed.warn_renamed(f"{__name__}.{name}", f"{__name__}.Metric({metric!r}, {direction!r})")
+    return partial(_exported("Metric"), metric, direction)
 
 
 def make_objective(given: str | ObjectiveBase, task: Task | None = None) -> ObjectiveBase:

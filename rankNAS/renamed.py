@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 __all__ = [
     "OBJECTIVES",
+    "OBJECTIVE_CLASSES",
     "OPTIONS",
     "RenamedWarning",
     "current_name",
@@ -30,6 +31,13 @@ OPTIONS = {
 }
 #: Names of objectives.
 OBJECTIVES = {"agreement": "kl_divergence", "reverse_agreement": "reverse_kl"}
+#: Classes of objectives, by the metric that ``Metric`` measures now.
+OBJECTIVE_CLASSES = {
+    "Accuracy": "accuracy",
+    "Agreement": "kl_divergence",
+    "Loss": "loss",
+    "ReverseAgreement": "reverse_kl",
+}
 
 T = TypeVar("T")
 

@@ -1,15 +1,19 @@
-"""A search that takes no time, and the records that go on with it."""
+"""A search that takes no time, the records that go on with it, and evaluators of tensors."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
+from rankNAS.compression.factorisation import Factorisation
+from rankNAS.data.samples import Samples
+from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.storage.store import StudyStore
+from rankNAS.tasks.infer import infer_task
 
 
 def linear_search(**options: Any) -> rankNAS.Study:
@@ -26,6 +30,12 @@ def linear_search(**options: Any) -> rankNAS.Study:
         settings=rankNAS.Settings(calibration=32, validation=32),
         **options,
     )
+
+
+def evaluator_of(factors: Factorisation, x: Tensor, y: Tensor, **options: Any) -> Evaluator:
+    """An evaluator that calibrates and measures on the same samples; they tell its task."""
+    samples = Samples.of((x, y))
+    return Evaluator(factors, infer_task(factors.model, (x, y)), samples, samples, **options)
 
 
 def opened(study: rankNAS.Study, storage: str | None) -> StudyStore:

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from networks import small, split
+from rankNAS.data.batches import subset
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import compare
-from rankNAS.data.batches import subset
 from rankNAS.evaluation import outputs as evaluation
 from rankNAS.evaluation.outputs import predictions
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError

@@ -424,7 +424,7 @@ def test_trials_that_train_are_measured_after_it(small_net: nn.Module, small_dat
         if trial.state == "complete":
             assert trial.metrics["loss@1"] != trial.metrics["loss@2"] != trial.metrics["loss"]
             network = study.materialise(trial.allocation)
-            x, y = study.splits.validation
+            x, y = study.splits.validation.batch()
             loss = nn.functional.cross_entropy(network(x), y).item()
             assert loss == pytest.approx(trial.metrics["loss"], rel=1e-4)
         else:

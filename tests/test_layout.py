@@ -17,8 +17,9 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "lazy", "plugins", "renamed", "threads"},
+    {"exceptions", "allocation", "budget", "lazy", "plugins", "renamed", "threads", "trees"},
     {"io", "data", "decompositions", "solver"},
+    {"tasks"},
     {"search_spaces"},
     {"compression", "recovery", "objectives"},
     {"hw_models", "models", "evaluation"},

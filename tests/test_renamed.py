@@ -19,8 +19,15 @@ from rankNAS.allocation import Allocation
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.decompositions import norms
 from rankNAS.hw_models import HardwareModel, compile_latency
-from rankNAS.objectives import base, make_objective
-from rankNAS.renamed import OBJECTIVES, OPTIONS, RenamedWarning, renamed, renamed_exports
+from rankNAS.objectives import Metric, base, make_objective
+from rankNAS.renamed import (
+    OBJECTIVE_CLASSES,
+    OBJECTIVES,
+    OPTIONS,
+    RenamedWarning,
+    renamed,
+    renamed_exports,
+)
 from rankNAS.search_spaces import compile_space
 
 # Their types know the current names alone.
@@ -133,8 +140,10 @@ def test_names_of_a_module() -> None:
         (lambda: RankPolicy(only_faster=True), RankPolicy(require_speedup=True)),
         (lambda: make_objective("agreement"), make_objective("kl_divergence")),
         (lambda: make_objective("reverse_agreement"), make_objective("reverse_kl")),
-        (lambda: objectives.Agreement(), objectives.KLDivergence()),
-        (lambda: objectives.ReverseAgreement, objectives.ReverseKL),
+        (lambda: objectives.Accuracy(), Metric("accuracy", "maximize")),
+        (lambda: objectives.Loss(), Metric("loss", "minimize")),
+        (lambda: objectives.Agreement(), Metric("kl_divergence", "minimize")),
+        (lambda: objectives.ReverseAgreement(), Metric("reverse_kl", "minimize")),
         (lambda: base.Candidate, base.EvaluationResult),
         (
             lambda: Trial(0, Allocation.of({}), "complete", target="macs<=0.5").target,
@@ -194,5 +203,5 @@ def test_a_hardware_model_with_the_old_method() -> None:
 def test_the_tables_lead_to_names_that_exist() -> None:
     assert {*OPTIONS.values()} <= {f.name for f in fields(SearchOptions)}
     assert not {*OPTIONS} & {f.name for f in fields(SearchOptions)}
-    assert {*OBJECTIVES.values()} <= {*objectives.OBJECTIVES}
+    assert {*OBJECTIVES.values(), *OBJECTIVE_CLASSES.values()} <= {*objectives.OBJECTIVES}
     assert not {*OBJECTIVES} & {*objectives.OBJECTIVES}

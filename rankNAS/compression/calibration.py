@@ -182,12 +182,17 @@ def _key(
     """Content key of layers, weights, inputs and settings."""
     layers = [f"{name} {layer.shape}" for name, layer in space.layers.items()]
     salt = "\n".join([f"3 {norm} {seed} {MAX_POSITIONS} {task} {model}", *layers])
-    inputs = {
-        f"inputs {i} {name}": tensor
-        for i in range(len(batches))
-        for name, tensor in named_tensors(batches[i])
-    }
-    return fingerprint({**model.state_dict(), **inputs}, salt)
+    return fingerprint({**model.state_dict(), **_contents(batches)}, salt)
+
+
+def _contents(batches: InputBatches) -> dict[str, Tensor]:
+    """The inputs by place; those of equal shapes together, whatever the batch size is."""
+    found: dict[str, list[Tensor]] = {}
+    for i in range(len(batches)):
+        for name, tensor in named_tensors(batches[i]):
+            shape = tuple(tensor.shape[1:])
+            found.setdefault(f"inputs {name} {shape}", []).append(tensor.reshape(-1, *shape))
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _write(path: Path, statistics: Mapping[str, Statistics]) -> None:

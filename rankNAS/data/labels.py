@@ -20,10 +20,10 @@ NAMES = ("labels", "label", "targets", "target", "y")
 
 
 def check_labels(samples: Samples, where: str, outputs: int, ignored: int = IGNORED) -> None:
-    """Raise an error unless the network has an output for every stored class label.
+    """Raise an error unless the network has an output for every class label in memory.
 
     Args:
-        samples: The samples; those that store no class labels pass.
+        samples: The samples; those whose class labels are neither stored nor in memory pass.
         where: Their name in messages, such as ``train``.
         outputs: The number of outputs of the network.
         ignored: The label of samples that do not count.
@@ -32,6 +32,8 @@ def check_labels(samples: Samples, where: str, outputs: int, ignored: int = IGNO
         DataError: A label is negative or at least ``outputs``.
     """
     labels = stored_labels(samples)
+    if labels is None and samples.in_memory:
+        labels = _read_labels(samples)
     if labels is None:
         return
     counts = labels != ignored
@@ -54,10 +56,7 @@ def count_classes(samples: Samples) -> int | None:
     """
     labels = stored_labels(samples)
     if labels is None:
-        found = [_target(samples[row]) for row in range(len(samples))]
-        if any(label is None or label.numel() != 1 for label in found):
-            return None
-        labels = _whole(torch.stack([x.flatten()[0] for x in found if x is not None]))
+        labels = _read_labels(samples)
     return None if labels is None or not len(labels) else max(int(labels.max()) + 1, 1)
 
 
@@ -74,6 +73,14 @@ def stored_labels(samples: Samples) -> Tensor | None:
     if stored is None or len(stored) <= int(order.max()):
         return None
     return _whole(stored[order])
+
+
+def _read_labels(samples: Samples) -> Tensor | None:
+    """All labels, int64 (n,), from every item; None for other targets."""
+    found = [_target(samples[row]) for row in range(len(samples))]
+    if any(label is None or label.numel() != 1 for label in found):
+        return None
+    return _whole(torch.stack([x.flatten()[0] for x in found if x is not None]))
 
 
 def _attribute(source: Any) -> Tensor | None:

@@ -120,7 +120,7 @@ class Backend:
         self._outputs = PartwiseOutputs(self.parts, task, self._executor)
         self._norms, self._calibrating = self._calibration_pass()
         self.references = known or [
-            Reference(task, model, part, outputs=self._outputs.part(i, self.network), most_bytes=b)
+            Reference(task, model, part, outputs=self._timed_outputs(i), most_bytes=b)
             for i, (part, b) in enumerate(zip(self.parts, self._shares_of(KEPT), strict=True))
         ]
         for reference in self.references:
@@ -159,14 +159,14 @@ class Backend:
     def sums(self) -> Iterator[Sums]:
         """The sums over the validation samples of each part."""
         for number, (part, reference) in enumerate(zip(self.parts, self.references, strict=True)):
-            outputs = self._outputs.part(number, self.network)
+            outputs = self._timed_outputs(number)
             total: Sums = {}
             for i, batch in enumerate(part):
-                output = self._timed(outputs)
+                output = next(outputs)
                 prediction = self.task.predict(output, batch)
                 total = added(total, prediction.sums(reference.prediction(i, batch)))
                 del output, prediction  # before the next forward pass
-            self._timed(outputs)  # the end of the pass
+            next(outputs, None)  # the end of the pass
             yield total
 
     def sums_of(self, network: nn.Module) -> Sums:
@@ -177,11 +177,16 @@ class Backend:
             total = added(total, total_sums(network, part, self.task, reference))
         return total
 
-    def _timed(self, outputs: Iterator[Any]) -> Any:
-        started = time.perf_counter()
-        output = next(outputs, None)
-        self.timing.forward += time.perf_counter() - started
-        return output
+    def _timed_outputs(self, number: int) -> Iterator[Any]:
+        """The network's outputs on the batches of one part; forward passes are timed."""
+        outputs = self._outputs.part(number, self.network)
+        for _ in range(len(self.parts[number])):
+            started = time.perf_counter()
+            output = next(outputs)
+            self.timing.forward += time.perf_counter() - started
+            yield output
+            del output  # before the next forward pass
+        next(outputs, None)
 
     def build(self, allocation: Mapping[str, Choice], factorisation: Factorisation) -> nn.Module:
         """The compressed network of the allocation that is applied now, with its thin layers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def network_metrics(
         batch_size: Samples per forward pass.
         device: Where to run.
     """
-    batches = test_batches(samples, batch_size, device)
+    batches = map(channels_last, samples.batches(batch_size, device=device))
     return task.finish(total_sums(network.to(device), batches, task, reference))
 
 
@@ -151,7 +151,7 @@ def test_batches(
 
 def total_sums(
     network: nn.Module,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     task: Task,
     reference: Reference | None = None,
 ) -> Sums:

@@ -21,7 +21,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
-from rankNAS.trees import Inputs, count_bytes, device_of, size_of
+from rankNAS.trees import Inputs, count_bytes, device_of, size_of, tensors
 
 __all__ = ["EXAMPLES", "infer_task", "make_task", "resolve_task"]
 
@@ -81,7 +81,7 @@ def infer_task(model: nn.Module, batch: Any) -> Task:
     output = _output(model, layout.inputs_of(batch))
     if targets is None:
         return _unlabelled(model, output, layout, batch)
-    found = _labelled(model, output, targets, batch)
+    found = _labelled(model, output, targets, layout.inputs_of(batch))
     task = found.bound(batch, model)
     task.predict(output, batch)  # raises an error if the two do not fit
     return task
@@ -155,7 +155,7 @@ def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Ta
     return Matching(by="kl" if by_kl else "distance", layout=layout)
 
 
-def _labelled(model: nn.Module, output: Any, targets: Any, batch: Any) -> Task:
+def _labelled(model: nn.Module, output: Any, targets: Any, inputs: Inputs) -> Task:
     logits = _logits(output)
     if logits is None or not isinstance(targets, Tensor):
         raise DataError(
@@ -164,11 +164,11 @@ def _labelled(model: nn.Module, output: Any, targets: Any, batch: Any) -> Task:
         )
     targets = targets.long() if targets.dtype == torch.bool else targets
     if _are_classes(targets):
-        return _of_classes(model, logits, targets)
+        return _of_classes(model, logits, targets, inputs)
     return MultiLabel() if _are_labels(logits, targets) else Regression()
 
 
-def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
+def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor, inputs: Inputs) -> Task:
     """The task of whole-number targets."""
     flat = targets[:, 0] if targets.dim() > 1 and targets.shape[1] == 1 else targets
     if flat.dim() == 1 and logits.dim() <= 2:
@@ -189,7 +189,8 @@ def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
         return Segmentation()
     if tokens:
         masked = "Masked" in type(model).__name__ or "TokenClassification" in type(model).__name__
-        return MaskedLanguageModelling() if masked else CausalLanguageModelling()
+        causal = not masked and _continue(inputs, flat)
+        return CausalLanguageModelling() if causal else MaskedLanguageModelling()
     if logits.shape == targets.shape and _between(targets, 0, 1):
         return MultiLabel()
     if logits.shape == targets.shape:
@@ -203,6 +204,18 @@ def _of_classes(model: nn.Module, logits: Tensor, targets: Tensor) -> Task:
 def _plausible(targets: Tensor, classes: int) -> bool:
     """Whether whole numbers are class numbers."""
     return _between(targets, 0, classes - 1)
+
+
+def _continue(inputs: Inputs, targets: Tensor) -> bool:
+    """Whether most targets are the tokens of the inputs, or those one position later."""
+    counts = targets != IGNORED
+    for tokens in tensors(inputs):
+        if tokens.shape == targets.shape and not tokens.is_floating_point():
+            same = (targets == tokens)[counts]
+            following = (targets[:, :-1] == tokens[:, 1:])[counts[:, :-1]]
+            if max(same.sum(), following.sum()) > counts.sum() / 2:
+                return True
+    return False
 
 
 def _are_classes(targets: Tensor) -> bool:

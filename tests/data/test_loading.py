@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from image_sets import Labelled, tensors
+from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
 from rankNAS.data.base import Data
-from rankNAS.data.batches import len_of
 from rankNAS.data.loading import load_data
 from rankNAS.exceptions import DataError, UnknownNameError, UsageError
 
@@ -53,16 +53,25 @@ class Stream(IterableDataset[int]):
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ([tensors(), tensors()], "datasets: got list; give a Data or a tuple"),
-        ((tensors(),), "datasets: got tuple; give a Data or a tuple"),
-        (3, "datasets: got int"),
-        ((tensors(), Stream()), "the test dataset is a Stream without len"),
+        ([tensors(), tensors()], "item 0 of the train split is a TensorDataset without a tensor"),
+        ((tensors(),), "datasets: got tuple; give a Data, a tuple of two data sets"),
+        (None, "datasets: got NoneType; give a Data, a tuple of two data sets"),
+        (3, "the train data is a int; give a map-style data set"),
+        ((tensors(), Stream()), "the tensor with 0 axes in the test split"),
         ((tensors(0), tensors()), "the train split has no items"),
-        ((tensors(), Labelled([0])), r"shape \(3, 4, 4\) in the train .* \(2, 3\) in the test"),
-        ((TensorDataset(torch.ones(2)), tensors()), r"item 0 of the train .* tuple of \(Tensor\)"),
-        (([(1, 2)], tensors()), r"item 0 of the train split is a tuple of \(int, int\), not"),
-        ((tensors(), [5]), r"item 0 of the test split is a int of \(\), not"),
-        ((Labelled(["cat"]), Labelled([0])), "item 0 of the train split has the target 'cat'"),
+        (
+            (tensors(), Labelled([0])),
+            r"items have \[0\] with 3 axes, \[1\] with 0 axes in the train .* \[0\] with 2 axes",
+        ),
+        ((TensorDataset(torch.ones(2)), tensors()), r"items have \[0\] with 0 axes in the train"),
+        (([(1, 2)], tensors()), r"items have \[0\] with 0 axes, \[1\] with 0 axes in the train"),
+        ((tensors(), [5]), "the tensor with 0 axes in the test split"),
+        ((["cat"], ["dog"]), "item 0 of the train split is a str without a tensor"),
+        (
+            (Labelled(["cat"]), Labelled([0])),
+            r"\[0\] with 2 axes in the train split, but",
+        ),
+        (([(Image.new("RGB", (4, 4)), 0)], tensors()), "contains a Image; convert it"),
     ],
 )
 def test_unusable_pairs(pair: Any, message: str) -> None:
@@ -107,7 +116,7 @@ def factory(tmp_path: Path) -> Path:
 def test_factory(factory: Path, name: str) -> None:
     data = load_data(f"{factory}:{name}")
     assert data.name == f"{factory}:{name}"
-    assert (data.input_shape, data.num_classes, len_of(data.train)) == ((2,), 6, 6)
+    assert (data.input_shape, data.num_classes, len(data.train)) == ((2,), 6, 6)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,23 @@ from torch.utils.data import Dataset, TensorDataset
 from rankNAS.allocation import Allocation
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, factorise
-from rankNAS.evaluation import outputs as evaluation
+from rankNAS.data.samples import Samples
 from rankNAS.evaluation.evaluator import Evaluator
+from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.evaluation.pruning import PrunedError
 from rankNAS.exceptions import ObjectiveError, UsageError
-from rankNAS.objectives import Accuracy, CostObjective, KLDivergence, Latency, Loss, Objective
+from rankNAS.objectives import CostObjective, Latency, Metric, Objective
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import Recovery, train
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.tasks.categorical import Categorical
+from rankNAS.tasks.infer import infer_task
+
+TASK_METRICS = [
+    Metric("accuracy", "maximize"),
+    Metric("loss", "minimize"),
+    Metric("kl_divergence", "minimize"),
+]
 
 
 def images(n: int = 60) -> tuple[Tensor, Tensor]:
@@ -55,11 +64,21 @@ def factorised(model: nn.Module, x: Tensor, **options: Any) -> Factorisation:
     return factorise(model, space, calibrate(model, space, x, norm=norm), norm=norm)
 
 
+def evaluating(factors: Factorisation, x: Tensor, y: Tensor, **options: Any) -> Evaluator:
+    """An evaluator whose task follows from the data."""
+    task = options.pop("task", None) or infer_task(factors.model, (x, y))
+    calibration = options.pop("calibration", (x, y))
+    return Evaluator(factors, task, Samples.of(calibration), Samples.of((x, y)), **options)
+
+
 def evaluator(batch_norm: bool = True, **options: Any) -> Evaluator:
     x, y = images()
-    calibration = images(40)[0]
-    return Evaluator(
-        factorised(convolutional(), x), calibration, (x, y), batch_norm=batch_norm, **options
+    return evaluating(
+        factorised(convolutional(), x),
+        *(x, y),
+        calibration=images(40),
+        batch_norm=batch_norm,
+        **options,
     )
 
 
@@ -131,11 +150,13 @@ def test_a_cpu_takes_so_many_samples_at_once_that_its_caches_hold_them(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x, y = images(300)
     factorisation = factorised(nn.Sequential(Recording(), *convolutional()).eval(), x)
+    task = infer_task(factorisation.model, (x, y))
     SEEN.clear()
-    ev = Evaluator(factorisation, x, (x, y), batch_size=batch_size, low_memory=True)
+    ev = evaluating(factorisation, x, y, task=task, batch_size=batch_size, low_memory=True)
     ev.evaluate(drawn(ev, 0))
     assert max(SEEN) == most
-    assert sum(SEEN) == 4 * len(x)  # for outputs and for batch norms, of the dense network too
+    # For outputs and for batch norms, of the dense network too; and one for the size of outputs.
+    assert sum(SEEN) == 4 * len(x) + 1
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -153,7 +174,11 @@ def test_dense_without_batch_norm_is_the_model() -> None:
     assert metrics["kl_divergence"] == 0 == expected["kl_divergence"]
     assert metrics["accuracy"] == expected["accuracy"]
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-6)
-    torch.testing.assert_close(ev.dense_logits, convolutional()(images()[0]).detach())
+    assert ev.dense() == {name: metrics[name] for name in ev.task.directions}
+    (reference,), (part,) = ev.backend.references, ev.backend.parts
+    predictions = [reference.prediction(i, batch) for i, batch in enumerate(part)]
+    logits = torch.cat([p.logits for p in predictions if isinstance(p, Categorical)])
+    torch.testing.assert_close(logits, convolutional()(images()[0]).detach())
 
 
 def test_agreement_is_positive_elsewhere() -> None:
@@ -250,7 +275,7 @@ def test_the_model_and_its_factors_are_not_changed() -> None:
     model = convolutional()
     before = copy.deepcopy(model.state_dict())
     x, y = images()
-    ev = Evaluator(factorised(model, x), x, (x, y))
+    ev = evaluating(factorised(model, x), x, y)
     for seed in range(3):
         ev.evaluate(drawn(ev, seed))
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
@@ -287,7 +312,7 @@ def test_a_custom_objective_with_the_name_of_a_metric_is_the_one_that_counts() -
 
 
 def test_built_in_objectives() -> None:
-    built_in = [Accuracy(), Loss(), KLDivergence(), CostObjective("macs"), Latency(repeats=1)]
+    built_in = [*TASK_METRICS, CostObjective("macs"), Latency(repeats=1)]
     ev, plain = evaluator(objectives=built_in), evaluator()
     metrics, expected = ev.evaluate(drawn(ev, 0)), plain.evaluate(drawn(plain, 0))
     assert metrics.pop("latency") > 0
@@ -344,7 +369,7 @@ class Tied(nn.Module):
 def test_sequences_and_tied_layers() -> None:
     torch.manual_seed(0)
     model, x, y = Tied(), torch.randn(9, 5, 10), torch.randint(4, (9, 5))
-    ev = Evaluator(factorised(model, x, norm="fisher"), x, (x, y), batch_size=4)
+    ev = evaluating(factorised(model, x, norm="fisher"), x, y, batch_size=4)
     for seed in range(3):
         allocation = drawn(ev, seed)
         metrics = ev.evaluate(allocation)
@@ -359,15 +384,19 @@ def test_sequences_and_tied_layers() -> None:
             assert metrics[name] == pytest.approx(value, abs=1e-5)
 
 
-def test_regression_has_a_loss_only() -> None:
+def test_regression_has_its_own_metrics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
     x, y = torch.randn(20, 12), torch.randn(20)
-    ev = Evaluator(factorised(model, x), x, (x, y))
+    ev = evaluating(factorised(model, x), x, y)
     metrics = ev.evaluate(ev.factorisation.space.dense)
-    assert set(metrics) == {"loss", "macs", "params", "weight_bytes"}
+    assert set(metrics) == {"r2", "mae", "loss", "distance", "macs", "params", "weight_bytes"}
     residual = model(x).squeeze(1).double() - y.double()
     assert metrics["loss"] == pytest.approx(residual.square().mean().item(), rel=1e-6)
+    assert metrics["mae"] == pytest.approx(residual.abs().mean().item(), rel=1e-6)
+    variance = y.double().var(correction=0).item()
+    assert metrics["r2"] == pytest.approx(1 - metrics["loss"] / variance, rel=1e-6)
+    assert metrics["distance"] == pytest.approx(0, abs=1e-12)
 
 
 def test_hugging_face_layers_are_folded_transposed() -> None:
@@ -375,7 +404,7 @@ def test_hugging_face_layers_are_folded_transposed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv1d(24, 12), nn.ReLU(), conv1d(4, 24))
     x, y = torch.randn(15, 12), torch.randint(4, (15,))
-    ev = Evaluator(factorised(model, x), x, (x, y))
+    ev = evaluating(factorised(model, x), x, y)
     for seed in range(3):
         allocation = drawn(ev, seed)
         expected = by_hand(ev.network(allocation), model, x, y)
@@ -411,13 +440,16 @@ def test_test_metrics_stream() -> None:
         ahead.append(len(counted.read))
 
     model.register_forward_pre_hook(note)
-    metrics = evaluation.test_metrics(model.train(), counted, batch_size=25)
+    samples, task = Samples.of(counted), infer_task(convolutional(), images())
+    assert samples.uniform  # a few items are read once to see that shapes are equal
+    counted.read.clear()
+    metrics = network_metrics(model.train(), samples, task, batch_size=25)
     assert ahead == [25, 50, 60] and counted.read == list(range(60))
     expected = by_hand(convolutional(), convolutional(), *images())
     assert metrics["accuracy"] == expected["accuracy"]
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     for source in (images(), TensorDataset(*images())):
-        again = evaluation.test_metrics(convolutional(), source, batch_size=7)
+        again = network_metrics(convolutional(), Samples.of(source), task, batch_size=7)
         assert again == pytest.approx(metrics, rel=1e-5)
 
 
@@ -461,7 +493,7 @@ def test_a_stopped_evaluation_leaves_the_next_ones_as_they_are(batch_norm: bool)
 
 
 def test_a_copy_in_another_place_measures_the_same() -> None:
-    own = evaluator(sequential=True, objectives=[Accuracy(), Loss()])
+    own = evaluator(sequential=True, objectives=TASK_METRICS[:2])
     copied = pickle.loads(pickle.dumps(own))
     for seed in range(3):
         allocation = drawn(own, seed)
@@ -474,7 +506,8 @@ def recovery(epochs: int = 2, learning_rate: float = 0.01) -> Recovery:
     config = TrainingConfig(
         epochs, batch_size=20, learning_rate=learning_rate, distill=0.5, augment=False
     )
-    return Recovery(TensorDataset(*images()), config)
+    task = infer_task(convolutional(), images())
+    return Recovery(Samples.of(images()), task, config)
 
 
 @pytest.mark.parametrize("sequential", [True, False])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from searches import evaluator_of
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -62,7 +63,7 @@ def evaluator(folder: Path, model: nn.Module) -> Evaluator:
     space = compile_space(model, x[:1], min_weights=1)
     factorisation = factorise(model, space, calibrate(model, space, x, norm="input"))
     objective = Objective(Misbehaving(folder), name="misbehaving")
-    return Evaluator(factorisation, x, (x, y), [objective], sequential=True)
+    return evaluator_of(factorisation, x, y, objectives=[objective], sequential=True)
 
 
 def done(executor: Parallel, evaluations: list[Evaluation]) -> dict[Allocation, Outcome]:

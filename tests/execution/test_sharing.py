@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +45,37 @@ def test_tensors_go_through_shared_memory_as_they_are() -> None:
     assert _restored(*_reduced(tensors[1])[1]).is_contiguous(memory_format=torch.channels_last)
     arguments = _reduced(x)[1]
     assert _restored(*arguments).data_ptr() == arguments[0].ctypes.data  # no copy
+
+
+def test_a_sent_evaluator_has_every_sample_once(
+    small_net: nn.Module, small_data: tuple[TensorDataset, TensorDataset]
+) -> None:
+    study = rankNAS.search(
+        small_net,
+        small_data,
+        budget={"macs": 0.5},
+        strategy="uniform",
+        n_trials=1,
+        settings=rankNAS.Settings(calibration=64, validation=50, early_stopping=True),
+    )
+    sent: list[tuple[int, ...]] = []
+
+    class Noting(pickle.Pickler):
+        def reducer_override(self, given: Any) -> Any:
+            if isinstance(given, torch.Tensor):
+                sent.append(tuple(given.shape))
+            return NotImplemented
+
+    Noting(io.BytesIO()).dump(study.evaluator)
+    images = sorted(shape for shape in sent if shape[1:] == (3, 8, 8))
+    assert images == [(50, 3, 8, 8), (64, 3, 8, 8)]  # not the 300 that they were taken from
+    # And the dense network's predictions of the validation samples, part by part.
+    assert sum(shape[0] for shape in sent if shape[1:] == (4,)) >= 50
+    assert study.evaluator.backend.references[0].model is not None
+    copied = pickle.loads(pickle.dumps(study.evaluator))
+    assert copied.evaluate(study.best.allocation) == study.evaluator.evaluate(
+        study.best.allocation
+    )
 
 
 def test_what_cannot_be_sent_is_said(

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from rankNAS.data.batches import len_of
 from rankNAS.data.images.augment import Augmentation
 from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import RankNASError, UsageError, WeightsError
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.recovery.trainer import Recovery, _learning_rate
+from rankNAS.tasks.infer import infer_task
 
 CONFIG = TrainingConfig(epochs=4, batch_size=16, learning_rate=0.05)
 
@@ -113,7 +113,9 @@ def test_the_training_of_a_study_takes_seed_and_augmentation_from_it() -> None:
     data = replace(load_data((images(), images(10))), flip=True)
     splits = split(data, calibration=10, validation=10, seed=4)
     assert splits.augmentation == Augmentation(flip=True) != Augmentation()
-    recovery = Recovery.of(splits, CONFIG, 4)
+    task = infer_task(network().eval(), images()[:])
+    recovery = Recovery.of(splits, task, CONFIG, 4)
+    assert recovery.task is task
     assert recovery.data is splits.training and recovery.config == replace(CONFIG, seed=4)
     whole = train(
         network(),
@@ -123,8 +125,8 @@ def test_the_training_of_a_study_takes_seed_and_augmentation_from_it() -> None:
     )
     assert same(recovery.train(network(), network()), whole)
     assert not same(train(network(), splits.training, replace(CONFIG, seed=4)), whole)
-    few = Recovery.of(splits, CONFIG, 4, 12)
-    assert len_of(few.data) == 12 and len_of(Recovery.of(splits, CONFIG, 4, 999).data) == 50
+    few = Recovery.of(splits, task, CONFIG, 4, 12)
+    assert len(few.data) == 12 and len(Recovery.of(splits, task, CONFIG, 4, 999).data) == 50
 
 
 def test_the_random_state_of_the_caller_is_kept() -> None:

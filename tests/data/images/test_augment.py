@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from rankNAS.data.base import Data
-from rankNAS.data.batches import batches
 from rankNAS.data.images.augment import Augmentation
 from rankNAS.data.loading import load_data
 
@@ -43,7 +42,7 @@ def test_augment_shifts_and_mirrors(flip: bool) -> None:
 
 
 def test_augment_is_reproducible_and_leaves_its_input(digits: Data) -> None:
-    x, _ = next(batches(digits.train, 8))
+    x, _ = next(digits.train.batches(8))
     before = x.clone()
     first, second = (
         Augmentation(flip=True)(x, torch.Generator().manual_seed(3)) for _ in range(2)

@@ -14,7 +14,6 @@ from image_sets import fill_folder, pixels, png, write_parquet
 from PIL import Image
 
 from rankNAS.data.base import Data
-from rankNAS.data.batches import len_of
 from rankNAS.data.images import readers
 from rankNAS.data.images.decode import ImageDecoder, StoredPixels
 from rankNAS.data.loading import load_data
@@ -35,7 +34,7 @@ def digits() -> Data:
 
 
 def test_digits(digits: Data) -> None:
-    assert (len_of(digits.train), len_of(digits.test)) == (1438, 359)
+    assert (len(digits.train), len(digits.test)) == (1438, 359)
     assert digits.input_shape == (3, 32, 32)
     assert (digits.name, digits.num_classes, digits.flip) == ("digits", 10, False)
     x, y = digits.train[0]
@@ -46,11 +45,11 @@ def test_digits(digits: Data) -> None:
 def test_digits_are_stratified_and_contain_every_image_once(digits: Data) -> None:
     from sklearn.datasets import load_digits
 
-    train = torch.bincount(digits.train.targets)
-    test = torch.bincount(digits.test.targets)
+    train = torch.bincount(digits.train.source.targets)
+    test = torch.bincount(digits.test.source.targets)
     assert (train + test).tolist() == np.bincount(load_digits().target).tolist()
     assert ((test / (train + test) - 0.2).abs() < 0.005).all()
-    rows = torch.cat([digits.train._rows, digits.test._rows])
+    rows = torch.cat([digits.train.source._rows, digits.test.source._rows])
     assert rows.sort().values.tolist() == list(range(1797))
 
 
@@ -59,7 +58,7 @@ def test_digits_are_scaled_grey_and_upsampled() -> None:
 
     plain = load_data("digits", normalize="0,1", image_size=8)
     x, y = plain.train[3]
-    row = int(plain.train._rows[3])
+    row = int(plain.train.source._rows[3])
     grey = torch.from_numpy(load_digits().images[row]).float() / 16
     assert torch.equal(x, grey.expand(3, 8, 8)) and y == load_digits().target[row]
     larger = load_data("digits", normalize="0,1").train[3][0]
@@ -73,7 +72,7 @@ def test_digits_image_size() -> None:
 
 def test_parquet(parquet: Path) -> None:
     data = load_data(f"parquet:{parquet}", normalize="0.5,0.25")
-    assert (len_of(data.train), len_of(data.test)) == (20, 6)
+    assert (len(data.train), len(data.test)) == (20, 6)
     assert (data.input_shape, data.num_classes, data.flip) == ((3, 8, 8), 4, True)
     assert data.normalize == "0.5/0.5/0.5,0.25/0.25/0.25"
     x, y = data.train[7]
@@ -111,7 +110,7 @@ def test_parquet_shards_are_the_same_as_one_file(parquet: Path, tmp_path: Path) 
     write_parquet(parquet / "train-00000-of-00002.parquet", pixels(20)[:13], labels[:13])
     write_parquet(parquet / "train-00001-of-00002.parquet", pixels(20)[13:], labels[13:])
     shards = load_data(f"parquet:{parquet}")
-    assert torch.equal(shards.train.targets, whole.train.targets)
+    assert torch.equal(shards.train.source.targets, whole.train.source.targets)
     assert torch.equal(shards.train[15][0], whole.train[15][0])
     assert shards.fingerprint == whole.fingerprint
 
@@ -128,9 +127,9 @@ def test_parquet_decodes_on_demand_what_is_too_large(
     eager = load_data(f"parquet:{parquet}")
     monkeypatch.setattr(readers, "EAGER_BYTES", 20 * 3 * 8 * 8 - 1)
     lazy = load_data(f"parquet:{parquet}")
-    assert isinstance(eager.train._fetch, StoredPixels)
-    assert isinstance(lazy.train._fetch, ImageDecoder)
-    assert isinstance(lazy.test._fetch, StoredPixels)
+    assert isinstance(eager.train.source._fetch, StoredPixels)
+    assert isinstance(lazy.train.source._fetch, ImageDecoder)
+    assert isinstance(lazy.test.source._fetch, StoredPixels)
     assert all(torch.equal(lazy.train[i][0], eager.train[i][0]) for i in range(20))
     assert lazy.fingerprint == eager.fingerprint
 
@@ -241,7 +240,7 @@ def test_imagefolder(tmp_path: Path, test_name: str) -> None:
     fill_folder(tmp_path / test_name, "abc", count=1)
     data = load_data(f"imagefolder:{tmp_path}", normalize="0,1")
     assert (data.input_shape, data.num_classes, data.flip) == ((3, 224, 224), 3, True)
-    assert (len_of(data.train), len_of(data.test)) == (6, 3)
+    assert (len(data.train), len(data.test)) == (6, 3)
     x, y = data.train[3]
     assert y == 1 and torch.allclose(x, torch.tensor(51 / 255))
     assert load_data(f"imagefolder:{tmp_path}", image_size=16).input_shape == (3, 16, 16)
@@ -261,7 +260,7 @@ def test_imagefolder_keeps_labels_when_the_test_set_lacks_a_class(tmp_path: Path
     fill_folder(tmp_path / "train", "abc")
     fill_folder(tmp_path / "test", "c")
     data = load_data(f"imagefolder:{tmp_path}", image_size=8)
-    assert data.test.targets.tolist() == [2, 2]
+    assert data.test.source.targets.tolist() == [2, 2]
 
 
 def test_imagefolder_unknown_class(tmp_path: Path) -> None:
@@ -311,7 +310,7 @@ def write_cifar10(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 def test_cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_cifar10(tmp_path, monkeypatch)
     data = load_data(f"cifar10:{tmp_path}", normalize="cifar10")
-    assert (data.input_shape, data.num_classes, len_of(data.test)) == ((3, 32, 32), 5, 4)
+    assert (data.input_shape, data.num_classes, len(data.test)) == ((3, 32, 32), 5, 4)
     mean = torch.tensor([0.4914, 0.4822, 0.4465])[:, None, None]
     std = torch.tensor([0.2470, 0.2435, 0.2616])[:, None, None]
     wanted = (torch.from_numpy(images[9]).permute(2, 0, 1) / 255 - mean) / std

@@ -261,7 +261,7 @@ def test_it_stops_when_everything_is_known() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    request = Request({"params": 0.8}, ["accuracy"], 100, True)
+    request = Request({"params": 0.8}, ["accuracy"], 100)
     Bolaco().check(request)
     with pytest.raises(UsageError, match="use up a budget"):
         Bolaco().check(replace(request, budget={}))

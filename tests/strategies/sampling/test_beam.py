@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from searches import evaluator_of
 from torch import nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import factorise
 from rankNAS.decompositions.stable_rank import modified_stable_rank
-from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.strategies.base import Request
@@ -290,7 +290,7 @@ def test_t_b5_exact_ranks_are_found_without_loss() -> None:
         {"macs": (2 + 3) * 24 / 288},
         objectives=[("accuracy", "maximize")],
     )
-    evaluator = Evaluator(factorisation, x, (x, y))
+    evaluator = evaluator_of(factorisation, x, y)
 
     def measure(problem: Problem, number: int, allocation: Allocation) -> Trial:
         metrics = evaluator.evaluate(allocation)
@@ -309,7 +309,7 @@ def test_t_b5_exact_ranks_are_found_without_loss() -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    request = Request({}, ["accuracy"], 100, True)
+    request = Request({}, ["accuracy"], 100)
     with pytest.raises(UsageError, match="until a budget is met"):
         Beam().check(request)
     Beam().check(replace(request, budget={"params": 0.5}))

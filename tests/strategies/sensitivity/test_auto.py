@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.allocation import Allocation
-from rankNAS.evaluation.outputs import test_metrics as metrics_of
+from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies.history import History, Trial
@@ -182,7 +182,7 @@ def test_proposals_are_measured_as_the_networks_that_are_handed_out(
     )
     for trial in study.trials:
         network = study.materialise(trial.allocation)
-        refitted = metrics_of(network, study.splits.validation)["loss"]
+        refitted = network_metrics(network, study.splits.validation, study.task)["loss"]
         plain = study.evaluator.evaluate(trial.allocation)["loss"]
         expected = plain if trial.probe else refitted
         assert trial.metrics["loss"] == pytest.approx(expected, rel=1e-4)

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import softmax
+from searches import evaluator_of
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset, TensorDataset
@@ -29,10 +30,10 @@ from torch.utils.data import Dataset, TensorDataset
 import rankNAS
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
+from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.evaluation.context import SearchContext
-from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.hw_models import CallableModel, compile_latency
 from rankNAS.io.files import cache_folder
@@ -102,8 +103,9 @@ def workbench(
     x, y = data.tensors
     space = compile_space(model, x[:1], policy=policy or RankPolicy(), min_weights=1)
     factorisation = factorise(model, space)
-    splits = Splits(training or data, (x, y), (x, y), data)
-    evaluator = Evaluator(factorisation, x, (x, y))
+    held = Samples.of(data)
+    splits = Splits(Samples.of(training or data), held, held, held)
+    evaluator = evaluator_of(factorisation, x, y)
     return SearchContext(factorisation, splits, evaluator, report=report or (lambda *_: None))
 
 
@@ -557,8 +559,8 @@ def test_without_pressure_on_the_cost_the_logits_learn_what_the_network_needs() 
     factorisation = factorise(model, space)
     context = SearchContext(
         factorisation,
-        Splits(TensorDataset(x, y), (x, y), (x, y), TensorDataset(x, y)),
-        Evaluator(factorisation, x, (x, y)),
+        Splits(*[Samples.of((x, y))] * 4),
+        evaluator_of(factorisation, x, y),
     )
     problem = problem_of(context, {"macs": 1.0})
     (allocation,) = proposed(tiny(steps=60, batch_size=32, learning_rate=0.1), context, problem)
@@ -750,11 +752,10 @@ def test_a_whole_search(small_net: nn.Module, small_data: tuple[Any, Any]) -> No
 
 
 def test_what_a_search_needs() -> None:
-    good = Request({"macs": 0.5}, ["accuracy"], 128, classes=True)
+    good = Request({"macs": 0.5}, ["accuracy"], 128)
     Haloc().check(good)
     for request, message in (
         (replace(good, budget={}), "needs a budget.*macs=0.5"),
-        (replace(good, classes=False), "no classes.*another strategy"),
         (replace(good, training=127), "128 samples, but there are 127; lower `batch_size`"),
     ):
         with pytest.raises(UsageError, match=message):
