@@ -155,9 +155,9 @@ def _described(
         model
         and not (
             isinstance(model.get("space"), str)
-            and isinstance(model.get("num_classes"), int)
-            and isinstance(model.get("input_shape"), list)
-            and all(isinstance(size, int) for size in model["input_shape"])
+            and isinstance(model.get("num_classes", ""), int | None)
+            and isinstance(model.get("input_shape", ""), list | None)
+            and all(isinstance(size, int) for size in model["input_shape"] or ())
         )
     )
     if wrong:
@@ -184,7 +184,7 @@ def _dense(
     return build_model(
         model["space"],
         num_classes=model["num_classes"],
-        input_shape=tuple(model["input_shape"]),
+        input_shape=None if model["input_shape"] is None else tuple(model["input_shape"]),
     )
 
 

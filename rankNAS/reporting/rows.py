@@ -109,8 +109,8 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     measured = [c for c in COLUMNS if c not in TEXTS]
     grouped = good.groupby(["budget", "strategy"], sort=False)
     means, spreads = grouped[measured].mean(), grouped[measured].std().add_suffix("_std")
-    parts = [grouped.size().rename("seeds"), grouped[["metric", "direction"]].first()]
-    table = pd.concat([*parts, means, spreads], axis=1).reset_index()
+    seeds, named = grouped.size().rename("seeds"), grouped[["metric", "direction"]].first()
+    table = pd.concat([seeds, named, means, spreads], axis=1).reset_index()
     place = {budget: i for i, budget in enumerate(good.budget.unique())}
     table["place"] = table.budget.map(place)
     rising = bool((good.direction == "minimize").any())

@@ -19,7 +19,7 @@ BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
 
 def made(strategies: int, budgets: int = 3, seeds: int = 2, tuned: bool = False) -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    dense = Row("dense", "dense", 0, 0.9, 0.9, 0.0, 1.0, 1.0, 0.0, 3.0)
+    dense = Row("dense", "dense", 0, 0.9, 0.9, 0.0, 1.0, 1.0, 0.0, 3.0, metric="accuracy")
     rows = [replace(dense, seed=s) for s in range(seeds)]
     for i in range(strategies):
         for seed in range(seeds):
@@ -27,8 +27,8 @@ def made(strategies: int, budgets: int = 3, seeds: int = 2, tuned: bool = False)
                 accuracy = 0.5 + 0.01 * i + 0.001 * seed
                 row = Row(f"strategy_{i}", budget, seed, 0.8, accuracy, 0.25, 0.5, 0.4)
                 row = replace(row, search_seconds=(j + 1) * 10 ** rng.uniform(-1, 4))
-                row = replace(row, evaluations=(j + 1) * 10, setup_seconds=3.0)
-                rows.append(replace(row, finetuned_test_accuracy=0.8) if tuned else row)
+                row = replace(row, evaluations=(j + 1) * 10, setup_seconds=3.0, metric="accuracy")
+                rows.append(replace(row, finetuned_test=0.8) if tuned else row)
     return pd.DataFrame(map(asdict, rows))
 
 
@@ -101,5 +101,5 @@ def test_looks_differ_and_stay_with_their_strategy() -> None:
     first = looks(rows)
     assert len(set(first.values())) == 17
     assert len({colour for colour, _ in first.values()}) == 17
-    reversed_ranking = rows.assign(test_accuracy=1 - rows.test_accuracy)
+    reversed_ranking = rows.assign(test=1 - rows.test)
     assert looks(reversed_ranking) == first
