@@ -146,12 +146,9 @@ def test_rows_are_what_a_search_of_all_budgets_finds(
             assert row["test"] == study.test(network)["accuracy"]
             x = small_data[1].tensors[0]
             with torch.no_grad():
-                logs = [
-                    m.double()(x.double()).log_softmax(1)
-                    for m in copy.deepcopy([network, small_net])
-                ]
+                logs = [m(x).double().log_softmax(1) for m in (network, small_net)]
             divergence = nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
-            assert row["test_divergence"] == pytest.approx(float(divergence), rel=1e-4)
+            assert row["test_divergence"] == pytest.approx(float(divergence), rel=1e-6)
             assert row["test_divergence"] > 0
             for name in ("macs", "params"):
                 fraction = solution.metrics[name] / study.dense[name]
@@ -335,10 +332,50 @@ def test_wrong_arguments_are_named(
         run(small_net, small_data, **({"strategies": ["uniform"]} | change))
 
 
-def test_data_without_classes_is_refused(small_net: nn.Module) -> None:
-    pair = TensorDataset(torch.randn(40, 3, 8, 8), torch.randn(40, 4))
-    with pytest.raises(UsageError, match="has no class labels"):
-        run(small_net, (pair, pair), ["uniform"])
+def regression(rows: int = 60) -> Pair:
+    """Real targets that `small_net` predicts, with some noise."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2 * rows, 3, 8, 8, generator=generator)
+    with torch.no_grad():
+        y = small()(x) + 1e-4 * torch.randn(2 * rows, 4, generator=generator)
+    return TensorDataset(x[:rows], y[:rows]), TensorDataset(x[rows:], y[rows:])
+
+
+def test_real_targets_are_compared_by_r2(small_net: nn.Module) -> None:
+    rows = run(small_net, regression(), ["uniform"], seeds=[0], training=TrainingConfig(1))
+    assert set(rows.metric) == {"r2"} and set(rows.direction) == {"maximize"}
+    dense, *solutions = rows.to_dict("records")
+    assert dense["test"] > 0.8 and dense["test_divergence"] == 0
+    assert all(row["test"] < dense["test"] and row["test_divergence"] > 0 for row in solutions)
+    assert rows.finetuned_test.notna().tolist() == [False, True, True]
+    with pytest.raises(UsageError, match="'accuracy' is no metric of this data"):
+        run(small_net, regression(), ["uniform"], objectives=["accuracy"])
+
+
+def test_the_task_may_be_given(small_net: nn.Module) -> None:
+    rows = run(small_net, regression(), ["uniform"], seeds=[0], task="matching")
+    assert set(rows.metric) == {"distance"} and set(rows.direction) == {"minimize"}
+    assert rows.test.tolist() == pytest.approx(rows.test_divergence.tolist(), abs=1e-9)
+
+
+def test_without_test_data_only_validation_is_known(small_net: nn.Module) -> None:
+    x = regression()[0].tensors[0]
+    rows = run(small_net, x, ["uniform", "energy"], seeds=[0], training=TrainingConfig(1))
+    assert (rows.status == OK).all() and set(rows.metric) == {"distance"}
+    assert rows.validation.notna().all() and rows.validation[0] == pytest.approx(0, abs=1e-9)
+    assert rows[["test", "test_divergence", "finetuned_test"]].isna().all(axis=None)
+    order = summarise(rows).query("budget == 'macs<=0.4'").validation.tolist()
+    assert order == sorted(order)
+
+
+def test_rows_of_earlier_versions_are_kept(
+    small_net: nn.Module, small_data: Pair, whole: pd.DataFrame
+) -> None:
+    names = {"validation": "validation_accuracy", "test": "test_accuracy"}
+    names |= {"finetuned_test": "finetuned_test_accuracy"}
+    earlier = whole.rename(columns=names).drop(columns=["metric", "direction"])
+    rows = run(small_net, small_data, ["random", "energy"], earlier=earlier)
+    pd.testing.assert_frame_equal(rows, whole)
 
 
 def test_the_summary_is_means_and_deviations_of_what_is_ok() -> None:
@@ -366,3 +403,12 @@ def test_the_summary_puts_the_most_accurate_after_training_first() -> None:
         Row("b", "dense", 0, test=0.8, finetuned_test=0.92),
     ]
     assert summarise(pd.DataFrame(map(asdict, rows))).strategy.tolist() == ["b", "a"]
+
+
+def test_the_summary_follows_the_direction() -> None:
+    rows = [
+        Row("a", "b", 0, test=2.0, metric="mae", direction="minimize"),
+        Row("b", "b", 0, test=1.0, metric="mae", direction="minimize"),
+    ]
+    table = summarise(pd.DataFrame(map(asdict, rows)))
+    assert table.strategy.tolist() == ["b", "a"] and set(table.metric) == {"mae"}

@@ -103,3 +103,28 @@ def test_looks_differ_and_stay_with_their_strategy() -> None:
     assert len({colour for colour, _ in first.values()}) == 17
     reversed_ranking = rows.assign(test=1 - rows.test)
     assert looks(reversed_ranking) == first
+
+
+def test_metrics_that_are_no_shares_are_plain_numbers() -> None:
+    rows = made(3).assign(metric="mae", direction="minimize")
+    columns, lines = tables(rows)[BUDGETS[0]]
+    assert [line[0] for line in lines] == ["strategy_0", "strategy_1", "strategy_2"]
+    assert lines[0][columns.index("test mae")] == "0.5005 ± 0.00071"
+    assert lines[0][columns.index("validation")] == "0.8000 ± 0"
+    assert "Dense test mae: 0.9000 ± 0. Setup" in markdown(rows, "ranknas compare", "Nets.")
+    axes = draw(rows).axes
+    assert axes[0].get_title() == "test mae"
+    assert [t.get_text() for t in axes[-1].get_yticklabels()] == [
+        "strategy_2",
+        "strategy_1",
+        "strategy_0",
+    ]
+
+
+def test_without_test_data_the_validation_is_shown() -> None:
+    rows = made(2).assign(test=np.nan, test_divergence=np.nan)
+    columns, lines = tables(rows)[BUDGETS[0]]
+    assert columns[:3] == ["strategy", "validation accuracy, %", "MACs, %"]
+    assert lines[0][1] == "80.00 ± 0.00"
+    assert "Dense validation accuracy: 90.00 ± 0.00 %." in markdown(rows, "x", "Nets.")
+    assert draw(rows).axes[0].get_title() == "validation accuracy, %"
