@@ -127,7 +127,7 @@ def test_without_test_data_nothing_is_tested(search: Run) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--data", "digits", "--task", "regression"], "mine.py"),
+        (["--data", "digits", "--task", "regression"], "fails on the first batch"),
         (["--data", "mine.py:real", "--task", "classification"], "classification"),
         (["--data", "mine.py:real", "--task", "regresion"], "Did you mean 'regression'"),
         (["--data", "mine.py:real", "--objective", "accuracy"], "is no metric of this data"),
