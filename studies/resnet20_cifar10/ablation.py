@@ -120,10 +120,7 @@ def summarised(rows: pd.DataFrame, path: Path) -> None:
     ]
     for variant in rows[rows.strategy != DENSE_MODEL].strategy.unique():
         found = table[table.strategy == variant].set_index("budget")
-        cells = [
-            f"{100 * found.test[b]:.2f} ({100 * found.test_std[b]:.2f})"
-            for b in budgets
-        ]
+        cells = [f"{100 * found.test[b]:.2f} ({100 * found.test_std[b]:.2f})" for b in budgets]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines += ["", f"{rows.seed.nunique()} seeds; {TRIALS} trials a budget where sampled."]
     path.write_text("\n".join(lines) + "\n")
