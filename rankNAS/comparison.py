@@ -24,16 +24,16 @@ from rankNAS.allocation import Allocation
 from rankNAS.budget import budget_key, check_budgets
 from rankNAS.data.base import Data
 from rankNAS.data.loading import DataSource, load_data
-from rankNAS.engine import run
+from rankNAS.data.samples import Samples
+from rankNAS.engine import objectives_of, run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
-from rankNAS.evaluation.outputs import predictions, test_metrics
+from rankNAS.evaluation.outputs import Reference, test_batches
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
-from rankNAS.objectives.quality import accuracy, kl_divergence
 from rankNAS.pipeline import prepare, requests
 from rankNAS.recovery.config import TrainingConfig
-from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Key, Row
+from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Key, Row, with_current_columns
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
 from rankNAS.storage.store import StudyStore
@@ -43,6 +43,8 @@ from rankNAS.strategies.binding import bind
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
+from rankNAS.tasks.base import Task
+from rankNAS.tasks.infer import make_task, resolve_task
 
 __all__ = ["compare"]
 
@@ -56,7 +58,8 @@ def compare(
     budgets: Sequence[Mapping[str, float]],
     seeds: Iterable[int],
     *,
-    objectives: Sequence[str | ObjectiveBase] = ("accuracy",),
+    task: str | Task | None = None,
+    objectives: Sequence[str | ObjectiveBase] | None = None,
     n_trials: int = 40,
     training: TrainingConfig | None = None,
     training_samples: int | None = None,
@@ -70,16 +73,17 @@ def compare(
 ) -> pd.DataFrame:
     """Compare several strategies under equal conditions.
 
-    Rows of a strategy that rejects the task or fails state the reason; the others continue.
+    Rows of a strategy that rejects the demands or fails state the reason; the others continue.
 
     Args:
-        model: The trained dense model of a classifier; or a function of the seed that returns
-            one, called for seeds with missing rows.
+        model: The trained dense model; or a function of the seed that returns one, called for
+            seeds with missing rows.
         data: As for `search`.
         strategies: Names or strategies; the keys of a mapping name them in the rows.
         budgets: One mapping per budget, from cost name to the fraction kept.
         seeds: Random seeds. The splits differ between seeds, so that deterministic strategies
             vary too.
+        task: As for `search`; its first metric is the one that is compared.
         objectives: As for `search`.
         n_trials: Trials proposed for each budget; probes are extra.
         training: Configuration of the fine-tuning of each solution; its seed is replaced by the
@@ -120,7 +124,8 @@ def compare(
         data=load_data(data),
         strategies=_named(strategies),
         budgets=check_budgets(budgets),
-        objectives=[make_objective(o) for o in objectives],
+        task=task,
+        objectives=objectives,
         n_trials=n_trials,
         training=training,
         training_samples=training_samples,
@@ -132,7 +137,7 @@ def compare(
     )
     rows: list[Row] = []
     if earlier is not None:
-        known = earlier.loc[earlier.status == OK, list(COLUMNS)]
+        known = with_current_columns(earlier[earlier.status == OK])
         rows = [Row(*values) for values in known.itertuples(index=False, name=None)]
     wanted = {seed: plan.keys(seed) for seed in seeds}
     missing = {key for keys in wanted.values() for key in keys} - {row.key for row in rows}
@@ -171,7 +176,8 @@ class _Plan:
     data: Data
     strategies: Mapping[str, Strategy]
     budgets: Sequence[Mapping[str, float]]
-    objectives: Sequence[ObjectiveBase]
+    task: str | Task | None
+    objectives: Sequence[str | ObjectiveBase] | None
     n_trials: int
     training: TrainingConfig | None
     training_samples: int | None
@@ -182,8 +188,7 @@ class _Plan:
     report: Progress
 
     def __post_init__(self) -> None:
-        if self.data.num_classes is None:
-            raise UsageError(f"{self.data.name} has no class labels; a comparison needs them.")
+        self.named_objectives()
         if self.n_trials < 1:
             raise UsageError(f"`n_trials` must be at least 1, got {self.n_trials}.")
         if self.training_samples is not None and self.training_samples < 1:
@@ -205,23 +210,28 @@ class _Plan:
         """The missing rows of a seed."""
         if not missing:
             return
-        refusals = self._refusals()
-        for name, reason in refusals.items():
-            for key in self.keys(seed):
-                if key[0] == name and key in missing:
-                    yield Row(*key, status=reason)
-        accepted = {n: s for n, s in self.strategies.items() if n not in refusals}
-        if not accepted or not any(key[0] in (DENSE_MODEL, *accepted) for key in missing):
+        # Before the model is made: a comparison of refusals alone needs none.
+        refusals = self._refusals(self.named_objectives())
+        yield from self._refused(seed, refusals, missing)
+        if not self._accepted(refusals, missing):
             return
         model = self.model if isinstance(self.model, nn.Module) else self.model(seed)
+        task = resolve_task(self.task, model, self.data)
+        objectives = objectives_of(self.objectives, task)
+        later = {n: r for n, r in self._refusals(objectives).items() if n not in refusals}
+        yield from self._refused(seed, later, missing)
+        accepted = self._accepted(refusals | later, missing)
+        if not accepted:
+            return
         started = time.perf_counter()
         context, problems = prepare(
             model,
             self.data,
+            task,
             # All of them, so that a resumed comparison has the choices of a full one.
             strategies=list(accepted.values()),
             budgets=self.budgets,
-            objectives=self.objectives,
+            objectives=objectives,
             settings=self.settings,
             hardware=self.hardware,
             space=self.space,
@@ -236,9 +246,33 @@ class _Plan:
             if any(key[0] == name for key in missing):
                 yield from at.study(name, strategy, missing)
 
-    def _refusals(self) -> dict[str, str]:
-        """Reasons, by name, of the strategies that cannot perform the task."""
-        asked = requests(self.data, self.budgets, self.objectives, self.settings)
+    def named_objectives(self) -> list[ObjectiveBase]:
+        """The objectives as far as they are known without a model.
+
+        Raises:
+            UsageError: One of them is wrong.
+        """
+        if self.task is not None:
+            return objectives_of(self.objectives, make_task(self.task))
+        # A loss stands for the first metric of a task that is unknown yet.
+        return [make_objective(objective) for objective in self.objectives or ("loss",)]
+
+    def _refused(self, seed: int, refusals: Mapping[str, str], missing: set[Key]) -> Iterator[Row]:
+        """The rows of the strategies that cannot do what is asked."""
+        for name, reason in refusals.items():
+            for key in self.keys(seed):
+                if key[0] == name and key in missing:
+                    yield Row(*key, status=reason)
+
+    def _accepted(self, refusals: Mapping[str, str], missing: set[Key]) -> dict[str, Strategy]:
+        """The other strategies; none if no missing row concerns them or the dense model."""
+        accepted = {n: s for n, s in self.strategies.items() if n not in refusals}
+        concerned = any(key[0] in (DENSE_MODEL, *accepted) for key in missing)
+        return accepted if concerned else {}
+
+    def _refusals(self, objectives: Sequence[ObjectiveBase]) -> dict[str, str]:
+        """Reasons, by name, of the strategies that cannot do what is asked."""
+        asked = requests(self.data, self.budgets, objectives, self.settings)
         refusals: dict[str, str] = {}
         for name, strategy in self.strategies.items():
             for request in asked:
@@ -251,11 +285,11 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Tested:
-    """Quality of a network on validation and test data, and on test data after training."""
+    """The metric of a network on validation and test data, and on test data after training."""
 
     validation: float
-    test: float
-    divergence: float
+    test: float = math.nan
+    divergence: float = math.nan
     finetuned: float = math.nan
 
 
@@ -271,25 +305,38 @@ class _Seed:
     setup_seconds: float
     tested: dict[Allocation, _Tested] = field(default_factory=dict)
 
+    @property
+    def metric(self) -> str:
+        """The main metric of the task."""
+        return next(iter(self.context.task.directions))
+
     @cached_property
-    def dense_predictions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predictions of the dense model on the test data, and the targets."""
-        model, test = copy.deepcopy(self.model), self.context.splits.test
-        return predictions(model, test, device=self.plan.device)
+    def validation_reference(self) -> Reference:
+        """Predictions of the dense model on the validation data."""
+        return self._reference(self.context.splits.validation)
+
+    @cached_property
+    def test_reference(self) -> Reference | None:
+        """Predictions of the dense model on the test data; None if there are none."""
+        test = self.context.splits.test
+        return None if test is None else self._reference(test)
 
     def dense_row(self) -> Row:
         """The row of the dense model."""
+        tested = self.test_reference
         return Row(
             DENSE_MODEL,
             DENSE_MODEL,
             self.seed,
-            validation_accuracy=self.context.dense()["accuracy"],
-            test_accuracy=accuracy(*self.dense_predictions),
-            test_divergence=0.0,
+            validation=self.context.dense()[self.metric],
+            test=math.nan if tested is None else tested.task.finish(tested.sums)[self.metric],
+            test_divergence=math.nan if tested is None else 0.0,
             macs_fraction=1.0,
             params_fraction=1.0,
             search_seconds=0.0,
             setup_seconds=self.setup_seconds,
+            metric=self.metric,
+            direction=self.context.task.directions[self.metric],
         )
 
     def study(self, name: str, strategy: Strategy, missing: set[Key]) -> Iterator[Row]:
@@ -349,27 +396,29 @@ class _Seed:
         tested = self.tested[solution.allocation]
         return Row(
             *key,
-            validation_accuracy=tested.validation,
-            test_accuracy=tested.test,
+            validation=tested.validation,
+            test=tested.test,
             test_divergence=tested.divergence,
             macs_fraction=solution.metrics["macs"] / study.dense["macs"],
             params_fraction=solution.metrics["params"] / study.dense["params"],
             search_seconds=seconds,
             setup_seconds=self.setup_seconds,
             evaluations=len(study.trials),
-            finetuned_test_accuracy=tested.finetuned,
+            finetuned_test=tested.finetuned,
+            metric=self.metric,
+            direction=self.context.task.directions[self.metric],
         )
 
     def _tested(self, study: Study, allocation: Allocation) -> _Tested:
         """Quality of the network of an allocation; equal allocations are trained once."""
-        network, config = study.materialise(allocation), self.plan.training
-        test, targets = predictions(network, self.context.splits.test, device=self.plan.device)
-        validation = test_metrics(network, self.context.splits.validation, device=self.plan.device)
-        before = _Tested(
-            validation["accuracy"],
-            accuracy(test, targets),
-            kl_divergence(test, self.dense_predictions[0]),
-        )
+        network, config, splits = study.materialise(allocation), self.plan.training, study.splits
+        validation = study.measure(network, splits.validation, self.validation_reference)
+        before = _Tested(validation[self.metric])
+        if splits.test is None:
+            return before
+        test = study.measure(network, splits.test, self.test_reference)
+        divergence = test[study.task.divergence_name]
+        before = replace(before, test=test[self.metric], divergence=divergence)
         if config is None:
             return before
         recovery = self.context.recovery(config, self.plan.training_samples)
@@ -380,7 +429,12 @@ class _Seed:
             data=recovery.data,
             on_step=lambda step, total, _: self.plan.report("finetune", step, total),
         )
-        return replace(before, finetuned=study.test(network)["accuracy"])
+        tuned = study.measure(network, splits.test, self.test_reference)
+        return replace(before, finetuned=tuned[self.metric])
+
+    def _reference(self, samples: Samples) -> Reference:
+        batches = test_batches(samples, device=self.plan.device)
+        return Reference(self.context.task, copy.deepcopy(self.model).eval(), batches)
 
 
 def _failed(key: Key, error: Exception) -> Row:

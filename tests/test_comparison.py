@@ -19,10 +19,10 @@ from torch.utils.data import TensorDataset
 import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import compare
+from rankNAS.data.samples import Samples
 from rankNAS.evaluation import outputs as evaluation
-from rankNAS.evaluation.outputs import predictions
+from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
-from rankNAS.objectives.quality import kl_divergence
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import train
 from rankNAS.reporting.rows import COLUMNS, OK, Row, summarise
@@ -30,6 +30,7 @@ from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.history import History
 from rankNAS.strategies.problem import Problem
+from rankNAS.tasks.infer import infer_task
 
 Pair = tuple[TensorDataset, TensorDataset]
 SETTINGS = rankNAS.Settings(calibration=64, validation=50)
@@ -43,7 +44,9 @@ def run(model: Any, data: Pair, strategies: Any, **kwargs: Any) -> pd.DataFrame:
 
 
 def accuracy(model: nn.Module, data: Pair) -> float:
-    return evaluation.test_metrics(copy.deepcopy(model), data[1])["accuracy"]
+    return network_metrics(
+        copy.deepcopy(model), Samples.of(data[1]), infer_task(model, data[1][:32])
+    )["accuracy"]
 
 
 def untimed(rows: pd.DataFrame) -> pd.DataFrame:
@@ -130,8 +133,8 @@ def test_rows_are_what_a_search_of_all_budgets_finds(
             seed=seed,
         )
         dense, *solutions = rows[rows.seed == seed].to_dict("records")
-        assert dense["validation_accuracy"] == study.dense["accuracy"]
-        assert dense["test_accuracy"] == accuracy(small_net, small_data)
+        assert dense["validation"] == study.dense["accuracy"]
+        assert dense["test"] == accuracy(small_net, small_data)
         assert dense["test_divergence"] == 0
         for i, (row, problem) in enumerate(zip(solutions, study.problems, strict=True)):
             # When the first budget is answered, the trials for the second do not exist yet.
@@ -140,11 +143,14 @@ def test_rows_are_what_a_search_of_all_budgets_finds(
             assert row["budget"] == problem.budget_key
             assert row["evaluations"] == 3 * (i + 1)
             network = study.materialise(solution.allocation)
-            validation = evaluation.test_metrics(network, study.splits.validation)
-            assert row["validation_accuracy"] == validation["accuracy"]
-            assert row["test_accuracy"] == study.test(network)["accuracy"]
-            outputs = [predictions(m, study.splits.test)[0] for m in (network, small_net)]
-            assert row["test_divergence"] == pytest.approx(kl_divergence(*outputs), rel=1e-6)
+            validation = study.measure(network, study.splits.validation)
+            assert row["validation"] == validation["accuracy"]
+            assert row["test"] == study.test(network)["accuracy"]
+            x = small_data[1].tensors[0]
+            with torch.no_grad():
+                logs = [m(x).double().log_softmax(1) for m in (network, small_net)]
+            divergence = nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
+            assert row["test_divergence"] == pytest.approx(float(divergence), rel=1e-6)
             assert row["test_divergence"] > 0
             for name in ("macs", "params"):
                 fraction = solution.metrics[name] / study.dense[name]
@@ -199,10 +205,8 @@ def test_one_that_refuses_or_fails_does_not_stop_the_others(
     assert strict.status.tolist() == [OK, OK, "no such budget"]
     assert (rows.loc["uniform"].status == OK).all()
     failed = rows[rows.status != OK]
-    assert (
-        failed[["validation_accuracy", "test_accuracy", "search_seconds"]].isna().to_numpy().all()
-    )
-    both = ["validation_accuracy", "test_accuracy", "macs_fraction"]
+    assert failed[["validation", "test", "search_seconds"]].isna().to_numpy().all()
+    both = ["validation", "test", "macs_fraction"]
     assert rows.loc[("breaking", "macs<=0.6"), both].tolist() == (
         rows.loc[("uniform", "macs<=0.6"), both].tolist()
     )
@@ -259,7 +263,7 @@ def test_each_seed_has_its_own_model(small_net: nn.Module, small_data: Pair) -> 
         other.head.bias[rarest] += 100
     models = [small_net, other]
     rows = run(lambda seed: models[seed], small_data, ["energy"])
-    dense = rows[rows.strategy == "dense"].test_accuracy.tolist()
+    dense = rows[rows.strategy == "dense"].test.tolist()
     assert dense == [accuracy(m, small_data) for m in models]
     assert dense[0] != dense[1]
 
@@ -283,13 +287,13 @@ def test_fine_tuning_is_the_training_of_the_answer_on_samples_of_the_seed(
     )
     network, data = study.materialise(), study.splits.training
     if samples == 40:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-        data = subset(data, order[:40].sort().values)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+        data = data.take(order[:40].sort().values)
     train(network, data, replace(config, seed=1), teacher=small_net)
     solution = rows[rows.strategy == "energy"].iloc[0]
-    assert solution.finetuned_test_accuracy == study.test(network)["accuracy"]
-    assert solution.finetuned_test_accuracy != solution.test_accuracy
-    assert rows[rows.strategy == "dense"].finetuned_test_accuracy.isna().all()
+    assert solution.finetuned_test == study.test(network)["accuracy"]
+    assert solution.finetuned_test != solution.test
+    assert rows[rows.strategy == "dense"].finetuned_test.isna().all()
 
 
 def test_progress_reaches_its_ends(small_net: nn.Module, small_data: Pair) -> None:
@@ -330,34 +334,83 @@ def test_wrong_arguments_are_named(
         run(small_net, small_data, **({"strategies": ["uniform"]} | change))
 
 
-def test_data_without_classes_is_refused(small_net: nn.Module) -> None:
-    pair = TensorDataset(torch.randn(40, 3, 8, 8), torch.randn(40, 4))
-    with pytest.raises(UsageError, match="has no class labels"):
-        run(small_net, (pair, pair), ["uniform"])
+def regression(rows: int = 60) -> Pair:
+    """Real targets that `small_net` predicts, with some noise."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2 * rows, 3, 8, 8, generator=generator)
+    with torch.no_grad():
+        y = small()(x) + 1e-4 * torch.randn(2 * rows, 4, generator=generator)
+    return TensorDataset(x[:rows], y[:rows]), TensorDataset(x[rows:], y[rows:])
+
+
+def test_real_targets_are_compared_by_r2(small_net: nn.Module) -> None:
+    rows = run(small_net, regression(), ["uniform"], seeds=[0], training=TrainingConfig(1))
+    assert set(rows.metric) == {"r2"} and set(rows.direction) == {"maximize"}
+    dense, *solutions = rows.to_dict("records")
+    assert dense["test"] > 0.8 and dense["test_divergence"] == 0
+    assert all(row["test"] < dense["test"] and row["test_divergence"] > 0 for row in solutions)
+    assert rows.finetuned_test.notna().tolist() == [False, True, True]
+    with pytest.raises(UsageError, match="'accuracy' is no metric of this data"):
+        run(small_net, regression(), ["uniform"], objectives=["accuracy"])
+
+
+def test_the_task_may_be_given(small_net: nn.Module) -> None:
+    rows = run(small_net, regression(), ["uniform"], seeds=[0], task="matching")
+    assert set(rows.metric) == {"distance"} and set(rows.direction) == {"minimize"}
+    assert rows.test.tolist() == pytest.approx(rows.test_divergence.tolist(), abs=1e-9)
+
+
+def test_without_test_data_only_validation_is_known(small_net: nn.Module) -> None:
+    x = regression()[0].tensors[0]
+    rows = run(small_net, x, ["uniform", "energy"], seeds=[0], training=TrainingConfig(1))
+    assert (rows.status == OK).all() and set(rows.metric) == {"distance"}
+    assert rows.validation.notna().all() and rows.validation[0] == pytest.approx(0, abs=1e-9)
+    assert rows[["test", "test_divergence", "finetuned_test"]].isna().all(axis=None)
+    order = summarise(rows).query("budget == 'macs<=0.4'").validation.tolist()
+    assert order == sorted(order)
+
+
+def test_rows_of_earlier_versions_are_kept(
+    small_net: nn.Module, small_data: Pair, whole: pd.DataFrame
+) -> None:
+    names = {"validation": "validation_accuracy", "test": "test_accuracy"}
+    names |= {"finetuned_test": "finetuned_test_accuracy"}
+    earlier = whole.rename(columns=names).drop(columns=["metric", "direction"])
+    rows = run(small_net, small_data, ["random", "energy"], earlier=earlier)
+    pd.testing.assert_frame_equal(rows, whole)
 
 
 def test_the_summary_is_means_and_deviations_of_what_is_ok() -> None:
     accuracies = {"a": [0.5, 0.7, 0.9], "b": [0.8], "c": [0.6, 0.6]}
     rows = [
-        Row(name, budget, seed, test_accuracy=value - shift, evaluations=seed)
+        Row(name, budget, seed, test=value - shift, evaluations=seed)
         for budget, shift in (("macs<=0.5", 0.0), ("macs<=0.9", 0.1))
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
-    rows.append(Row("a", "macs<=0.5", 3, test_accuracy=0.0, status="failed"))
+    rows.append(Row("a", "macs<=0.5", 3, test=0.0, status="failed"))
     table = summarise(pd.DataFrame(map(asdict, rows)))
     assert table.strategy.tolist() == ["b", "a", "c"] * 2
     assert table.budget.tolist() == ["macs<=0.5"] * 3 + ["macs<=0.9"] * 3
     assert table.seeds.tolist() == [1, 3, 2] * 2
-    np.testing.assert_allclose(table.test_accuracy[:3], [0.8, 0.7, 0.6])
-    np.testing.assert_allclose(table.test_accuracy[3:], [0.7, 0.6, 0.5])
-    np.testing.assert_allclose(table.test_accuracy_std[:3], [np.nan, 0.2, 0.0], atol=1e-12)
+    np.testing.assert_allclose(table.test[:3], [0.8, 0.7, 0.6])
+    np.testing.assert_allclose(table.test[3:], [0.7, 0.6, 0.5])
+    np.testing.assert_allclose(table.test_std[:3], [np.nan, 0.2, 0.0], atol=1e-12)
     assert table.evaluations.tolist() == [0, 1, 0.5] * 2
 
 
 def test_the_summary_puts_the_most_accurate_after_training_first() -> None:
     rows = [
-        Row("a", "dense", 0, test_accuracy=0.9, finetuned_test_accuracy=0.91),
-        Row("b", "dense", 0, test_accuracy=0.8, finetuned_test_accuracy=0.92),
+        Row("a", "dense", 0, test=0.9, finetuned_test=0.91),
+        Row("b", "dense", 0, test=0.8, finetuned_test=0.92),
     ]
     assert summarise(pd.DataFrame(map(asdict, rows))).strategy.tolist() == ["b", "a"]
+
+
+def test_the_summary_follows_the_direction() -> None:
+    rows = [
+        Row("a", "b", 0, test=2.0, metric="mae", direction="minimize"),
+        Row("b", "b", 0, test=1.0, metric="mae", direction="minimize"),
+    ]
+    table = summarise(pd.DataFrame(map(asdict, rows)))
+    assert table.strategy.tolist() == ["b", "a"] and set(table.metric) == {"mae"}

@@ -308,7 +308,7 @@ def stored(folder: Path, /, **changes: Any) -> Path:
 
 
 CODE = ["{evil}:factory", "~/evil.py:factory", "evil.py:factory", "./evil.py:factory"]
-FIELDS = ["space", "strategy", "data", "hardware", "objective"]
+FIELDS = ["space", "strategy", "data", "task", "hardware", "objective"]
 
 
 @pytest.mark.parametrize("spec", CODE)

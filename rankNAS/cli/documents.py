@@ -41,6 +41,8 @@ def study_document(options: SearchOptions, *, trust: bool = False) -> dict[str, 
         "study": options.study,
         "strategy": options.strategy,
         "space": options.space,
+        "task": options.task,
+        "metrics": [],  # known with the result
         "cost": options.cost,
         "objectives": [name for name, _ in objectives],
         "directions": [direction for _, direction in objectives],

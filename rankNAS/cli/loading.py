@@ -1,4 +1,4 @@
-"""Loading of the data, the space and the dense model named by options; checks of options."""
+"""Loading of the data, the task, the space and the dense model named by options; checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankNAS.cli.options.model import ModelOptions
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.data.base import Data
-from rankNAS.data.batches import len_of
+from rankNAS.data.labels import count_classes
 from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import UsageError
@@ -34,8 +34,12 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
+from rankNAS.search_spaces.zoo.external import wants_classes
 from rankNAS.settings import Settings
 from rankNAS.strategies.tables import build_problem
+from rankNAS.tasks.base import Task
+from rankNAS.tasks.classification import Classification
+from rankNAS.tasks.infer import make_task, resolve_task
 
 __all__ = [
     "check_options",
@@ -44,8 +48,10 @@ __all__ = [
     "load_model",
     "load_named_data",
     "load_space",
+    "load_task",
     "rank_policy",
     "training_config",
+    "untrained_model",
     "workers_of",
 ]
 
@@ -61,8 +67,9 @@ def check_options(options: ModelOptions) -> Settings:
     """
     _ = options.budgets
     make_hardware(options.hardware, strict=options.strict_hw)
+    task = None if options.task is None else make_task(options.task)
     for objective in options.objective:
-        make_objective(objective)
+        make_objective(objective, task)
     training_config(options, options.finetune)
     own: dict[str, Any] = {}
     policy = replace(
@@ -135,30 +142,68 @@ def _exists(path: Path) -> bool:
 def load_named_data(options: ModelOptions) -> Data:
     """The data, normalised according to the options or the metadata of the weights.
 
+    Classes are counted if the network needs their number and the data do not state it.
+
     Raises:
-        UsageError: The data has no classes, or cannot be read.
+        UsageError: The data cannot be read.
     """
     normalize = options.normalize
     of_file = options.weights not in (None, "pretrained")
     if normalize is None and of_file and not is_plugin(options.data):
         normalize = recorded_normalization(str(options.weights))
     data = load_data(options.data, normalize=normalize, image_size=options.image_size)
-    if data.num_classes is None:
-        raise UsageError(
-            f"the command line searches classifiers, and {options.data} has no class labels; use "
-            "the Python API with objectives of your own."
-        )
+    if data.num_classes is None and (not is_plugin(options.space) or wants_classes(options.space)):
+        return replace(data, num_classes=_counted(data))
     return data
 
 
-def load_space(options: ModelOptions, data: Data, settings: Settings) -> SearchSpace:
-    """The space; checks that all budgets except latency can be met.
+def _counted(data: Data) -> int | None:
+    """The number of classes, from all labels; None if they are no classes."""
+    found = [count_classes(part) for part in (data.train, data.test) if part is not None]
+    known = [count for count in found if count is not None]
+    return max(known) if len(known) == len(found) else None
+
+
+def untrained_model(options: ModelOptions, data: Data, seed: int = 0) -> nn.Module:
+    """The dense model, initialised from the seed.
+
+    Raises:
+        UsageError: The network does not fit the data.
+    """
+    torch.manual_seed(seed)
+    return build_model(
+        options.space, num_classes=data.num_classes, input_shape=data.input_shape
+    ).eval()
+
+
+def load_task(
+    options: ModelOptions, data: Data, model: nn.Module, progress: ProgressDisplay
+) -> Task:
+    """The task given by the options, or found from the data and the untrained model.
+
+    Raises:
+        DataError: The data do not fit the model or the task.
+        UsageError: There are neither weights nor labels to train with.
+    """
+    task = resolve_task(options.task, model, data)
+    progress.say(f"task: {task.describe()}")
+    if options.weights is None and not task.labelled:
+        raise UsageError(
+            f"the task is {task.describe()}, which has no labels to train the network with; give "
+            "its trained weights with --weights."
+        )
+    return task
+
+
+def load_space(
+    options: ModelOptions, data: Data, model: nn.Module, task: Task, settings: Settings
+) -> SearchSpace:
+    """The space of a model; checks that all budgets except latency can be met.
 
     Raises:
         BudgetError: No allocation meets a budget.
     """
-    example = torch.zeros(1, *data.input_shape)
-    model = _untrained(options, data, seed=0)
+    example = task.inputs_of(data.train.example(1))
     space = compile_space(model, example, policy=settings.policy, exclude=options.exclude)
     for budget in options.budgets:
         exact = {name: bound for name, bound in budget.items() if name != "latency"}
@@ -169,6 +214,7 @@ def load_space(options: ModelOptions, data: Data, settings: Settings) -> SearchS
 def load_model(
     options: ModelOptions,
     data: Data,
+    task: Task,
     settings: Settings,
     space: SearchSpace,
     seed: int,
@@ -178,24 +224,29 @@ def load_model(
 
     The training excludes the validation data of a search with this seed.
     """
-    model = _untrained(options, data, seed)
+    model = untrained_model(options, data, seed)
     if options.weights == "pretrained":
-        model.load_state_dict(pretrained_weights(options.space, _classes(data)))
+        model.load_state_dict(pretrained_weights(options.space, data.num_classes or 0))
         return model
     if options.weights is not None:
         load_weights(model, options.weights)
         return model
+    # An inferred task follows from the data and the model, which identify a training.
+    named = "" if options.task is None else f"-{task.identity}"
     splits = split(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
-    images = len_of(splits.training)
+    config = default_config(space.dense_cost.macs, len(splits.training))
+    if not isinstance(task, Classification):  # whose losses are bounded in practice
+        config = replace(config, clip=CLIP)
     return trained_model(
         options.space,
         model,
         splits.training,
-        fingerprint=f"{data.fingerprint}-{seed}-{len(splits.validation[1])}",
+        fingerprint=f"{data.fingerprint}-{seed}-{len(splits.validation)}{named}",
         seed=seed,
-        config=default_config(space.dense_cost.macs, images),
+        config=config,
+        task=task,
         augmentation=splits.augmentation,
         device=options.device,
         on_step=lambda step, total, loss: progress.stage("train", step, total, f"loss {loss:.3f}"),
@@ -212,16 +263,3 @@ def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None
         distill=options.distill,
         clip=CLIP,
     )
-
-
-def _untrained(options: ModelOptions, data: Data, seed: int) -> nn.Module:
-    """The dense model, initialised from the seed."""
-    torch.manual_seed(seed)
-    return build_model(
-        options.space, num_classes=_classes(data), input_shape=data.input_shape
-    ).eval()
-
-
-def _classes(data: Data) -> int:
-    assert data.num_classes is not None  # checked by load_named_data
-    return data.num_classes

@@ -39,7 +39,8 @@ def measure(
         standard deviation of that median; and the number of ``rounds``.
     """
     factorisation, evaluator = study.evaluator.factorisation, study.evaluator
-    x = batched(study.splits.calibration[0], batch).to(evaluator.device)
+    example = study.splits.calibration.example(batch, evaluator.device)
+    x = batched(study.task.inputs_of(example), batch)
     dense = factorisation.space.dense
     runs = [
         waiting(built(factorisation.model, allocation, x), torch.device(evaluator.device))

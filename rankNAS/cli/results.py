@@ -20,7 +20,7 @@ from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
 from rankNAS.cli.output import ProgressDisplay
-from rankNAS.evaluation.outputs import test_metrics
+from rankNAS.evaluation.outputs import Reference, test_batches
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.io.formats import FORMAT, current_format, upgraded
@@ -43,9 +43,9 @@ def keep(
     """
     trials = study.to_pandas()
     save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
-    dense_test = test_metrics(copy.deepcopy(model), study.splits.test, device=options.device)
+    dense_test = _tested(study, copy.deepcopy(model))
     solutions = [_solution(options, study, p, model, progress) for p in study.problems]
-    dense = _summary(study.dense, dense_test)
+    dense = _summary(study, study.dense, dense_test)
     if concerns_latency(study):
         progress.say("timing the dense network and the compressed ones")
         chosen = [study.solution(p).allocation for p in study.problems]
@@ -56,9 +56,9 @@ def keep(
         FORMAT: current_format("result"),
         "study": options.study,
         "strategy": options.strategy,
-        "space": options.space,
-        "num_classes": study.data.num_classes,
-        "input_shape": list(study.data.input_shape),
+        **study.model,
+        "task": study.task.name,
+        "metrics": list(study.task.directions),
         "cost": options.cost,
         "objectives": list(study.problem.objectives),
         "directions": list(study.problem.directions),
@@ -91,7 +91,7 @@ def _solution(
         "budget": dict(problem.budget),
         "budget_key": problem.budget_key,
         "trial": chosen.number,
-        "best": _summary(chosen.metrics, study.test(network)) | {"allocation": labels},
+        "best": _summary(study, chosen.metrics, _tested(study, network)) | {"allocation": labels},
         **describe_front(problem, study.history),
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
@@ -129,18 +129,29 @@ def _finetune(
         ),
     )
     seconds = time.perf_counter() - started
-    validation = test_metrics(network, study.splits.validation, device=study.evaluator.device)
+    samples, dense = study.splits.validation, study.context.factorisation.model
+    batches = test_batches(samples, device=study.evaluator.device)
+    validation = study.measure(network, samples, Reference(study.task, dense, batches))
     return {
         "epochs": config.epochs,
-        "accuracy": validation["accuracy"],
-        "test_accuracy": study.test(network)["accuracy"],
+        **_summary(study, validation, _tested(study, network)),
         "seconds": round(seconds, 2),
     }
 
 
-def _summary(metrics: Mapping[str, Any], test: Mapping[str, float]) -> dict[str, Any]:
-    named = {"accuracy": metrics.get("accuracy"), "test_accuracy": test.get("accuracy")}
-    return named | {k: v for k, v in metrics.items() if k not in named}
+def _tested(study: Study, network: nn.Module) -> dict[str, float]:
+    """The metrics of a network on the test data; empty if there are none."""
+    return {} if study.splits.test is None else study.test(network)
+
+
+def _summary(
+    study: Study, metrics: Mapping[str, Any], test: Mapping[str, float]
+) -> dict[str, Any]:
+    """All metrics of a network, those of the test data as ``test_NAME``; the main ones first."""
+    main = next(iter(study.task.directions))
+    tested = {f"test_{name}": value for name, value in test.items()}
+    named = {name: {**metrics, **tested}.get(name) for name in (main, f"test_{main}")}
+    return {k: v for k, v in {**named, **metrics, **tested}.items() if v is not None}
 
 
 def describe_trial(trial: Trial) -> dict[str, Any]:

@@ -13,13 +13,26 @@ from typing import Any, Literal
 from rankNAS.exceptions import StudyError
 from rankNAS.renamed import OBJECTIVES, OPTIONS
 
-__all__ = ["FORMAT", "TRIAL_METRICS", "Kind", "current_format", "format_of", "upgraded"]
+__all__ = [
+    "BEFORE_TASKS",
+    "FORMAT",
+    "TRIAL_METRICS",
+    "Kind",
+    "current_format",
+    "format_of",
+    "upgraded",
+]
 
 Content = dict[str, Any]
 Kind = Literal["options", "result", "study", "network", "device"]
 
 FORMAT = "format"  # the entry of a file that holds its format
 TRIAL_METRICS = "ranknas:metrics"  # the user attribute of an Optuna trial
+#: What files say that were written when every model was a classifier.
+BEFORE_TASKS: Content = {
+    "task": "classification",
+    "metrics": ["accuracy", "loss", "kl_divergence", "reverse_kl"],
+}
 
 
 def current_format(kind: Kind) -> int:
@@ -108,6 +121,11 @@ def _result(content: Content) -> Content:
     return _with_parts(_solution(_renamed(content, {"answers": "solutions"})), parts)
 
 
+def _with_task(content: Content) -> Content:
+    """The result document of a search, from format 2."""
+    return {**BEFORE_TASKS, **content}
+
+
 def _solution(content: Content) -> Content:
     return _with_parts(_renamed(content, {"label": "budget_key"}), {"best": _metrics})
 
@@ -149,7 +167,7 @@ def _device(content: Content) -> Content:
 #: Per kind, the upgrades from format 1 to 2, from 2 to 3, and so on.
 UPGRADES: dict[Kind, tuple[Callable[[Content], Content], ...]] = {
     "options": (_options,),
-    "result": (_result,),
+    "result": (_result, _with_task),
     "study": (_study,),
     "network": (_network,),
     "device": (_device,),

@@ -208,7 +208,7 @@ def _dense(
     return build_model(
         model["space"],
         num_classes=model["num_classes"],
-        input_shape=tuple(model["input_shape"]),
+        input_shape=None if model["input_shape"] is None else tuple(model["input_shape"]),
     )
 
 

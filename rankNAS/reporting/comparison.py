@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -10,34 +11,88 @@ import numpy as np
 import pandas as pd
 
 from rankNAS.reporting.environment import machine, versions
+from rankNAS.reporting.metrics import metric_name, metric_text
 from rankNAS.reporting.rows import DENSE_MODEL, OK, summarise
+from rankNAS.tasks import SHARES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["draw", "markdown", "tables"]
 
-TUNED, TEST = "finetuned_test_accuracy", "test_accuracy"
 #: The colours of tab20, first the saturated, then the pale ones.
 COLOURS = [*range(0, 20, 2), *range(1, 20, 2)]
 MARKERS = "os^Dv<>PXp*hd8H"
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """The measured columns of a summary, and how to show them.
+
+    Attributes:
+        metric: Name of the main metric.
+        sign: 1 if it is maximised, -1 if it is minimised.
+        tested: Whether there are test data.
+        tuned: Whether there was fine-tuning.
+    """
+
+    metric: str
+    sign: int
+    tested: bool
+    tuned: bool
+
+    @classmethod
+    def of(cls, table: pd.DataFrame) -> _Columns:
+        sign = -1 if (table.direction == "minimize").any() else 1
+        tested, tuned = (bool(table[c].notna().any()) for c in ("test", "finetuned_test"))
+        return cls(str(table.metric.iloc[0]) if len(table) else "", sign, tested, tuned)
+
+    @property
+    def scale(self) -> float:
+        """100 for a metric in percent, else 1."""
+        return 100.0 if self.metric in SHARES else 1.0
+
+    @property
+    def main(self) -> str:
+        """The column that ranks the strategies before fine-tuning."""
+        return "test" if self.tested else "validation"
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The columns that a figure shows, with their titles."""
+        name = f"{self.main} {metric_name(self.metric)}"
+        titles = {self.main: self.title(name)}
+        return titles | (
+            {"finetuned_test": self.title(f"{name} after fine-tuning")} if self.tuned else {}
+        )
+
+    def title(self, text: str) -> str:
+        """A title with the unit of the metric."""
+        return f"{text}, %" if self.metric in SHARES else text
+
+    def value(self, row: Any, column: str) -> str:
+        """Mean and deviation of the metric in a column."""
+        mean, spread = self.scale * row[column], self.scale * row[f"{column}_std"]
+        if self.metric in SHARES:
+            return _mean(f"{mean:.2f}", spread, f"{spread:.2f}")
+        return _mean(metric_text(mean), spread, f"{spread:.2g}")
+
+
 def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Header and lines of a table of strategies by budget, the most accurate strategy first."""
+    """Header and lines of a table of strategies by budget, the best strategy first."""
     table = summarise(rows)
-    tuned = bool(table[TUNED].notna().any())
-    columns = ["strategy", "test accuracy, %", *(["fine-tuned, %"] if tuned else [])]
-    columns += ["divergence", "validation, %", "MACs, %", "params, %"]
-    columns += ["evaluations", "search, s", "seeds"]
+    known = _Columns.of(table)
+    columns = ["strategy", known.title(f"{known.main} {metric_name(known.metric)}")]
+    columns += [known.title("fine-tuned")] if known.tuned else []
+    columns += ["divergence", known.title("validation")] if known.tested else []
+    columns += ["MACs, %", "params, %", "evaluations", "search, s", "seeds"]
     found: dict[str, tuple[list[str], list[list[str]]]] = {}
     for row in table.to_dict("records"):
         if row["strategy"] == DENSE_MODEL:
             continue
-        line = [str(row["strategy"]), _percent(row, TEST)]
-        line += [_percent(row, TUNED)] if tuned else []
-        line.append(_divergence(row))
-        line.append(_percent(row, "validation_accuracy"))
+        line = [str(row["strategy"]), known.value(row, known.main)]
+        line += [known.value(row, "finetuned_test")] if known.tuned else []
+        line += [_divergence(row), known.value(row, "validation")] if known.tested else []
         line += [f"{100 * row[c]:.2f}" for c in ("macs_fraction", "params_fraction")]
         line += [
             f"{row['evaluations']:.5g}",
@@ -48,18 +103,16 @@ def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
     return found
 
 
-def _percent(row: Any, name: str) -> str:
-    mean, spread = 100 * row[name], 100 * row[f"{name}_std"]
-    if np.isnan(mean):
-        return ""
-    return f"{mean:.2f}" if np.isnan(spread) else f"{mean:.2f} ± {spread:.2f}"
-
-
 def _divergence(row: Any) -> str:
     mean, spread = row["test_divergence"], row["test_divergence_std"]
-    if np.isnan(mean):
+    return _mean(f"{mean:.4f}", spread, f"{spread:.4f}")
+
+
+def _mean(mean: str, spread: float, deviation: str) -> str:
+    """Mean and standard deviation; empty without a mean, the mean alone for one seed."""
+    if mean == "nan":
         return ""
-    return f"{mean:.4f}" if np.isnan(spread) else f"{mean:.4f} ± {spread:.4f}"
+    return mean if np.isnan(spread) else f"{mean} ± {deviation}"
 
 
 def _seconds(value: float) -> str:
@@ -75,9 +128,12 @@ def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
         about: A sentence on the model, the data and the number of trials.
     """
     table = summarise(rows)
+    known = _Columns.of(table)
     lines = ["# Strategies compared", "", f"    {command}", "", about]
     for row in table[table.strategy == DENSE_MODEL].to_dict("records"):
-        lines[-1] += f" Dense test accuracy: {_percent(row, TEST)} %."
+        unit = " %" if known.metric in SHARES else ""
+        name = f"{known.main} {metric_name(known.metric)}"
+        lines[-1] += f" Dense {name}: {known.value(row, known.main)}{unit}."
         lines[-1] += (
             f" Setup, shared by all strategies: {_seconds(row['setup_seconds'])} s a seed."
         )
@@ -94,10 +150,10 @@ def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
 
 
 NOTES = (
-    "Mean ± sample standard deviation over seeds, the most accurate strategy first (after "
-    "fine-tuning, if there is any). Divergence: of the dense model's predictions on the test data "
-    "from the solution's, Kullback-Leibler, in nats. MACs and params: what is kept of the dense "
-    "model's. Each "
+    "Mean ± sample standard deviation over seeds, the best strategy first (after fine-tuning, if "
+    "there is any). Divergence: of the dense model's predictions on the test data from the "
+    "solution's; Kullback-Leibler, in nats, for classes and tokens, else the squared distance "
+    "relative to the variance. MACs and params: what is kept of the dense model's. Each "
     "strategy answers the budgets in one study, in the order above; evaluations (probes "
     "included) and search seconds are those of the study so far, so the last budget shows its "
     "totals. Testing and fine-tuning are not in them."
@@ -118,7 +174,7 @@ def _versions() -> str:
 
 
 def draw(rows: pd.DataFrame) -> Figure:
-    """Figure of the accuracy at each budget and the search time of each strategy.
+    """Figure of the main metric at each budget and the search time of each strategy.
 
     Points are means over seeds, error bars one standard deviation. The time is that of the whole
     study, over all budgets.
@@ -131,13 +187,14 @@ def draw(rows: pd.DataFrame) -> Figure:
 
     table = summarise(rows)
     dense, table = table[table.strategy == DENSE_MODEL], table[table.strategy != DENSE_MODEL]
-    tuned = bool(table[TUNED].notna().any())
-    accuracies = [TEST, *([TUNED] if tuned else [])]
-    order = table.groupby("strategy")[accuracies[-1]].mean().sort_values().index.tolist()
+    known = _Columns.of(table)
+    shown = known.shown
+    means = table.groupby("strategy")[list(shown)[-1]].mean()
+    order = means.sort_values(ascending=known.sign > 0).index.tolist()
     budgets = list(table.budget.unique())
     width = max(4.0, 0.11 * len(order) * len(budgets) + 0.8)
     height = max(2.8, 0.24 * len(order) + 1.2)
-    widths = [width] * len(accuracies) + [3.4]
+    widths = [width] * len(shown) + [3.4]
     figure = Figure((sum(widths), height + 0.6), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     palette = matplotlib.colormaps["tab20"]
@@ -145,13 +202,12 @@ def draw(rows: pd.DataFrame) -> Figure:
     looks = zip(rows.strategy.unique(), cycle(COLOURS), cycle(MARKERS), strict=False)
     given = {name: {"color": palette(i), "marker": marker} for name, i, marker in looks}
     styles = {name: given[name] for name in order}
-    for axes, column in zip(panels, accuracies, strict=False):
-        _draw_accuracy(axes, table, column, budgets, styles)
+    for axes, (column, title) in zip(panels, shown.items(), strict=False):
+        _draw_quality(axes, table, column, known.scale, budgets, styles)
+        axes.set_title(title, fontsize=10)
         if len(dense):
-            axes.axhline(100 * dense[TEST].iloc[0], color="0.4", linestyle="--", label="dense")
-    panels[0].set_title("test accuracy, %", fontsize=10)
-    if tuned:
-        panels[1].set_title("test accuracy after fine-tuning, %", fontsize=10)
+            value = known.scale * dense[known.main].iloc[0]
+            axes.axhline(value, color="0.4", linestyle="--", label="dense")
     _draw_seconds(panels[-1], table, styles)
     handles, labels = panels[0].get_legend_handles_labels()
     columns = max(1, int(sum(widths) / 1.5))
@@ -161,8 +217,13 @@ def draw(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_accuracy(
-    axes: Any, table: pd.DataFrame, column: str, budgets: list[str], styles: dict[str, Any]
+def _draw_quality(
+    axes: Any,
+    table: pd.DataFrame,
+    column: str,
+    scale: float,
+    budgets: list[str],
+    styles: dict[str, Any],
 ) -> None:
     """Draw the points of each budget side by side, so that they do not overlap."""
     for i, (name, style) in enumerate(styles.items()):
@@ -170,8 +231,8 @@ def _draw_accuracy(
         shift = 0.8 * ((i + 0.5) / len(styles) - 0.5)
         axes.errorbar(
             [budgets.index(b) + shift for b in rows.budget],
-            100 * rows[column],
-            100 * rows[f"{column}_std"].fillna(0.0),
+            scale * rows[column],
+            scale * rows[f"{column}_std"].fillna(0.0),
             linestyle="none",
             markersize=6,
             markeredgecolor="0.2",

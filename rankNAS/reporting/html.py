@@ -14,6 +14,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from rankNAS.reporting import figures
+from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -22,7 +23,6 @@ __all__ = ["render"]
 
 Document = Mapping[str, Any]
 COSTS = {"macs": "MACs", "params": "parameters", "weight_bytes": "bytes of weights"}
-QUALITIES = {"accuracy": "accuracy", "test_accuracy": "test accuracy"}
 
 
 def render(result: Document, options: Mapping[str, Any], command: str = "") -> str:
@@ -49,7 +49,7 @@ def render(result: Document, options: Mapping[str, Any], command: str = "") -> s
         hashes=f"'{library.hash}' '{script.hash}'",
         about=_about(result),
         figures=_Figures(),
-        summary={"labels": labels, "rows": _summary(result)},
+        summary={"labels": labels, "rows": _summary(result), "note": _summary_note(result)},
         progress=figures.progress(result),
         lost=[{"reason": "", **t} for t in trials if t["state"] != "complete"],
         pareto=figures.pareto(result),
@@ -117,9 +117,10 @@ def _summary(result: Document) -> list[dict[str, Any]]:
     if not solutions:
         return []
     networks = [result["dense"], *(a["best"] for a in solutions)]
-    rows = [_row(title, networks, key, _four) for key, title in QUALITIES.items()]
+    names = quality_names(result)
+    rows = [_row(metric_name(name), networks, name, metric_text) for name in names]
     tuned: list[Document] = [{}, *(a.get("finetuned", {}) for a in solutions)]
-    rows += [_row(f"{title}, fine-tuned", tuned, k, _four) for k, title in QUALITIES.items()]
+    rows += [_row(f"{metric_name(name)}, fine-tuned", tuned, name, metric_text) for name in names]
     rows += [_row(title, networks, key, "{:,.0f}".format, True) for key, title in COSTS.items()]
     rows.append(_row("predicted latency", networks, "predicted_latency", _milliseconds, True))
     measured = [
@@ -127,13 +128,23 @@ def _summary(result: Document) -> list[dict[str, Any]]:
         for n in networks
     ]
     rows.append(_row("measured latency", measured, "seconds", _milliseconds, True))
-    shown = {*QUALITIES, *COSTS, "predicted_latency"}
+    shown = {*names, *COSTS, "predicted_latency"}
     rows += [
         _row(name.replace("_", " "), networks, name, "{:.5g}".format)
         for name in result["objectives"]
         if name not in shown
     ]
     return [row for row in rows if any(cell["main"] for cell in row["cells"])]
+
+
+def _summary_note(result: Document) -> str:
+    """What the numbers of the summary are."""
+    note = "A share is what is kept of the dense network's."
+    if not result["solutions"]:
+        return note
+    main, *tested = map(metric_name, quality_names(result))
+    note += f" {main[0].upper()}{main[1:]} is on the validation samples, which the search sees"
+    return note + "".join(f"; {n} on the test samples, which it never sees" for n in tested) + "."
 
 
 def _row(
@@ -152,10 +163,6 @@ def _row(
         else:
             cells.append({"main": form(value), "detail": ""})
     return {"name": name, "cells": cells}
-
-
-def _four(value: float) -> str:
-    return f"{value:.4f}"
 
 
 def _milliseconds(seconds: float) -> str:

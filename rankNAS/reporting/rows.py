@@ -7,7 +7,9 @@ from dataclasses import dataclass, fields
 
 import pandas as pd
 
-__all__ = ["COLUMNS", "DENSE_MODEL", "OK", "Key", "Row", "summarise"]
+from rankNAS.io.formats import BEFORE_TASKS
+
+__all__ = ["COLUMNS", "DENSE_MODEL", "OK", "Key", "Row", "summarise", "with_current_columns"]
 
 OK, DENSE_MODEL = "ok", "dense"
 Key = tuple[str, str, int]
@@ -21,11 +23,11 @@ class Row:
         strategy: Name of the strategy; ``dense`` for the dense model, once per seed.
         budget: Label of the budget, such as ``macs<=0.5``; ``dense`` for the dense model.
         seed: Seed of splits and strategies.
-        validation_accuracy: Accuracy on the search's validation data, without training.
-        test_accuracy: Accuracy on unseen test data, without training.
-        test_divergence: Mean Kullback-Leibler divergence, in nats, of the dense model's
-            predictions on the test data from the solution's. It has less sampling noise than
-            accuracy.
+        validation: The metric on the search's validation data, without training.
+        test: The metric on unseen test data, without training; NaN if there are none.
+        test_divergence: The task's divergence of the dense model's predictions on the test data
+            from the solution's, such as the mean Kullback-Leibler divergence in nats. It has less
+            sampling noise than accuracy.
         macs_fraction: Fraction of the dense model's multiply-adds kept.
         params_fraction: Fraction of the dense model's parameters kept.
         search_seconds: Time of the strategy's study so far: preparation, proposals, evaluations
@@ -34,22 +36,26 @@ class Row:
         setup_seconds: Time of the shared set-up of the seed: splits, calibration, factors and
             tables. Cached statistics reduce it.
         evaluations: Trials of the study so far, including failed ones and probes.
-        finetuned_test_accuracy: Accuracy on the test data after fine-tuning, equal for all.
+        finetuned_test: The metric on the test data after fine-tuning, equal for all.
+        metric: Name of the task's main metric; empty if nothing was measured.
+        direction: Whether to ``maximize`` or ``minimize`` the metric.
         status: ``ok``, or why there is no solution.
     """
 
     strategy: str
     budget: str
     seed: int
-    validation_accuracy: float = math.nan
-    test_accuracy: float = math.nan
+    validation: float = math.nan
+    test: float = math.nan
     test_divergence: float = math.nan
     macs_fraction: float = math.nan
     params_fraction: float = math.nan
     search_seconds: float = math.nan
     setup_seconds: float = math.nan
     evaluations: int = 0
-    finetuned_test_accuracy: float = math.nan
+    finetuned_test: float = math.nan
+    metric: str = ""
+    direction: str = "maximize"
     status: str = OK
 
     @property
@@ -59,6 +65,25 @@ class Row:
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
+TEXTS = ("strategy", "budget", "seed", "metric", "direction", "status")
+#: Columns of the time when every model was a classifier.
+RENAMED = {
+    "validation_accuracy": "validation",
+    "test_accuracy": "test",
+    "finetuned_test_accuracy": "finetuned_test",
+}
+
+
+def with_current_columns(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a comparison, of this version or an earlier one, with the columns of `Row`.
+
+    Raises:
+        KeyError: A column is missing.
+    """
+    if "test_accuracy" in rows:
+        main = BEFORE_TASKS["metrics"][0]
+        rows = rows.rename(columns=RENAMED).assign(metric=main, direction="maximize")
+    return rows[list(COLUMNS)]
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
@@ -68,24 +93,28 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         rows: Rows from `compare`.
 
     Returns:
-        One row per budget and strategy: the number of ``seeds``; the mean of each measured column
-        under its name; its standard deviation under ``NAME_std``, NaN for one seed. Budgets are in
-        the order of their first row. Within a budget, strategies are sorted by accuracy, best
-        first, after training if there was any.
+        One row per budget and strategy: the number of ``seeds``; the ``metric`` and its
+        ``direction``; the mean of each measured column under its name; its standard deviation
+        under ``NAME_std``, NaN for one seed. Budgets are in the order of their first row. Within a
+        budget, strategies are sorted by the metric, best first: after training if there was any,
+        and on the test data if there are any.
 
     >>> from dataclasses import asdict
-    >>> rows = [Row("bo", "macs<=0.5", s, test_accuracy=a) for s, a in enumerate((0.7, 0.9))]
+    >>> rows = [Row("bo", "macs<=0.5", s, test=a) for s, a in enumerate((0.7, 0.9))]
     >>> table = summarise(pd.DataFrame(map(asdict, rows)))
-    >>> table[["strategy", "seeds", "test_accuracy", "test_accuracy_std"]].round(3).values.tolist()
+    >>> table[["strategy", "seeds", "test", "test_std"]].round(3).values.tolist()
     [['bo', 2, 0.8, 0.141]]
     """
     good = rows[rows.status == OK]
-    measured = [c for c in COLUMNS if c not in ("strategy", "budget", "seed", "status")]
+    measured = [c for c in COLUMNS if c not in TEXTS]
     grouped = good.groupby(["budget", "strategy"], sort=False)
     means, spreads = grouped[measured].mean(), grouped[measured].std().add_suffix("_std")
-    table = pd.concat([grouped.size().rename("seeds"), means, spreads], axis=1).reset_index()
+    seeds, named = grouped.size().rename("seeds"), grouped[["metric", "direction"]].first()
+    table = pd.concat([seeds, named, means, spreads], axis=1).reset_index()
     place = {budget: i for i, budget in enumerate(good.budget.unique())}
     table["place"] = table.budget.map(place)
-    by = ["place", "finetuned_test_accuracy", "test_accuracy"]
-    table = table.sort_values(by, ascending=[True, False, False], kind="stable")
+    rising = bool((good.direction == "minimize").any())
+    quality = ["finetuned_test", "test"] if table.test.notna().any() else ["validation"]
+    ascending = [True, *(rising for _ in quality)]
+    table = table.sort_values(["place", *quality], ascending=ascending, kind="stable")
     return table.drop(columns="place").reset_index(drop=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METRICS",
+    "SHARES",
     "TASKS",
     "Classification",
     "Custom",
@@ -91,6 +92,9 @@ METRICS: dict[str, tuple[str, str]] = {
         "Squared distance from the dense model's outputs, relative to their variance.",
     ),
 }
+
+#: Metrics that are shares in [0, 1], which tables may show in percent.
+SHARES = frozenset({"accuracy", "f1", "miou"})
 
 _CLASSES = {home.partition(":")[2]: home.partition(":")[0] for home, _ in TASKS.values()}
 __getattr__ = exports(

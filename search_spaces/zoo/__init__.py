@@ -69,39 +69,48 @@ def family(name: str) -> Literal["torchvision", "cifar"]:
 SPACES: Mapping[str, SpaceEntry] = Catalogue(CATALOGUE, _entry)
 
 
-def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def build_model(
+    spec: str, *, num_classes: int | None, input_shape: tuple[int, ...] | None
+) -> nn.Module:
     """The network that ``spec`` names, with random weights.
 
     Args:
         spec: A key of ``SPACES``, ``torchvision:NAME``, ``timm:NAME`` or
             ``path/to/file.py:factory``.
-        num_classes: The number of logits.
-        input_shape: The shape of one input, (channels, height, width) for images.
+        num_classes: The number of logits; None if unknown, for a network of a file.
+        input_shape: The shape of one input, (channels, height, width) for images; None if there is
+            no single one, for a network of a file.
 
     Raises:
         UnknownNameError: There is no such network.
-        UsageError: The network does not accept inputs of this shape, or the form of ``spec`` needs
-            a package that is not installed.
+        UsageError: The network does not accept inputs of this shape, its classes are unknown, or
+            the form of ``spec`` needs a package that is not installed.
     """
     from rankNAS.search_spaces.zoo.external import file_model, timm_model, torchvision_factory
 
-    if spec in SPACES:
-        _check_image(spec, input_shape)
-        return SPACES[spec].factory(num_classes, input_shape)
-    form, colon, name = spec.partition(":")
-    if form == "torchvision" and colon:
-        return torchvision_factory(name)(num_classes, input_shape)
-    if form == "timm" and colon:
-        _check_image(spec, input_shape)
-        return timm_model(name, num_classes, input_shape)
     if spec.rpartition(":")[0].endswith(".py"):
         return file_model(spec, num_classes, input_shape)
-    raise UnknownNameError("search space", spec, SPACES, _GENERAL_FORMS)
+    form, colon, name = spec.partition(":")
+    if spec not in SPACES and not (form in ("torchvision", "timm") and colon):
+        raise UnknownNameError("search space", spec, SPACES, _GENERAL_FORMS)
+    if num_classes is None:
+        raise UsageError(
+            f"{spec} is a classifier, but the labels of the data are no classes; give a network "
+            "of your own as path/to/file.py:factory."
+        )
+    shape = _image_shape(spec, input_shape)
+    if spec in SPACES:
+        return SPACES[spec].factory(num_classes, shape)
+    if form == "torchvision":
+        return torchvision_factory(name)(num_classes, shape)
+    return timm_model(name, num_classes, shape)
 
 
-def _check_image(spec: str, input_shape: tuple[int, ...]) -> None:
-    if len(input_shape) != 3:
+def _image_shape(spec: str, input_shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of one image, checked."""
+    if input_shape is None or len(input_shape) != 3:
         raise UsageError(
             f"{spec} was given inputs of shape {input_shape}, but it takes images "
             "(channels, height, width); choose a data set of images."
         )
+    return input_shape

@@ -12,7 +12,13 @@ from torch import nn
 from rankNAS.exceptions import UnknownNameError, UsageError
 from rankNAS.plugins import load_callable
 
-__all__ = ["file_model", "timm_model", "torchvision_factory", "torchvision_model"]
+__all__ = [
+    "file_model",
+    "timm_model",
+    "torchvision_factory",
+    "torchvision_model",
+    "wants_classes",
+]
 
 # These two otherwise return tuples in training mode and warn about their initialisation.
 _SINGLE_OUTPUT: dict[str, dict[str, Any]] = {
@@ -81,23 +87,37 @@ def timm_model(name: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.
     return model
 
 
-def file_model(spec: str, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def file_model(
+    spec: str, num_classes: int | None, input_shape: tuple[int, ...] | None
+) -> nn.Module:
     """The network that the function at ``path/to/file.py:factory`` returns.
 
-    The function receives ``num_classes`` and ``input_shape`` if it has parameters of these names.
+    The function receives ``num_classes`` and ``input_shape`` if it has parameters of these names
+    and they are known.
 
     Raises:
         UsageError: The function cannot be loaded or called, or returns no ``nn.Module``.
     """
     factory = load_callable(spec, "search space")
-    options = {"num_classes": num_classes, "input_shape": input_shape}
-    model = factory(**_accepted(factory, options))
+    options = _accepted(factory, {"num_classes": num_classes, "input_shape": input_shape})
+    required = inspect.signature(factory).parameters
+    for name in options:
+        if options[name] is None and name in required and required[name].default is inspect.Parameter.empty:
+            raise UsageError(
+                f"{spec} takes `{name}`, which the data do not have; give it a default value."
+            )
+    model = factory(**{name: value for name, value in options.items() if value is not None})
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"{spec} returned {type(model).__name__}, but a search space is a torch.nn.Module; "
             "return the network from the factory."
         )
     return model
+
+
+def wants_classes(spec: str) -> bool:
+    """Whether the function at ``path/to/file.py:factory`` has a parameter ``num_classes``."""
+    return "num_classes" in inspect.signature(load_callable(spec, "search space")).parameters
 
 
 def _accepted(function: Callable[..., object], options: dict[str, Any]) -> dict[str, Any]:

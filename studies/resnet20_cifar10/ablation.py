@@ -20,7 +20,7 @@ import pandas as pd
 
 import rankNAS
 from rankNAS.models.weights import load_weights, recorded_normalization
-from rankNAS.reporting.rows import DENSE_MODEL, Row, summarise
+from rankNAS.reporting.rows import DENSE_MODEL, Row, summarise, with_current_columns
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.strategies import Auto, Energy, Solve, Strategy
 
@@ -84,7 +84,9 @@ def main(data_source: str, weights: str, out: Path, seeds: int) -> None:
     model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
     load_weights(model, weights)
     path = out / "ablation.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    rows = []
+    if path.exists():
+        rows = with_current_columns(pd.read_csv(path)).to_dict("records")
 
     def on_row(row: Row) -> None:
         rows.append(asdict(row))
@@ -118,10 +120,7 @@ def summarised(rows: pd.DataFrame, path: Path) -> None:
     ]
     for variant in rows[rows.strategy != DENSE_MODEL].strategy.unique():
         found = table[table.strategy == variant].set_index("budget")
-        cells = [
-            f"{100 * found.test_accuracy[b]:.2f} ({100 * found.test_accuracy_std[b]:.2f})"
-            for b in budgets
-        ]
+        cells = [f"{100 * found.test[b]:.2f} ({100 * found.test_std[b]:.2f})" for b in budgets]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines += ["", f"{rows.seed.nunique()} seeds; {TRIALS} trials a budget where sampled."]
     path.write_text("\n".join(lines) + "\n")

@@ -53,10 +53,10 @@ def test_rows_summary_and_picture(
     rows = pd.read_csv(tmp_path / "out" / "results.csv")
     assert rows.strategy.tolist() == ["dense", "uniform", "uniform", "random", "random"]
     assert (rows.status == "ok").all()
-    assert rows.finetuned_test_accuracy.notna().tolist() == [False] + [True] * 4
+    assert rows.finetuned_test.notna().tolist() == [False] + [True] * 4
     document = json.loads(printed.out)
-    assert [r["test_accuracy"] for r in document] == rows.test_accuracy.tolist()
-    assert document[0]["finetuned_test_accuracy"] is None
+    assert [r["test"] for r in document] == rows.test.tolist()
+    assert document[0]["finetuned_test"] is None
     assert "seed 0  random  macs<=0.4  test" in printed.err and "factorise" in printed.err
     summary = (tmp_path / "out" / "summary.md").read_text()
     assert "    ranknas compare --space" in summary and "## macs<=0.4" in summary

@@ -164,8 +164,8 @@ def test_bounds_are_one_line(ranknas: Run, arguments: list[str], message: str) -
 
 
 def test_bounds_hold_in_python_and_in_a_study(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="`--objective` must be 1 or more texts"):
-        SearchOptions(objective=[])
+    with pytest.raises(UsageError, match="`--trials` must be at least 1, got 0"):
+        SearchOptions(trials=0)
     write_json(tmp_path / "config.json", {"trials": 0})
     with pytest.raises(StudyError, match="trials is 0, expected a whole number, at least 1"):
         read_options(tmp_path)
@@ -288,7 +288,7 @@ def test_no_password_is_printed(ranknas: Run) -> None:
         ("gpus_per_trial = nan", "gpus_per_trial is nan, expected a number, at least 0"),
         ("budget = 0.5", "budget is 0.5, expected a list of texts"),
         ("budget = [0.5]", "budget is [0.5], expected a list of texts"),
-        ("objective = []", "objective is [], expected a list of texts, 1 or more texts"),
+        ("objective = 'loss'", "objective is 'loss', expected a list of texts"),
         ("objective = [['agreement']]", "objective is [['agreement']], expected a list of texts"),
         ("batch_norm = 1", "batch_norm is 1, expected true or false"),
         ("space = 3", "space is 3, expected a text"),

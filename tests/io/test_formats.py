@@ -69,6 +69,12 @@ def test_the_format_is_a_number_from_one_to_the_current_one() -> None:
             format_of(kind, 99, "it")
 
 
+def test_results_from_before_tasks_are_those_of_classifiers() -> None:
+    found = upgraded("result", {"format": 2, "study": "s"}, "it")
+    assert found["task"] == "classification" and found["metrics"][0] == "accuracy"
+    assert upgraded("result", {**found, "task": "regression"}, "it")["task"] == "regression"
+
+
 def test_the_current_format_is_left_as_it_is() -> None:
     for kind in UPGRADES:
         content = {"format": current_format(kind), "metric": 1, "target": 2, "answers": 3}

@@ -19,7 +19,7 @@ BUDGETS = ["macs<=0.55", "macs<=0.5", "macs<=0.37"]
 
 def made(strategies: int, budgets: int = 3, seeds: int = 2, tuned: bool = False) -> pd.DataFrame:
     rng = np.random.default_rng(0)
-    dense = Row("dense", "dense", 0, 0.9, 0.9, 0.0, 1.0, 1.0, 0.0, 3.0)
+    dense = Row("dense", "dense", 0, 0.9, 0.9, 0.0, 1.0, 1.0, 0.0, 3.0, metric="accuracy")
     rows = [replace(dense, seed=s) for s in range(seeds)]
     for i in range(strategies):
         for seed in range(seeds):
@@ -27,8 +27,8 @@ def made(strategies: int, budgets: int = 3, seeds: int = 2, tuned: bool = False)
                 accuracy = 0.5 + 0.01 * i + 0.001 * seed
                 row = Row(f"strategy_{i}", budget, seed, 0.8, accuracy, 0.25, 0.5, 0.4)
                 row = replace(row, search_seconds=(j + 1) * 10 ** rng.uniform(-1, 4))
-                row = replace(row, evaluations=(j + 1) * 10, setup_seconds=3.0)
-                rows.append(replace(row, finetuned_test_accuracy=0.8) if tuned else row)
+                row = replace(row, evaluations=(j + 1) * 10, setup_seconds=3.0, metric="accuracy")
+                rows.append(replace(row, finetuned_test=0.8) if tuned else row)
     return pd.DataFrame(map(asdict, rows))
 
 
@@ -101,5 +101,30 @@ def test_looks_differ_and_stay_with_their_strategy() -> None:
     first = looks(rows)
     assert len(set(first.values())) == 17
     assert len({colour for colour, _ in first.values()}) == 17
-    reversed_ranking = rows.assign(test_accuracy=1 - rows.test_accuracy)
+    reversed_ranking = rows.assign(test=1 - rows.test)
     assert looks(reversed_ranking) == first
+
+
+def test_metrics_that_are_no_shares_are_plain_numbers() -> None:
+    rows = made(3).assign(metric="mae", direction="minimize")
+    columns, lines = tables(rows)[BUDGETS[0]]
+    assert [line[0] for line in lines] == ["strategy_0", "strategy_1", "strategy_2"]
+    assert lines[0][columns.index("test mae")] == "0.5005 ± 0.00071"
+    assert lines[0][columns.index("validation")] == "0.8000 ± 0"
+    assert "Dense test mae: 0.9000 ± 0. Setup" in markdown(rows, "ranknas compare", "Nets.")
+    axes = draw(rows).axes
+    assert axes[0].get_title() == "test mae"
+    assert [t.get_text() for t in axes[-1].get_yticklabels()] == [
+        "strategy_2",
+        "strategy_1",
+        "strategy_0",
+    ]
+
+
+def test_without_test_data_the_validation_is_shown() -> None:
+    rows = made(2).assign(test=np.nan, test_divergence=np.nan)
+    columns, lines = tables(rows)[BUDGETS[0]]
+    assert columns[:3] == ["strategy", "validation accuracy, %", "MACs, %"]
+    assert lines[0][1] == "80.00 ± 0.00"
+    assert "Dense validation accuracy: 90.00 ± 0.00 %." in markdown(rows, "x", "Nets.")
+    assert draw(rows).axes[0].get_title() == "validation accuracy, %"

@@ -18,17 +18,22 @@ from rankNAS.cli.loading import (
     load_model,
     load_named_data,
     load_space,
+    load_task,
     training_config,
+    untrained_model,
 )
 from rankNAS.cli.options.common import ConfigurableOptions
 from rankNAS.cli.options.compare import CompareOptions
 from rankNAS.cli.options.stored import current_options, write_options
 from rankNAS.cli.output import print_json, print_table, progress_display
 from rankNAS.comparison import compare
+from rankNAS.engine import objectives_of
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import read_json, save_atomically
+from rankNAS.io.formats import BEFORE_TASKS
 from rankNAS.reporting.comparison import draw, markdown, tables
-from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row
+from rankNAS.reporting.metrics import metric_text
+from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
@@ -48,7 +53,10 @@ def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
     with progress_display(control.quiet) as progress:
         data = load_named_data(options)
         training = training_config(options, options.finetune)
-        space = load_space(options, data, settings)
+        untrained = untrained_model(options, data)
+        task = load_task(options, data, untrained, progress)
+        objectives = objectives_of(options.objective or None, task)
+        space = load_space(options, data, untrained, task, settings)
 
         def on_row(row: Row) -> None:
             kept.append(asdict(row))
@@ -58,12 +66,13 @@ def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
 
         try:
             rows = compare(
-                lambda seed: load_model(options, data, settings, space, seed, progress),
+                lambda seed: load_model(options, data, task, settings, space, seed, progress),
                 data,
                 names,
                 options.budgets,
                 range(options.seeds),
-                objectives=options.objective,
+                task=task,
+                objectives=objectives,
                 n_trials=options.trials,
                 training=training,
                 training_samples=options.finetune_samples,
@@ -98,10 +107,9 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=list(COLUMNS))
     try:
-        # Options newer than the file had the effect of their defaults.
         file = folder / "config.json"
-        stored = CompareOptions().to_json() | current_options(read_json(file), file)
-        rows = pd.read_csv(path)[list(COLUMNS)]
+        found = current_options(read_json(file), file)
+        rows = with_current_columns(pd.read_csv(path))
     except StudyError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,6 +117,11 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
             f"the comparison in {str(folder)!r} is damaged ({error}); give another --out."
         ) from None
     given = options.to_json()
+    if "task" not in found and not given["objective"]:
+        # The file states the default of its time.
+        given["objective"] = BEFORE_TASKS["metrics"][:1]
+    # Options newer than the file had the effect of their defaults.
+    stored = CompareOptions().to_json() | found
     for name in sorted({*stored, *given} - set(MAY_CHANGE)):
         if stored.get(name) != given.get(name):
             raise StudyError(
@@ -127,10 +140,11 @@ def _line(row: Row) -> str:
     name = f"seed {row.seed}  {row.strategy}  {row.budget}"
     if row.status != OK:
         return f"{name}  {row.status}"
-    tuned = row.finetuned_test_accuracy
+    tuned = row.finetuned_test
+    split, value = ("validation", row.validation) if math.isnan(row.test) else ("test", row.test)
     return (
-        f"{name}  test {row.test_accuracy:.4f}"
-        + ("" if math.isnan(tuned) else f", fine-tuned {tuned:.4f}")
+        f"{name}  {split} {metric_text(value)}"
+        + ("" if math.isnan(tuned) else f", fine-tuned {metric_text(tuned)}")
         + f", {row.evaluations} evaluations, {row.search_seconds:.3g} s"
     )
 

@@ -25,6 +25,7 @@ from rankNAS.cli.options.stored import parsing_context, read_options, study_fold
 from rankNAS.cli.options.studies import DashboardOptions
 from rankNAS.exceptions import UsageError
 from rankNAS.reporting import figures
+from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -146,9 +147,9 @@ def note(document: dict[str, Any]) -> str:
     if not document["solutions"]:
         lines += ["The search has not ended.", ""]
     else:
-        lines += ["| | test accuracy | MACs kept | trial |", "|---|---|---|---|"]
-        dense = document["dense"]
-        lines.append(f"| dense | {dense['test_accuracy']:.4f} | 100 % | |")
+        dense, metric = document["dense"], quality_names(document)[-1]
+        lines += [f"| | {metric_name(metric)} | MACs kept | trial |", "|---|---|---|---|"]
+        lines.append(f"| dense | {metric_text(dense[metric])} | 100 % | |")
         for solution in document["solutions"]:
             best, label = (
                 solution["best"],
@@ -156,7 +157,7 @@ def note(document: dict[str, Any]) -> str:
             )
             kept = 100 * best["macs"] / dense["macs"]
             lines.append(
-                f"| {_plain(label)} | {best['test_accuracy']:.4f} | {kept:.1f} % | "
+                f"| {_plain(label)} | {metric_text(best[metric])} | {kept:.1f} % | "
                 f"{solution['trial']} |"
             )
         lines.append("")

@@ -30,7 +30,14 @@ def run_export(options: ExportOptions) -> None:
         # Only the file name: the folder may have moved, and no other folder is read.
         artifact = folder / Path(solution_for(result, options.budget)["artifact"]).name
         searched = str(result["space"])
-        classes, shape = int(result["num_classes"]), tuple(map(int, result["input_shape"]))
+        classes, sizes = result["num_classes"], result["input_shape"]
+        classes = None if classes is None else int(classes)
+        shape = None if sizes is None else tuple(map(int, sizes))
+    if shape is None:
+        raise UsageError(
+            f"the network of study {result['study']!r} has no single input of one shape, which "
+            "the comparison of outputs needs; load its safetensors file with rankNAS.load."
+        )
     factory = None
     if is_plugin(searched):
         if options.space is None:

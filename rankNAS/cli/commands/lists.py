@@ -1,4 +1,4 @@
-"""``ranknas spaces | strategies | objectives | hardware``: lists from the catalogues."""
+"""``ranknas spaces | strategies | tasks | objectives | hardware``: lists from the catalogues."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rankNAS.objectives import DIRECTIONS
 from rankNAS.search_spaces.zoo import CATALOGUE as SPACES
 from rankNAS.search_spaces.zoo import family
 from rankNAS.strategies import CATALOGUE as STRATEGIES
+from rankNAS.tasks import TASKS
 
-__all__ = ["run_hardware", "run_objectives", "run_spaces", "run_strategies"]
+__all__ = ["run_hardware", "run_objectives", "run_spaces", "run_strategies", "run_tasks"]
 
 
 def run_spaces(options: JsonOptions) -> None:
@@ -34,6 +35,13 @@ def run_strategies(options: JsonOptions) -> None:
     """List the strategies."""
     rows = [(name, description) for name, (_, description) in STRATEGIES.items()]
     _print("Strategies", ("name", "description"), rows, options)
+
+
+def run_tasks(options: JsonOptions) -> None:
+    """List the tasks."""
+    rows = [(name, description) for name, (_, description) in TASKS.items()]
+    rows.append(("path/to/file.py:function", "a function that returns a rankNAS.tasks.Task"))
+    _print("Tasks", ("name", "description"), rows, options)
 
 
 def run_objectives(options: JsonOptions) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.tasks import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,11 +127,12 @@ def _allocations(options: ProfileOptions, space: SearchSpace) -> dict[str, Alloc
 
 
 def _best_of(folder: Path) -> list[tuple[str, Allocation]]:
-    """The most accurate trials of a study, by name."""
+    """The best trials of a study in its main metric, by name."""
     result = load_result(folder)
     with parsing_context(folder / "result.json"):
         complete = [t for t in result["trials"] if t["state"] == "complete" and not t["probe"]]
-        complete.sort(key=lambda t: -t["metrics"].get("accuracy", 0.0))
+        name, sign = result["metrics"][0], _sign(result)
+        complete.sort(key=lambda t: -sign * t["metrics"].get(name, -sign * math.inf))
         return [
             (
                 f"trial {t['number']}",
@@ -137,6 +140,13 @@ def _best_of(folder: Path) -> list[tuple[str, Allocation]]:
             )
             for t in complete[:BEST]
         ]
+
+
+def _sign(result: Mapping[str, Any]) -> int:
+    """1 if the main metric of a study is maximised, -1 if it is minimised."""
+    known = {name: direction for name, (direction, _) in METRICS.items()}
+    known |= dict(zip(result["objectives"], result["directions"], strict=True))
+    return -1 if known.get(result["metrics"][0]) == "minimize" else 1
 
 
 def _write(rows: pd.DataFrame, found: Agreement, options: ProfileOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typer
@@ -20,6 +20,8 @@ from rankNAS.cli.loading import (
     load_model,
     load_named_data,
     load_space,
+    load_task,
+    untrained_model,
     workers_of,
 )
 from rankNAS.cli.options.command import reproduction
@@ -36,12 +38,13 @@ from rankNAS.cli.output import (
 from rankNAS.cli.results import keep
 from rankNAS.cli.starting import keep_start, start_allocations
 from rankNAS.data.base import Data
-from rankNAS.engine import search
+from rankNAS.engine import objectives_of, search
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import write_json
 from rankNAS.io.formats import current_format
-from rankNAS.objectives import make_objective
+from rankNAS.objectives import ObjectiveBase
 from rankNAS.pipeline import requests
+from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
 from rankNAS.storage.redaction import redacted, without_password
@@ -49,6 +52,7 @@ from rankNAS.storage.store import study_names
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.history import Trial
 from rankNAS.study import Study
+from rankNAS.tasks.base import Task
 
 __all__ = ["run_search"]
 
@@ -65,14 +69,17 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
     start = start_allocations(options)
     with progress_display(control.quiet) as progress, interruptible():
         data = load_named_data(options)
-        measured = [make_objective(o) for o in options.objective]
+        untrained = untrained_model(options, data)
+        task = load_task(options, data, untrained, progress)
+        measured = objectives_of(options.objective or None, task)
         for request in requests(data, options.budgets, measured, settings):
             strategy.check(request)
-        space = load_space(options, data, settings)
+        space = load_space(options, data, untrained, task, settings)
         for allocation in start:
             space.check(allocation)
-        model = load_model(options, data, settings, space, options.seed, progress)
-        study = _search(options, settings, data, model, space, progress, control.resume, start)
+        model = load_model(options, data, task, settings, space, options.seed, progress)
+        arguments = _Arguments(task, measured, settings, data, model, space, control.resume, start)
+        study = _search(options, arguments, progress)
         progress.say("testing the dense network and the compressed ones")
         result = keep(options, study, model, progress)
     result["seconds"] = round(time.perf_counter() - started, 2)
@@ -102,39 +109,45 @@ def _check_resumable(options: SearchOptions) -> None:
         )
 
 
-def _search(
-    options: SearchOptions,
-    settings: Settings,
-    data: Data,
-    model: nn.Module,
-    space: SearchSpace,
-    progress: ProgressDisplay,
-    resume: bool,
-    start: Sequence[Allocation],
-) -> Study:
-    folder, best = options.folder, _Best(options)
+@dataclass(frozen=True, eq=False)
+class _Arguments:
+    """The arguments of `search` that are made from the options."""
+
+    task: Task
+    objectives: Sequence[ObjectiveBase]
+    settings: Settings
+    data: Data
+    model: nn.Module
+    space: SearchSpace
+    resume: bool
+    start: Sequence[Allocation]
+
+
+def _search(options: SearchOptions, given: _Arguments, progress: ProgressDisplay) -> Study:
+    folder, best = options.folder, _Best(given.objectives[0].name)
     fresh = [path for path in (folder, folder.parent) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         study = search(
-            model,
-            data,
-            objectives=options.objective,
+            given.model,
+            given.data,
+            task=given.task,
+            objectives=given.objectives,
             budget=options.budgets,
             strategy=options.strategy,
             n_trials=options.trials,
             storage=options.storage_url,
             name=options.study or "",
             seed=options.seed,
-            resume=resume,
-            start=start,
-            settings=settings,
+            resume=given.resume,
+            start=given.start,
+            settings=given.settings,
             hardware=options.hardware,
-            space=space,
+            space=given.space,
             device=options.device,
             workers=workers_of(options),
             on_progress=progress.stage,
-            on_record=lambda: _keep_options(options, start),
+            on_record=lambda: _keep_options(options, given.start),
             on_trial=_counting(options, progress, best),
         )
     except KeyboardInterrupt:
@@ -150,10 +163,11 @@ def _search(
                 path.rmdir()
     count = len(study.trials)  # a strategy may propose fewer than requested
     progress.stage("trials", count, count)
+    shape = given.data.input_shape
     study.model = {
         "space": options.space,
-        "num_classes": data.num_classes,
-        "input_shape": list(data.input_shape),
+        "num_classes": given.data.num_classes,
+        "input_shape": None if shape is None else list(shape),
     }
     return study
 
@@ -167,15 +181,15 @@ def _keep_options(options: SearchOptions, start: Sequence[Allocation]) -> None:
 class _Best:
     """The best trial of each budget so far, for the message at an interrupt."""
 
-    def __init__(self, options: SearchOptions) -> None:
-        self.objective = options.objective[0]
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
         self.trials: dict[str, Trial] = {}
 
     def lines(self) -> list[str]:
         """One line per budget."""
         return [
-            f"best so far for {target}: trial {trial.number}, "
-            f"{self.objective} {trial.values[0]:.4f}, MACs {number(trial.metrics['macs'])}"
+            f"best so far for {target}: trial {trial.number}, {self.objective} "
+            f"{metric_text(trial.values[0])}, MACs {number(trial.metrics['macs'])}"
             for target, trial in self.trials.items()
         ]
 
@@ -192,7 +206,7 @@ def _counting(
         done = trial.number + 1
         if best is not None:
             found.trials[trial.budget_key] = best
-        note = "" if best is None else f"best {options.objective[0]} {best.values[0]:.4f}"
+        note = "" if best is None else f"best {found.objective} {metric_text(best.values[0])}"
         note += f" at {trial.budget_key}" if len(options.budgets) > 1 else ""
         # A resumed study has probes and trials of other budgets, which are not counted above.
         progress.stage("trials", done, max(done, total), note)
@@ -202,19 +216,19 @@ def _counting(
 
 def _print(options: SearchOptions, result: dict[str, Any]) -> None:
     dense, solutions = result["dense"], result["solutions"]
+    names = quality_names(result)
     rows = [
         [
-            name.replace("_", " "),
-            f"{dense[name]:.4f}",
-            *(f"{a['best'][name]:.4f}" for a in solutions),
+            metric_name(name),
+            *(metric_text(n[name]) for n in (dense, *(a["best"] for a in solutions))),
         ]
-        for name in ("accuracy", "test_accuracy")
+        for name in names
     ]
     if options.finetune:
         rows += [
-            [f"fine-tuned, {name.replace('_', ' ')}", ""]
-            + [f"{a['finetuned'][name]:.4f}" for a in solutions]
-            for name in ("accuracy", "test_accuracy")
+            [f"fine-tuned, {metric_name(name)}", ""]
+            + [metric_text(a["finetuned"][name]) for a in solutions]
+            for name in names
         ]
     costs = ("macs", "params", "weight_bytes", "predicted_latency")
     rows += [

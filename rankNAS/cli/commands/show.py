@@ -10,6 +10,7 @@ from rankNAS.cli.options.stored import study_folder
 from rankNAS.cli.options.studies import ShowOptions
 from rankNAS.cli.output import number, percent, print_json, print_table
 from rankNAS.cli.results import load_result
+from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 
 __all__ = ["run_show"]
 
@@ -38,15 +39,15 @@ def run_show(options: ShowOptions) -> None:
 
 
 def _print_solution(result: Document, solution: Document) -> None:
-    dense, best = result["dense"], solution["best"]
+    dense, best, metric = result["dense"], solution["best"], quality_names(result)[-1]
     typer.echo(
         f"\n{solution['budget_key'] if solution['budget'] else 'no budget'}: "
         f"trial {solution['trial']}"
     )
     tuned = solution.get("finetuned")
     typer.echo(
-        f"test accuracy {best['test_accuracy']:.4f} (dense {dense['test_accuracy']:.4f}"
-        + (f", fine-tuned {tuned['test_accuracy']:.4f}" if tuned else "")
+        f"{metric_name(metric)} {metric_text(best[metric])} (dense {metric_text(dense[metric])}"
+        + (f", fine-tuned {metric_text(tuned[metric])}" if tuned else "")
         + f"), MACs {percent(best, dense, 'macs')}, params {percent(best, dense, 'params')}"
     )
     if "hypervolume" in solution:

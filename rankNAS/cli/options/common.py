@@ -43,7 +43,7 @@ class SpaceOptions(Options):
     candidates: int = option(
         256, "Maximum number of choices per layer.", RANKS, min=1, hidden=True
     )
-    multiple_of: int = option(1, "Ranks are multiples of this number.", RANKS, min=1)
+    multiple_of: int = option(1, "Ranks are multiples of this number.", RANKS, min=1, hidden=True)
     exclude: list[str] = option(
         [], "Regular expression of layers that stay dense. Repeatable.", RANKS
     )

@@ -54,7 +54,7 @@ class Option:
         help: Its help text.
         panel: Its panel in the help; one of `PANELS`.
         hidden: Whether it is hidden in the help; it is still accepted.
-        min: The minimum value, or the minimum length of a list.
+        min: The minimum value.
         max: The maximum value.
         negatable: Whether a flag has a second form ``--no-...``.
         positional: Whether it is given by its position, without a name.
@@ -145,8 +145,6 @@ class Spec:
     def bounds(self) -> str:
         """Its bounds in words."""
         least, most = self.option.min, self.option.max
-        if self.kind == list[str]:
-            return f"{least} or more texts"
         if most is None:
             return f"at least {least}"
         return f"from {least} to {most}"
@@ -161,10 +159,9 @@ class Spec:
         """Whether a value of the right type is within the bounds; None always is."""
         if value is None or (self.option.min is None and self.option.max is None):
             return True
-        size = len(value) if isinstance(value, list) else value
         least = -math.inf if self.option.min is None else self.option.min
         most = math.inf if self.option.max is None else self.option.max
-        return bool(least <= size <= most)
+        return bool(least <= value <= most)
 
     def takes(self, value: object) -> bool:
         """Whether a value of JSON or TOML has the right type and is within the bounds."""

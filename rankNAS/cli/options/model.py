@@ -41,15 +41,21 @@ class ModelOptions(SpaceOptions):
         hidden=True,
     )
     objective: list[str] = option(
-        ["accuracy"],
-        "Objective: a name (see `ranknas objectives`) or file.py:function[=minimize]. Repeatable.",
+        [],
+        "Objective: a name (see `ranknas objectives`) or file.py:function[=minimize]. Default: "
+        "the task's first metric. Repeatable.",
         GOAL,
-        min=1,
         renamed_values=OBJECTIVES,
     )
     data: str = option(
         "digits",
         "Data: digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory.",
+        MODEL,
+    )
+    task: str | None = option(
+        None,
+        "Task: a name (see `ranknas tasks`) or file.py:function. Default: found from the data and "
+        "the network.",
         MODEL,
     )
     normalize: str | None = option(

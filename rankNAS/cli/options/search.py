@@ -114,6 +114,7 @@ class SearchOptions(ModelOptions):
             self.space,
             self.strategy,
             self.data,
+            self.task,
             self.hardware,
             *self.objective,
         )
