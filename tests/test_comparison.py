@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 from networks import small, split
-from rankNAS.data.batches import subset
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,7 +19,6 @@ import rankNAS
 from rankNAS.allocation import Allocation
 from rankNAS.comparison import compare
 from rankNAS.data.samples import Samples
-from rankNAS.evaluation import outputs as evaluation
 from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.recovery.config import TrainingConfig

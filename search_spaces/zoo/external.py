@@ -100,9 +100,10 @@ def file_model(
     """
     factory = load_callable(spec, "search space")
     options = _accepted(factory, {"num_classes": num_classes, "input_shape": input_shape})
-    required = inspect.signature(factory).parameters
-    for name in options:
-        if options[name] is None and name in required and required[name].default is inspect.Parameter.empty:
+    parameters = inspect.signature(factory).parameters
+    needed = {n for n, p in parameters.items() if p.default is inspect.Parameter.empty}
+    for name, value in options.items():
+        if value is None and name in needed:
             raise UsageError(
                 f"{spec} takes `{name}`, which the data do not have; give it a default value."
             )
