@@ -228,7 +228,12 @@ def _are_classes(targets: Tensor) -> bool:
 def _are_labels(logits: Tensor, targets: Tensor) -> bool:
     """Whether targets are probabilities of several labels, for logits of their shape."""
     several = targets.dim() == 2 and targets.shape[1] > 1
-    return several and logits.shape == targets.shape and _between(targets, 0, 1)
+    if not several or logits.shape != targets.shape or not _between(targets, 0, 1):
+        return False
+    # Real targets may lie in [0, 1] as well: the model then predicts them without a sigmoid.
+    counts = targets != IGNORED
+    z, y = logits.float()[counts], targets.float()[counts]
+    return bool((z.sigmoid() - y).square().sum() <= (z - y).square().sum())
 
 
 def _between(targets: Tensor, low: float, high: float) -> bool:

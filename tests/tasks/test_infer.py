@@ -84,6 +84,12 @@ def test_labels_of_every_form(shape: tuple[int, ...], y: Tensor, said: str) -> N
     assert all(map(math.isfinite, found.values()))
 
 
+def test_real_targets_in_the_unit_interval_are_told_from_probabilities() -> None:
+    logits = 4 * torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    assert infer_task(nn.Identity(), (X, X + 1e-3)).name == "regression"
+    assert infer_task(nn.Identity(), (logits, logits.sigmoid())).name == "multilabel"
+
+
 @pytest.mark.parametrize("batch", [X, (X,), {"x": X}])
 def test_without_labels_the_model_is_matched(batch: Any) -> None:
     assert infer_task(nn.Linear(3, 2), _named(batch)).name == "matching"

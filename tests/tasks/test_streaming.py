@@ -25,7 +25,7 @@ class Bytes(TorchDispatchMode):
     """Counts the bytes of storages that operations make and that are still alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive: dict[int, int] = {}
         self.most = 0
 
