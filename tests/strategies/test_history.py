@@ -21,6 +21,8 @@ PROBLEM = Problem(
     {"macs": (np.array([10.0, 6, 2]),) * 2},
     {"macs": 0.0},
     {"macs": 0.5},
+    objectives=("accuracy",),
+    directions=("maximize",),
 )
 
 

@@ -256,6 +256,8 @@ def test_uniform_keeps_the_same_fraction_of_every_layer(
         {"macs": tuple(size * kept for size in sizes)},
         {"macs": 0.0},
         {"macs": budget},
+        objectives=("accuracy",),
+        directions=("maximize",),
     )
     (allocation,) = Uniform().propose(problem, History(), 1, rng())
     common = kept[kept <= budget * (1 + 1e-9)].max()

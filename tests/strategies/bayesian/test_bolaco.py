@@ -62,6 +62,8 @@ def transformer(budget: float = 0.6, blocks: int = 4) -> Problem:
         {"params": tuple(size * kept for size in sizes)},
         {"params": 0.0},
         {"params": budget},
+        objectives=("accuracy",),
+        directions=("maximize",),
     )
 
 

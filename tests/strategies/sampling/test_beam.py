@@ -70,6 +70,8 @@ def ranks(layers: int, full: int, budget: float) -> Problem:
         {"macs": (cost,) * layers},
         {"macs": 0.0},
         {"macs": budget},
+        ("accuracy",),
+        ("maximize",),
     )
 
 
@@ -216,6 +218,8 @@ def fine(budget: float) -> Problem:
         {"macs": tuple(size * kept for size in sizes)},
         {"macs": 1.0},
         {"macs": budget},
+        objectives=("accuracy",),
+        directions=("maximize",),
     )
 
 

@@ -112,6 +112,8 @@ def two_alike(problem: Problem) -> Problem:
         {"macs": (cost, cost)},
         {"macs": 0.0},
         {"macs": (cost[0] + float(np.sort(cost)[1])) / (2 * cost[0])},
+        objectives=("accuracy",),
+        directions=("maximize",),
     )
 
 

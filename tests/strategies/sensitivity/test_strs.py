@@ -101,6 +101,8 @@ def layered(layers: int = 3, budget: float = 0.7, kept: tuple[float, ...] = ()) 
         {"macs": (100 * fractions,) * layers},
         {"macs": 0.0},
         {"macs": budget},
+        objectives=("accuracy",),
+        directions=("maximize",),
     )
 
 
