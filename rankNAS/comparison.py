@@ -27,7 +27,7 @@ from rankNAS.data.loading import DataSource, load_data
 from rankNAS.data.samples import Samples
 from rankNAS.engine import objectives_of, run
 from rankNAS.evaluation.context import Progress, SearchContext, silent
-from rankNAS.evaluation.outputs import Reference, test_batches
+from rankNAS.evaluation.outputs import Reference, dense_reference
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
@@ -433,8 +433,8 @@ class _Seed:
         return replace(before, finetuned=tuned[self.metric])
 
     def _reference(self, samples: Samples) -> Reference:
-        batches = test_batches(samples, device=self.plan.device)
-        return Reference(self.context.task, copy.deepcopy(self.model).eval(), batches)
+        model, task = copy.deepcopy(self.model).eval(), self.context.task
+        return dense_reference(model, samples, task, device=self.plan.device)
 
 
 def _failed(key: Key, error: Exception) -> Row:

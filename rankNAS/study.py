@@ -18,7 +18,7 @@ from rankNAS.data.samples import Samples, Source
 from rankNAS.data.splits import Splits
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator
-from rankNAS.evaluation.outputs import Reference, network_metrics, test_batches
+from rankNAS.evaluation.outputs import Reference, dense_reference, network_metrics
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.models import artifact
 from rankNAS.models.inputs import InputSpec
@@ -171,15 +171,20 @@ class Study:
     def measure(
         self, network: nn.Module, samples: Samples, reference: Reference | None = None
     ) -> dict[str, float]:
-        """The task's metrics of a network on samples, without the divergences if no reference.
+        """The task's metrics of a network on samples.
 
         Args:
             network: The network.
             samples: The samples.
-            reference: The dense model's predictions for them.
+            reference: From `reference` for the same samples; made here if None.
         """
-        device = self.evaluator.device
+        device, reference = self.evaluator.device, reference or self.reference(samples)
         return network_metrics(network, samples, self.task, reference=reference, device=device)
+
+    def reference(self, samples: Samples) -> Reference:
+        """The dense model's predictions for samples, for several calls of `measure`."""
+        model, device = self.context.factorisation.model, self.evaluator.device
+        return dense_reference(model, samples, self.task, device=device)
 
     @cached_property
     def inputs(self) -> dict[str, Any] | None:
@@ -194,8 +199,7 @@ class Study:
     def _test_reference(self) -> Reference | None:
         if self.splits.test is None:
             return None
-        batches = test_batches(self.splits.test, device=self.evaluator.device)
-        return Reference(self.task, self.context.factorisation.model, batches)
+        return self.reference(self.splits.test)
 
     def finetune(
         self,

@@ -20,7 +20,6 @@ from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
 from rankNAS.cli.output import ProgressDisplay
-from rankNAS.evaluation.outputs import Reference, test_batches
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.io.formats import FORMAT, current_format, upgraded
@@ -129,9 +128,7 @@ def _finetune(
         ),
     )
     seconds = time.perf_counter() - started
-    samples, dense = study.splits.validation, study.context.factorisation.model
-    batches = test_batches(samples, device=study.evaluator.device)
-    validation = study.measure(network, samples, Reference(study.task, dense, batches))
+    validation = study.measure(network, study.splits.validation)
     return {
         "epochs": config.epochs,
         **_summary(study, validation, _tested(study, network)),

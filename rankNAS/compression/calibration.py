@@ -78,7 +78,9 @@ def calibrate(
     device = device_of(model)
     pooled = norm == "pooled"
     groups = max(1, len(samples) // POOLED) if pooled else None
-    chunks = input_batches(samples, batch_size, task=task, device=device, count=groups)
+    # Gradients of a batch of one sample have no scale.
+    even = len(samples) % batch_size == 1
+    chunks = input_batches(samples, batch_size, task=task, device=device, even=even, count=groups)
     path = None
     if cache is not None:
         path = cache / f"{_key(model, space, chunks, task, norm, seed)}.safetensors"

@@ -117,6 +117,11 @@ def _from_source(name: str, source: object) -> Data:
             f"{name}: got {type(source).__name__}; give a Data, a tuple of two data sets "
             "(train, test), or one data set."
         )
+    if pair and _are_labelled_tensors(source):
+        raise DataError(
+            f"{name}: got two tensors of one length, which may be inputs and targets; give "
+            "TensorDataset(inputs, targets), or two data sets (train, test)."
+        )
     parts: Any = source if pair else (source, None)
     train = Samples.of(parts[0], where="train")
     test = None if parts[1] is None else Samples.of(parts[1], where="test")
@@ -127,6 +132,12 @@ def _from_source(name: str, source: object) -> Data:
         classes = max(int(found.max()) + 1 for found in labels if found is not None)
     key = digest(sampled_bytes(train) + ([] if test is None else sampled_bytes(test)))
     return Data(name, train, test, _input_shape(train), classes, key[:16])
+
+
+def _are_labelled_tensors(pair: Any) -> bool:
+    """Whether a pair of tensors may be inputs and targets rather than two sets of inputs."""
+    alike = all(isinstance(part, Tensor) and part.dim() for part in pair)
+    return alike and len(pair[0]) == len(pair[1]) and pair[0].shape != pair[1].shape
 
 
 def _check_alike(name: str, train: Samples, test: Samples | None) -> None:

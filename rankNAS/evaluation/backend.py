@@ -31,7 +31,13 @@ from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.compression.surgery import exceeds_memory_limit, shared_copy
 from rankNAS.data.samples import Samples
-from rankNAS.evaluation.outputs import KEPT, PartwiseOutputs, Reference, total_sums
+from rankNAS.evaluation.outputs import (
+    KEPT,
+    PartwiseOutputs,
+    Reference,
+    affordable,
+    total_sums,
+)
 from rankNAS.evaluation.pruning import part_ends
 from rankNAS.tasks.base import Sums, Task, added
 from rankNAS.tasks.feeding import InputBatches, input_batches
@@ -42,7 +48,6 @@ __all__ = ["Backend", "Timing"]
 # Samples per forward pass for each CPU thread: activations of larger batches exceed its caches. On
 # ResNet-20, 256 samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
-OUTPUT_BYTES = 256 << 20  # of a batch, at most
 
 
 @dataclass
@@ -100,7 +105,9 @@ class Backend:
         self.images = _has_images(task.inputs_of(validation.example()))
         if self.images:
             self.network = self.network.to(memory_format=torch.channels_last)
-        self.batch_size = self._affordable(batch_size, validation, cpu=cpu)
+        if cpu:
+            batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
+        self.batch_size = affordable(batch_size, self.network, validation, task, device)
         self.calibration = input_batches(
             calibration,
             self.batch_size,
@@ -246,15 +253,6 @@ class Backend:
         first = InputBatches(self.parts[0], self.task)
         examples = [rows(first[0], slice(0, n), first.sizes[0]) for n in (2, 3)]
         return IncrementalExecutor.of(self.network, layers, examples)
-
-    @torch.no_grad()
-    def _affordable(self, batch_size: int, validation: Samples, *, cpu: bool) -> int:
-        """The number of samples per forward pass."""
-        if cpu:
-            batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
-        one = channels_last(validation.example(device=self.device))
-        needed = self.task.run(self.network, one).nbytes
-        return max(1, min(batch_size, OUTPUT_BYTES // max(1, needed)))
 
     def _shares_of(self, total: int) -> list[int]:
         """A number of bytes divided over the parts by their samples."""

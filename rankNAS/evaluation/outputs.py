@@ -15,10 +15,9 @@ from rankNAS.tasks.base import Prediction, Sums, Task, added
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import channels_last, device_of
 
-__all__ = ["PartwiseOutputs", "Reference", "network_metrics", "test_batches", "total_sums"]
-
 #: Bytes of the dense model's predictions that are kept, over all batches.
 KEPT = 128 << 20
+OUTPUT_BYTES = 256 << 20  # of one batch, at most
 
 
 class PartwiseOutputs:
@@ -133,20 +132,61 @@ def network_metrics(
         network: The network; it is moved to the device and ends in evaluation mode.
         samples: The samples.
         task: Reads them and computes the metrics.
-        reference: The dense model's predictions for the batches of `test_batches`, for the
-            divergences.
-        batch_size: Samples per forward pass.
+        reference: The dense model's predictions, from `dense_reference` with the same batch size,
+            for the divergences.
+        batch_size: Samples per forward pass, at most.
         device: Where to run.
     """
-    batches = map(channels_last, samples.batches(batch_size, device=device))
-    return task.finish(total_sums(network.to(device), batches, task, reference))
+    network = network.to(device).eval()
+    size = affordable(batch_size, network, samples, task, device)
+    batches = map(channels_last, samples.batches(size, device=device))
+    return task.finish(total_sums(network, batches, task, reference))
 
 
-def test_batches(
-    samples: Samples, batch_size: int = 256, device: torch.device | str = "cpu"
-) -> BatchSequence:
-    """The batches on which networks are tested."""
-    return samples.batched(batch_size, device=device, place=channels_last)
+def dense_reference(
+    model: nn.Module,
+    samples: Samples,
+    task: Task,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Reference:
+    """The dense model's predictions for samples, as `network_metrics` compares with them.
+
+    Args:
+        model: The dense model.
+        samples: The samples.
+        task: Reads them.
+        batch_size: Samples per forward pass, at most.
+        device: Where to run.
+    """
+    if device_of(model) != torch.device(device):
+        model = copy.deepcopy(model).to(device)
+    size = affordable(batch_size, model, samples, task, device)
+    batches = samples.batched(size, device=device, place=channels_last)
+    return Reference(task, model, batches)
+
+
+@torch.no_grad()
+def affordable(
+    batch_size: int,
+    network: nn.Module,
+    samples: Samples,
+    task: Task,
+    device: torch.device | str = "cpu",
+) -> int:
+    """The number of samples per forward pass, so that outputs need at most `OUTPUT_BYTES`.
+
+    Args:
+        batch_size: The largest number.
+        network: A network on the device, in evaluation mode.
+        samples: The samples.
+        task: Reads them.
+        device: Where to run.
+    """
+    one = channels_last(samples.example(device=device))
+    needed = task.run(network, one).nbytes
+    return max(1, min(batch_size, OUTPUT_BYTES // max(1, needed)))
 
 
 def total_sums(

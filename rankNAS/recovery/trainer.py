@@ -25,7 +25,7 @@ from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.losses import loss_function
 from rankNAS.tasks.base import Prediction, Task
-from rankNAS.tasks.infer import EXAMPLES, infer_task
+from rankNAS.tasks.infer import examples, infer_task
 from rankNAS.trees import channels_last, size_of
 
 __all__ = ["RECIPE_VERSION", "Recovery", "train"]
@@ -74,7 +74,7 @@ def train(
     device = torch.device(device)
     samples = Samples.of(data)
     if task is None:
-        task = infer_task(network.to(device), samples.example(EXAMPLES, device))
+        task = infer_task(network.to(device), examples(network, samples))
     loss = loss_function(config, task, teacher, device)
     per_epoch = steps_per_epoch(len(samples), config.batch_size)
     total = min(config.epochs * per_epoch, config.max_steps or math.inf)

@@ -25,7 +25,13 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 OPERATOR_COLOURS = dict(zip(("svd", "spatial_svd", "tucker2", "group_svd"), COLOURS, strict=False))
 GREY = "#8C8C8C"
 COSTS = {"latency": "predicted_latency"}  # metric by budgeted cost, where names differ
-NAMES = {"macs": "MACs", "params": "parameters", "weight_bytes": "bytes of weights"}
+NAMES = {
+    "macs": "MACs",
+    "params": "parameters",
+    "weight_bytes": "bytes of weights",
+    "layer_macs": "MACs of the layers",
+    "layer_params": "parameters of the layers",
+}
 LONGEST = 24  # maximum characters of a layer's name beside its bar
 ROW = 21  # pixels per layer
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from rankNAS.decompositions.shapes import LAYER_COSTS
 from rankNAS.reporting import figures
 from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["render"]
 
 Document = Mapping[str, Any]
-COSTS = {"macs": "MACs", "params": "parameters", "weight_bytes": "bytes of weights"}
 
 
 def render(result: Document, options: Mapping[str, Any], command: str = "") -> str:
@@ -119,16 +119,18 @@ def _summary(result: Document) -> list[dict[str, Any]]:
     networks = [result["dense"], *(a["best"] for a in solutions)]
     names = quality_names(result)
     rows = [_row(metric_name(name), networks, name, metric_text) for name in names]
+    bounded = {name for a in solutions for name in a["budget"]}
+    costs = {n: t for n, t in figures.NAMES.items() if n not in LAYER_COSTS or n in bounded}
     tuned: list[Document] = [{}, *(a.get("finetuned", {}) for a in solutions)]
     rows += [_row(f"{metric_name(name)}, fine-tuned", tuned, name, metric_text) for name in names]
-    rows += [_row(title, networks, key, "{:,.0f}".format, True) for key, title in COSTS.items()]
+    rows += [_row(title, networks, key, "{:,.0f}".format, True) for key, title in costs.items()]
     rows.append(_row("predicted latency", networks, "predicted_latency", _milliseconds, True))
     measured = [
         {"seconds": n["measured_latency"]["seconds"]} if "measured_latency" in n else {}
         for n in networks
     ]
     rows.append(_row("measured latency", measured, "seconds", _milliseconds, True))
-    shown = {*names, *COSTS, "predicted_latency"}
+    shown = {*names, *costs, "predicted_latency"}
     rows += [
         _row(name.replace("_", " "), networks, name, "{:.5g}".format)
         for name in result["objectives"]

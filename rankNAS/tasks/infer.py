@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.data.base import Data
+from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
 from rankNAS.lazy import load
 from rankNAS.plugins import is_plugin, load_callable
@@ -23,7 +24,7 @@ from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
 from rankNAS.trees import Inputs, count_bytes, device_of, size_of, tensors
 
-__all__ = ["EXAMPLES", "infer_task", "make_task", "resolve_task"]
+__all__ = ["examples", "infer_task", "make_task", "resolve_task"]
 
 EXAMPLES = 64  # samples whose targets are looked at
 OUTPUT_BYTES = 64 << 20  # of their outputs
@@ -100,7 +101,7 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         UnknownNameError: There is no such task.
     """
     given = None if given is None else make_task(given)
-    batch = _examples(given, model, data)
+    batch = examples(model, data.train, given)
     task = infer_task(model, batch) if given is None else given.bound(batch, model)
     output = _output(model, task.inputs_of(batch))
     task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
@@ -110,18 +111,23 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
     return task
 
 
-def _examples(task: Task | None, model: nn.Module, data: Data) -> Any:
+def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> Any:
     """The first samples: `EXAMPLES`, or fewer where the model's outputs are large.
+
+    Args:
+        model: The dense model.
+        samples: The training samples.
+        task: The task, if it is known.
 
     Raises:
         DataError: A target is NaN or infinite, or the model fails.
     """
     device = device_of(model)
-    few = data.train.example(2, device)
+    few = samples.example(2, device)
     reader = Layout.of(few, model) if task is None else task.bound(few, model)
     output = _output(model, reader.inputs_of(few))
     each = max(1, count_bytes(output) // size_of(few))
-    batch = data.train.example(min(EXAMPLES, max(2, OUTPUT_BYTES // each)), device)
+    batch = samples.example(min(EXAMPLES, max(2, OUTPUT_BYTES // each)), device)
     layout = reader if isinstance(reader, Layout) else reader.layout
     targets = None if layout is None else layout.target_of(batch)
     if isinstance(targets, Tensor):

@@ -12,7 +12,7 @@ from rankNAS.cli.options.studies import ExportOptions
 from rankNAS.cli.output import print_json
 from rankNAS.cli.results import load_result, solution_for
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.models.artifact import load
+from rankNAS.models.artifact import load, read_inputs
 from rankNAS.models.export import FORMATS, export
 from rankNAS.plugins import is_plugin
 from rankNAS.search_spaces.zoo import build_model
@@ -33,11 +33,6 @@ def run_export(options: ExportOptions) -> None:
         classes, sizes = result["num_classes"], result["input_shape"]
         classes = None if classes is None else int(classes)
         shape = None if sizes is None else tuple(map(int, sizes))
-    if shape is None:
-        raise UsageError(
-            f"the network of study {result['study']!r} has no single input of one shape, which "
-            "the comparison of outputs needs; load its safetensors file with rankNAS.load."
-        )
     factory = None
     if is_plugin(searched):
         if options.space is None:
@@ -49,7 +44,13 @@ def run_export(options: ExportOptions) -> None:
     network = load(artifact, factory)
     suffix = f"-export.{options.format}"
     path = Path(options.output) if options.output else folder / f"{artifact.stem}{suffix}"
-    difference = export(network, path, options.format, shape)
+    inputs = read_inputs(artifact) or shape
+    if inputs is None:
+        raise UsageError(
+            f"{str(artifact)!r} does not say what inputs its model takes; export it in Python: "
+            "rankNAS.models.export.export(network, path, format, inputs)."
+        )
+    difference = export(network, path, options.format, inputs)
     if options.json:
         found = {"file": str(path), "format": options.format}
         print_json(found | {"max_absolute_difference": difference})

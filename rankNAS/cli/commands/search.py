@@ -38,6 +38,7 @@ from rankNAS.cli.output import (
 from rankNAS.cli.results import keep
 from rankNAS.cli.starting import keep_start, start_allocations
 from rankNAS.data.base import Data
+from rankNAS.decompositions.shapes import LAYER_COSTS
 from rankNAS.engine import objectives_of, search
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import write_json
@@ -230,7 +231,8 @@ def _print(options: SearchOptions, result: dict[str, Any]) -> None:
             + [metric_text(a["finetuned"][name]) for a in solutions]
             for name in names
         ]
-    costs = ("macs", "params", "weight_bytes", "predicted_latency")
+    bounded = [name for a in solutions for name in a["budget"] if name in LAYER_COSTS]
+    costs = ("macs", "params", *dict.fromkeys(bounded), "weight_bytes", "predicted_latency")
     rows += [
         [name, percent(dense, dense, name), *(percent(a["best"], dense, name) for a in solutions)]
         for name in costs
