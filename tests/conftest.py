@@ -14,6 +14,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Else Ray's workers wait for all other tests: they would run at a niceness of 15.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
+import gc
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ from rankNAS.plugins import load_callable
 
 torch.set_num_threads(1)  # whoever imported torch before us
 
+_CACHES = itertools.count()
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
@@ -63,6 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank_of)
 
 
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays: the garbage collector need not search it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Commands that run in this process may have changed the number of threads."""
@@ -71,7 +80,9 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANKNAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    # Not made here: `mktemp` looks through all folders of all tests before.
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_CACHES)}"
+    monkeypatch.setenv("RANKNAS_CACHE", str(folder))
 
 
 @pytest.fixture

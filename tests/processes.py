@@ -14,6 +14,7 @@ FORKS.set_forkserver_preload(
     [
         *("rankNAS.storage.store", "optuna", "sqlalchemy", "alembic", "psycopg"),
         *("rankNAS.engine", "rankNAS.cli", "rankNAS.cli.commands.search", "sklearn.datasets"),
+        "torch._dynamo",  # which counting MACs imports
     ]
 )
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from rankNAS.cli.commands import COMMANDS
 from rankNAS.cli.generate import make_command
@@ -46,6 +49,12 @@ def _root(
     """Search the ranks of low-rank compressed networks."""
 
 
+@cache
+def _parser() -> Callable[[], object]:
+    """The command line of `app`; made once where a process runs several commands."""
+    return get_command(app)
+
+
 def main() -> None:
     """Run the command line; user errors exit with 2 and one line, without a traceback."""
     from rankNAS.exceptions import RankNASError, UsageError
@@ -54,7 +63,7 @@ def main() -> None:
     _own_stdout()
     with plain_notices():
         try:
-            app()
+            _parser()()
         except UsageError as error:
             _fail(error, 2)
         except RankNASError as error:

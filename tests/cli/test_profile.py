@@ -15,7 +15,8 @@ from PIL import Image
 
 from rankNAS.cli import main
 from rankNAS.cli.commands.profile import draw
-from rankNAS.hw_models import Host, device_names, validation
+from rankNAS.hw_models import Host, device_names, host, validation
+from rankNAS.hw_models.timing import DriftMonitor
 
 Command = Callable[..., int]
 MODEL = """
@@ -55,8 +56,16 @@ FIXED = ["profile", "--space", "mine.py:net", "--image-size", "8", "--candidates
 
 @pytest.mark.slow
 def test_a_profile_is_measured_validated_and_used(
-    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def monitor(*networks: Any, rounds: int, **options: Any) -> DriftMonitor:
+        assert rounds > 20  # which are enough where nobody asks how exact the times are
+        return DriftMonitor(*networks, rounds=20, **options)
+
+    monkeypatch.setattr(host, "DriftMonitor", monitor)
     more = ["--out", "board.json", "--shapes", "12", "--validate", "3", "--seconds", "0"]
     assert command(*FIXED, *more, "--threads", "1", "--json") == 0
     document = json.loads(capsys.readouterr().out)

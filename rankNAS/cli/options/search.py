@@ -103,7 +103,8 @@ class SearchOptions(ModelOptions):
         if not _is_safe(stem):
             stem = f"study-{stem}"
         names = [stem, *(f"{stem}-{i}" for i in range(2, 10_000))]
-        used = [n for n in names if os.path.isfile(Path(self.out) / n / CONFIGURATION)]
+        # Not by `Path`, which takes ten times as long.
+        used = [n for n in names if os.path.isfile(os.path.join(self.out, n, CONFIGURATION))]
         fresh = next(n for n in names if n not in used)
         name = used[-1] if resume and used else fresh
         return replace(self, study=name)
