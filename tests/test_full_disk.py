@@ -294,22 +294,22 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
 def test_the_command_line_and_files_that_others_write(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(error: OSError) -> Callable[[], None]:
-        def app() -> None:
+    def fail(error: OSError) -> Callable[[object], Callable[[], None]]:
+        def run() -> None:
             raise error
 
-        return app
+        return lambda _: run
 
     monkeypatch.setattr(cli, "_own_stdout", lambda: None)
     full_disk = OSError(errno.ENOSPC, "No space left on device", "trials.csv")
-    monkeypatch.setattr(cli, "app", fail(full_disk))
+    monkeypatch.setattr(cli, "_parser", fail(full_disk))
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith(
         "ranknas: error: no room for 'trials.csv': No space left on device."
     )
-    monkeypatch.setattr(cli, "app", fail(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(cli, "_parser", fail(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output"):
         cli.main()
 

@@ -27,7 +27,7 @@ LEVELS = [
     {"storage", "study", "testing", "settings", "pipeline", "reporting"},
     {"execution"},
     {"engine"},
-    {"comparison"},
+    {"comparison", "compressor"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

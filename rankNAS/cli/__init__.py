@@ -50,9 +50,9 @@ def _root(
 
 
 @cache
-def _parser() -> Callable[[], object]:
-    """The command line of `app`; made once where a process runs several commands."""
-    return get_command(app)
+def _parser(commands: typer.Typer) -> Callable[[], object]:
+    """The command line; made once where a process runs several commands."""
+    return get_command(commands)
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     _own_stdout()
     with plain_notices():
         try:
-            _parser()()
+            _parser(app)()
         except UsageError as error:
             _fail(error, 2)
         except RankNASError as error:

@@ -38,6 +38,7 @@ class SearchContext:
         device: Where to run.
         seed: The random seed.
         report: Called with a stage's name, the steps done, and the total number of steps.
+        task: What the model is for; that of the evaluator by default.
     """
 
     factorisation: Factorisation
@@ -46,11 +47,11 @@ class SearchContext:
     device: torch.device | str = "cpu"
     seed: int = 0
     report: Progress = silent
+    task: Task = None  # type: ignore[assignment]
 
-    @property
-    def task(self) -> Task:
-        """What the model is for."""
-        return self.evaluator.task
+    def __post_init__(self) -> None:
+        if self.task is None:
+            object.__setattr__(self, "task", self.evaluator.task)
 
     def dense(self) -> dict[str, float]:
         """Metrics of the dense model on the validation data, and its costs."""

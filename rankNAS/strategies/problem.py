@@ -95,7 +95,10 @@ class Problem:
     def limits(self) -> dict[str, float]:
         """By budgeted cost, the limit on the sum over the layers."""
         return {
+            # The whole cost is exact, whatever is outside the layers.
             name: fraction * self.dense[name] - self.remainder_cost[name]
+            if fraction < 1
+            else float(sum(c[DENSE_INDEX] for c in self.costs[name]))
             for name, fraction in self.budget.items()
         }
 

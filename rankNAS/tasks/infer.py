@@ -104,10 +104,11 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
     batch = examples(model, data.train, given)
     task = infer_task(model, batch) if given is None else given.bound(batch, model)
     output = _output(model, task.inputs_of(batch))
-    task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
-    for where, samples in (("train", data.train), ("test", data.test)):
+    first = Samples.of(iter([batch]))  # also where the others are not in memory
+    for where, samples in (("train", first), ("train", data.train), ("test", data.test)):
         if samples is not None:
             task.check(samples, where, output)
+    task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
     return task
 
 

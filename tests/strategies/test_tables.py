@@ -30,10 +30,10 @@ def test_costs_of_the_tables_are_those_of_the_space(
         indices = [int(rng.integers(len(c))) for c in problem.choices.values()]
         allocation = problem.allocation(indices)
         assert problem.indices(allocation) == indices
-        cost, dense = space.cost(allocation), space.dense_cost
+        cost, dense = space.costs(allocation), space.costs(space.dense)
         for name, fraction in problem.fractions(indices).items():
             assert fraction == pytest.approx(cost[name] / dense[name], rel=1e-12)
-        assert problem.meets(indices) == (cost.params <= 0.5 * dense.params)
+        assert problem.meets(indices) == (cost["params"] <= 0.5 * dense["params"])
 
 
 def tables(

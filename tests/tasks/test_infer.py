@@ -69,7 +69,7 @@ CASES = [
     ((1, 5, 6), torch.zeros(8, 1, 5, 6), "segmentation"),
     ((1, 5, 6), torch.full((8, 1, 5, 6), 9), "regression"),
     ((3, 5, 6), torch.rand(8, 3, 5, 6), "regression"),
-    ((4, 7), torch.zeros(8, 4).long(), "causal language modelling"),
+    ((4, 7), torch.zeros(8, 4).long(), "masked language modelling"),
     ((7, 4), torch.zeros(8, 4).long(), "segmentation"),
 ]
 

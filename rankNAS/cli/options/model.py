@@ -29,8 +29,8 @@ class ModelOptions(SpaceOptions):
     budget: list[str] = option(
         [],
         "Fraction kept of the dense MACs, or COST=FRACTION; COST is macs, params, weight_bytes, "
-        "latency, or layer_macs or layer_params of the decomposable layers alone. Repeat for "
-        "joint constraints. A comma-separated list runs one search per budget.",
+        "latency, layer_macs or layer_params. Repeat for joint constraints. A comma-separated "
+        "list runs one search per budget.",
         GOAL,
     )
     cost: str = option(
@@ -54,8 +54,7 @@ class ModelOptions(SpaceOptions):
     )
     task: str | None = option(
         None,
-        "Task: a name (see `ranknas tasks`) or file.py:function. Default: found from the data and "
-        "the network.",
+        "Task: a name (see `ranknas tasks`) or file.py:function. Default: inferred.",
         MODEL,
     )
     normalize: str | None = option(
