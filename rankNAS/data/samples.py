@@ -80,6 +80,9 @@ class Samples:
         """One item."""
         return self._store.item(int(self._order[index]))
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
     @property
     def source(self) -> Any:
         """The data set, the tensors or the batches behind the samples; see also `order`."""

@@ -18,6 +18,7 @@ import torch
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.factorisation import factorise
+from rankNAS.data.samples import Samples
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
@@ -26,6 +27,7 @@ from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies import BayesianOptimisation, History, Random, Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
+from rankNAS.tasks import infer_task
 
 TRIALS, IMAGES, OBSERVATIONS, LAYERS, CHOICES, TABLES = 20, 1000, 50, 20, 64, 5
 
@@ -35,14 +37,15 @@ def evaluation() -> None:
     torch.manual_seed(0)
     model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.randint(0, 10, (IMAGES,))
-    space = compile_space(model, images[:1])
+    data, space = Samples.of((images, labels)), compile_space(model, images[:1])
+    task = infer_task(model, data.example(2))
     started = time.perf_counter()
     factorisation = factorise(model, space)
     print(f"factorise once: {time.perf_counter() - started:.2f} s for {len(space.layers)} layers")
     problem = build_problem(space, factorisation.errors(), {"macs": 0.5})
     for batch_norm in (True, False):
         evaluator = Evaluator(
-            factorisation, images, (images, labels), batch_norm=batch_norm, batch_size=250
+            factorisation, task, data, data, batch_norm=batch_norm, batch_size=250
         )
         shares = []
         for number in range(TRIALS):

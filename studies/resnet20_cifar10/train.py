@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import save
 
 import rankNAS
-from rankNAS.evaluation.outputs import test_metrics
+from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.io.files import save_bytes
 from rankNAS.recovery import TrainingConfig, train
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.tasks import Classification, Layout
 
 HERE = Path(__file__).parent
 NORMALIZE = "imagenet"
+LABELLED = Layout(inputs=(0,), target=1)
 INPUT = "RGB/255 normalised by mean (0.485,0.456,0.406), std (0.229,0.224,0.225)"
 CYCLES = (
     TrainingConfig(epochs=14, batch_size=128, learning_rate=0.25, seed=1),
@@ -61,7 +63,8 @@ def main(data_source: str, checkpoints: Path) -> None:
         )
     trained = resnet20()
     trained.load_state_dict(model.state_dict())
-    accuracy = test_metrics(trained, data.test)["accuracy"]
+    assert data.test is not None
+    accuracy = network_metrics(trained, data.test, Classification(layout=LABELLED))["accuracy"]
     print(f"test accuracy {accuracy:.4f}")
     metadata = {"model": "ResNet-20", "input": INPUT, "test_accuracy": f"{accuracy:.4f}"}
     save_bytes(HERE / "resnet20.safetensors", save(trained.state_dict(), metadata))

@@ -1,6 +1,6 @@
 """Strategies on tasks that are not image classification.
 
-python studies/tasks/run.py regression10 [--seeds 3] [--out FILE.csv]
+python studies/tasks/six_tasks.py regression10 [--seeds 3] [--out FILE.csv]
 """
 
 from __future__ import annotations
