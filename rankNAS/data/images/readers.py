@@ -134,9 +134,23 @@ def _folder_images(
     labels if one folder lacks a class.
     """
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+
+    class Visible(ImageFolder):
+        """Without hidden folders and files, such as the copies in ``.ipynb_checkpoints``."""
+
+        def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+            names = [name for name in find_classes(directory)[0] if not _is_hidden(name)]
+            if not names:
+                raise FileNotFoundError("it has no folder of a class")
+            return names, {name: label for label, name in enumerate(names)}
+
+    def is_image(path: str) -> bool:
+        shown = not any(map(_is_hidden, Path(path).relative_to(folder).parts))
+        return shown and path.lower().endswith(IMG_EXTENSIONS)
 
     try:
-        found = ImageFolder(str(folder))
+        found = Visible(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} is not one folder of images per class ({error}); "
@@ -151,6 +165,11 @@ def _folder_images(
         )
     samples = [(EncodedImage(path, path), known[found.classes[i]]) for path, i in found.samples]
     return samples, known
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether programs make files and folders of this name beside those of the user."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _file_parts(paths: Sequence[str], root: Path) -> Iterable[bytes]:
