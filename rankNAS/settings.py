@@ -86,9 +86,9 @@ class Settings:
             )
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: object) -> None:
     """Raise a UsageError unless a random seed is a whole number that all libraries take."""
-    if not isinstance(seed, Integral) or not 0 <= seed <= LARGEST_SEED:
+    if not isinstance(seed, Integral) or not 0 <= int(seed) <= LARGEST_SEED:
         raise UsageError(
             f"`seed` must be a whole number from 0 to {LARGEST_SEED}, got {str(seed)[:40]}."
         )

@@ -150,7 +150,8 @@ class Parallel(Executor):
         threads = _threads(self.workers)
         resources = {"CPU": float(threads if self.workers.address else 1)}
         if self.workers.gpus:
-            self.workers.check_gpus(ray.cluster_resources().get("GPU", 0.0))
+            present: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            self.workers.check_gpus(present.get("GPU", 0.0))
             resources["GPU"] = self.workers.gpus
         elif evaluator.device != "cpu":
             logger.warning("workers get no GPU, but are to run on %s", evaluator.device)

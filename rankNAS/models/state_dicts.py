@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rankNAS.exceptions import WeightsError
 
@@ -120,8 +121,7 @@ class _Names:
 
 def _shape(value: Any) -> tuple[int, ...] | None:
     """The shape of a tensor; None for a lazy one and for other values."""
-    lazy = isinstance(value, nn.parameter.UninitializedTensorMixin)
-    return None if lazy or not isinstance(value, Tensor) else tuple(value.shape)
+    return None if not isinstance(value, Tensor) or is_lazy(value) else tuple(value.shape)
 
 
 def _entries(
