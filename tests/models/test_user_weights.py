@@ -146,7 +146,8 @@ def test_versions_of_modules_move_with_their_names(tmp_path: Path) -> None:
 
 
 def write_parts(folder: Path, suffix: str) -> Path:
-    names, where = sorted(state()), {}
+    names = sorted(state())
+    where: dict[str, str] = {}
     for i in range(2):
         file = f"part-{i}{suffix}"
         part = {name: state()[name] for name in names[i::2]}
