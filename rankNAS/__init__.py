@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.hw_models import CallableModel, HardwareModel
     from rankNAS.models.artifact import load
+    from rankNAS.models.weights import load_weights
     from rankNAS.objectives import Objective
     from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
     from rankNAS.settings import Settings
@@ -56,6 +57,7 @@ _HOMES = {
     "infer_task": "tasks.infer",
     "load": "models.artifact",
     "load_data": "data.loading",
+    "load_weights": "models.weights",
     "save": "compressor",
     "search": "engine",
 }
@@ -86,6 +88,7 @@ __all__ = [
     "infer_task",
     "load",
     "load_data",
+    "load_weights",
     "save",
     "search",
 ]

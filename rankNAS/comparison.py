@@ -35,7 +35,7 @@ from rankNAS.pipeline import prepare, requests
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Key, Row, with_current_columns
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.settings import Settings
+from rankNAS.settings import Settings, check_device, check_seed
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
@@ -119,6 +119,10 @@ def compare(
         >>> rows.strategy.tolist()
         ['dense', 'uniform', 'energy', 'dense', 'uniform', 'energy']
     """
+    check_device(device)
+    seeds = list(seeds)
+    for seed in seeds:
+        check_seed(seed)
     plan = _Plan(
         model=model,
         data=load_data(data),

@@ -21,7 +21,7 @@ from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.pipeline import prepare
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.settings import Settings, study_identity
+from rankNAS.settings import Settings, check_device, check_seed, study_identity
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
@@ -96,7 +96,7 @@ def search(
         DataError: Data that is missing or does not fit the model.
         ObjectiveError: Three trials in a row failed.
         StudyError: The study exists and `resume` is false, or its configuration differs.
-        UsageError: The strategy cannot do what is asked.
+        UsageError: The strategy cannot do what is asked, or the seed or the device is none.
 
     Example:
         >>> import torch
@@ -112,6 +112,8 @@ def search(
     settings = settings or Settings()
     workers = Workers(workers) if isinstance(workers, int) else workers
     started = time.perf_counter()
+    check_seed(seed)
+    check_device(device)
     chosen = make_strategy(strategy)
     for objective in objectives or ():
         make_objective(objective, None if task is None else make_task(task))

@@ -28,6 +28,7 @@ __all__ = [
     "UsageError",
     "WeightsError",
     "WriteError",
+    "shortened",
 ]
 
 
@@ -101,3 +102,18 @@ class WriteError(UsageError, OSError):
     """
 
     __str__ = Exception.__str__  # OSError would print errno and strerror instead
+
+
+def shortened(text: str, length: int = 500) -> str:
+    """A text as one line, without its middle if it is too long.
+
+    >>> shortened("no   room")
+    'no room'
+    >>> len(shortened(5000 * "x"))
+    500
+    """
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    end = length // 4
+    return f"{line[: length - end - 3]} … {line[-end:]}"

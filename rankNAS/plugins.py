@@ -1,6 +1,9 @@
 """Plug-ins: callables from user files, ``path/to/file.py:name``.
 
-Data factories, objectives, models and hardware models can be given in this form.
+Data factories, objectives, models and hardware models can be given in this form. A file imports
+other files of its folder by their names, as a script does. The files of one folder share them;
+other folders, libraries and the rest of the program never find them: outside of these imports, a
+neighbour has a name of its own in `sys.modules`.
 """
 
 from __future__ import annotations
@@ -9,16 +12,23 @@ import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 
-__all__ = ["MODULE_PREFIX", "is_plugin", "load_callable"]
+__all__ = ["MODULE_PREFIX", "is_plugin", "load_callable", "neighbours_of"]
 
 MODULE_PREFIX = "rankNAS_plugin_"  # prefix of modules imported from files
+INSTALLED = {"site-packages", "dist-packages"}
+_folders: dict[str, Path] = {}  # by name of a module: its folder
+_neighbours: dict[Path, dict[str, ModuleType]] = {}  # by folder: its modules, by their own names
+_open: list[Path] = []  # folders whose files can import each other now
 
 
 def is_plugin(spec: str) -> bool:
@@ -59,6 +69,21 @@ def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]  # callable() narrows Any to nothing more
 
 
+@contextmanager
+def neighbours_of(function: Callable[..., Any]) -> Iterator[None]:
+    """Context for a call of a callable from a file, which may import neighbours as it runs.
+
+    Args:
+        function: From `load_callable`; the context does nothing for any other.
+    """
+    folder = _folders.get(getattr(function, "__module__", None) or "")
+    if folder is None:
+        yield
+    else:
+        with _importing_from(folder):
+            yield
+
+
 def _import_file(path: Path, kind: str) -> ModuleType:
     """The module in ``path``, imported again only if its content has changed."""
     try:
@@ -82,8 +107,10 @@ def _execute(name: str, path: Path, kind: str) -> ModuleType:
         raise UsageError(f"cannot import {path} for the {kind}; give a Python source file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up the module during execution
+    _folders[name] = path.resolve().parent
     try:
-        spec.loader.exec_module(module)
+        with _importing_from(_folders[name]):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(
@@ -102,3 +129,107 @@ def _own_callables(module: ModuleType) -> list[str]:
         and callable(value)
         and getattr(value, "__module__", None) == module.__name__
     ]
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Context in which the files of a folder import each other by name."""
+    if folder in _open:
+        yield
+        return
+    own, finder = _neighbours.setdefault(folder, {}), _Finder(folder)
+    others = _others(folder)
+    for name in others:
+        del sys.modules[name]
+    sys.modules.update(own)
+    sys.meta_path.insert(0, finder)
+    _open.append(folder)
+    try:
+        yield
+    finally:
+        _open.remove(folder)
+        sys.meta_path.remove(finder)
+        roots = finder.found | {name.partition(".")[0] for name in own}
+        for name in [name for name in sys.modules if name.partition(".")[0] in roots]:
+            module = sys.modules.pop(name)
+            if name not in own:
+                own[name] = module
+                _rename(module, name, folder)
+        sys.modules.update(others)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the files of a folder, for imports in files of that folder alone.
+
+    Libraries that are imported meanwhile do not find them, whatever their names are, and no file
+    takes the place of a module of Python itself.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The file of a module without a package, if a file of the folder imports it."""
+        if path is not None or name in sys.stdlib_module_names or not self._is_asked():
+            return None
+        spec = PathFinder.find_spec(name, [str(self.folder)])
+        # A folder without __init__.py is a package only if there is no other of this name.
+        if spec is None or (spec.origin is None and PathFinder.find_spec(name) is not None):
+            return None
+        self.found.add(name)
+        return spec
+
+    def _is_asked(self) -> bool:
+        """Whether the import statement is in a file of the folder."""
+        frame = sys._getframe(2)
+        machinery = ("<frozen importlib", os.path.dirname(importlib.__file__ or "importlib"))
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(machinery):
+            frame = frame.f_back
+        return _is_inside(frame.f_globals.get("__file__"), self.folder)
+
+
+def _others(folder: Path) -> dict[str, ModuleType]:
+    """Imported modules of other folders that have the name of a file of this one."""
+    here = {entry.name.removesuffix(".py") for entry in os.scandir(folder)}
+    here -= {__name__.partition(".")[0], "__main__", *sys.stdlib_module_names}
+    taken = set()
+    for name in here & sys.modules.keys():
+        module = sys.modules[name]
+        file = getattr(module, "__file__", None) or next(
+            iter(getattr(module, "__path__", ())), None
+        )
+        if file and not _is_inside(file, folder) and INSTALLED.isdisjoint(Path(file).parts):
+            taken.add(name)
+    return {n: module for n, module in sys.modules.items() if n.partition(".")[0] in taken}
+
+
+def _is_inside(file: str | None, folder: Path) -> bool:
+    """Whether a file belongs to a folder, and not to a library installed below it."""
+    if not file:
+        return False
+    path = Path(file).resolve()
+    return path.is_relative_to(folder) and INSTALLED.isdisjoint(path.relative_to(folder).parts)
+
+
+def _rename(module: ModuleType, name: str, folder: Path) -> None:
+    """Give a neighbour a name that no other module has, under which its objects pickle."""
+    new = f"{MODULE_PREFIX}{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}_{name}"
+    sys.modules[new] = module
+    _folders[new] = folder
+    module.__name__ = new
+    if module.__spec__ is not None:
+        module.__spec__.name = new
+        module.__package__ = module.__spec__.parent
+    _rename_objects(module, name, new)
+
+
+def _rename_objects(owner: ModuleType | type, old: str, new: str) -> None:
+    """Replace the module's name in its classes and functions."""
+    for value in list(vars(owner).values()):
+        if isinstance(value, type | FunctionType) and value.__module__ == old:
+            value.__module__ = new
+            if isinstance(value, type):
+                _rename_objects(value, old, new)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankNAS.data.base import Data
@@ -19,7 +21,9 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies.base import Strategy
 from rankNAS.tasks.base import Task
 
-__all__ = ["Settings", "study_identity"]
+__all__ = ["Settings", "check_device", "check_seed", "study_identity"]
+
+LARGEST_SEED = 2**32 - 1  # that all libraries take
 
 
 @renamed(metric="norm")
@@ -80,6 +84,28 @@ class Settings:
                 "early stopping compares trials after some of their epochs; let them train for "
                 "two or more, or leave it out."
             )
+
+
+def check_seed(seed: object) -> None:
+    """Raise a UsageError unless a random seed is a whole number that all libraries take."""
+    if not isinstance(seed, Integral) or not 0 <= int(seed) <= LARGEST_SEED:
+        raise UsageError(
+            f"`seed` must be a whole number from 0 to {LARGEST_SEED}, got {str(seed)[:40]}."
+        )
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a UsageError unless networks can run on a device here."""
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # every backend raises its own kind
+        why = str(error).partition("\n")[0].rstrip(".")[:200]
+        raise UsageError(
+            f"`device` {str(device)!r} cannot be used on this machine ({why}); give cpu, or a "
+            "device that PyTorch finds here, such as cuda or cuda:1."
+        ) from error
+    if torch.device(device).type == "meta":
+        raise UsageError("`device` meta holds no values; give cpu, or a GPU such as cuda.")
 
 
 def study_identity(

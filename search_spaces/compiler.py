@@ -25,7 +25,7 @@ from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 from rankNAS.trees import Inputs, size_of, tensors
 
-__all__ = ["compile_space", "count_macs"]
+__all__ = ["check_patterns", "compile_space", "count_macs"]
 
 MIN_WEIGHTS = 1024  # smaller layers stay dense
 
@@ -55,7 +55,8 @@ def compile_space(
         the reasons.
 
     Raises:
-        UsageError: The model fails on the example inputs, or no layer can be decomposed.
+        UsageError: The model fails on the example inputs, no layer can be decomposed, or an
+            expression of ``exclude`` is no regular expression.
 
     Example:
         >>> import torch
@@ -68,6 +69,7 @@ def compile_space(
         >>> space.layers["0"][Choice("svd", (8,))].macs
         1024
     """
+    check_patterns(exclude)
     model = separate_attention(model)
     policy = policy or RankPolicy()
     calls, total = _trace(model, example_inputs)
@@ -91,6 +93,19 @@ def compile_space(
     return SearchSpace(
         layers, tuple(skipped), _rest(model, layers, total), _shape_of(example_inputs)
     )
+
+
+def check_patterns(exclude: Sequence[str]) -> None:
+    """Raise a UsageError unless all texts are regular expressions."""
+    for pattern in exclude:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UsageError(
+                f"`exclude` {pattern[:100]!r} is no regular expression ({error}); give one such "
+                r"as 'layer4' or '^head\.', with \ before each of ()[]{{}}.*+?^$| that is meant "
+                "literally."
+            ) from None
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:

@@ -78,6 +78,8 @@ class RankPolicy:
                 "`latency_tolerance` must be a fraction from 0, or None, "
                 f"got {self.latency_tolerance}."
             )
+        if not self.operators:
+            raise UsageError(f"`operators` is empty; give some of {', '.join(OPERATORS)}.")
         if self.cost not in COSTS:
             raise UnknownNameError("cost", self.cost, COSTS)
         for operator in self.operators:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -439,3 +440,24 @@ def test_trainings_that_cannot_be_are_refused(small_net: nn.Module, small_data: 
     settings = rankNAS.Settings(calibration=64, validation=50, recovery=TrainingConfig(1))
     with pytest.raises(UsageError, match="leave `Settings.recovery` out"):
         rankNAS.compare(small_net, small_data, ["energy"], [{"macs": 0.5}], [0], settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, "`seed` must be a whole number from 0 to 4294967295, got -1"),
+        ({"seed": 10**24}, "`seed` must be a whole number"),
+        ({"seed": 0.5}, "`seed` must be a whole number"),
+        ({"device": "banana"}, "`device` 'banana' cannot be used on this machine"),
+        ({"device": "cuda:99"}, "`device` 'cuda:99' cannot be used on this machine"),
+    ],
+)
+def test_nonsense_ends_before_any_work(options: dict[str, Any], message: str) -> None:
+    def untouched(*given: object) -> nn.Module:
+        raise AssertionError("it was read")
+
+    with pytest.raises(UsageError, match=message):
+        search(untouched, "imagefolder:nowhere", **options)  # type: ignore[arg-type]
+    given = {"seeds": [options.get("seed", 0)], "device": options.get("device", "cpu")}
+    with pytest.raises(UsageError, match=message):
+        rankNAS.compare(untouched, "imagefolder:nowhere", ["solve"], [{"macs": 0.5}], **given)

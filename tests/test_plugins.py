@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.plugins import is_plugin, load_callable
+from rankNAS.execution.sharing import sending
+from rankNAS.plugins import MODULE_PREFIX, is_plugin, load_callable, neighbours_of
 
 
 def write(folder: Path, content: str, name: str = "user.py") -> Path:
@@ -107,3 +111,122 @@ def test_an_exception_in_the_file_is_named_each_time(
     for _ in range(2):  # a module that failed must not stay half-imported
         with pytest.raises(UsageError, match=rf"user\.py raised {raised}"):
             load_callable(f"{path}:f")
+
+
+# --------------------------------------------------------------------------------- neighbours
+
+
+def write_project(folder: Path, value: int) -> str:
+    """A file that imports neighbours: files, packages, and one as it runs."""
+    (folder / "nets" / "inner").mkdir(parents=True)
+    write(folder, f"VALUE = {value}\nclass Block:\n    value = VALUE\n", "blocks.py")
+    write(
+        folder / "nets", "from .inner.deep import deep\nfrom blocks import VALUE\n", "__init__.py"
+    )
+    write(folder / "nets", "LATE = 5\n", "late.py")
+    write(
+        folder / "nets" / "inner",
+        "def deep():\n    from ..late import LATE\n    return LATE\n",
+        "deep.py",
+    )
+    write(folder, "def later():\n    return 'later'\n", "later.py")
+    content = (
+        "import json\nimport blocks\nimport nets.inner.deep as d\nfrom blocks import Block\n"
+        "from nets import VALUE, deep\n"
+        "def net():\n    import later\n"
+        "    return Block(), blocks.VALUE, VALUE, deep() + d.deep(), later.later()\n"
+    )
+    return f"{write(folder, content, 'models.py')}:net"
+
+
+def test_neighbours_are_imported_and_folders_do_not_mix(tmp_path: Path) -> None:
+    made = []
+    for value, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        factory = load_callable(write_project(tmp_path / name, value))
+        before = dict(sys.modules)
+        with neighbours_of(factory):
+            block, *values = factory()
+        assert values == [value, value, 10, "later"] and block.value == value
+        assert {n for n in sys.modules if n not in before} <= {
+            n for n in sys.modules if n.startswith(MODULE_PREFIX)
+        }
+        made.append(block)
+    assert not {"blocks", "nets", "nets.inner", "later", "models"} & sys.modules.keys()
+    for block in made:
+        again = pickle.loads(pickle.dumps(block))
+        assert type(again) is type(block) and again.value == block.value
+
+
+def test_files_of_one_folder_share_their_neighbours(tmp_path: Path) -> None:
+    write(tmp_path, "class Block:\n    pass\n", "blocks.py")
+    paths = [write(tmp_path, "from blocks import Block\n", f"{name}.py") for name in "ab"]
+    first, second = (load_callable(f"{path}:Block") for path in paths)
+    assert first is second
+
+
+def test_neighbours_shadow_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of Python stay, and a library finds its own, whatever is in the user's folder."""
+    library, user = tmp_path / "site-packages", tmp_path / "user"
+    library.mkdir()
+    user.mkdir()
+    write(
+        library,
+        "import plugin_test_helper\nNAME = plugin_test_helper.NAME\n",
+        "plugin_test_lib.py",
+    )
+    write(library, "NAME = 'of the library'\n", "plugin_test_helper.py")
+    monkeypatch.syspath_prepend(str(library))
+    for name in ("plugin_test_helper", "tabnanny", "math"):
+        write(user, "NAME = 'of the user'\n", f"{name}.py")
+    write(
+        user,
+        "import math, tabnanny, plugin_test_lib\n"
+        "def names():\n    return plugin_test_lib.NAME, hasattr(tabnanny, 'check'), math.pi\n",
+        "mine.py",
+    )
+    assert load_callable(f"{user}/mine.py:names")() == ("of the library", True, math.pi)
+    other = write(
+        user, "from plugin_test_helper import NAME\ndef name():\n    return NAME\n", "other.py"
+    )
+    monkeypatch.delitem(sys.modules, "plugin_test_helper")
+    assert load_callable(f"{other}:name")() == "of the user"
+    import plugin_test_helper  # type: ignore[import-not-found]
+
+    assert plugin_test_helper.NAME == "of the library"
+
+
+def test_a_module_of_another_folder_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("script", "plugin"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, f"NAME = {name!r}\n", "plugin_test_blocks.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "script"))
+    import plugin_test_blocks  # type: ignore[import-not-found]
+
+    path = write(
+        tmp_path / "plugin", "from plugin_test_blocks import NAME\ndef name():\n    return NAME\n"
+    )
+    assert load_callable(f"{path}:name")() == "plugin"
+    assert sys.modules["plugin_test_blocks"] is plugin_test_blocks
+    assert plugin_test_blocks.NAME == "script"
+
+
+def test_networks_with_neighbours_go_to_workers(tmp_path: Path) -> None:
+    """By value: a worker has neither the files nor the names."""
+    ray = pytest.importorskip("ray")
+    write(tmp_path, "class Block:\n    size = 3\ndef two():\n    return 2\n", "blocks.py")
+    path = write(
+        tmp_path,
+        "import blocks\nclass Net(blocks.Block):\n"
+        "    def run(self):\n        return self.size + blocks.two()\n",
+    )
+    network = load_callable(f"{path}:Net")()
+    with sending():
+        content = ray.cloudpickle.dumps(network)
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).run())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=content, capture_output=True, check=True, cwd="/"
+    )
+    assert done.stdout.strip() == b"5"

@@ -94,7 +94,9 @@ def _own_stdout() -> None:
 
 
 def _fail(error: Exception | str, code: int) -> None:
+    from rankNAS.exceptions import shortened
+
     notes = taken_notices()  # on the same line
     said = f" ({' '.join(notes)})" if notes else ""
-    typer.echo(f"ranknas: error: {error}{said}", err=True)
+    typer.echo(f"ranknas: error: {shortened(str(error), 3000)}{said}", err=True)
     sys.exit(code)

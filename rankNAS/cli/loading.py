@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from rankNAS.objectives import make_objective
 from rankNAS.plugins import is_plugin
 from rankNAS.recovery.config import TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.compiler import check_patterns, compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
 from rankNAS.search_spaces.zoo.external import wants_classes
-from rankNAS.settings import Settings
+from rankNAS.settings import Settings, check_device
 from rankNAS.strategies.tables import build_problem
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.classification import Classification
@@ -66,6 +67,7 @@ def check_options(options: ModelOptions) -> Settings:
         UsageError: An option is wrong.
     """
     _ = options.budgets
+    check_device(options.device)
     make_hardware(options.hardware, strict=options.strict_hw)
     task = None if options.task is None else make_task(options.task)
     for objective in options.objective:
@@ -78,6 +80,8 @@ def check_options(options: ModelOptions) -> Settings:
         require_speedup=options.require_speedup,
     )
     if isinstance(options, SearchOptions):
+        _check_storage(options.storage)
+        workers_of(options)
         own = {
             "early_stopping": options.early_stopping,
             "recovery": training_config(options, options.trial_epochs),
@@ -104,9 +108,16 @@ def workers_of(options: SearchOptions) -> Workers:
 
 
 def rank_policy(options: SpaceOptions) -> RankPolicy:
-    """The rank policy named by the options."""
+    """The rank policy named by the options; checks the layers to exclude, too.
+
+    Raises:
+        UsageError: An operator is unknown, or an expression of ``--exclude`` is none.
+    """
+    check_patterns(options.exclude)
     policy, names = RankPolicy(options.candidates, options.multiple_of), options.operators
-    return replace(policy, operators=tuple(names.split(","))) if names else policy
+    if names is None:
+        return policy
+    return replace(policy, operators=tuple(filter(None, map(str.strip, names.split(",")))))
 
 
 def image_side(space: str, image_size: int | None) -> int:
@@ -128,6 +139,15 @@ def check_writable(folder: Path) -> None:
         ) from None
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise UsageError(f"the folder {str(folder)!r} cannot be written; give another --out.")
+
+
+def _check_storage(storage: str | None) -> None:
+    """Raise a UsageError for a storage in memory, of which nothing would be left."""
+    if re.fullmatch(r"sqlite(\+\w+)?://(/(:memory:)?)?(\?.*)?", storage or ""):
+        raise UsageError(
+            f"`--storage` {storage} keeps a study in memory, where it ends with the search; give "
+            "sqlite:///FILE.db, or leave it out for study.db in the study's folder."
+        )
 
 
 def _exists(path: Path) -> bool:

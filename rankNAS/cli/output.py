@@ -68,15 +68,15 @@ def progress_display(quiet: bool) -> Iterator[ProgressDisplay]:
         yield ProgressDisplay(None)
         return
     columns = (
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<10}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=_console(stderr=True)) as progress:
         yield ProgressDisplay(progress)
 
 
@@ -94,9 +94,13 @@ def print_table(
         table.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
-    console = Console()
-    width = None if console.is_terminal else 140
-    Console(width=width, highlight=False).print(table)
+    width = None if Console().is_terminal else 140
+    _console(width=width, highlight=False).print(table)
+
+
+def _console(**options: Any) -> Console:
+    """A console that prints text as it is: ``[/red]`` may be the name of a layer."""
+    return Console(markup=False, emoji=False, **options)
 
 
 def number(value: float) -> str:

@@ -20,7 +20,7 @@ from rankNAS.data.images.readers import READERS
 from rankNAS.data.labels import stored_labels
 from rankNAS.data.samples import Samples, Source
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError
-from rankNAS.plugins import is_plugin, load_callable
+from rankNAS.plugins import is_plugin, load_callable, neighbours_of
 from rankNAS.trees import named_tensors
 
 __all__ = ["DataSource", "load_data"]
@@ -98,7 +98,8 @@ def _from_factory(source: str) -> Data:
     """The data that a user's function returns."""
     factory = load_callable(source, "data factory")
     try:
-        made = factory()
+        with neighbours_of(factory):
+            made = factory()
     except RankNASError:
         raise
     except Exception as error:

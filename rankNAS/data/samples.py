@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rankNAS.data.items import Batch, Collate
+from rankNAS.data.items import Batch, Collate, shapes_of
 from rankNAS.data.stores import Store, store_of, subset_of
 from rankNAS.exceptions import DataError
 from rankNAS.trees import count_bytes
@@ -179,6 +179,16 @@ class Samples:
         """A batch of the first samples: `count`, or fewer where their shapes differ."""
         first = self._store.groups(self._order)[0]
         return self._store.gather(first[:count], device)
+
+    def kinds(self, most: int) -> list[tuple[int, Batch]]:
+        """One sample of each shape with its row in the source; the first `most` shapes."""
+        found: dict[Any, tuple[int, Batch]] = {}
+        for group in self._store.groups(self._order):
+            if len(found) == most:
+                break
+            batch = self._store.gather(group[:1], "cpu")
+            found.setdefault(shapes_of(batch), (int(group[0]), batch))
+        return list(found.values())
 
     def take(self, wanted: Tensor) -> Samples:
         """The samples at some positions (n,), in this order; nothing is copied."""

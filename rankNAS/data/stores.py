@@ -21,8 +21,8 @@ from torch.utils.data import (
 
 from rankNAS.data.images.dataset import Images
 from rankNAS.data.items import Batch, Collate, as_tensors, shapes_of, stacked
-from rankNAS.exceptions import DataError
-from rankNAS.trees import count_bytes, map_children, rows, size_of, to_device
+from rankNAS.exceptions import DataError, RankNASError, shortened
+from rankNAS.trees import count_bytes, map_children, named_tensors, rows, size_of, to_device
 
 __all__ = ["Store", "store_of"]
 
@@ -73,7 +73,7 @@ class _Items(Store):
         return len(self.source)
 
     def item(self, row: int) -> Any:
-        return as_tensors(self.source[row], f"item {row} of the {self._where} split")
+        return as_tensors(self._read(row), self._name(row))
 
     def groups(self, order: Tensor) -> list[Tensor]:
         if self._collate is not None or self._alike(order):
@@ -84,17 +84,28 @@ class _Items(Store):
         if isinstance(self.source, Images):
             return self.source.batch(wanted, device)
         if self._collate is None:
-            return to_device(self._stacked([self.item(row) for row in wanted.tolist()]), device)
-        items = [self.source[row] for row in wanted.tolist()]
-        return to_device(
-            as_tensors(self._collate(items), "a batch of the collate function"), device
-        )
+            return to_device(self._stacked(wanted.tolist()), device)
+        return to_device(self._collated(wanted.tolist(), self._collate), device)
 
     def kept(self, order: Tensor) -> Store:
         if self._collate is None and len(self.groups(order)) == 1:
             return _Stacked(self.gather(order, "cpu"))
-        items = [self.source[row] for row in order.tolist()]
+        items = [self._read(row) for row in order.tolist()]
         return _Items(items, self._collate, self._where)
+
+    def _name(self, row: int) -> str:
+        return f"item {row} of the {self._where} split"
+
+    def _read(self, row: int) -> Any:
+        """One item as the data set gives it."""
+        try:
+            return self.source[row]
+        except RankNASError:
+            raise
+        except Exception as error:  # a user's data set can raise any error
+            raise DataError(
+                f"{self._name(row)} cannot be read ({_cause(error)}); mend or remove it."
+            ) from error
 
     def _alike(self, order: Tensor) -> bool:
         """Whether the items have equal shapes: all in memory, or else 8 evenly spaced ones."""
@@ -105,14 +116,34 @@ class _Items(Store):
             chosen = order[torch.arange(8) * (len(order) - 1) // 7]
         return len({self._shape(row) for row in chosen.tolist()}) == 1
 
-    def _stacked(self, items: list[Any]) -> Batch:
+    def _stacked(self, wanted: Sequence[int]) -> Batch:
+        items = [self.item(row) for row in wanted]
         try:
             return stacked(items)
-        except RuntimeError as error:
+        except (RuntimeError, DataError) as error:
+            own = [shapes_of(item) for item in items]
+            other = next((i for i, shapes in enumerate(own) if shapes != own[0]), None)
+            if other is None:
+                raise
             raise DataError(
-                f"items of the {self._where} split differ in shape: {error}; give a `collate_fn` "
-                "that makes them equal, or a list of items."
+                f"items of the {self._where} split differ in shape: item {wanted[other]} has "
+                f"{_shown(items[other])}, but item {wanted[0]} has {_shown(items[0])}; make them "
+                "equal (resize and crop images, pad text), or give a `collate_fn` that does."
             ) from error
+
+    def _collated(self, wanted: Sequence[int], collate: Collate) -> Batch:
+        items = [self._read(row) for row in wanted]
+        try:
+            batch = collate(items)
+        except RankNASError:
+            raise
+        except Exception as error:  # a user's function can raise any error
+            named = ", ".join(map(str, wanted[:8])) + ", …" * (len(wanted) > 8)
+            raise DataError(
+                f"the collate function raised {_cause(error)} for the items {named} of the "
+                f"{self._where} split; it must take any list of items."
+            ) from error
+        return as_tensors(batch, "a batch of the collate function")
 
     def _shape(self, row: int) -> Any:
         if row not in self._shapes:
@@ -265,7 +296,7 @@ def _read(source: Iterable[Any], where: str) -> Store:
 def _bounded(source: Iterable[Any], where: str) -> Iterator[Any]:
     """What an iterable yields; raises an error instead of filling the memory."""
     total = 0
-    for part in source:
+    for part in _parts(source, where):
         total += count_bytes(as_tensors(part, f"a part of the {where} split"))
         if total > MOST_BYTES:
             raise DataError(
@@ -273,6 +304,35 @@ def _bounded(source: Iterable[Any], where: str) -> Iterator[Any]:
                 "would have to stay in memory; give a map-style data set, or fewer batches."
             )
         yield part
+
+
+def _parts(source: Iterable[Any], where: str) -> Iterator[Any]:
+    """What an iterable yields; an error in it names the place."""
+    iterator, number = iter(source), 0
+    while True:
+        try:
+            part = next(iterator)
+        except StopIteration:
+            return
+        except RankNASError:
+            raise
+        except Exception as error:  # a user's data set can raise any error
+            raise DataError(
+                f"part {number} of the {where} split cannot be read ({_cause(error)}); mend the "
+                "data, or leave it out."
+            ) from error
+        yield part
+        number += 1
+
+
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {shortened(str(error), 300)}"
+
+
+def _shown(item: Any) -> str:
+    """The shapes of the tensors of an item, in words."""
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in named_tensors(item)]
+    return ", ".join(f"{name} {shape}" if name else f"{shape}" for name, shape in shapes)
 
 
 def _grouped(order: Tensor, key: Callable[[int], Any]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import shutil
@@ -53,11 +54,12 @@ class Workers:
         count: Number of workers. One worker without a timeout needs no Ray.
         address: Address of a Ray cluster to join: ``auto``, or ``HOST:PORT``. None starts Ray
             locally and stops it at the end.
-        gpus: GPUs per worker; workers with a fraction share a GPU.
+        gpus: GPUs per worker, a whole number or a fraction below 1; workers with a fraction share
+            a GPU.
         timeout: Seconds after which a trial is aborted.
 
     Raises:
-        UsageError: Fewer than one worker, or a negative number.
+        UsageError: Fewer than one worker, a negative number, or more GPUs than this machine has.
     """
 
     count: int = 1
@@ -68,15 +70,38 @@ class Workers:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise UsageError(f"`workers` must be at least 1, got {self.count}.")
-        if self.gpus < 0:
+        if not self.gpus >= 0:
             raise UsageError(f"`gpus_per_trial` must not be negative, got {self.gpus:g}.")
         if self.timeout is not None and not self.timeout > 0:
             raise UsageError(f"`trial_timeout` must be positive, got {self.timeout:g} seconds.")
+        if self.gpus > 1 and not float(self.gpus).is_integer():
+            raise UsageError(
+                "`gpus_per_trial` must be a whole number or a fraction below 1, got "
+                f"{self.gpus:g}."
+            )
+        if self.gpus and self.address is None and not _ray_runs():
+            self.check_gpus(torch.cuda.device_count())
 
     @property
     def parallel(self) -> bool:
         """Whether Ray is needed."""
         return self.count > 1 or self.address is not None or self.timeout is not None
+
+    def check_gpus(self, present: float) -> None:
+        """Raise a UsageError unless so many GPUs are enough; Ray would wait for more for ever."""
+        sharing = math.floor(1 / self.gpus + 1e-9)  # workers that share one GPU
+        places = int(present) * sharing if self.gpus < 1 else present // self.gpus
+        if places < self.count:
+            raise UsageError(
+                f"`workers` {self.count} with `gpus_per_trial` {self.gpus:g} need more GPUs than "
+                f"the {present:g} there are; give fewer workers, or less of a GPU to each."
+            )
+
+
+def _ray_runs() -> bool:
+    """Whether Ray is running already, whose own count of GPUs then holds."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 class Parallel(Executor):
@@ -125,6 +150,8 @@ class Parallel(Executor):
         threads = _threads(self.workers)
         resources = {"CPU": float(threads if self.workers.address else 1)}
         if self.workers.gpus:
+            present: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            self.workers.check_gpus(present.get("GPU", 0.0))
             resources["GPU"] = self.workers.gpus
         elif evaluator.device != "cpu":
             logger.warning("workers get no GPU, but are to run on %s", evaluator.device)

@@ -19,7 +19,7 @@ import torch
 from rankNAS.allocation import Allocation
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PrunedError
-from rankNAS.exceptions import ObjectiveError, RankNASError
+from rankNAS.exceptions import ObjectiveError, RankNASError, shortened
 from rankNAS.storage.store import Claim
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Problem
@@ -188,6 +188,7 @@ class _Loop:
     refused: int = 0
     best: Trial | None = None
     looked: float = -np.inf
+    unsaid: list[str] = field(default_factory=list)  # reasons of the latest failures
 
     def run(self) -> None:
         self.study.store.history()
@@ -202,6 +203,8 @@ class _Loop:
         except BaseException:
             self.study.store.interrupt(self.running)
             raise
+        finally:
+            self.report()
 
     def history(self) -> History:
         """All trials as of the last claim; outdated claims are not granted."""
@@ -277,8 +280,10 @@ class _Loop:
         claim = outcome.evaluation.claim
         self.running.remove(claim)
         if outcome.state == "failed":
-            logger.warning("a trial failed: %s", outcome.reason)
-        elif outcome.state == "complete":
+            self.unsaid.append(outcome.reason)
+        else:
+            self.report()
+        if outcome.state == "complete":
             self.study.evaluator.remember(
                 claim.allocation, outcome.metrics, final=outcome.evaluation.final
             )
@@ -288,10 +293,21 @@ class _Loop:
             self.on_trial(history.found[claim.allocation], self.best_of(history))
         last = history.trials[-FAILURES:]
         if len(last) == FAILURES and all(t.state == "failed" for t in last):
+            self.unsaid = [reason for reason in self.unsaid if reason != last[-1].reason]
             raise ObjectiveError(
                 f"{FAILURES} trials in a row failed, so the search stops; the last: "
-                f"{last[-1].reason}"
+                f"{shortened(last[-1].reason)}"
             )
+
+    def report(self) -> None:
+        """Log the failures since the last call, each reason once.
+
+        They are held back until a trial succeeds, because the error that stops a search states
+        the same reason.
+        """
+        for reason in dict.fromkeys(self.unsaid):
+            logger.warning("a trial failed: %s", shortened(reason))
+        self.unsaid.clear()
 
     def record(
         self,

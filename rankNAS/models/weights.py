@@ -5,11 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import pickle
-import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.images.normalise import normalization_from_metadata
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import UsageError, WeightsError
-from rankNAS.io.checkpoints import check_archive
 from rankNAS.io.files import cache_folder
-from rankNAS.io.tensors import damaged, read_tensors, write_tensors
+from rankNAS.io.tensors import write_tensors
+from rankNAS.models.state_dicts import fitting_state
+from rankNAS.models.weight_files import read_weights
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import RECIPE_VERSION, train
 from rankNAS.search_spaces.zoo import SPACES
@@ -44,30 +42,37 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_LISTED = 3  # tensor names listed in a message; the others are counted
 
+def load_weights(model: nn.Module, file: Path | str) -> dict[str, str]:
+    """Load weights from a file into a model, all or nothing. No code of the file runs.
 
-def load_weights(model: nn.Module, path: Path | str) -> dict[str, str]:
-    """Load a safetensors file or a torch state dict into ``model``, all or nothing.
+    The file may be a training checkpoint: the one dict of tensors in it that fits is loaded,
+    whatever its key. A prefix common to all names, such as ``module.``, is taken out or added,
+    and missing counters of batch norms (``num_batches_tracked``) are zero.
 
-    A training checkpoint with the weights under ``state_dict`` or ``model`` is accepted, and so
-    are names with the common prefix ``module.`` (``nn.DataParallel``). No code of the file runs.
+    Args:
+        model: The network; it is unchanged if the file does not fit.
+        file: A safetensors file, a torch file, the index of a file in parts (``*.index.json``),
+            or the folder of one of these.
 
     Returns:
-        The metadata of a safetensors file; empty for a torch file.
+        The metadata of a safetensors file; empty for any other.
 
     Raises:
-        WeightsError: The file is missing, damaged or no dict of tensors; its names or shapes
-            differ from those of ``model``; or a value is not finite.
+        WeightsError: The file is missing, damaged or holds no dict of tensors; its names or shapes
+            differ from those of ``model``; a value is not finite; or loading could run code.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Linear(2, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint = {"epoch": 3, "net": nn.DataParallel(model).state_dict()}
+        ...     torch.save(checkpoint, folder + "/last.pt")
+        ...     load_weights(model, folder + "/last.pt")
+        {}
     """
-    path = Path(path)
-    if not os.path.isfile(path):  # unlike Path.is_file, it accepts any text
-        raise WeightsError(f"there is no weights file {path}; check the path.")
-    if path.suffix == ".safetensors":
-        state, metadata = read_tensors(path)
-    else:
-        state, metadata = _read_torch(path), {}
-    load_state(model, state, source=str(path))
+    content, metadata = read_weights(file)
+    load_state(model, content, source=str(file))
     return metadata
 
 
@@ -86,26 +91,32 @@ def recorded_normalization(path: Path | str) -> str | None:
     return next(filter(None, map(normalization_from_metadata, texts)), None)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load ``state`` into ``model`` after checking names, shapes and values.
+def load_state(model: nn.Module, content: object, *, source: str) -> None:
+    """Load the tensors in ``content`` into ``model`` after checking names, shapes and values.
 
     Args:
         model: The network; it is unchanged if a check fails.
-        state: Tensors by name, as in ``model.state_dict()``.
-        source: The name of ``state`` in messages, for example the path of a file.
+        content: Tensors by name, or a checkpoint with one dict of them; see `fitting_state`.
+        source: The name of ``content`` in messages, for example the path of a file.
 
     Raises:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
     """
-    expected = model.state_dict()
-    state = _without_prefix(state, expected)
-    _check_names(state, expected, source)
+    state, expected = fitting_state(content, model, source), model.state_dict()
     for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
+        wanted = expected[name]
+        if is_lazy(wanted):
+            continue
+        if tensor.shape != wanted.shape:
             raise WeightsError(
                 f"{source} does not fit the model: {name} has shape {tuple(tensor.shape)}, but "
-                f"the model has {tuple(expected[name].shape)}; choose the model and the number "
+                f"the model has {tuple(wanted.shape)}; choose the model and the number "
                 "of classes that the weights were made for."
+            )
+        if wanted.is_meta:
+            raise WeightsError(
+                f"{name} of the model is on the meta device, which holds no values; call "
+                "model.to_empty(device='cpu') first."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(
@@ -221,78 +232,6 @@ def _cache_key(spec: str, model: nn.Module, fingerprint: str, config: dict[str, 
     # The printed layers distinguish versions of a network in a user file.
     facts = [spec, str(model), fingerprint, config, RECIPE_VERSION]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    try:
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that are refused below
-            content = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        if "nsupported" in str(error) and _is_pickle(path):
-            raise WeightsError(
-                f"{path} was refused, because loading it could run code: it is not a plain dict "
-                "of tensors; save model.state_dict(), best as safetensors."
-            ) from error
-        raise damaged(path, error) from error
-    except Exception as error:  # invalid bytes can raise any error in the reader
-        raise damaged(path, error) from error
-    return _tensors(content, path)
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether the file starts like a pickle or a zip archive, unlike text."""
-    with path.open("rb") as file:
-        return file.read(2).startswith((b"\x80", b"PK"))
-
-
-def _tensors(content: object, path: Path) -> dict[str, Tensor]:
-    """The dict of tensors in ``content``, which may be wrapped in a training checkpoint."""
-    if isinstance(content, dict):
-        for key in ("state_dict", "model"):
-            if isinstance(content.get(key), dict):
-                content = content[key]
-                break
-    if (
-        isinstance(content, dict)
-        and content
-        and all(isinstance(name, str) for name in content)
-        and all(isinstance(value, Tensor) for value in content.values())
-    ):
-        return content
-    raise WeightsError(
-        f"{path} holds no dict of tensors, neither directly nor under 'state_dict' or 'model'; "
-        "save model.state_dict(), best as safetensors."
-    )
-
-
-def _without_prefix(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    prefix = "module."
-    wrapped = all(name.startswith(prefix) for name in state)
-    if not wrapped or any(name.startswith(prefix) for name in expected):
-        return state
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def _check_names(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
-    if missing or unexpected:
-        raise WeightsError(
-            f"{source} belongs to another model: missing {_listing(missing)}; unexpected "
-            f"{_listing(unexpected)}; choose the model that the weights were made for."
-        )
-
-
-def _listing(names: list[str]) -> str:
-    if not names:
-        return "nothing"
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _default_weights(spec: str) -> models.WeightsEnum:

@@ -23,12 +23,13 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
-from rankNAS.trees import Inputs, count_bytes, device_of, size_of, tensors
+from rankNAS.trees import Inputs, count_bytes, device_of, size_of, tensors, to_device
 
 __all__ = ["examples", "infer_task", "make_task", "resolve_task"]
 
 EXAMPLES = 64  # samples whose targets are looked at
 OUTPUT_BYTES = 64 << 20  # of their outputs
+SIZES = 5  # sizes of samples that the model is tried on
 logger = logging.getLogger(__name__)
 
 
@@ -111,6 +112,7 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         if samples is not None:
             task.check(samples, where, output)
     task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
+    _check_sizes(model, task, data.train)
     logger.info("the task is %s", task.describe())
     return task
 
@@ -154,6 +156,28 @@ def _output(model: nn.Module, inputs: Inputs) -> Any:
     finally:
         for module in training:
             module.training = True
+
+
+def _check_sizes(model: nn.Module, task: Task, samples: Samples) -> None:
+    """Raise a DataError if the model takes the first sample, but none of another size."""
+    if samples.uniform:
+        return
+    (first, example), *others = samples.kinds(SIZES)
+    for row, batch in others:
+        inputs = task.inputs_of(batch)
+        try:
+            _output(model, to_device(inputs, device_of(model)))
+        except DataError as error:
+            raise DataError(
+                f"{type(model).__name__} fails on item {row} of the train split, which has the "
+                f"shape {_shapes(inputs)}, but runs on item {first} with "
+                f"{_shapes(task.inputs_of(example))} ({error.__cause__}); make all items equal in "
+                "size: resize and crop images, or pad."
+            ) from error
+
+
+def _shapes(inputs: Inputs) -> str:
+    return " and ".join(str(tuple(tensor.shape[1:])) for tensor in tensors(inputs))
 
 
 def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Task:

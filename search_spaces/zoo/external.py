@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankNAS.exceptions import UnknownNameError, UsageError
-from rankNAS.plugins import load_callable
+from rankNAS.plugins import load_callable, neighbours_of
 
 __all__ = [
     "file_model",
@@ -107,7 +107,8 @@ def file_model(
             raise UsageError(
                 f"{spec} takes `{name}`, which the data do not have; give it a default value."
             )
-    model = factory(**{name: value for name, value in options.items() if value is not None})
+    with neighbours_of(factory):
+        model = factory(**{name: value for name, value in options.items() if value is not None})
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"{spec} returned {type(model).__name__}, but a search space is a torch.nn.Module; "

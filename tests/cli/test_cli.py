@@ -288,6 +288,18 @@ def finished(database: Path) -> int:
         (["--finetune", "1", "--learning-rate", "0"], "learning_rate is 0.0"),
         (["--hardware", "hots"], "Did you mean 'host'"),
         (["--out", "file/below"], "cannot be written"),
+        (["--seed", "-1"], "`--seed` must be from 0 to 4294967295, got -1"),
+        (["--seed", 24 * "9"], "`--seed` must be from 0 to 4294967295, got 999"),
+        (["--exclude", "("], "`exclude` '(' is no regular expression"),
+        (["--device", "banana"], "`device` 'banana' cannot be used"),
+        (["--device", "cuda:99"], "`device` 'cuda:99' cannot be used"),
+        (["--device", "meta"], "`device` meta holds no values"),
+        (["--workers", "2", "--gpus-per-trial", "300"], "need more GPUs than the"),
+        (["--gpus-per-trial", "1.5"], "a whole number or a fraction below 1, got 1.5"),
+        (["--storage", "sqlite://"], "keeps a study in memory"),
+        (["--storage", "sqlite+pysqlite:///:memory:"], "keeps a study in memory"),
+        (["--operators", ""], "`operators` is empty"),
+        (["--operators", " ,"], "`operators` is empty"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
@@ -345,6 +357,18 @@ def test_an_objective_that_fails_three_times_stops_with_its_reason(
     assert stopped.returncode == 2
     assert "3 trials in a row failed" in stopped.stderr and "nan" in stopped.stderr
     assert "Traceback" not in stopped.stderr
+
+
+def test_a_long_message_is_shortened_and_printed_once(
+    here: Run, search: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def broken(network, data):\n    raise ValueError('begin ' + 5000 * 'x' + ' end')\n"
+    )
+    stopped = here(*search, "--objective", "mine.py:broken")
+    assert stopped.returncode == 2
+    told = stopped.stdout + stopped.stderr
+    assert told.count("begin xxx") == told.count("xxx end") == 1 and told.count("x") < 1000
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,12 @@ def test_options_of_two_commands_agree() -> None:
         (["compile", "--image-size", "0"], "`--image-size` must be at least 1, got 0."),
         (["profile", "--validate", "-1"], "`--validate` must be at least 0, got -1."),
         (["dashboard", "none", "--port", "70000"], "`--port` must be from 0 to 65535, got 70000."),
+        (["profile", "--seed", "-1"], "`--seed` must be from 0 to 4294967295, got -1."),
+        (["profile", "--device", "banana"], "`device` 'banana' cannot be used on this machine"),
+        (["compare", "--device", "banana"], "`device` 'banana' cannot be used on this machine"),
+        (["compile", "--exclude", "("], "`exclude` '(' is no regular expression"),
+        (["profile", "--exclude", "("], "`exclude` '(' is no regular expression"),
+        (["compile", "--operators", ""], "`operators` is empty"),
     ],
 )
 def test_bounds_are_one_line(ranknas: Run, arguments: list[str], message: str) -> None:

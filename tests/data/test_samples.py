@@ -367,3 +367,60 @@ def test_sources_of_no_use(source: Any) -> None:
 def test_batch_sizes_of_no_use(size: int) -> None:
     with pytest.raises(DataError, match="positive"):
         Samples.of((X, Y)).batches(size)
+
+
+# --------------------------------------------------------------------------- faulty items
+
+
+class Faulty(Map):
+    """One item cannot be read."""
+
+    def __getitem__(self, row: int) -> Any:
+        if row == 7:
+            raise OSError("image file is truncated")
+        return super().__getitem__(row)
+
+
+@pytest.mark.parametrize("collate", [None, torch.utils.data.default_collate])
+def test_an_item_that_cannot_be_read_is_named(collate: Any) -> None:
+    samples = Samples.of(Subset(Faulty(), range(2, N)), collate, "train")
+    with pytest.raises(DataError, match=r"item 7 of the train split .*OSError: image file is tr"):
+        list(samples.batches(4))
+    with pytest.raises(DataError, match="item 7 of the train split cannot be read"):
+        samples.kept()
+
+
+def test_a_part_of_an_iterable_that_cannot_be_read_is_named() -> None:
+    def batches() -> Iterator[Any]:
+        yield X[:4], Y[:4]
+        raise ValueError("bad record")
+
+    with pytest.raises(DataError, match=r"part 1 of the data split .*ValueError: bad record"):
+        Samples.of(batches())
+
+
+def test_a_collate_function_that_fails_names_its_items() -> None:
+    def collate(items: list[Any]) -> Any:
+        return torch.stack([x for x, _ in items])[:, 5]
+
+    with pytest.raises(DataError, match=r"raised IndexError: .* for the items 0, 1, 2, 3 of the"):
+        next(Samples.of(Map(), collate, "data").batches(4))
+    with pytest.raises(DataError, match=r"for the items 0, 1, 2, 3, 4, 5, 6, 7, … of the"):
+        Samples.of(Map(), collate).batch()
+
+
+def test_items_of_different_sizes_are_named() -> None:
+    """A look at eight of them does not find the fourth."""
+
+    class Images(Dataset[Any]):
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, row: int) -> Any:
+            return torch.zeros(3, 8, 7 if row == 4 else 8), 0
+
+    with pytest.raises(
+        DataError,
+        match=r"item 4 has \[0\] \(3, 8, 7\), .* but item 0 has \[0\] \(3, 8, 8\).*resize",
+    ):
+        Samples.of(Images(), where="train").batch()

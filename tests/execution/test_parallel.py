@@ -19,6 +19,7 @@ from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import UsageError
+from rankNAS.execution import parallel
 from rankNAS.execution.parallel import Parallel, Workers
 from rankNAS.execution.scheduler import Evaluation, Outcome
 from rankNAS.objectives import Objective
@@ -172,8 +173,22 @@ def test_two_workers_share_a_search(cluster: str, tmp_path: Path) -> None:
         ({"count": 0}, "at least 1"),
         ({"count": 2, "gpus": -0.5}, "negative"),
         ({"count": 1, "timeout": 0.0}, "positive"),
+        ({"count": 1, "gpus": float("nan")}, "negative"),
+        ({"count": 1, "gpus": 1.5}, "a whole number or a fraction"),
     ],
 )
 def test_bad_numbers(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Workers(**arguments)  # type: ignore[arg-type]
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would wait for them for ever."""
+    monkeypatch.setattr(parallel, "_ray_runs", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for count, gpus in ((2, 1.0), (1, 2.0), (4, 0.5), (20, 0.1), (4, 0.4)):
+        Workers(count, gpus=gpus)
+    for count, gpus in ((3, 1.0), (2, 2.0), (5, 0.5), (21, 0.1), (5, 0.4)):
+        with pytest.raises(UsageError, match="need more GPUs than the 2 there are"):
+            Workers(count, gpus=gpus)
+        Workers(count, "auto", gpus)  # of a cluster, whose GPUs are not known yet

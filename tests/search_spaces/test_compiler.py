@@ -438,3 +438,9 @@ def test_seven_billion_parameters_compile_on_meta() -> None:
     assert macs == 128 * (32 * per_block + 32000 * 4096) + 32 * 2 * 128 * 128 * 4096
     assert layers == 32 * 7
     assert seconds < 10 and gigabytes < 1
+
+
+@pytest.mark.parametrize("pattern", ["(", "[a", "*", "(?P<n>x)(?P<n>y)"])
+def test_what_is_no_regular_expression(pattern: str) -> None:
+    with pytest.raises(UsageError, match="is no regular expression .*give one such as"):
+        compile_space(nn.Linear(64, 64), torch.zeros(1, 64), exclude=[pattern])

@@ -180,6 +180,8 @@ def test_bad_policies() -> None:
         RankPolicy(cost="mac")
     with pytest.raises(UnknownNameError, match="Did you mean 'tucker2'"):
         RankPolicy(operators=("tucker",))
+    with pytest.raises(UsageError, match="`operators` is empty; give some of svd, "):
+        RankPolicy(operators=())
 
 
 def test_steps_of_a_staircase_of_64() -> None:

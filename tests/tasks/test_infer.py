@@ -353,3 +353,25 @@ def test_an_iterable_without_length_works() -> None:
 def test_leaves_that_differ_in_length_are_named() -> None:
     with pytest.raises(DataError, match=r"\[0\] has 8, \[1\] has 7"):
         load_data(([(X, BITS[:7])].__iter__(), None))
+
+
+# --------------------------------------------------------------------------- sizes of samples
+
+
+def images(*sides: int) -> list[Any]:
+    return [(torch.zeros(3, side, side), i % 2) for i, side in enumerate(sides)]
+
+
+def test_a_model_of_one_size_refuses_images_of_others_by_name() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
+    with pytest.raises(
+        DataError,
+        match=r"Sequential fails on item 3 of the train split, which has the shape \(3, 6, 6\), "
+        r"but runs on item 0 with \(3, 8, 8\) \(mat1 .*\); make all items equal in size: resize",
+    ):
+        resolve_task(None, flat, load_data(images(8, 8, 8, 6, 8)))
+    resolve_task(None, flat, load_data(images(8, 8, 8)))
+    pooled = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    resolve_task(None, pooled, load_data(images(8, 8, 8, 6, 9)))

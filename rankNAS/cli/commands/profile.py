@@ -37,6 +37,7 @@ from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.settings import check_device
 from rankNAS.tasks import METRICS
 
 if TYPE_CHECKING:
@@ -51,12 +52,13 @@ def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
     """Measure, predict, and optionally validate."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    policy = rank_policy(options)
+    check_device(options.device)
     size = image_side(options.space, options.image_size)
     shape = (3, size, size)
     model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
     model = separate_attention(model).to(options.device).eval()
     inputs = torch.randn(1, *shape, device=options.device)
-    policy = rank_policy(options)
     space = compile_space(model, inputs, policy=policy, exclude=options.exclude)
     space = space.at_batch(options.batch)
     allocations = _allocations(options, space)

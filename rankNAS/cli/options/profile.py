@@ -47,7 +47,7 @@ class ProfileOptions(SpaceOptions):
         None, "Also validate on the best allocations of this study.", HARDWARE
     )
     studies: str = option(STUDIES, "Folder that contains the studies' folders.", HARDWARE)
-    seed: int = option(0, "Random seed of the allocations.", HARDWARE)
+    seed: int = option(0, "Random seed of the allocations.", HARDWARE, min=0, max=2**32 - 1)
     num_classes: int = option(10, "Number of classes of the model.", MODEL)
     device: str = option("cpu", "Device, for example cuda.", RUNNING)
 

@@ -35,7 +35,7 @@ class SearchOptions(ModelOptions):
     strategy: str = option(
         "auto", "Strategy: a name (see `ranknas strategies`) or file.py:factory.", SEARCH
     )
-    seed: int = option(0, "Random seed.", SEARCH)
+    seed: int = option(0, "Random seed.", SEARCH, min=0, max=2**32 - 1)
     study: str | None = option(None, "Name of the study. Default: a new one.", SEARCH)
     start: str | None = option(
         None,

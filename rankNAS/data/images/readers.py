@@ -130,27 +130,41 @@ def _folder_images(
 ) -> tuple[list[tuple[EncodedImage, int]], dict[str, int]]:
     """The images below ``folder`` with labels, and the label of each class.
 
+    Hidden folders and files, such as the copies in ``.ipynb_checkpoints``, are left out.
+
     ``classes`` fixes the labels if given. Separate numbering per folder would shift the
     labels if one folder lacks a class.
     """
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    def is_image(path: str) -> bool:
+        shown = not any(map(_is_hidden, Path(path).relative_to(folder).parts))
+        return shown and path.lower().endswith(IMG_EXTENSIONS)
 
     try:
-        found = ImageFolder(str(folder))
+        names = [name for name in find_classes(folder)[0] if not _is_hidden(name)]
+        if not names:
+            raise FileNotFoundError("all of its folders are hidden")
+        found = make_dataset(folder, {n: i for i, n in enumerate(names)}, is_valid_file=is_image)
     except FileNotFoundError as error:
         raise DataError(
             f"{folder} is not one folder of images per class ({error}); "
             "add images or remove what is empty."
         ) from error
-    known: dict[str, int] = found.class_to_idx if classes is None else classes
-    unknown = sorted(set(found.classes) - set(known))
+    known = {name: i for i, name in enumerate(names)} if classes is None else classes
+    unknown = sorted(set(names) - set(known))
     if unknown:
         raise DataError(
             f"{folder} has the class {unknown[0]!r}, which the training images lack; "
             "both must use the same class names."
         )
-    samples = [(EncodedImage(path, path), known[found.classes[i]]) for path, i in found.samples]
+    samples = [(EncodedImage(path, path), known[names[i]]) for path, i in found]
     return samples, known
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether programs make files and folders of this name beside those of the user."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _file_parts(paths: Sequence[str], root: Path) -> Iterable[bytes]:

@@ -263,6 +263,26 @@ def test_imagefolder_keeps_labels_when_the_test_set_lacks_a_class(tmp_path: Path
     assert data.test.source.targets.tolist() == [2, 2]
 
 
+def test_imagefolder_without_hidden_folders_and_files(tmp_path: Path) -> None:
+    """Copies that Jupyter and macOS make are neither classes nor images."""
+    for split_name in ("train", "test"):
+        fill_folder(tmp_path / split_name, "abc")
+    expected = load_data(f"imagefolder:{tmp_path}", image_size=8)
+    for name in (".ipynb_checkpoints", "__MACOSX", "a/.ipynb_checkpoints", ".cache/b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        copy = tmp_path / "train" / name / "0-checkpoint.png"
+        copy.write_bytes((tmp_path / "train" / "a" / "0.png").read_bytes())
+    (tmp_path / "train" / "b" / "._1.png").write_bytes(b"a resource fork")
+    found = load_data(f"imagefolder:{tmp_path}", image_size=8)
+    assert (len(found.train), found.num_classes) == (len(expected.train), 3)
+    assert found.fingerprint == expected.fingerprint
+    folder = tmp_path / "only" / "train" / ".hidden"
+    folder.mkdir(parents=True)
+    fill_folder(tmp_path / "only" / "test", "a")
+    with pytest.raises(DataError, match="is not one folder of images per class"):
+        load_data(f"imagefolder:{tmp_path / 'only'}")
+
+
 def test_imagefolder_unknown_class(tmp_path: Path) -> None:
     fill_folder(tmp_path / "train", "ab")
     fill_folder(tmp_path / "test", "bz")
