@@ -126,7 +126,7 @@ class _Watch(TorchFunctionMode):
     def _hooks(self, path: str, name: str | None) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: Any) -> None:
             if name is not None and name not in self.inside:
-                self.note(name, f"also called by {self.reader()} in another way than by its path")
+                self.note(name, f"called by {self.reader()} in another way than by its path")
             self._running.append(path)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -157,10 +157,11 @@ class _StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) + len(kwargs) != 1 or set(kwargs) - {"input"}:
             self._watch.note(self._name, "called with other arguments than one input")
+        layer: Any = super().__getattr__("0")
         self._watch.called[self._name] += 1
         self._watch.inside.append(self._name)
         try:
-            return super().__getattr__("0")(*args, **kwargs)
+            return layer(*args, **kwargs)
         finally:
             self._watch.inside.pop()
 

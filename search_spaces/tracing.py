@@ -207,10 +207,10 @@ def _macs(module: nn.Module, given: tuple[Any, ...]) -> int | None:
     """
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         x: Tensor = given[0].data if isinstance(given[0], PackedSequence) else given[0]
-        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
-        return x.numel() // x.shape[-1] * weights
+        positions: int = x.numel() // x.shape[-1]
+        return positions * sum(p.numel() for p in module.parameters() if p.dim() == 2)
     if isinstance(module, nn.Bilinear):
-        return math.prod(given[0].shape[:-1]) * module.weight.numel()
+        return int(math.prod(given[0].shape[:-1])) * module.weight.numel()
     return None
 
 

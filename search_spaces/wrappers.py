@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from rankNAS.exceptions import UsageError
 
@@ -35,7 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
     _refuse_programs(model)
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise UsageError(
                 f"layer {name!r} is a {type(module).__name__} that has not run yet, so it has no "
                 "weights; run the model once on an example first."
@@ -80,6 +80,8 @@ def _refuse_programs(model: Any) -> None:
     words = next((PROGRAMS[c.__name__] for c in type(model).__mro__ if c.__name__ in PROGRAMS), "")
     if isinstance(model, torch.jit.ScriptModule):
         words = "a TorchScript program"
+    elif isinstance(model, torch.fx.GraphModule) and "eval" in vars(model):
+        words = PROGRAMS["ExportedProgram"]  # its `module()`, which has no modes
     elif not words and not isinstance(model, nn.Module):
         words = "no nn.Module"
     if words:

@@ -267,7 +267,7 @@ def _trace(
     return IncrementalExecutor(nodes[:-1], output.args[0], traced, users)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(fx.Tracer):  # type: ignore[misc]
     """Records searched layers and batch norms, also of derived classes, as single operations.
 
     A batch norm that is traced through would neither update its statistics nor be found.

@@ -48,8 +48,7 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
     """
     if not exceeds_memory_limit(model):
         return copy.deepcopy(model)
-    paths = {path for found in layers.values() for path in found.layer.paths}
-    biases = [model.get_submodule(path).bias for path in paths]
+    biases = [LayerView(model, found.layer.paths).bias_parameter for found in layers.values()]
     network = shared_copy(model, own=[bias for bias in biases if bias is not None])
     for found in layers.values():
         LayerView(network, found.layer.paths).compute_weight()

@@ -51,9 +51,16 @@ class LayerView:
         return self.turned(self.parameter.detach())
 
     @property
+    def bias_parameter(self) -> Tensor | None:
+        """The bias (outputs,) of the layer itself; None if the layer has none."""
+        bias: Any = self.modules[0].bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias (outputs,), without a graph; None if the layer has none."""
-        bias: Any = self.modules[0].bias
+        bias = self.bias_parameter
         return None if bias is None else bias.detach()
 
     def turned(self, weight: Tensor) -> Tensor:
