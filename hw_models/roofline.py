@@ -54,7 +54,8 @@ class Roofline(StageModel):
         """Arithmetic and overhead of skipped layers; all other operations count as fused."""
         shapes = [layer.shape for layer in space.layers.values()]
         peak = self.device.peak[self._dtype(shapes[0])] if shapes else math.inf
-        seconds = 2 * space.remainder_cost.macs / peak + self.device.launch * len(space.skipped)
+        launched = [s for s in space.skipped if s.cost.macs and s.cost.params]
+        seconds = 2 * space.remainder_cost.macs / peak + self.device.launch * len(launched)
         return seconds, self.uncertainty * seconds
 
     def _dtype(self, shape: LayerShape) -> str:

@@ -35,6 +35,7 @@ from rankNAS.pipeline import prepare, requests
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Key, Row, with_current_columns
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings, check_device, check_seed
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
@@ -219,7 +220,7 @@ class _Plan:
         yield from self._refused(seed, refusals, missing)
         if not self._accepted(refusals, missing):
             return
-        model = self.model if isinstance(self.model, nn.Module) else self.model(seed)
+        model = searchable(self.model if isinstance(self.model, nn.Module) else self.model(seed))
         task = resolve_task(self.task, model, self.data)
         objectives = objectives_of(self.objectives, task)
         later = {n: r for n, r in self._refusals(objectives).items() if n not in refusals}

@@ -21,6 +21,7 @@ from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.pipeline import prepare
 from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings, check_device, check_seed, study_identity
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies import make_strategy
@@ -121,6 +122,7 @@ def search(
     if n_trials < 1:
         raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
     loaded = load_data(data)
+    model = searchable(model)
     resolved = resolve_task(task, model, loaded)
     measured = objectives_of(objectives, resolved)
     if settings.early_stopping:

@@ -29,6 +29,7 @@ __all__ = [
     "tensors",
     "to_device",
     "tree_map",
+    "type_difference",
     "with_size",
 ]
 
@@ -119,6 +120,22 @@ def named_tensors(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors, in order."""
     return [tensor for _, tensor in named_tensors(tree)]
+
+
+def type_difference(model: nn.Module, inputs: Inputs) -> str:
+    """A sentence about inputs of another floating-point type than the weights; "" if none is."""
+    given = {x.dtype for x in tensors(inputs) if x.is_floating_point()}
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not given or not own or given & own:
+        return ""
+    found, wanted = (
+        ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+        for types in (given, own)
+    )
+    return (
+        f"the inputs are {found} and the weights {wanted}: convert the data to {wanted}, or the "
+        f"model with `model.to(torch.{found})`; "
+    )
 
 
 def size_of(tree: Any) -> int:

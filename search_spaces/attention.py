@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.wrappers import unwrapped
 
 __all__ = ["SeparateAttention", "separate_attention"]
 
@@ -92,10 +93,14 @@ class SeparateAttention(nn.Module):
 
 
 def separate_attention(model: nn.Module) -> nn.Module:
-    """The model with each ``nn.MultiheadAttention`` replaced; a copy if it contains any.
+    """The model without wrappers, with each ``nn.MultiheadAttention`` replaced.
 
-    Subclasses that override forward are not replaced.
+    It is a copy if the model contains any. Subclasses that override forward are not replaced.
+
+    Raises:
+        UsageError: The model is no tree of modules with weights; see `unwrapped`.
     """
+    model = unwrapped(model)
     if not any(map(_is_attention, model.modules())):
         return model
     model = copy.deepcopy(model)

@@ -75,7 +75,13 @@ class Layer(Mapping[Choice, Cost]):
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer that stays dense, and the reason."""
+    """What stays dense, and the reason: a layer, or other parameters and operations of a module.
+
+    Args:
+        name: Path of the module in the model; for the model itself, its class.
+        reason: Why it stays dense.
+        cost: Its cost. A parameter that several modules share counts for the first one.
+    """
 
     name: str
     reason: str
@@ -89,7 +95,8 @@ class SearchSpace:
 
     Args:
         layers: Name to layer, in the order of the forward pass.
-        skipped: Layers that could be decomposed and are left dense.
+        skipped: Everything else with parameters or multiply-accumulates, with the reason: first
+            the layers that are left dense, then the other modules.
         remainder_cost: Cost of everything outside `layers`, skipped layers included.
         input_shape: Shape of the first input tensor that has one sample along axis 0, batch
             included; costs are for the example inputs. Empty for a model without such an input.
@@ -134,6 +141,20 @@ class SearchSpace:
     def dense(self) -> Allocation:
         """The allocation that leaves every layer dense."""
         return Allocation.of(dict.fromkeys(self.layers, DENSE))
+
+    @cached_property
+    def shares(self) -> dict[str, dict[str, float]]:
+        """By name of a layer or of what is skipped, its fraction of each cost of the dense model.
+
+        The fractions of one cost add up to 1 (to 0 if the model has none of it).
+        """
+        parts = {name: layer.costs[0] for name, layer in self.layers.items()}
+        parts |= {skipped.name: skipped.cost for skipped in self.skipped}
+        whole = self.dense_cost
+        return {
+            name: {of: cost[of] / whole[of] if whole[of] else 0.0 for of in COSTS}
+            for name, cost in parts.items()
+        }
 
     def cost(self, allocation: Mapping[str, Choice]) -> Cost:
         """Exact cost of the whole model under an allocation.

@@ -1,29 +1,28 @@
 """Compiler from a model and example inputs to a search space.
 
 One forward pass under PyTorch's FLOP counter records the called layers, their number of calls and
-input sizes. All other quantities follow from shapes, so a model on the ``meta`` device compiles
-too.
+input sizes; another finds the layers that the model needs in their place. All other quantities
+follow from shapes, so a model on the ``meta`` device compiles too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.flop_counter import FlopCounterMode
 
-from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
-from rankNAS.exceptions import DataError, RankNASError, UsageError
+from rankNAS.decompositions.shapes import Cost, LayerShape, hf_class, is_hf_conv1d
+from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
-from rankNAS.trees import Inputs, size_of, tensors
+from rankNAS.search_spaces.remainder import Remainder
+from rankNAS.search_spaces.substitution import needed_in_place
+from rankNAS.search_spaces.tracing import Trace, is_decomposable, shape_of, trace
+from rankNAS.search_spaces.wrappers import unwrapped
 
 __all__ = ["check_patterns", "compile_space", "count_macs"]
 
@@ -71,27 +70,24 @@ def compile_space(
     """
     check_patterns(exclude)
     model = separate_attention(model)
-    policy = policy or RankPolicy()
-    calls, total = _trace(model, example_inputs)
-    order = {name: position for position, name in enumerate(calls)}
-    groups = sorted(_tied(model), key=lambda names: min(order.get(n, len(order)) for n in names))
-    output = max(calls, key=lambda n: order[n]) if calls and keep_output_dense else None
-    layers: dict[str, Layer] = {}
-    skipped: list[Skipped] = []
-    for names in groups:
-        shape = _shape(model, names, calls)
-        reason = _reason(model, names, shape, exclude, output, min_weights)
-        choices, costs = candidate_choices(shape, policy) if reason is None else ((), ())
-        if reason is None and len(choices) == 1:
-            reason = "no rank costs less than the dense layer"
-        if reason is None:
-            layers[names[0]] = Layer(names[0], tuple(names[1:]), shape, choices, costs)
-        else:
-            skipped.append(Skipped(names[0], reason, shape.cost()))
+    traced = trace(model, example_inputs)
+    compiler = _Compiler(model, traced, exclude, keep_output_dense, min_weights)
+    found = compiler.layers(policy or RankPolicy())
+    candidates = {name: layer.paths for name, layer in found.items()}
+    needed = needed_in_place(model, candidates, traced.calls, example_inputs)
+    layers = {name: layer for name, layer in found.items() if name not in needed}
+    remainder = Remainder(model, traced, layers)
+    reasons = compiler.reasons | {name: needed[name] for name in needed}
+    skipped = [
+        Skipped(names[0], reasons[names[0]], remainder.take(names))
+        for names in compiler.groups
+        if names[0] in reasons
+    ]
     if not layers:
         raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{_why(skipped)}")
+    others = remainder.others()
     return SearchSpace(
-        layers, tuple(skipped), _rest(model, layers, total), _shape_of(example_inputs)
+        layers, (*skipped, *others), _rest(model, layers, traced.total), shape_of(example_inputs)
     )
 
 
@@ -110,133 +106,131 @@ def check_patterns(exclude: Sequence[str]) -> None:
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """Multiply-accumulates of one forward pass, as ``torch.utils.flop_counter`` counts them."""
-    return _trace(model, example_inputs)[1]
+    return trace(unwrapped(model), example_inputs).total
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[int, ...]]], int]:
-    """Input sizes of each call by layer name, in the order of first calls; and the MACs."""
-    calls: dict[str, list[tuple[int, ...]]] = {}
-    names = {id(m): n for n, m in model.named_modules() if _is_decomposable(m)}
+class _Compiler:
+    """The groups of decomposable modules with one weight, and what becomes of each.
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(names[id(module)], []).append(_call(module, (*args, *kwargs.values())[0]))
+    Args:
+        model: The model.
+        traced: Its forward pass.
+        exclude: Patterns of layers that stay dense.
+        keep_output_dense: Keep the last layer dense.
+        min_weights: Keep layers with fewer weights dense.
+    """
 
-    modules = [m for m in model.modules() if id(m) in names]
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in modules]
-    try:
-        # Under no_grad, some modules (and attention on CPUs) use fused kernels that the counter
-        # does not support.
-        with (
-            _evaluating(model),
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            _forward(model, example_inputs)
-    except Exception as error:
-        raise UsageError(
-            f"{type(model).__name__} does not run on the example inputs "
-            f"{_shape_of(example_inputs)}: {type(error).__name__}: {error}"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, counter.get_total_flops() // 2
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace,
+        exclude: Sequence[str],
+        keep_output_dense: bool,
+        min_weights: int,
+    ) -> None:
+        self._model, self._calls = model, traced.calls
+        self._exclude, self._min_weights = exclude, min_weights
+        order = {name: position for position, name in enumerate(traced.calls)}
+        self.groups = sorted(
+            _tied(model), key=lambda names: min(order.get(n, len(order)) for n in names)
+        )
+        self._output = next(reversed(traced.calls), None) if keep_output_dense else None
+        self.reasons: dict[str, str] = {}  # by the first name of a group that stays dense
 
+    def layers(self, policy: RankPolicy) -> dict[str, Layer]:
+        """The groups that can be decomposed; `reasons` has the others."""
+        found: dict[str, Layer] = {}
+        for names in self.groups:
+            reason = self._unsupported(names)
+            if reason is None:
+                shape = self._shape(names)
+                reason = self._unsuitable(names, shape)
+            if reason is None:
+                choices, costs = candidate_choices(shape, policy)
+                if len(choices) == 1:
+                    reason = "no rank costs less than the dense layer"
+                else:
+                    found[names[0]] = Layer(names[0], tuple(names[1:]), shape, choices, costs)
+            if reason is not None:
+                self.reasons[names[0]] = reason
+        return found
 
-def _forward(model: nn.Module, example_inputs: Any) -> Any:
-    return Inputs.of(example_inputs).run(model)
+    def _shape(self, names: list[str]) -> LayerShape:
+        calls = tuple(call for name in names for call in self._calls.get(name, ()))
+        return LayerShape.of(self._model.get_submodule(names[0]), calls)
 
+    def _unsupported(self, names: list[str]) -> str | None:
+        """Why modules cannot be replaced, whatever their shape, or None."""
+        modules = [self._model.get_submodule(name) for name in names]
+        checks: list[tuple[str, Callable[[], bool]]] = [
+            ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
+            ("excluded", lambda: any(re.search(e, n) for e in self._exclude for n in names)),
+            ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
+            ("its class overrides forward", lambda: any(map(_overrides_forward, modules))),
+            (
+                "its forward is replaced on the instance",
+                lambda: any("forward" in vars(module) for module in modules),
+            ),
+            ("it has a forward hook", lambda: any(m._forward_hooks for m in modules)),
+            ("it has a forward pre-hook", lambda: any(m._forward_pre_hooks for m in modules)),
+            (
+                f"its weight is {_dtype(modules[0])}, no real floating-point type",
+                lambda: not all(_is_floating(module) for module in modules),
+            ),
+            ("not called in the forward pass", lambda: not any(map(self._calls.get, names))),
+        ]
+        return next((reason for reason, applies in checks if applies()), None)
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _shape_of(example_inputs: Any) -> tuple[int, ...]:
-    """The shape of the first input tensor with one sample along axis 0; () without any."""
-    inputs = Inputs.of(example_inputs)
-    found = [tensor for tensor in tensors(inputs) if tensor.dim()]
-    try:
-        size: int | None = size_of(inputs)
-    except DataError:  # some tensor, such as a table of positions, has no axis of samples
-        size = None
-    batched = [tensor for tensor in found if size in (None, len(tensor))]
-    return tuple(batched[0].shape) if batched else ()
-
-
-def _is_decomposable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_hf_conv1d(module)
-
-
-def _call(module: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """Input size of a call, in the format of `LayerShape.calls`."""
-    if not isinstance(module, nn.Conv1d | nn.Conv2d):
-        return (x.numel() // x.shape[-1],)
-    spatial = len(module.kernel_size)
-    return (x.shape[0] if x.dim() == spatial + 2 else 1, *x.shape[-spatial:])
+    def _unsuitable(self, names: list[str], shape: LayerShape) -> str | None:
+        """Why a layer of this shape and with these uses of its weight stays dense, or None."""
+        modules = [self._model.get_submodule(name) for name in names]
+        checks: list[tuple[str, Callable[[], bool]]] = [
+            ("output layer", lambda: self._output in names),
+            ("depthwise: one channel a group", lambda: 1 < shape.groups == shape.inputs),
+            (
+                f"tiny: fewer than {self._min_weights} weights",
+                lambda: shape.outputs * shape.width < self._min_weights,
+            ),
+            (
+                "its weight is used by another kind of module",
+                lambda: _shared(self._model, modules),
+            ),
+            ("its weight is tied under different biases", lambda: _biases(modules) > 1),
+            ("its weight is tied under different settings", lambda: _settings(modules) > 1),
+        ]
+        return next((reason for reason, applies in checks if applies()), None)
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
     """Paths of decomposable modules, grouped by weight, in the model's order."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_decomposable(module):
+        if is_decomposable(module):
             weight = module._parameters.get("weight")  # a property if parametrised
             groups.setdefault(id(module if weight is None else weight), []).append(name)
     return list(groups.values())
 
 
-def _shape(
-    model: nn.Module, names: list[str], calls: dict[str, list[tuple[int, ...]]]
-) -> LayerShape:
-    all_calls = tuple(call for name in names for call in calls.get(name, ()))
-    return LayerShape.of(model.get_submodule(names[0]), all_calls)
+def _dtype(module: nn.Module) -> str:
+    weight = module._parameters.get("weight")
+    return "" if weight is None else str(weight.dtype).removeprefix("torch.")
 
 
-def _reason(
-    model: nn.Module,
-    names: list[str],
-    shape: LayerShape,
-    exclude: Sequence[str],
-    output: str | None,
-    min_weights: int,
-) -> str | None:
-    """Why a layer stays dense, or None."""
-    modules = [model.get_submodule(name) for name in names]
-    checks: list[tuple[str, Callable[[], bool]]] = [
-        ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
-        ("excluded", lambda: any(re.search(e, n) for e in exclude for n in names)),
-        ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
-        ("its class overrides forward", lambda: any(map(_overrides_forward, modules))),
-        ("not called in the forward pass", lambda: not shape.calls),
-        ("output layer", lambda: output in names),
-        ("depthwise: one channel a group", lambda: 1 < shape.groups == shape.inputs),
-        (
-            f"tiny: fewer than {min_weights} weights",
-            lambda: shape.outputs * shape.width < min_weights,
-        ),
-        ("its weight is used by another kind of module", lambda: _shared(model, modules)),
-        ("its weight is tied under different biases", lambda: _biases(modules) > 1),
-        ("its weight is tied under different settings", lambda: _settings(modules) > 1),
-    ]
-    return next((reason for reason, applies in checks if applies()), None)
+def _is_floating(module: nn.Module) -> bool:
+    weight = module._parameters["weight"]
+    return weight is not None and weight.is_floating_point()
 
 
 def _is_computed(module: nn.Module) -> bool:
-    return is_parametrized(module) or "weight" not in module._parameters
+    return is_parametrized(module) or not {"weight", "bias"} <= module._parameters.keys()
 
 
 def _overrides_forward(module: nn.Module) -> bool:
-    if is_hf_conv1d(module):
-        return False
-    return not any(type(module).forward is c.forward for c in (nn.Linear, nn.Conv1d, nn.Conv2d))
+    """Whether a subclass computes something else; one that changes no method is its base."""
+    bases = (hf_class(module), nn.Linear, nn.Conv1d, nn.Conv2d)
+    kind = next(base for base in bases if base is not None and isinstance(module, base))
+    methods = ("forward", "__call__", "_conv_forward")
+    return any(getattr(type(module), m, None) is not getattr(kind, m, None) for m in methods)
 
 
 def _shared(model: nn.Module, modules: list[nn.Module]) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from rankNAS.compression.accumulators import MomentAccumulator
 from rankNAS.compression.patches import MAX_POSITIONS
@@ -107,6 +108,7 @@ class _Recorder:
     def __init__(self, space: SearchSpace, seed: int, task: Task) -> None:
         self._layers, self._task = space.layers, task
         self._mask: Tensor | None = None
+        self._forward = True  # false while a backward pass runs checkpointed layers again
         self._generator = torch.Generator().manual_seed(seed)
         self.sums = {
             name: MomentAccumulator(layer, self._generator) for name, layer in space.layers.items()
@@ -142,14 +144,16 @@ class _Recorder:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             x = (*args, *kwargs.values())[0].detach()
-            self.sums[layer.name].add_input(x, self._mask)
+            if self._forward:
+                self.sums[layer.name].add_input(x, self._mask)
             if not gradients:
                 return None
             if not output.requires_grad:
                 output = output.detach().requires_grad_()
             # The network continues with a copy, so that an in-place activation does not overwrite
             # the tensor whose gradient is needed.
-            self._outputs.append((layer.name, output))
+            if self._forward:
+                self._outputs.append((layer.name, output))
             return output.clone()
 
         return hook
@@ -161,16 +165,39 @@ class _Recorder:
             with torch.no_grad():
                 batches[number].run(model)
             return
-        with torch.enable_grad():
+        with torch.enable_grad(), _recorded_checkpoints():
             prediction = self._task.predict(batches[number].run(model), batches.batch(number))
             loss = prediction.sampled_loss(self._generator)
             # Gradients only with respect to the recorded outputs; parameters need none.
             # Layers that do not affect the prediction have zero gradients.
             outputs = [y for _, y in self._outputs]
-            gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
+            self._forward = False
+            try:
+                gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
+            finally:
+                self._forward = True
             for (name, _), gradient in zip(self._outputs, gradients, strict=True):
                 self.sums[name].add_gradient(gradient, self._mask)
         self._outputs.clear()
+
+
+class _Recorded:
+    """Stands for ``CheckpointFunction``; computes with a graph, as without a checkpoint."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextmanager
+def _recorded_checkpoints() -> Iterator[None]:
+    """Context without re-entrant checkpoints, which have no gradients of single tensors."""
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _Recorded  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
 def _key(

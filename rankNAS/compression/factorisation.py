@@ -12,8 +12,9 @@ from torch import nn
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
 from rankNAS.compression.factors import LayerFactors, factorise_layer
-from rankNAS.compression.surgery import LazyFactorised, replace_module, shared_copy
+from rankNAS.compression.surgery import LazyFactorised, shared_copy
 from rankNAS.decompositions import OPERATORS, NormName, Statistics, make_norm
+from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import separate_attention
@@ -58,7 +59,7 @@ class Factorisation:
         memo = {id(self.model.get_submodule(n)): nn.Identity() for n in modules}
         network = copy.deepcopy(self.model, dict(memo))
         for name, module in modules.items():
-            replace_module(network, self.space.layers[name].paths, module)
+            LayerView(network, self.space.layers[name].paths).replace(module)
         return network
 
     def made_when_called(self, allocation: Mapping[str, Choice]) -> nn.Module:
@@ -75,7 +76,7 @@ class Factorisation:
         for name, choice in allocation.items():
             if choice != DENSE:
                 module = LazyFactorised(self.layers[name], choice)
-                replace_module(network, self.space.layers[name].paths, module)
+                LayerView(network, self.space.layers[name].paths).replace(module)
         return network
 
 
@@ -147,5 +148,5 @@ def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
             if other is module or getattr(other, "weight", None) is weight
         ]
         empty = OPERATORS[choice.operator].build(LayerShape.of(module), choice.rank)
-        replace_module(model, paths, empty.to(weight.dtype))
+        LayerView(model, paths).replace(empty.to(weight.dtype))
     return model

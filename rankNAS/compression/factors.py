@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Target
-from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.search_spaces.base import Layer
 from rankNAS.threads import limited_threads
 
@@ -67,21 +65,12 @@ class LayerFactors:
             self._corrected_bias(approximation),
         )
 
-    @torch.no_grad()
     def write(self, model: nn.Module, choice: Choice) -> None:
         """Set the layer's weight in a model to the product of a choice's factors, in place.
 
         A copy from `changeable_copy` may store the choice instead of the weight.
         """
-        weight, bias = self.folded(choice)
-        for path in self.layer.paths:
-            module: Any = model.get_submodule(path)
-            if parametrize.is_parametrized(module, "weight"):
-                module.parametrizations.weight[0].chosen = self, choice
-            else:
-                module.weight.copy_(weight.T if is_hf_conv1d(module) else weight)
-            if bias is not None:
-                module.bias.copy_(bias)
+        LayerView(model, self.layer.paths).write_from(partial(self.folded, choice))
 
     def module(self, choice: Choice) -> nn.Module:
         """The decomposed layer as an ordinary chain of modules."""
@@ -106,7 +95,8 @@ class LayerFactors:
 def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFactors:
     """The factors of one layer for all its choices."""
     shape = layer.shape
-    weight = shape.fold(_oriented(module))
+    view = LayerView(module, [""])
+    weight = shape.fold(view.weight)
     target = Target(weight, norm)
     with limited_threads(max(shape.width, shape.outputs // shape.groups)):
         factors = {
@@ -114,10 +104,8 @@ def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFa
             for name, ranks in ranks_by_operator(layer.choices).items()
         }
         outputs = target.WC @ target.W.mT
-    bias: Any = module.bias
-    bias = None if bias is None else bias.detach()
     # C is as large as all factors together and no longer needed.
-    return LayerFactors(layer, weight, bias, replace(norm, C=None), factors, outputs)
+    return LayerFactors(layer, weight, view.bias, replace(norm, C=None), factors, outputs)
 
 
 def ranks_by_operator(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:
@@ -127,10 +115,3 @@ def ranks_by_operator(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ..
         if choice != DENSE:
             ranks.setdefault(choice.operator, []).append(choice.rank)
     return ranks
-
-
-def _oriented(module: nn.Module) -> Tensor:
-    """The weight with outputs first; Hugging Face's ``Conv1D`` stores them last."""
-    own: Any = module.weight
-    weight: Tensor = own.detach()
-    return weight.T if is_hf_conv1d(module) else weight

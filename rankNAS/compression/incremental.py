@@ -240,7 +240,10 @@ def _trace(
     for module in model.modules():
         if getattr(module, "inplace", False) is True:
             module.inplace = False  # type: ignore[assignment]
-    traced = fx.symbolic_trace(model, concrete_args=_defaults(model, example))
+    owner = {path: name for name, paths in layers.items() for path in paths}
+    tracer = _Tracer({id(model.get_submodule(path)) for path in owner})
+    graph = tracer.trace(model, concrete_args=_defaults(model, example))
+    traced = fx.GraphModule(tracer.root, graph, type(model).__name__)
     nodes = list(traced.graph.nodes)
     if not all(_made_out_of_place(node) for node in nodes):
         return None
@@ -250,12 +253,11 @@ def _trace(
     if any(calls.count(name) != 1 for name in norms):
         return None
     users: dict[str, int] = {}
-    owner = {path: name for name, paths in layers.items() for path in paths}
     for i, node in enumerate(nodes):
         path = str(node.target)
-        if node.op == "get_attr":
-            path = path.rpartition(".")[0]
-        if node.op in ("call_module", "get_attr") and path in owner:
+        if node.op == "get_attr" and path.rpartition(".")[0] in owner:
+            return None  # an operation outside the layer depends on its weight
+        if node.op == "call_module" and path in owner:
             users.setdefault(owner[path], i)
     if set(users) != set(layers):
         return None
@@ -263,6 +265,21 @@ def _trace(
     if nodes[-1] is not output:
         return None
     return IncrementalExecutor(nodes[:-1], output.args[0], traced, users)
+
+
+class _Tracer(fx.Tracer):  # type: ignore[misc]
+    """Records searched layers and batch norms, also of derived classes, as single operations.
+
+    A batch norm that is traced through would neither update its statistics nor be found.
+    """
+
+    def __init__(self, layers: set[int]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = id(m) in self._layers or isinstance(m, _BatchNorm)
+        return known or super().is_leaf_module(m, module_qualified_name)
 
 
 def _made_out_of_place(node: fx.Node) -> bool:

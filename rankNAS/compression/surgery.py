@@ -1,4 +1,4 @@
-"""Model surgery: copies that share weights, and replacement of modules."""
+"""Copies of models that share weights, and layers that exist only while they run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from rankNAS.allocation import Choice
 from rankNAS.compression.factors import LayerFactors
-from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.decompositions.layer_view import LayerView
 
 __all__ = [
     "LazyFactorised",
     "changeable_copy",
     "exceeds_memory_limit",
-    "replace_module",
     "shared_copy",
 ]
 
@@ -51,29 +48,11 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
     """
     if not exceeds_memory_limit(model):
         return copy.deepcopy(model)
-    paths = {path for found in layers.values() for path in found.layer.paths}
-    biases = [getattr(model.get_submodule(path), "bias", None) for path in paths]
+    biases = [LayerView(model, found.layer.paths).bias_parameter for found in layers.values()]
     network = shared_copy(model, own=[bias for bias in biases if bias is not None])
-    for module in {network.get_submodule(path) for path in paths}:
-        parametrize.register_parametrization(module, "weight", _MultipliedOut(module), unsafe=True)
+    for found in layers.values():
+        LayerView(network, found.layer.paths).compute_weight()
     return network
-
-
-class _MultipliedOut(nn.Module):
-    """Computes a layer's weight from the factors of a choice; without a choice, it is dense."""
-
-    chosen: tuple[LayerFactors, Choice] | None
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.chosen, self._inputs_first = None, is_hf_conv1d(module)
-
-    def forward(self, dense: Tensor) -> Tensor:
-        if self.chosen is None:
-            return dense
-        factors, choice = self.chosen
-        weight, _ = factors.folded(choice)
-        return torch.empty_like(dense).copy_(weight.T if self._inputs_first else weight)
 
 
 def exceeds_memory_limit(model: nn.Module) -> bool:
@@ -89,13 +68,6 @@ class LazyFactorised(nn.Module):
         self._factors, self._rank = layer.factors[choice.operator], choice.rank
         self._bias, self._dtype = layer.bias_of(choice), layer.weight.dtype
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, input: Tensor) -> Any:  # named as in nn.Linear, for keyword calls
         module = self._factors.truncate(self._rank, self._bias, self._dtype, trainable=False)
-        return module(x)
-
-
-def replace_module(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
-    """Set one module at every path, in place."""
-    for path in paths:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        return module(input)

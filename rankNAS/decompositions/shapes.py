@@ -23,6 +23,7 @@ __all__ = [
     "GroupedLinear",
     "LayerShape",
     "chain",
+    "hf_class",
     "is_hf_conv1d",
     "pointwise",
 ]
@@ -214,7 +215,13 @@ def pointwise(shape: LayerShape, inputs: int, outputs: int, groups: int) -> Laye
 
 def is_hf_conv1d(module: nn.Module) -> bool:
     """Whether a module is Hugging Face's ``Conv1D``: a linear layer with a transposed weight."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return hf_class(module) is not None
+
+
+def hf_class(module: nn.Module) -> type[nn.Module] | None:
+    """Hugging Face's class ``Conv1D``, if the module or its base is one."""
+    named = (kind for kind in type(module).__mro__ if kind.__name__ == "Conv1D")
+    return next(named, None) if hasattr(module, "nf") else None
 
 
 class GroupedLinear(nn.Module):

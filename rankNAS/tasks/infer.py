@@ -23,7 +23,15 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
-from rankNAS.trees import Inputs, count_bytes, device_of, size_of, tensors, to_device
+from rankNAS.trees import (
+    Inputs,
+    count_bytes,
+    device_of,
+    size_of,
+    tensors,
+    to_device,
+    type_difference,
+)
 
 __all__ = ["examples", "infer_task", "make_task", "resolve_task"]
 
@@ -151,6 +159,7 @@ def _output(model: nn.Module, inputs: Inputs) -> Any:
     except Exception as error:
         raise DataError(
             f"{type(model).__name__} fails on the first batch of the data: "
+            f"{type_difference(model, inputs)}"
             f"{type(error).__name__}: {error}; check the order and the names of the inputs."
         ) from error
     finally:

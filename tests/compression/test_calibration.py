@@ -460,3 +460,38 @@ def test_values_that_are_not_finite(tmp_path: Path, bad: float, norm: Any) -> No
     with pytest.raises(RankNASError, match="layer 'conv1' are not finite"):
         calibrate(model, space, x, norm=norm, cache=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Checkpointed(nn.Module):
+    """Two layers inside a checkpoint, or the same layers without one."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.head(self._inner(x).relu())
+        run: Any = torch.utils.checkpoint.checkpoint
+        return self.head(run(self._inner, x, use_reentrant=self.reentrant).relu())
+
+    def _inner(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_layers_inside_a_checkpoint_are_recorded_once(reentrant: bool) -> None:
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for kind in (None, reentrant):
+        model = Checkpointed(kind)
+        space = compile_space(model, x[:1])
+        found.append(calibrate(model, space, x, norm="fisher"))
+    for name, plain in found[0].items():
+        recorded = found[1][name]
+        assert torch.equal(recorded.input_second_moment, plain.input_second_moment)
+        expected = plain.output_gradient_second_moment
+        assert torch.equal(recorded.output_gradient_second_moment, expected)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ import typer
 from rankNAS.cli.loading import image_side, rank_policy
 from rankNAS.cli.options.profile import CompileOptions
 from rankNAS.cli.output import number, print_json, print_table
-from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.decompositions.shapes import COSTS, Cost
+from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
 
@@ -34,6 +36,7 @@ def run_compile(options: CompileOptions) -> None:
 
 
 def _print_space(name: str, space: SearchSpace) -> None:
+    shares = space.shares
     rows: list[tuple[str, ...]] = []
     for layer in space.layers.values():
         dense, least = layer.costs[0], min(cost.macs for cost in layer.costs)
@@ -41,29 +44,55 @@ def _print_space(name: str, space: SearchSpace) -> None:
             (
                 layer.name,
                 _shape(layer),
-                number(dense.macs),
-                number(dense.params),
+                *_amounts(dense, shares[layer.name]),
                 f"{100 * least / dense.macs:.1f} %",
                 ", ".join(f"{k} {v}" for k, v in _counts(layer).items()),
             )
         )
-    for skipped in space.skipped:
-        cost = skipped.cost
-        rows.append(
-            (skipped.name, "dense", number(cost.macs), number(cost.params), "", skipped.reason)
-        )
-    columns = ("layer", "shape", "MACs", "params", "least MACs", "choices, or why dense")
+    rows += _skipped_rows(space)
+    columns = (
+        *("layer", "shape", "MACs", "%", "params", "%"),
+        *("least MACs", "choices, or why dense"),
+    )
     print_table(f"{name} at {'x'.join(map(str, space.input_shape))}", columns, rows, left=2)
     total, layers = space.dense_cost, space.costs(space.dense)
     least = space.remainder_cost.macs + sum(
         min(c.macs for c in x.costs) for x in space.layers.values()
     )
     typer.echo(
-        f"{len(space.layers)} layers to decompose, {len(space.skipped)} left dense; "
+        f"{len(space.layers)} layers to decompose, {len(space.skipped)} other modules; "
         f"{number(total.macs)} MACs, {number(total.params)} params, of which the layers have "
-        f"{number(layers['layer_macs'])} and {number(layers['layer_params'])}; "
+        f"{_with_share(layers['layer_macs'], total.macs)} and "
+        f"{_with_share(layers['layer_params'], total.params)}; "
         f"smallest budget: macs={least / total.macs:.4f}"
     )
+
+
+def _skipped_rows(space: SearchSpace) -> list[tuple[str, ...]]:
+    """One row for each skipped layer, and one for all modules without MACs and of one reason."""
+    groups: dict[tuple[str, str], list[Skipped]] = {}
+    for skipped in space.skipped:
+        key = ("" if skipped.cost.macs == 0 else skipped.name), skipped.reason
+        groups.setdefault(key, []).append(skipped)
+    rows = []
+    for (_, reason), members in groups.items():
+        cost = sum((skipped.cost for skipped in members), Cost(0, 0, 0))
+        whole = space.dense_cost
+        share = {of: cost[of] / whole[of] if whole[of] else 0.0 for of in COSTS}
+        name = members[0].name if len(members) == 1 else f"({len(members)} modules)"
+        rows.append((name, "dense", *_amounts(cost, share), "", reason))
+    return rows
+
+
+def _amounts(cost: Cost, share: Mapping[str, float]) -> Iterator[str]:
+    """MACs and parameters, each with its percentage of the model."""
+    for of in ("macs", "params"):
+        yield number(cost[of])
+        yield f"{100 * share[of]:.1f}"
+
+
+def _with_share(part: int, whole: int) -> str:
+    return f"{number(part)} ({100 * part / whole:.1f} %)" if whole else number(part)
 
 
 def _shape(layer: Layer) -> str:
@@ -93,4 +122,5 @@ def _document(name: str, space: SearchSpace) -> dict[str, Any]:
             for layer in space.layers.values()
         },
         "dense": {s.name: s.reason for s in space.skipped},
+        "shares": space.shares,
     }

@@ -38,7 +38,7 @@ from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.decompositions.base import balanced
-from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.supernet.losses import Maps
 from rankNAS.trees import Inputs
@@ -64,6 +64,7 @@ class SuperNet:
                 module.momentum = 0.0  # the running averages keep their values
         self._original = {n: p.clone() for n, p in self.network.named_parameters()}
         self._maps: Maps = {}
+        self._views = {n: LayerView(self.network, x.paths) for n, x in space.layers.items()}
         for name in space.layers:
             self.network.get_submodule(name).register_forward_hook(self._recorder(name))
 
@@ -85,7 +86,7 @@ class SuperNet:
             x: The network's arguments for a batch.
             weights: By layer, outputs first.
         """
-        return self._call(x, {f"{n}.weight": self._turned(n, w) for n, w in weights.items()})
+        return self._call(x, {f"{n}.weight": self._views[n].turned(w) for n, w in weights.items()})
 
     @torch.no_grad()
     def original(self, x: Inputs | Tensor) -> Maps:
@@ -94,14 +95,13 @@ class SuperNet:
 
     def others(self) -> list[Tensor]:
         """All parameters but the weights of the searched layers."""
-        searched = {id(self._weight(name)) for name in self.space.layers}
+        searched = {id(view.parameter) for view in self._views.values()}
         return [p for p in self.network.parameters() if id(p) not in searched]
 
-    @torch.no_grad()
     def absorb(self, weights: Mapping[str, Tensor]) -> None:
         """Make weights, outputs first, the current ones of their layers."""
         for name, weight in weights.items():
-            self._weight(name).copy_(self._turned(name, weight))
+            self._views[name].write(weight)
 
     def _call(self, x: Inputs | Tensor, parameters: dict[str, Tensor]) -> tuple[Any, Maps]:
         self._maps = {}
@@ -115,14 +115,6 @@ class SuperNet:
             self._maps.setdefault(name, []).append(output)
 
         return record
-
-    def _weight(self, name: str) -> Tensor:
-        weight: Any = self.network.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def _turned(self, name: str, weight: Tensor) -> Tensor:
-        return weight.T if is_hf_conv1d(self.network.get_submodule(name)) else weight
 
 
 @final

@@ -1,0 +1,232 @@
+"""One forward pass of a model: the calls of its layers, and the operations of each module.
+
+PyTorch's FLOP counter counts operations; modules whose operations it does not know (recurrent and
+bilinear ones) are counted from their sizes. The pass leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.exceptions import DataError, UsageError
+from rankNAS.trees import Inputs, size_of, tensors, tree_map, type_difference
+
+__all__ = ["Trace", "fresh", "is_decomposable", "shape_of", "trace", "unchanged"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass of a model does.
+
+    Args:
+        calls: Input sizes of each call by layer name, in the order of first calls.
+        macs: Multiply-accumulates by path of a module: those of its own operations, without the
+            modules inside it.
+    """
+
+    calls: dict[str, list[tuple[int, ...]]]
+    macs: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Multiply-accumulates of the whole pass."""
+        return sum(self.macs.values())
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Trace:
+    """A forward pass in evaluation mode, counted.
+
+    Raises:
+        UsageError: The model does not run on the inputs.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    recorder = _Recorder(model, counter)
+    try:
+        # Under no_grad, some modules (and attention on CPUs) use fused kernels that the counter
+        # does not support.
+        with (
+            unchanged(model),
+            recorder.attached(),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            counter,
+        ):
+            fresh(example_inputs).run(model)
+    except Exception as error:
+        raise UsageError(
+            f"{type(model).__name__} does not run on the example inputs "
+            f"{shape_of(example_inputs)}: {type_difference(model, Inputs.of(example_inputs))}"
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return recorder.found()
+
+
+def is_decomposable(module: nn.Module) -> bool:
+    """Whether a module is of a kind that operators decompose."""
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_hf_conv1d(module)
+
+
+def fresh(example_inputs: Any) -> Inputs:
+    """The inputs with tensors of their own, which a forward pass may change in place."""
+    return Inputs(*tree_map(lambda x: x.detach().clone(), tuple(Inputs.of(example_inputs))))
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has the attributes that it had before.
+
+    A forward pass may keep tensors, such as attention maps with their graph, which could not be
+    copied.
+    """
+    kept = [(vars(module), dict(vars(module))) for module in model.modules()]
+    kept += [
+        (value, dict(value))
+        for _, attributes in list(kept)
+        for value in attributes.values()
+        if type(value) is dict
+    ]
+    lists = [
+        (value, value.copy())
+        for _, attributes in kept
+        for value in attributes.values()
+        if type(value) is list
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for filled, before in lists:
+            filled[:] = before
+        for current, attributes in kept:
+            for name in current.keys() - attributes.keys():
+                del current[name]
+            current |= attributes
+        for module, flag in training:
+            module.training = flag
+
+
+def shape_of(example_inputs: Any) -> tuple[int, ...]:
+    """The shape of the first input tensor with one sample along axis 0; () without any."""
+    inputs = Inputs.of(example_inputs)
+    found = [tensor for tensor in tensors(inputs) if tensor.dim()]
+    try:
+        size: int | None = size_of(inputs)
+    except DataError:  # some tensor, such as a table of positions, has no axis of samples
+        size = None
+    batched = [tensor for tensor in found if size in (None, len(tensor))]
+    return tuple(batched[0].shape) if batched else ()
+
+
+class _Recorder:
+    """Attributes calls and counted operations to the innermost running module."""
+
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        self._counter = counter
+        self._modules = {
+            name: module
+            for name, module in model.named_modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        }
+        self._running = [""]
+        self._counted = 0
+        self._flops: defaultdict[str, int] = defaultdict(int)
+        self._known: defaultdict[str, int] = defaultdict(int)
+        self._calls: dict[str, list[tuple[int, ...]]] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = []
+        for name, module in self._modules.items():
+            enter, leave = self._hooks(name)
+            handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def found(self) -> Trace:
+        self._assign()
+        macs = {name: flops // 2 for name, flops in self._flops.items()}
+        return Trace(self._calls, {n: m for n, m in (macs | self._known).items() if m})
+
+    def _hooks(self, name: str) -> tuple[Any, Any]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._assign()
+            self._running.append(name)
+            given = (*args, *kwargs.values())
+            if is_decomposable(module):
+                calls = self._calls.setdefault(name, [])
+                if isinstance(given[0], Tensor):  # anything else is for a forward of its own
+                    calls.append(_call(module, given[0]))
+            elif (macs := _macs(module, given)) is not None:
+                self._known[name] += macs
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._assign()
+            while self._running.pop() != name:
+                pass
+
+        return enter, leave
+
+    def _assign(self) -> None:
+        """Assign the operations since the last change to the module that was running."""
+        total = self._counter.get_total_flops()
+        self._flops[self._running[-1]] += total - self._counted
+        self._counted = total
+
+
+def _call(module: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """Input size of a call, in the format of `LayerShape.calls`."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return (x.numel() // x.shape[-1],)
+    spatial = len(module.kernel_size)
+    return (x.shape[0] if x.dim() == spatial + 2 else 1, *x.shape[-spatial:])
+
+
+def _macs(module: nn.Module, given: tuple[Any, ...]) -> int | None:
+    """Multiply-accumulates of a recurrent or bilinear module, whose kernels are not counted.
+
+    Every weight matrix of a recurrent module multiplies one vector a time step and sequence.
+    """
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        x: Tensor = given[0].data if isinstance(given[0], PackedSequence) else given[0]
+        positions: int = x.numel() // x.shape[-1]
+        return positions * sum(p.numel() for p in module.parameters() if p.dim() == 2)
+    if isinstance(module, nn.Bilinear):
+        return int(math.prod(given[0].shape[:-1])) * module.weight.numel()
+    return None
+
+
+def _formulas() -> dict[Any, Any]:
+    """FLOPs of operations that the counter of PyTorch leaves out."""
+
+    def grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:
+        # Rows of `a`, columns of `b`, or both are divided among the groups; neither is repeated.
+        groups = a[0] if len(a) == len(b) == 3 else 1
+        return 2 * int(groups) * int(a[-2]) * int(a[-1]) * int(b[-1])
+
+    names = ("aten._grouped_mm", "aten._scaled_grouped_mm", "transformers.grouped_mm_fallback")
+    found = {}
+    for name in names:
+        library, operation = name.split(".")
+        packet = getattr(getattr(torch.ops, library), operation, None)
+        if packet is not None:
+            found[packet] = grouped
+    return found
