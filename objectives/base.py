@@ -16,7 +16,7 @@ from rankNAS.data.samples import Samples
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.renamed import renamed_exports
 from rankNAS.tasks.base import Direction, Task
-from rankNAS.trees import Inputs, channels_last
+from rankNAS.trees import Inputs, channels_last, tree_map
 
 __all__ = ["EvaluationResult", "Direction", "Objective", "ObjectiveBase"]
 
@@ -48,20 +48,22 @@ class EvaluationResult:
     batch_size: int = 256
 
     def data(self) -> Any:
-        """All validation samples as one batch, such as ``(inputs, targets)``.
+        """All validation samples as one batch, such as ``(inputs, targets)``; a copy.
 
         Raises:
             DataError: Their shapes differ.
         """
-        return channels_last(self.samples.batch(self.device))
+        return tree_map(torch.clone, channels_last(self.samples.batch(self.device)))
 
     def batches(self) -> Iterator[Any]:
-        """The validation samples in batches."""
-        return self.samples.batches(self.batch_size, device=self.device)
+        """The validation samples in batches, each a copy."""
+        batches = self.samples.batches(self.batch_size, device=self.device)
+        return (tree_map(torch.clone, batch) for batch in batches)
 
     def example(self, count: int) -> Inputs:
-        """The model's arguments for the first samples."""
-        return self.task.inputs_of(channels_last(self.samples.example(count, self.device)))
+        """The model's arguments for the first samples; a copy."""
+        batch = channels_last(self.samples.example(count, self.device))
+        return self.task.inputs_of(batch).copied()
 
 
 class ObjectiveBase(ABC):

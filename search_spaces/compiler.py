@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankNAS.copies import unchanged
 from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
 from rankNAS.exceptions import DataError, RankNASError, UsageError
 from rankNAS.search_spaces.attention import separate_attention
@@ -25,7 +26,7 @@ from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 from rankNAS.trees import Inputs, size_of, tensors
 
-__all__ = ["compile_space", "count_macs"]
+__all__ = ["compile_space", "count_macs", "shape_of"]
 
 MIN_WEIGHTS = 1024  # smaller layers stay dense
 
@@ -89,7 +90,7 @@ def compile_space(
     if not layers:
         raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{_why(skipped)}")
     return SearchSpace(
-        layers, tuple(skipped), _rest(model, layers, total), _shape_of(example_inputs)
+        layers, tuple(skipped), _rest(model, layers, total), shape_of(example_inputs)
     )
 
 
@@ -113,6 +114,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
         # does not support.
         with (
             _evaluating(model),
+            unchanged(model),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
@@ -121,7 +123,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
     except Exception as error:
         raise UsageError(
             f"{type(model).__name__} does not run on the example inputs "
-            f"{_shape_of(example_inputs)}: {type(error).__name__}: {error}"
+            f"{shape_of(example_inputs)}: {type(error).__name__}: {error}"
         ) from error
     finally:
         for handle in handles:
@@ -130,7 +132,8 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
 
 
 def _forward(model: nn.Module, example_inputs: Any) -> Any:
-    return Inputs.of(example_inputs).run(model)
+    # The model may change its inputs in place.
+    return Inputs.of(example_inputs).copied().run(model)
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _shape_of(example_inputs: Any) -> tuple[int, ...]:
+def shape_of(example_inputs: Any) -> tuple[int, ...]:
     """The shape of the first input tensor with one sample along axis 0; () without any."""
     inputs = Inputs.of(example_inputs)
     found = [tensor for tensor in tensors(inputs) if tensor.dim()]

@@ -246,7 +246,7 @@ def _hooked(name: str, dense: nn.Module, compressed: nn.Module, batches: InputBa
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
             try:
-                x.run(model)
+                x.copied().run(model)  # the model may change its inputs
             except _ReachedError:
                 pass
             finally:

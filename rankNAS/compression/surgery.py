@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from rankNAS.allocation import Choice
 from rankNAS.compression.factors import LayerFactors
+from rankNAS.copies import copied
 from rankNAS.decompositions.shapes import is_hf_conv1d
 
 __all__ = [
@@ -40,7 +40,7 @@ def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
         for p in model.parameters()
         if id(p) not in except_for
     }
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.Module:
@@ -50,7 +50,7 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
     weight is then computed from its factors on each access, and freed.
     """
     if not exceeds_memory_limit(model):
-        return copy.deepcopy(model)
+        return copied(model)
     paths = {path for found in layers.values() for path in found.layer.paths}
     biases = [getattr(model.get_submodule(path), "bias", None) for path in paths]
     network = shared_copy(model, own=[bias for bias in biases if bias is not None])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankNAS.copies import unchanged
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
@@ -79,11 +81,11 @@ def infer_task(model: nn.Module, batch: Any) -> Task:
     """
     layout = Layout.of(batch, model)
     targets = layout.target_of(batch)
-    output = _output(model, layout.inputs_of(batch))
+    output, changed = _run(model, layout.inputs_of(batch))
     if targets is None:
-        return _unlabelled(model, output, layout, batch)
+        return replace(_unlabelled(model, output, layout, batch), changes_inputs=changed)
     found = _labelled(model, output, targets, layout.inputs_of(batch))
-    task = found.bound(batch, model)
+    task = replace(found.bound(batch, model), changes_inputs=changed)
     task.predict(output, batch)  # raises an error if the two do not fit
     return task
 
@@ -103,7 +105,9 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
     given = None if given is None else make_task(given)
     batch = examples(model, data.train, given)
     task = infer_task(model, batch) if given is None else given.bound(batch, model)
-    output = _output(model, task.inputs_of(batch))
+    output, changed = _run(model, task.inputs_of(batch))
+    if changed:
+        task = replace(task, changes_inputs=True)
     first = Samples.of(iter([batch]))  # also where the others are not in memory
     for where, samples in (("train", first), ("train", data.train), ("test", data.test)):
         if samples is not None:
@@ -126,7 +130,7 @@ def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> An
     device = device_of(model)
     few = samples.example(2, device)
     reader = Layout.of(few, model) if task is None else task.bound(few, model)
-    output = _output(model, reader.inputs_of(few))
+    output, _ = _run(model, reader.inputs_of(few))
     each = max(1, count_bytes(output) // size_of(few))
     batch = samples.example(min(EXAMPLES, max(2, OUTPUT_BYTES // each)), device)
     layout = reader if isinstance(reader, Layout) else reader.layout
@@ -137,10 +141,14 @@ def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> An
 
 
 @torch.no_grad()
-def _output(model: nn.Module, inputs: Inputs) -> Any:
+def _run(model: nn.Module, inputs: Inputs) -> tuple[Any, bool]:
+    """The model's output, and whether it changes its inputs; those that are given stay intact."""
     training = [module for module in model.modules() if module.training]
+    own = inputs.copied()
+    before = [(x, x._version) for x in tensors(own)]
     try:
-        return inputs.run(model.eval())
+        with unchanged(model):
+            output = own.run(model.eval())
     except RankNASError:
         raise
     except Exception as error:
@@ -151,6 +159,17 @@ def _output(model: nn.Module, inputs: Inputs) -> Any:
     finally:
         for module in training:
             module.training = True
+    after = tensors(own)  # a list or a dict may hold other tensors now
+    same = len(after) == len(before) and all(
+        x is y and y._version == version for y, (x, version) in zip(after, before, strict=True)
+    )
+    return output, not (same and _equal(own, inputs))
+
+
+def _equal(a: Inputs, b: Inputs) -> bool:
+    """Whether two arguments have equal values; NaN equals NaN."""
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)
 
 
 def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Task:
