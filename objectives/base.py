@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -84,14 +86,21 @@ class ObjectiveBase(ABC):
     def __call__(self, candidate: EvaluationResult) -> float:
         """The value, checked and measured without gradients.
 
+        What `measure` prints goes to stderr: stdout is for results.
+
         Raises:
-            ObjectiveError: `measure` raised, or its value is not a finite number.
+            ObjectiveError: `measure` raised or exited, or its value is not a finite number.
         """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
                 value = float(self.measure(candidate))
         except ObjectiveError:
             raise
+        except SystemExit as error:
+            raise ObjectiveError(
+                f"objective {self.name!r} called sys.exit({error.code!r}); return a number, or "
+                "raise an error for a trial that fails."
+            ) from error
         except Exception as error:
             raise ObjectiveError(
                 f"objective {self.name!r} raised {type(error).__name__}: {error}"

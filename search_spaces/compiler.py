@@ -26,7 +26,7 @@ from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 from rankNAS.trees import Inputs, size_of, tensors
 
-__all__ = ["compile_space", "count_macs", "shape_of"]
+__all__ = ["compile_space", "count_macs"]
 
 MIN_WEIGHTS = 1024  # smaller layers stay dense
 
@@ -90,7 +90,7 @@ def compile_space(
     if not layers:
         raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{_why(skipped)}")
     return SearchSpace(
-        layers, tuple(skipped), _rest(model, layers, total), shape_of(example_inputs)
+        layers, tuple(skipped), _rest(model, layers, total), _shape_of(example_inputs)
     )
 
 
@@ -123,7 +123,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[str, list[tuple[
     except Exception as error:
         raise UsageError(
             f"{type(model).__name__} does not run on the example inputs "
-            f"{shape_of(example_inputs)}: {type(error).__name__}: {error}"
+            f"{_shape_of(example_inputs)}: {type(error).__name__}: {error}"
         ) from error
     finally:
         for handle in handles:
@@ -147,7 +147,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def shape_of(example_inputs: Any) -> tuple[int, ...]:
+def _shape_of(example_inputs: Any) -> tuple[int, ...]:
     """The shape of the first input tensor with one sample along axis 0; () without any."""
     inputs = Inputs.of(example_inputs)
     found = [tensor for tensor in tensors(inputs) if tensor.dim()]

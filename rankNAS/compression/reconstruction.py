@@ -67,10 +67,11 @@ def refit_sequentially(
         pass keep their factors; so do layers with fewer than two patches per input feature.
     """
     space = factorisation.space
-    dense = _training_statistics(shared_copy(factorisation.model))
-    compressed = changeable_copy(factorisation.model, factorisation.layers)
-    compressed = _training_statistics(compressed)
     batches = input_batches(inputs, batch_size, even=True)
+    # The statistics of one sample are no estimate, and those of one vector are none at all.
+    statistics = nn.Module.eval if batches.samples < 2 else _training_statistics
+    dense = statistics(shared_copy(factorisation.model))
+    compressed = statistics(changeable_copy(factorisation.model, factorisation.layers))
     walk = _walk(factorisation, dense, compressed, batches)
     layers = {}
     for done, (name, pairs) in enumerate(walk, 1):

@@ -7,6 +7,7 @@ traced, a forward pass begins at the first of them (`IncrementalExecutor`).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from rankNAS.compression.batch_norm import (
     BatchNormReference,
     cumulative_averaging,
     has_batch_norm,
+    in_float32,
     is_tracking,
     reestimate_batch_norm,
     tracking_layers,
@@ -47,6 +49,7 @@ from rankNAS.trees import Inputs, channels_last, rows, tensors
 
 __all__ = ["Backend", "Timing"]
 
+logger = logging.getLogger(__name__)
 # Samples per forward pass for each CPU thread: activations of larger batches exceed its caches. On
 # ResNet-20, 256 samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
@@ -104,7 +107,9 @@ class Backend:
         network = shared_copy(model) if self._shares else copied(model)
         self.network = network.to(device).eval()
         self._applied = {name: (layer, DENSE) for name, layer in factorisation.layers.items()}
-        self.batch_norm = batch_norm and has_batch_norm(self.network)
+        self.batch_norm = batch_norm and has_batch_norm(self.network) and _several(calibration)
+        if self.batch_norm:
+            in_float32(self.network)
         self.images = _has_images(task.inputs_of(validation.example()))
         if self.images:
             self.network = self.network.to(memory_format=torch.channels_last)
@@ -285,6 +290,17 @@ class Backend:
         calls = [(i, modules.get(str(n.target))) for i, n in enumerate(executor.nodes)]
         norms = [(i, m) for i, m in calls if is_tracking(m)]
         return norms, CachedPass(executor, self.calibration, stop=norms[-1][0] + 1)
+
+
+def _several(calibration: Samples) -> bool:
+    """Whether there are enough samples for batch-norm statistics; logs if there are not."""
+    if len(calibration) > 1:
+        return True
+    logger.warning(
+        "batch-norm statistics are not corrected: a variance needs two calibration samples or "
+        "more, and there is one."
+    )
+    return False
 
 
 def _has_images(inputs: Inputs) -> bool:

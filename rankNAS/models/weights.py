@@ -9,6 +9,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from torchvision import models
 
 __all__ = [
+    "check_shapes",
     "load_state",
     "load_weights",
     "peek_metadata",
@@ -99,6 +101,29 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     """
     expected = model.state_dict()
     state = _without_prefix(state, expected)
+    check_shapes(model, state, source=source)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(
+                f"{source} holds a value that is not finite in {name}; the training that wrote it "
+                "diverged, so use an earlier checkpoint."
+            )
+    # Some modules refuse a state without the version of its format, which files may lack.
+    versions = getattr(state, "_metadata", None) or getattr(expected, "_metadata", None)
+    versioned: OrderedDict[str, Tensor] = OrderedDict(state)
+    versioned._metadata = versions  # type: ignore[attr-defined]
+    model.load_state_dict(versioned)
+
+
+def check_shapes(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Raise a WeightsError unless tensors have the names and shapes of a model's state.
+
+    Args:
+        model: The network, perhaps on the ``meta`` device.
+        state: Tensors by name.
+        source: The name of ``state`` in messages.
+    """
+    expected = model.state_dict()
     _check_names(state, expected, source)
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
@@ -107,12 +132,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
                 f"the model has {tuple(expected[name].shape)}; choose the model and the number "
                 "of classes that the weights were made for."
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise WeightsError(
-                f"{source} holds a value that is not finite in {name}; the training that wrote it "
-                "diverged, so use an earlier checkpoint."
-            )
-    model.load_state_dict(state)
 
 
 def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:
