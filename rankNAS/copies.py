@@ -91,9 +91,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """By attribute, its value and the contents of a container; modules keep their parts."""
     return {
-        name: (value, _contents(value))
-        for name, value in vars(module).items()
-        if name not in KEPT
+        name: (value, _contents(value)) for name, value in vars(module).items() if name not in KEPT
     }
 
 

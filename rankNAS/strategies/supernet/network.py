@@ -35,8 +35,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.compression.factors import LayerFactors
-from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.copies import copied
+from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.decompositions.base import balanced
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.search_spaces.base import SearchSpace
