@@ -36,8 +36,8 @@ def check_sizes(model: Mapping[str, Any], state: Mapping[str, Tensor], source: s
     classes, shape = model["num_classes"], model["input_shape"]
     if not 1 <= classes or all(classes not in tensor.shape for tensor in state.values()):
         raise WeightsError(
-            f"the metadata of {source!r} asks for {classes} classes, but no tensor of the file has "
-            "so many entries along an axis; fetch the file again."
+            f"the metadata of {source!r} asks for {classes} classes, but no tensor of the file "
+            "has so many entries along an axis; fetch the file again."
         )
     if any(size < 1 for size in shape) or math.prod(shape) > MOST_ENTRIES:
         raise WeightsError(

@@ -147,6 +147,6 @@ def _named(given: Inputs) -> dict[str, Tensor]:
 
 def _differs(source: str, reason: str) -> WeightsError:
     return WeightsError(
-        f"the network of {source!r} is not the function that was saved: {reason}; load it with the "
-        "model, and the versions of its packages, that it was made with."
+        f"the network of {source!r} is not the function that was saved: {reason}; load it with "
+        "the model, and the versions of its packages, that it was made with."
     )
