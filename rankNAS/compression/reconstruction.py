@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.accumulators import counted
-from rankNAS.compression.batch_norm import is_tracking
+from rankNAS.compression.batch_norm import in_float32, is_tracking
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.incremental import IncrementalExecutor
@@ -98,7 +98,7 @@ def refit_sequentially(
 
 def _training_statistics(model: nn.Module) -> nn.Module:
     """The model, with batch norms that use the statistics of the batch."""
-    model.eval()
+    in_float32(model.eval())
     for module in model.modules():
         if is_tracking(module):
             module.train()

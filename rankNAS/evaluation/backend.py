@@ -234,6 +234,8 @@ class Backend:
         """Set the weights of the layers whose factors or choice changed."""
         if self._shares:
             self.network = factorisation.made_when_called(allocation).eval()
+            if self.batch_norm:
+                in_float32(self.network)
             return
         changed = []
         for name, choice in allocation.items():

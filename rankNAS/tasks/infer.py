@@ -177,7 +177,7 @@ def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Ta
     name = type(model).__name__
     if logits is not None and logits.dim() == 3 and "CausalLM" in name:
         return CausalLanguageModelling(layout=layout)
-    by_kl = logits is not None and not isinstance(output, Tensor)
+    by_kl = not isinstance(output, Tensor) and _named_logits(output) is not None
     return Matching(by="kl" if by_kl else "distance", layout=layout)
 
 
@@ -185,8 +185,10 @@ def _labelled(model: nn.Module, output: Any, targets: Any, inputs: Inputs) -> Ta
     logits = _logits(output)
     if logits is None or not isinstance(targets, Tensor):
         raise DataError(
-            f"the task is unclear: the model returns a {type(output).__name__} for targets that "
-            f"are a {type(targets).__name__}; give task=Custom(loss, metrics)."
+            f"the task is unclear: the model returns a {type(output).__name__} of "
+            f"{len(tensors(output))} tensors for targets that are a {type(targets).__name__}; give "
+            "a model that returns its predictions alone or as `logits`, or task=Custom(loss, "
+            "metrics), whose functions get the whole output."
         )
     targets = targets.long() if targets.dtype == torch.bool else targets
     if _are_classes(targets):
@@ -271,6 +273,11 @@ def _logits(output: Any) -> Tensor | None:
     """The one tensor of an output, or its ``logits``."""
     if isinstance(output, Tensor):
         return output
+    found, several = _named_logits(output), tensors(output)
+    return several[0] if found is None and len(several) == 1 else found
+
+
+def _named_logits(output: Any) -> Tensor | None:
     found = (
         output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     )
