@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import skeleton
+from rankNAS.copies import copied
 from rankNAS.hw_models.timing import Array, wait_for
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.trees import Inputs, channels_last, device_of, tensors, with_size
@@ -94,7 +94,7 @@ class Watch:
 
 def built(network: nn.Module, allocation: Allocation, inputs: Inputs | Tensor) -> Network:
     """The network under an allocation, with random weights."""
-    model = skeleton(copy.deepcopy(network), allocation).eval()
+    model = skeleton(copied(network), allocation).eval()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

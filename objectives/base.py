@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from rankNAS.data.samples import Samples
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.renamed import renamed_exports
 from rankNAS.tasks.base import Direction, Task
-from rankNAS.trees import Inputs, channels_last
+from rankNAS.trees import Inputs, channels_last, tree_map
 
 __all__ = ["EvaluationResult", "Direction", "Objective", "ObjectiveBase"]
 
@@ -48,20 +50,22 @@ class EvaluationResult:
     batch_size: int = 256
 
     def data(self) -> Any:
-        """All validation samples as one batch, such as ``(inputs, targets)``.
+        """All validation samples as one batch, such as ``(inputs, targets)``; a copy.
 
         Raises:
             DataError: Their shapes differ.
         """
-        return channels_last(self.samples.batch(self.device))
+        return tree_map(torch.clone, channels_last(self.samples.batch(self.device)))
 
     def batches(self) -> Iterator[Any]:
-        """The validation samples in batches."""
-        return self.samples.batches(self.batch_size, device=self.device)
+        """The validation samples in batches, each a copy."""
+        batches = self.samples.batches(self.batch_size, device=self.device)
+        return (tree_map(torch.clone, batch) for batch in batches)
 
     def example(self, count: int) -> Inputs:
-        """The model's arguments for the first samples."""
-        return self.task.inputs_of(channels_last(self.samples.example(count, self.device)))
+        """The model's arguments for the first samples; a copy."""
+        batch = channels_last(self.samples.example(count, self.device))
+        return self.task.inputs_of(batch).copied()
 
 
 class ObjectiveBase(ABC):
@@ -82,14 +86,21 @@ class ObjectiveBase(ABC):
     def __call__(self, candidate: EvaluationResult) -> float:
         """The value, checked and measured without gradients.
 
+        What `measure` prints goes to stderr: stdout is for results.
+
         Raises:
-            ObjectiveError: `measure` raised, or its value is not a finite number.
+            ObjectiveError: `measure` raised or exited, or its value is not a finite number.
         """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
                 value = float(self.measure(candidate))
         except ObjectiveError:
             raise
+        except SystemExit as error:
+            raise ObjectiveError(
+                f"objective {self.name!r} called sys.exit({error.code!r}); return a number, or "
+                "raise an error for a trial that fails."
+            ) from error
         except Exception as error:
             raise ObjectiveError(
                 f"objective {self.name!r} raised {type(error).__name__}: {error}"

@@ -8,7 +8,6 @@ of the last budget are the study's totals.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -22,6 +21,7 @@ from torch import nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import budget_key, check_budgets
+from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.loading import DataSource, load_data
 from rankNAS.data.samples import Samples
@@ -438,7 +438,7 @@ class _Seed:
         return replace(before, finetuned=tuned[self.metric])
 
     def _reference(self, samples: Samples) -> Reference:
-        model, task = copy.deepcopy(self.model).eval(), self.context.task
+        model, task = copied(self.model).eval(), self.context.task
         return dense_reference(model, samples, task, device=self.plan.device)
 
 

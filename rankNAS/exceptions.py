@@ -10,6 +10,7 @@
         +-- WeightsError                 an unreadable weights file, or one of another model
         +-- StudyError                   a study that is missing, corrupt or configured otherwise
         +-- ObjectiveError               an objective that raised or returned no finite number
+            +-- NetworkError             a network that differs from the one that was measured
         +-- WriteError (OSError)         a file that cannot be written; the earlier one is intact
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Iterable
 __all__ = [
     "BudgetError",
     "DataError",
+    "NetworkError",
     "ObjectiveError",
     "RankNASError",
     "StudyError",
@@ -93,6 +95,10 @@ class StudyError(UsageError):
 
 class ObjectiveError(UsageError):
     """An objective that raised an error, or returned no finite number."""
+
+
+class NetworkError(ObjectiveError):
+    """A compressed network that is not the function, or not of the size, that was measured."""
 
 
 class WriteError(UsageError, OSError):

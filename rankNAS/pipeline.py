@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ from torch import nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, Select, factorise
+from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits, held_out, split
@@ -88,7 +88,7 @@ def prepare(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
     recovery = _recovery(splits, task, settings, seed)
-    model = copy.deepcopy(separate_attention(model)).to(device).eval()
+    model = copied(separate_attention(model)).to(device).eval()
     example = task.inputs_of(splits.calibration.example(1, device))
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:

@@ -14,6 +14,7 @@ from rankNAS.data.base import Data
 from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
+from rankNAS.models.agreement import Sketches, fixed_pass, tolerance
 from rankNAS.objectives.base import ObjectiveBase
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.renamed import renamed
@@ -24,6 +25,8 @@ from rankNAS.tasks.base import Task
 __all__ = ["Settings", "check_device", "check_seed", "study_identity"]
 
 LARGEST_SEED = 2**32 - 1  # that all libraries take
+
+EXAMPLES = 4  # samples on which a study's model is recognised
 
 
 @renamed(metric="norm")
@@ -135,6 +138,7 @@ def study_identity(
     """
     return {
         "weights": fingerprint(model.state_dict()),
+        "outputs": _outputs(model, task, data),
         "data": data.fingerprint,
         "task": task.identity,
         "strategy": strategy,
@@ -144,3 +148,15 @@ def study_identity(
         "seed": seed,
         "layers": layers,
     }
+
+
+def _outputs(model: nn.Module, task: Task, data: Data) -> Sketches:
+    """Sketches of the model's outputs on the first samples, which other machines find as well.
+
+    Empty, which agrees with everything, if the outputs differ from pass to pass.
+    """
+    inputs = task.inputs_of(data.train.example(EXAMPLES))
+    outputs = fixed_pass(model, inputs)
+    sketches = Sketches.of(outputs, tolerance(model, outputs))
+    again = Sketches.of(fixed_pass(model, inputs), sketches.rounding)
+    return sketches if again.agree(sketches.to_json()) else Sketches({}, sketches.rounding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ import pandas as pd
 from torch import nn
 
 from rankNAS.allocation import Allocation
+from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples, Source
 from rankNAS.data.splits import Splits
@@ -225,7 +225,7 @@ class Study:
             config,
             task=self.task,
             augmentation=self.splits.augmentation,
-            teacher=copy.deepcopy(dense),
+            teacher=copied(dense),
             device=self.evaluator.device,
             on_step=on_step,
         )

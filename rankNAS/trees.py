@@ -37,6 +37,8 @@ __all__ = [
 class Inputs(NamedTuple):
     """The arguments of a model's forward pass.
 
+    Some models change their arguments in place; see `copied`.
+
     Args:
         args: Positional arguments.
         kwargs: Keyword arguments.
@@ -64,6 +66,11 @@ class Inputs(NamedTuple):
     def run(self, model: nn.Module) -> Any:
         """The model's output."""
         return model(*self.args, **self.kwargs)
+
+    def copied(self) -> Inputs:
+        """The arguments with their own tensors and containers, for a model that changes them."""
+        found: Inputs = tree_map(torch.clone, self)
+        return found
 
     @property
     def first(self) -> Any:

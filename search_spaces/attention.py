@@ -7,12 +7,11 @@ never calls its output projection as a module, so replacing modules cannot decom
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankNAS.copies import copied
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.wrappers import unwrapped
 
@@ -103,7 +102,7 @@ def separate_attention(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if not any(map(_is_attention, model.modules())):
         return model
-    model = copy.deepcopy(model)
+    model = copied(model)
     if _is_attention(model):
         return SeparateAttention(model)  # type: ignore[arg-type]
     separate = {m: SeparateAttention(m) for m in model.modules() if _is_attention(m)}  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rankNAS.search_spaces.tracing import fresh, unchanged
+from rankNAS.search_spaces.tracing import evaluating
+from rankNAS.trees import Inputs
 
 __all__ = ["needed_in_place"]
 
@@ -41,8 +42,8 @@ def needed_in_place(
         return {}
     watch = _Watch(model, layers)
     try:
-        with unchanged(model), torch.random.fork_rng(devices=[]), watch.standing_in():
-            fresh(example_inputs).run(model)
+        with evaluating(model), torch.random.fork_rng(devices=[]), watch.standing_in():
+            Inputs.of(example_inputs).copied().run(model)
     except Exception as error:
         if watch.reasons:  # the next pass runs without the layers found here
             others = {n: paths for n, paths in layers.items() if n not in watch.reasons}

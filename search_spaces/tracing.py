@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
+from rankNAS.copies import unchanged
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import DataError, UsageError
-from rankNAS.trees import Inputs, size_of, tensors, tree_map, type_difference
+from rankNAS.trees import Inputs, size_of, tensors, type_difference
 
-__all__ = ["Trace", "fresh", "is_decomposable", "shape_of", "trace", "unchanged"]
+__all__ = ["Trace", "evaluating", "is_decomposable", "shape_of", "trace"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
         # Under no_grad, some modules (and attention on CPUs) use fused kernels that the counter
         # does not support.
         with (
-            unchanged(model),
+            evaluating(model),
             recorder.attached(),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
             counter,
         ):
-            fresh(example_inputs).run(model)
+            Inputs.of(example_inputs).copied().run(model)
     except Exception as error:
         raise UsageError(
             f"{type(model).__name__} does not run on the example inputs "
@@ -78,42 +79,15 @@ def is_decomposable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_hf_conv1d(module)
 
 
-def fresh(example_inputs: Any) -> Inputs:
-    """The inputs with tensors of their own, which a forward pass may change in place."""
-    return Inputs(*tree_map(lambda x: x.detach().clone(), tuple(Inputs.of(example_inputs))))
-
-
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has the attributes that it had before.
-
-    A forward pass may keep tensors, such as attention maps with their graph, which could not be
-    copied.
-    """
-    kept = [(vars(module), dict(vars(module))) for module in model.modules()]
-    kept += [
-        (value, dict(value))
-        for _, attributes in list(kept)
-        for value in attributes.values()
-        if type(value) is dict
-    ]
-    lists = [
-        (value, value.copy())
-        for _, attributes in kept
-        for value in attributes.values()
-        if type(value) is list
-    ]
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has its mode and attributes of before."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with unchanged(model):
+            yield
     finally:
-        for filled, before in lists:
-            filled[:] = before
-        for current, attributes in kept:
-            for name in current.keys() - attributes.keys():
-                del current[name]
-            current |= attributes
         for module, flag in training:
             module.training = flag
 

@@ -17,7 +17,10 @@ import rankNAS
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    {"exceptions", "allocation", "budget", "lazy", "plugins", "renamed", "threads", "trees"},
+    {
+        *("exceptions", "allocation", "budget", "copies", "lazy", "plugins", "renamed"),
+        *("threads", "trees"),
+    },
     {"io", "data", "decompositions", "solver"},
     {"tasks"},
     {"search_spaces"},

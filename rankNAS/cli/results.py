@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import time
@@ -20,6 +19,7 @@ from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
 from rankNAS.cli.output import ProgressDisplay
+from rankNAS.copies import copied
 from rankNAS.exceptions import UsageError
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.io.formats import FORMAT, current_format, upgraded
@@ -42,7 +42,7 @@ def keep(
     """
     trials = study.to_pandas()
     save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
-    dense_test = _tested(study, copy.deepcopy(model))
+    dense_test = _tested(study, copied(model))
     solutions = [_solution(options, study, p, model, progress) for p in study.problems]
     dense = _summary(study, study.dense, dense_test)
     if concerns_latency(study):

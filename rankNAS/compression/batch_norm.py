@@ -26,10 +26,14 @@ __all__ = [
     "BatchNormReference",
     "cumulative_averaging",
     "has_batch_norm",
+    "in_float32",
     "is_tracking",
     "reestimate_batch_norm",
     "tracking_layers",
 ]
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -69,10 +73,24 @@ def reestimate_batch_norm(
             f"batch-norm statistics were asked for from {count} inputs in batches of "
             f"{batch_size}, but a variance needs at least 2; give more inputs or a larger batch."
         )
+    precisions = [(layer, layer.running_mean.dtype) for layer in layers]  # type: ignore[union-attr]
+    in_float32(network)
     with cumulative_averaging(layers):
         for batch in input_batches(inputs, batch_size, even=True):
             batch.run(network)
+    for layer, dtype in precisions:
+        layer.to(dtype)
     return network
+
+
+def in_float32(network: nn.Module) -> None:
+    """Change half-precision batch norms to float32, in place; their outputs keep their type.
+
+    A variance above 65504 is infinite in float16.
+    """
+    for layer in tracking_layers(network):
+        if layer.running_mean is not None and layer.running_mean.dtype in HALF:
+            layer.float()
 
 
 def is_tracking(module: nn.Module | None) -> TypeGuard[_BatchNorm]:

@@ -23,6 +23,7 @@ from torch.utils import checkpoint
 
 from rankNAS.compression.accumulators import MomentAccumulator
 from rankNAS.compression.patches import MAX_POSITIONS
+from rankNAS.copies import unchanged
 from rankNAS.decompositions.norms import NormName, Statistics
 from rankNAS.exceptions import WeightsError, WriteError
 from rankNAS.io.fingerprints import fingerprint
@@ -88,7 +89,7 @@ def calibrate(
     if path is not None and (cached := _read(path, space, device)) is not None:
         return cached
     recorder = _Recorder(space, seed, task or Matching(by="kl", layout=Layout()))
-    with recorder.recording(model, gradients=norm == "fisher"):
+    with unchanged(model), recorder.recording(model, gradients=norm == "fisher"):
         for done in range(1, len(chunks) + 1):
             recorder.run(model, chunks, done - 1, backward=norm == "fisher")
             if pooled:

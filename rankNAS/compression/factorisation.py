@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,7 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
 from rankNAS.compression.factors import LayerFactors, factorise_layer
 from rankNAS.compression.surgery import LazyFactorised, shared_copy
+from rankNAS.copies import copied
 from rankNAS.decompositions import OPERATORS, NormName, Statistics, make_norm
 from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.decompositions.shapes import LayerShape
@@ -57,7 +57,7 @@ class Factorisation:
         }
         # Do not copy layers that are replaced.
         memo = {id(self.model.get_submodule(n)): nn.Identity() for n in modules}
-        network = copy.deepcopy(self.model, dict(memo))
+        network = copied(self.model, memo)
         for name, module in modules.items():
             LayerView(network, self.space.layers[name].paths).replace(module)
         return network

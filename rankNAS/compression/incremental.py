@@ -76,7 +76,7 @@ class IncrementalExecutor:
         """
         try:
             with torch.no_grad():
-                expected = [x.run(model) for x in examples]
+                expected = [x.copied().run(model) for x in examples]
                 stages = _trace(model, layers, examples[0])
                 if stages is None:
                     return None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.accumulators import counted
-from rankNAS.compression.batch_norm import is_tracking
+from rankNAS.compression.batch_norm import in_float32, is_tracking
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.incremental import IncrementalExecutor
@@ -67,10 +67,11 @@ def refit_sequentially(
         pass keep their factors; so do layers with fewer than two patches per input feature.
     """
     space = factorisation.space
-    dense = _training_statistics(shared_copy(factorisation.model))
-    compressed = changeable_copy(factorisation.model, factorisation.layers)
-    compressed = _training_statistics(compressed)
     batches = input_batches(inputs, batch_size, even=True)
+    # The statistics of one sample are no estimate, and those of one vector are none at all.
+    statistics = nn.Module.eval if batches.samples < 2 else _training_statistics
+    dense = statistics(shared_copy(factorisation.model))
+    compressed = statistics(changeable_copy(factorisation.model, factorisation.layers))
     walk = _walk(factorisation, dense, compressed, batches)
     layers = {}
     for done, (name, pairs) in enumerate(walk, 1):
@@ -97,7 +98,7 @@ def refit_sequentially(
 
 def _training_statistics(model: nn.Module) -> nn.Module:
     """The model, with batch norms that use the statistics of the batch."""
-    model.eval()
+    in_float32(model.eval())
     for module in model.modules():
         if is_tracking(module):
             module.train()
@@ -246,7 +247,7 @@ def _hooked(name: str, dense: nn.Module, compressed: nn.Module, batches: InputBa
 
             handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
             try:
-                x.run(model)
+                x.copied().run(model)  # the model may change its inputs
             except _ReachedError:
                 pass
             finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from rankNAS.allocation import Choice
 from rankNAS.compression.factors import LayerFactors
+from rankNAS.copies import copied
 from rankNAS.decompositions.layer_view import LayerView
 
 __all__ = [
@@ -37,7 +37,7 @@ def shared_copy(model: nn.Module, own: Iterable[Tensor] = ()) -> nn.Module:
         for p in model.parameters()
         if id(p) not in except_for
     }
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.Module:
@@ -47,7 +47,7 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
     weight is then computed from its factors on each access, and freed.
     """
     if not exceeds_memory_limit(model):
-        return copy.deepcopy(model)
+        return copied(model)
     biases = [LayerView(model, found.layer.paths).bias_parameter for found in layers.values()]
     network = shared_copy(model, own=[bias for bias in biases if bias is not None])
     for found in layers.values():

@@ -7,11 +7,12 @@ traced, a forward pass begins at the first of them (`IncrementalExecutor`).
 
 from __future__ import annotations
 
-import copy
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from rankNAS.compression.batch_norm import (
     BatchNormReference,
     cumulative_averaging,
     has_batch_norm,
+    in_float32,
     is_tracking,
     reestimate_batch_norm,
     tracking_layers,
@@ -30,6 +32,7 @@ from rankNAS.compression.batch_norm import (
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.compression.surgery import exceeds_memory_limit, shared_copy
+from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.outputs import (
     KEPT,
@@ -39,12 +42,14 @@ from rankNAS.evaluation.outputs import (
     total_sums,
 )
 from rankNAS.evaluation.pruning import part_ends
+from rankNAS.evaluation.verification import SAMPLES, verify_outputs
 from rankNAS.tasks.base import Sums, Task, added
 from rankNAS.tasks.feeding import InputBatches, input_batches
 from rankNAS.trees import Inputs, channels_last, rows, tensors
 
 __all__ = ["Backend", "Timing"]
 
+logger = logging.getLogger(__name__)
 # Samples per forward pass for each CPU thread: activations of larger batches exceed its caches. On
 # ResNet-20, 256 samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
@@ -94,14 +99,17 @@ class Backend:
     ) -> None:
         self.factorisation, self.task = factorisation, task
         self.device, self.timing = device, timing
+        self._validation = validation
         cpu = torch.device(device).type == "cpu"
         model = factorisation.model
         # On another device, a copy is needed in any case.
         self._shares = low_memory and cpu and exceeds_memory_limit(model)
-        network = shared_copy(model) if self._shares else copy.deepcopy(model)
+        network = shared_copy(model) if self._shares else copied(model)
         self.network = network.to(device).eval()
         self._applied = {name: (layer, DENSE) for name, layer in factorisation.layers.items()}
-        self.batch_norm = batch_norm and has_batch_norm(self.network)
+        self.batch_norm = batch_norm and has_batch_norm(self.network) and _several(calibration)
+        if self.batch_norm:
+            in_float32(self.network)
         self.images = _has_images(task.inputs_of(validation.example()))
         if self.images:
             self.network = self.network.to(memory_format=torch.channels_last)
@@ -196,11 +204,16 @@ class Backend:
         next(outputs, None)
 
     def build(self, allocation: Mapping[str, Choice], factorisation: Factorisation) -> nn.Module:
-        """The compressed network of the allocation that is applied now, with its thin layers."""
+        """The compressed network of the allocation that is applied now, with its thin layers.
+
+        Raises:
+            NetworkError: Its outputs differ from those of the network under evaluation.
+        """
         network = factorisation.materialise(allocation).to(self.device).eval()
         for name, module in self.network.named_modules():
             if isinstance(module, _BatchNorm):
                 network.get_submodule(name).load_state_dict(module.state_dict())
+        verify_outputs(network, self.network, self._few)
         return network
 
     def invalidate(self, first: int = 0) -> None:
@@ -213,7 +226,7 @@ class Backend:
         """The factorisation with the model's weights in the memory format of the network."""
         model = self.factorisation.model
         if self.images:
-            model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+            model = copied(model).to(memory_format=torch.channels_last)
         return replace(self.factorisation, model=model)
 
     @torch.no_grad()
@@ -221,6 +234,8 @@ class Backend:
         """Set the weights of the layers whose factors or choice changed."""
         if self._shares:
             self.network = factorisation.made_when_called(allocation).eval()
+            if self.batch_norm:
+                in_float32(self.network)
             return
         changed = []
         for name, choice in allocation.items():
@@ -248,6 +263,12 @@ class Backend:
                 self._calibrating.run()
             self._reference.correct(changed)
 
+    @cached_property
+    def _few(self) -> Inputs:
+        """The arguments for a few validation samples."""
+        batch = self._validation.example(SAMPLES, self.device)
+        return self.task.inputs_of(channels_last(batch))
+
     def _traced(self) -> IncrementalExecutor | None:
         layers = {n: layer.paths for n, layer in self.factorisation.space.layers.items()}
         first = InputBatches(self.parts[0], self.task)
@@ -271,6 +292,17 @@ class Backend:
         calls = [(i, modules.get(str(n.target))) for i, n in enumerate(executor.nodes)]
         norms = [(i, m) for i, m in calls if is_tracking(m)]
         return norms, CachedPass(executor, self.calibration, stop=norms[-1][0] + 1)
+
+
+def _several(calibration: Samples) -> bool:
+    """Whether there are enough samples for batch-norm statistics; logs if there are not."""
+    if len(calibration) > 1:
+        return True
+    logger.warning(
+        "batch-norm statistics are not corrected: a variance needs two calibration samples or "
+        "more, and there is one."
+    )
+    return False
 
 
 def _has_images(inputs: Inputs) -> bool:

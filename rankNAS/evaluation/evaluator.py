@@ -6,7 +6,6 @@ compressed network itself, with its thin layers.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,10 +17,12 @@ from torch import nn
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.reconstruction import refit_sequentially
+from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.backend import Backend, Timing
 from rankNAS.evaluation.outputs import Reference
 from rankNAS.evaluation.pruning import PruneCallback, check_pruning, part_ends
+from rankNAS.evaluation.verification import verify_costs
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
 from rankNAS.recovery.trainer import Recovery
@@ -152,7 +153,11 @@ class Evaluator:
     def network(self, allocation: Allocation) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms.
 
+        It is compared with what is measured before it is trained: its outputs on a few validation
+        samples, its parameters and its MACs.
+
         Raises:
+            NetworkError: It differs from what is measured.
             ObjectiveError: Its training diverged.
         """
         network = self._untrained(allocation)
@@ -180,7 +185,7 @@ class Evaluator:
         if final and self.recovery is not None:
             network = self._untrained(allocation)
             sums = self._trained_sums(network, self.recovery, costs, should_continue)
-            return self._measure(allocation, sums, costs, lambda: copy.deepcopy(network))
+            return self._measure(allocation, sums, costs, lambda: copied(network))
         factors = self._factors(allocation, final)
         with self.backend.applying(allocation, factors):
             sums = self._sums(costs, should_continue)
@@ -264,4 +269,9 @@ class Evaluator:
         """The network of an allocation, with refitted factors if the evaluator is set so."""
         factors = self._factors(allocation, refit=True)
         with self.backend.applying(allocation, factors):
-            return self.backend.build(allocation, factors)
+            network = self.backend.build(allocation, factors)
+        space = self.factorisation.space
+        batch = channels_last(self.calibration.example(space.batch_size, self.device))
+        inputs = self.task.inputs_of(batch)
+        verify_costs(network, space, allocation, self.factorisation.model, inputs)
+        return network

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
+from rankNAS.copies import copied, unchanged
 from rankNAS.data.samples import BatchSequence, Samples
 from rankNAS.tasks.base import Prediction, Sums, Task, added
 from rankNAS.tasks.feeding import InputBatches
@@ -49,7 +50,7 @@ class PartwiseOutputs:
             yield from self._passes[number].outputs()
             return
         for i in range(len(self._inputs[number])):
-            with torch.no_grad():
+            with torch.no_grad(), unchanged(network):
                 output = self._inputs[number][i].run(network)
             yield output
             del output  # before the next forward pass
@@ -113,7 +114,7 @@ class Reference:
         device = getattr(inputs.first, "device", None)
         assert self.model is not None
         if device is not None and device_of(self.model) != device:
-            self.model = copy.deepcopy(self.model).to(device)
+            self.model = copied(self.model).to(device)
         return inputs.run(self.model.eval())
 
 
@@ -161,7 +162,7 @@ def dense_reference(
         device: Where to run.
     """
     if device_of(model) != torch.device(device):
-        model = copy.deepcopy(model).to(device)
+        model = copied(model).to(device)
     size = affordable(batch_size, model, samples, task, device)
     batches = samples.batched(size, device=device, place=channels_last)
     return Reference(task, model, batches)

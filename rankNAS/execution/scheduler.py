@@ -6,7 +6,9 @@ processes on the same study included.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -134,14 +136,17 @@ def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None 
     metrics: Mapping[str, float] = {}
     asked = None if pruner is None or evaluation.claim.probe else should_continue
     try:
-        metrics = evaluator.evaluate(
-            evaluation.claim.allocation, final=evaluation.final, should_continue=asked
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # of the user's code; stdout is for results
+            metrics = evaluator.evaluate(
+                evaluation.claim.allocation, final=evaluation.final, should_continue=asked
+            )
     except PrunedError as stopped:
         metrics = evaluator.costs(evaluation.claim.allocation)
         return outcome("pruned", str(stopped))
     except (ObjectiveError, MemoryError, torch.OutOfMemoryError) as error:
         return outcome("failed", str(error) or "out of memory")
+    except SystemExit as error:  # in the model or in a metric
+        return outcome("failed", f"the evaluation called sys.exit({error.code!r})")
     except RuntimeError as error:
         if any(words in str(error).lower() for words in OUT_OF_MEMORY):
             return outcome("failed", f"out of memory: {error}")
@@ -223,6 +228,8 @@ class _Loop:
                 return False
             wanted = self.wanted(history, free)
             if not wanted:
+                if not history.pending and not self.running:
+                    self.explain(history)
                 return not history.pending
             granted = self.study.store.claim(wanted, self.running, self.n_trials)
             if not granted:
@@ -265,6 +272,19 @@ class _Loop:
         for allocation in proposals:
             self.check(allocation)
         return [Claim(a, problem.budget_key) for a in proposals]
+
+    def explain(self, history: History) -> None:
+        """Say why fewer trials than wanted are made, unless the strategy needs only a few."""
+        strategy, made = self.study.strategy, len(history.candidates(self.problem))
+        if strategy.endless and made < self.n_trials:
+            logger.warning(
+                "strategy %r stops after %d of %d trials for %s: it finds no allocation that is "
+                "new and meets the budget. Offer more ranks or a looser budget for more trials.",
+                strategy.name,
+                made,
+                self.n_trials,
+                self.problem.budget_key,
+            )
 
     def check(self, allocation: Allocation) -> None:
         self.study.context.factorisation.space.check(allocation)

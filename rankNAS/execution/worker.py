@@ -118,7 +118,7 @@ def work(
         number, evaluation = found
         try:
             outcome = execute(evaluator, evaluation, pruner if stops else None)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # As text: the driver does not need the exception and may be unable to unpickle it.
             reason = f"{type(error).__name__}: {error}"
             outcome = Outcome(evaluation, "failed", reason=reason)

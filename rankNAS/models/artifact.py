@@ -1,7 +1,9 @@
 """A compressed network as one safetensors file, with metadata to rebuild it.
 
 The file contains no code. Loading builds the dense model by name (or by the caller's factory),
-inserts empty decomposed layers according to the allocation, and fills in the weights.
+inserts empty decomposed layers according to the allocation, and fills in the weights. The file
+also holds a few outputs on fixed inputs, so that another function of the same weights is noticed.
+Every entry is held against bounds before anything is allocated for it.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from rankNAS.compression.factorisation import skeleton
 from rankNAS.exceptions import StudyError, UsageError, WeightsError
 from rankNAS.io.formats import FORMAT, current_format, upgraded
 from rankNAS.io.tensors import read_tensors, write_tensors
+from rankNAS.models.bounds import check_choices, check_sizes
 from rankNAS.models.inputs import InputSpec
-from rankNAS.models.weights import load_state
+from rankNAS.models.sketches import CHECK, compare, sketched
+from rankNAS.models.weights import check_shapes, load_state
 from rankNAS.plugins import is_plugin
+from rankNAS.search_spaces.attention import separate_attention
 
 __all__ = ["load", "read_inputs", "read_metadata", "save"]
 
@@ -44,7 +49,8 @@ def save(
         path: The file.
         model: Description of the dense model: ``space``, with ``num_classes`` and
             ``input_shape`` (None if it has none), without which `load` needs a factory; and
-            ``inputs``, the form of its arguments (`InputSpec.to_json`), for exports.
+            ``inputs``, the form of its arguments (`InputSpec.to_json`), for exports. With either,
+            the file also holds outputs, which `load` compares.
         metrics: Measured metrics, stored for the reader.
 
     Raises:
@@ -60,13 +66,17 @@ def save(
         else:
             first[key] = name
             tensors[name] = tensor.detach().cpu().contiguous()
+    described = dict(model or {})
+    check = sketched(network, _spec(described))
     metadata = {
         FORMAT: str(current_format("network")),
         "allocation": allocation.to_json(),
-        "model": json.dumps(dict(model or {})),
+        "model": json.dumps(described),
         "metrics": json.dumps(dict(metrics or {})),
         "shared": json.dumps(shared),
     }
+    if check is not None:
+        metadata[CHECK] = json.dumps(check)
     path = Path(path)
     write_tensors(path, tensors, metadata)
     return path
@@ -81,7 +91,8 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
             spaces.
 
     Raises:
-        WeightsError: The file is missing or damaged, or its weights do not fit the model.
+        WeightsError: The file is missing or damaged, its weights do not fit the model, or the
+            network computes something else than the one that was saved.
         UsageError: The file needs a factory and none is given, or it returns another model.
 
     Example:
@@ -105,10 +116,17 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     metadata = read_metadata(path)
     state, _ = read_tensors(path)
     allocation, model, shared = _described(path, metadata, state)
-    network = _filled(_dense(model, path, model_factory), allocation)
     state |= {name: state[kept] for name, kept in shared.items()}
+    if model_factory is None:
+        check_sizes(model, state, str(path))
+    dense = separate_attention(_dense(model, path, model_factory))
+    check_choices(dense, allocation, str(path))
+    network = _filled(skeleton(dense, allocation), state, path)
     load_state(network, state, source=str(path))
-    return network.eval()
+    network.eval()
+    if CHECK in metadata:
+        compare(network, metadata[CHECK], _spec(model), str(path))
+    return network
 
 
 def read_inputs(path: Path | str) -> InputSpec | None:
@@ -123,9 +141,26 @@ def read_inputs(path: Path | str) -> InputSpec | None:
         if model.get("inputs"):
             return InputSpec.from_json(model["inputs"])
         shape = model.get("input_shape")
-        return InputSpec.of_shape(tuple(shape)) if shape else None
-    except (ValueError, TypeError, AttributeError, RecursionError, UsageError) as error:
+        return _of_shape(shape) if shape else None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"the metadata of {str(path)!r} is damaged: {error}") from None
+
+
+def _spec(model: Mapping[str, Any]) -> InputSpec | None:
+    """The form of the arguments that a description of a model has; None if unknown or damaged."""
+    try:
+        if model.get("inputs"):
+            return InputSpec.from_json(model["inputs"])
+        shape = model.get("input_shape")
+        return _of_shape(shape) if shape else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def _of_shape(shape: Any) -> InputSpec:
+    """The form of one tensor; checked before it is allocated."""
+    node = {"shape": list(shape), "dtype": "float32", "batched": True}
+    return InputSpec.from_json({"args": [{"tensor": node}], "kwargs": {}})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -165,7 +200,7 @@ def _described(
     try:
         allocation = Allocation.from_json(metadata["allocation"])
         model, shared = (json.loads(metadata.get(key, "{}")) for key in ("model", "shared"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"the metadata of {str(path)!r} is damaged: {error}") from None
     if not isinstance(shared, dict) or not all(
         isinstance(kept, str) and kept in state for kept in shared.values()
@@ -188,8 +223,9 @@ def _is_recipe(model: Mapping[str, Any]) -> bool:
         classes, shape = 0 if classes is None else classes, [] if shape is None else shape
     return (
         isinstance(classes, int)
+        and not isinstance(classes, bool)
         and isinstance(shape, list)
-        and all(isinstance(size, int) for size in shape)
+        and all(isinstance(size, int) and not isinstance(size, bool) for size in shape)
     )
 
 
@@ -212,9 +248,9 @@ def _dense(
     )
 
 
-def _filled(dense: nn.Module, allocation: Allocation) -> nn.Module:
-    """The skeleton, with decomposed layers on the CPU instead of the meta device."""
-    network = skeleton(dense, allocation)
+def _filled(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """A skeleton with decomposed layers on the CPU instead of the meta device."""
+    check_shapes(network, state, source=str(path))  # before anything is allocated
     for module in network.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:

@@ -60,7 +60,7 @@ def export(
         raise UnknownNameError("format", format, FORMATS)
     network, given = network.eval(), _example(inputs, batch)
     with torch.no_grad():
-        expected = tensors(given.run(network))
+        expected = tensors(given.copied().run(network))
     save_atomically(path, lambda temporary: _WRITERS[format](network, temporary, given))
     with torch.no_grad():
         found = tensors(_READERS[format](network, path, given))
@@ -152,7 +152,7 @@ def _write_onnx(network: nn.Module, path: Path, inputs: Inputs) -> None:
     _need("onnxscript")
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with torch.no_grad():
-        output = inputs.run(network)
+        output = inputs.copied().run(network)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch internals
         program = torch.onnx.export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from rankNAS.trees import Inputs, size_of, tensors
 __all__ = ["InputSpec", "is_batched", "sample_count"]
 
 Node = dict[str, Any]  # one entry: its kind and content
+MOST_ENTRIES = 1 << 26  # of all tensors for one sample
+MOST_AXES = 16
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -71,6 +74,11 @@ class InputSpec:
         """
         try:
             spec = cls(tuple(content["args"]), dict(content["kwargs"]))
+            left = MOST_ENTRIES
+            for node in (*spec.args, *spec.kwargs.values()):
+                left -= _checked(node)
+                if left < 0:
+                    raise ValueError(f"more than {MOST_ENTRIES} entries for a sample")
             spec.random(2)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UsageError(
@@ -139,6 +147,38 @@ def _tensor(tensor: Tensor, count: int | None) -> Node:
     if not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
         node |= {"least": int(tensor.min()), "largest": int(tensor.max())}
     return node
+
+
+def _checked(node: Any) -> int:
+    """The entries of a form's tensors for one sample; raises a ValueError if it is nonsense."""
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return _entries(content)
+    if kind in ("dict", "tuple", "list"):
+        parts = list(content.values()) if kind == "dict" else list(content)
+        return len(parts) + sum(map(_checked, parts))
+    if kind != "value" or not isinstance(content, PLAIN):
+        raise ValueError(f"an entry of the kind {kind!r} has the value {content!r:.80}")
+    return 0
+
+
+def _entries(node: Any) -> int:
+    """The entries of a tensor for one sample, from its checked description."""
+    shape, batched = list(node["shape"]), node["batched"]
+    least, largest = node.get("least", 0), node.get("largest", 0)
+    if not isinstance(batched, bool) or not all(map(_is_whole, (*shape, least, largest))):
+        raise ValueError(f"a tensor's sizes and range must be whole numbers, got {node!r:.200}")
+    if not isinstance(getattr(torch, str(node["dtype"]), None), torch.dtype):
+        raise ValueError(f"there is no dtype {node['dtype']!r:.80}")
+    if len(shape) > MOST_AXES or any(size < 0 for size in shape):
+        raise ValueError(f"a tensor has the shape {shape!r:.80}")
+    if not -(2**62) < least <= largest < 2**62:
+        raise ValueError(f"integers from {least} to {largest}")
+    return math.prod(shape)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _drawn(node: Node, count: int, generator: torch.Generator) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torchvision import models
 
 __all__ = [
+    "check_shapes",
     "load_state",
     "load_weights",
     "peek_metadata",
@@ -103,17 +105,9 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
     """
     state, expected = fitting_state(content, model, source), model.state_dict()
+    _check_shapes(state, expected, source)
     for name, tensor in state.items():
-        wanted = expected[name]
-        if is_lazy(wanted):
-            continue
-        if tensor.shape != wanted.shape:
-            raise WeightsError(
-                f"{source} does not fit the model: {name} has shape {tuple(tensor.shape)}, but "
-                f"the model has {tuple(wanted.shape)}; choose the model and the number "
-                "of classes that the weights were made for."
-            )
-        if wanted.is_meta:
+        if expected[name].is_meta and not is_lazy(expected[name]):
             raise WeightsError(
                 f"{name} of the model is on the meta device, which holds no values; call "
                 "model.to_empty(device='cpu') first."
@@ -123,7 +117,35 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
                 f"{source} holds a value that is not finite in {name}; the training that wrote it "
                 "diverged, so use an earlier checkpoint."
             )
-    model.load_state_dict(state)
+    # Some modules refuse a state without the version of its format, which files may lack.
+    versions = getattr(content, "_metadata", None) or getattr(expected, "_metadata", None)
+    versioned: OrderedDict[str, Tensor] = OrderedDict(state)
+    versioned._metadata = versions  # type: ignore[attr-defined]
+    model.load_state_dict(versioned)
+
+
+def check_shapes(model: nn.Module, content: object, *, source: str) -> None:
+    """Raise a WeightsError unless tensors have the names and shapes of a model's state.
+
+    Args:
+        model: The network, perhaps on the ``meta`` device.
+        content: As for `load_state`.
+        source: The name of ``content`` in messages.
+    """
+    _check_shapes(fitting_state(content, model, source), model.state_dict(), source)
+
+
+def _check_shapes(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
+) -> None:
+    for name, tensor in state.items():
+        wanted = expected[name]
+        if not is_lazy(wanted) and tensor.shape != wanted.shape:
+            raise WeightsError(
+                f"{source} does not fit the model: {name} has shape {tuple(tensor.shape)}, but "
+                f"the model has {tuple(wanted.shape)}; choose the model and the number "
+                "of classes that the weights were made for."
+            )
 
 
 def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:

@@ -203,7 +203,9 @@ class _Run:
         rate = _learning_rate(self.step, self.total, self.config.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss_function(batch, self.task.run(self.network, batch))
+        # In training mode, a model may change inputs that it leaves alone in evaluation mode.
+        output = self.task.inputs_of(batch).copied().run(self.network)
+        loss = self.loss_function(batch, self.task.predict(output, batch))
         value = loss.item()
         if not math.isfinite(value):
             raise RankNASError(

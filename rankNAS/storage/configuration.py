@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
+from rankNAS.models.agreement import Sketches
+
 __all__ = ["canonical", "differences"]
 
 CLASS = "class"
@@ -23,6 +25,8 @@ def canonical(value: Any) -> Any:
     """
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, Sketches):
+        return value.to_json()
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -44,6 +48,9 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
     >>> list(differences({"seed": 0, "sizes": [1]}, {"seed": 1, "sizes": (1,)}))
     ['seed was 0, is 1']
     """
+    if isinstance(given, Sketches):
+        yield from _other_function(stored, given, name)
+        return
     now = canonical(given)
     if not (isinstance(stored, dict) and isinstance(now, dict)):
         if stored != now:
@@ -62,10 +69,27 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
         path = f"{name}.{key}" if name else key
         if key not in now:
             yield f"{path} was {stored[key]!r}, is {UNKNOWN}"
+        elif isinstance(live[key], Sketches):
+            # A study from before they were kept may go on.
+            yield from differences(stored.get(key, now[key]), live[key], path)
         elif key in stored:
             yield from differences(stored[key], live[key], path)
         elif now[key] != defaults.get(key, MISSING):
             yield f"{path} was {UNKNOWN}, is {now[key]!r}"
+
+
+def _other_function(stored: Any, given: Sketches, name: str) -> Iterator[str]:
+    """A difference if the model computes other values; those of one without any are unknown."""
+    try:
+        same = not stored or not given.entries or given.agree(stored)
+    except ValueError as error:
+        yield f"{name} cannot be compared: {error}"
+        return
+    if not same:
+        yield (
+            f"{name} of the model on the same data differ, although its weights are the same, as "
+            "with another activation or another forward method"
+        )
 
 
 def _printed(value: Any) -> list[Field[Any]]:

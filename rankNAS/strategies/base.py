@@ -56,6 +56,7 @@ class Strategy(ABC):
         needs_spectra: The spectra that `bind` receives: any of ``energy``, ``outputs`` and
             ``weight``, see `LayerSpectra`. `bind` is only called where there are some.
         needs_context: Whether `bind_context` is called, instead of `bind`.
+        endless: Whether it proposes as many trials as are wanted, as long as it finds new ones.
         refits: Evaluate proposals after sequential refitting
             (`rankNAS.compression.reconstruction`), if the settings have it. A trial then takes
             several times longer. Probes are never refitted.
@@ -75,6 +76,7 @@ class Strategy(ABC):
     needs_latency: bool = False
     needs_spectra: tuple[SpectrumName, ...] = ()
     needs_context: bool = False
+    endless: bool = False
     refits: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
@@ -92,6 +92,8 @@ class Task(ABC):
 
     Args:
         layout: Where inputs and targets are in a batch; found from the first batch if None.
+        changes_inputs: Whether the model changes its arguments in place, by normalising or masking
+            them, for example. Every pass then gets its own copy. Found from the first batch.
 
     Attributes:
         name: As given to ``--task``.
@@ -115,6 +117,8 @@ class Task(ABC):
     labelled: ClassVar[bool] = True
     invariant: ClassVar[bool] = False
     layout: Layout | None = None
+    # Not printed: what identifies a task in caches and studies does not depend on it.
+    changes_inputs: bool = field(default=False, repr=False)
 
     @property
     @abstractmethod
@@ -138,8 +142,9 @@ class Task(ABC):
         """The task in a few words, for example ``classification of 10 classes``."""
 
     def inputs_of(self, batch: Any) -> Inputs:
-        """The model's arguments for a batch."""
-        return self._layout.inputs_of(batch)
+        """The model's arguments for a batch; a copy if the model changes them."""
+        inputs = self._layout.inputs_of(batch)
+        return inputs.copied() if self.changes_inputs else inputs
 
     def targets_of(self, batch: Any) -> Any:
         """The targets of a batch.

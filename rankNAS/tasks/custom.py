@@ -89,7 +89,10 @@ class Custom(Task):
         return {**found, "distance": "minimize"}
 
     def inputs_of(self, batch: Any) -> Inputs:
-        return super().inputs_of(batch) if self.inputs is None else Inputs.of(self.inputs(batch))
+        if self.inputs is None:
+            return super().inputs_of(batch)
+        inputs = Inputs.of(self.inputs(batch))
+        return inputs.copied() if self.changes_inputs else inputs
 
     def bound(self, batch: Any, model: torch.nn.Module) -> Custom:
         return self if self.inputs is not None else super().bound(batch, model)

@@ -23,7 +23,8 @@ class InputBatches(Sequence[Inputs]):
 
     Args:
         batches: The batches.
-        task: Reads the inputs of a batch; None takes the batch itself as the inputs.
+        task: Reads the inputs of a batch; None takes a copy of the batch itself as the inputs,
+            as it is not known whether the model changes them.
     """
 
     def __init__(self, batches: Sequence[Any], task: Task | None = None) -> None:
@@ -36,7 +37,7 @@ class InputBatches(Sequence[Inputs]):
 
     def __getitem__(self, index: Any) -> Any:
         batch = self._batches[index]
-        return Inputs.of(batch) if self._task is None else self._task.inputs_of(batch)
+        return Inputs.of(batch).copied() if self._task is None else self._task.inputs_of(batch)
 
     def batch(self, index: int) -> Any:
         """A whole batch."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankNAS.copies import unchanged
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
@@ -90,11 +92,11 @@ def infer_task(model: nn.Module, batch: Any) -> Task:
     """
     layout = Layout.of(batch, model)
     targets = layout.target_of(batch)
-    output = _output(model, layout.inputs_of(batch))
+    output, changed = _run(model, layout.inputs_of(batch))
     if targets is None:
-        return _unlabelled(model, output, layout, batch)
+        return replace(_unlabelled(model, output, layout, batch), changes_inputs=changed)
     found = _labelled(model, output, targets, layout.inputs_of(batch))
-    task = found.bound(batch, model)
+    task = replace(found.bound(batch, model), changes_inputs=changed)
     task.predict(output, batch)  # raises an error if the two do not fit
     return task
 
@@ -114,7 +116,9 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
     given = None if given is None else make_task(given)
     batch = examples(model, data.train, given)
     task = infer_task(model, batch) if given is None else given.bound(batch, model)
-    output = _output(model, task.inputs_of(batch))
+    output, changed = _run(model, task.inputs_of(batch))
+    if changed:
+        task = replace(task, changes_inputs=True)
     first = Samples.of(iter([batch]))  # also where the others are not in memory
     for where, samples in (("train", first), ("train", data.train), ("test", data.test)):
         if samples is not None:
@@ -139,7 +143,7 @@ def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> An
     device = device_of(model)
     few = samples.example(2, device)
     reader = Layout.of(few, model) if task is None else task.bound(few, model)
-    output = _output(model, reader.inputs_of(few))
+    output, _ = _run(model, reader.inputs_of(few))
     each = max(1, count_bytes(output) // size_of(few))
     batch = samples.example(min(EXAMPLES, max(2, OUTPUT_BYTES // each)), device)
     layout = reader if isinstance(reader, Layout) else reader.layout
@@ -150,10 +154,14 @@ def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> An
 
 
 @torch.no_grad()
-def _output(model: nn.Module, inputs: Inputs) -> Any:
+def _run(model: nn.Module, inputs: Inputs) -> tuple[Any, bool]:
+    """The model's output, and whether it changes its inputs; those that are given stay intact."""
     training = [module for module in model.modules() if module.training]
+    own = inputs.copied()
+    before = [(x, x._version) for x in tensors(own)]
     try:
-        return inputs.run(model.eval())
+        with unchanged(model):
+            output = own.run(model.eval())
     except RankNASError:
         raise
     except Exception as error:
@@ -165,6 +173,17 @@ def _output(model: nn.Module, inputs: Inputs) -> Any:
     finally:
         for module in training:
             module.training = True
+    after = tensors(own)  # a list or a dict may hold other tensors now
+    same = len(after) == len(before) and all(
+        x is y and y._version == version for y, (x, version) in zip(after, before, strict=True)
+    )
+    return output, not (same and _equal(own, inputs))
+
+
+def _equal(a: Inputs, b: Inputs) -> bool:
+    """Whether two arguments have equal values; NaN equals NaN."""
+    pairs = zip(tensors(a), tensors(b), strict=True)
+    return all(bool(((x == y) | ((x != x) & (y != y))).all()) for x, y in pairs)
 
 
 def _check_sizes(model: nn.Module, task: Task, samples: Samples) -> None:
@@ -175,7 +194,7 @@ def _check_sizes(model: nn.Module, task: Task, samples: Samples) -> None:
     for row, batch in others:
         inputs = task.inputs_of(batch)
         try:
-            _output(model, to_device(inputs, device_of(model)))
+            _run(model, to_device(inputs, device_of(model)))
         except DataError as error:
             raise DataError(
                 f"{type(model).__name__} fails on item {row} of the train split, which has the "
@@ -194,7 +213,7 @@ def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Ta
     name = type(model).__name__
     if logits is not None and logits.dim() == 3 and "CausalLM" in name:
         return CausalLanguageModelling(layout=layout)
-    by_kl = logits is not None and not isinstance(output, Tensor)
+    by_kl = not isinstance(output, Tensor) and _named_logits(output) is not None
     return Matching(by="kl" if by_kl else "distance", layout=layout)
 
 
@@ -202,8 +221,10 @@ def _labelled(model: nn.Module, output: Any, targets: Any, inputs: Inputs) -> Ta
     logits = _logits(output)
     if logits is None or not isinstance(targets, Tensor):
         raise DataError(
-            f"the task is unclear: the model returns a {type(output).__name__} for targets that "
-            f"are a {type(targets).__name__}; give task=Custom(loss, metrics)."
+            f"the task is unclear: the model returns a {type(output).__name__} of "
+            f"{len(tensors(output))} tensors for targets that are a {type(targets).__name__}; "
+            "give a model that returns its predictions alone or as `logits`, or task=Custom(loss, "
+            "metrics), whose functions get the whole output."
         )
     targets = targets.long() if targets.dtype == torch.bool else targets
     if _are_classes(targets):
@@ -288,6 +309,11 @@ def _logits(output: Any) -> Tensor | None:
     """The one tensor of an output, or its ``logits``."""
     if isinstance(output, Tensor):
         return output
+    found, several = _named_logits(output), tensors(output)
+    return several[0] if found is None and len(several) == 1 else found
+
+
+def _named_logits(output: Any) -> Tensor | None:
     found = (
         output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     )

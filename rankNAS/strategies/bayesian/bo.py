@@ -63,6 +63,7 @@ class BayesianOptimisation(Strategy):
     spread: float = 0.35
     local: float = 0.75
     name = "bo"
+    endless = True
 
     def __post_init__(self) -> None:
         if self.initial < 1 or self.pool < 2 or self.spread <= 0 or not 0 <= self.local <= 1:

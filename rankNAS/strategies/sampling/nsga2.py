@@ -33,6 +33,7 @@ class Nsga2(Sampled):
     population: int = 16
     attempts: int = 20
     name = "nsga2"
+    endless = True
 
     def __post_init__(self) -> None:
         if self.population < 2 or self.attempts < 1:

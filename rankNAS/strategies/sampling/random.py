@@ -27,6 +27,7 @@ class Random(Strategy):
 
     attempts: int = 20
     name = "random"
+    endless = True
 
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator

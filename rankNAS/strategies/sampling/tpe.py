@@ -33,6 +33,7 @@ class Tpe(Sampled):
     startup: int = 10
     attempts: int = 20
     name = "tpe"
+    endless = True
 
     def __post_init__(self) -> None:
         if self.startup < 1 or self.attempts < 1:

@@ -23,7 +23,6 @@ References:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -36,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.compression.factors import LayerFactors
+from rankNAS.copies import copied
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.decompositions.base import balanced
 from rankNAS.decompositions.layer_view import LayerView
@@ -57,7 +57,7 @@ class SuperNet:
 
     def __init__(self, model: nn.Module, space: SearchSpace) -> None:
         self.space = space
-        self.network = copy.deepcopy(model).requires_grad_(False).eval()
+        self.network = copied(model).requires_grad_(False).eval()
         for module in self.network.modules():
             if isinstance(module, _BatchNorm):
                 module.train()
@@ -105,7 +105,7 @@ class SuperNet:
 
     def _call(self, x: Inputs | Tensor, parameters: dict[str, Tensor]) -> tuple[Any, Maps]:
         self._maps = {}
-        given = Inputs.of(x)
+        given = Inputs.of(x).copied()  # a pass may change its inputs
         output = functional_call(self.network, parameters, given.args, given.kwargs)
         maps, self._maps = self._maps, {}
         return output, maps

@@ -1,0 +1,147 @@
+"""Copies of models, and passes that leave nothing behind in them.
+
+Some modules keep tensors of a forward pass: attention maps, caches, or the weight that
+``weight_norm`` computes. Such a tensor has a graph, and ``copy.deepcopy`` refuses it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+__all__ = ["copied", "unchanged"]
+
+T = TypeVar("T", bound=nn.Module)
+#: Attributes of modules that PyTorch and this package change on purpose.
+KEPT = frozenset(
+    {
+        "training",
+        "_parameters",
+        "_modules",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+    }
+)
+ATOMIC = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, str, bytes)
+
+
+def copied(model: T, memo: Mapping[int, Any] | None = None) -> T:
+    """A deep copy of a model; tensors with a graph are copied without it.
+
+    Args:
+        model: The model; it is not changed.
+        memo: By ``id``, the objects that take the place of others in the copy.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 2)
+        >>> model.last = model(torch.zeros(1, 2))
+        >>> copied(model).last.requires_grad
+        False
+    """
+    found = dict(memo or {})
+    for tensor in _with_graph(model):
+        found.setdefault(id(tensor), tensor.detach().clone())
+    return copy.deepcopy(model, found)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Context after which the model's modules have the attributes that they had before.
+
+    What forward passes store in attributes, lists, dicts and buffers is removed again. Values
+    that are changed in place, such as running statistics, keep their changes.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 2)
+        >>> with unchanged(model):
+        ...     model.last = model(torch.zeros(1, 2))
+        >>> hasattr(model, "last")
+        False
+    """
+    modules = (m for m in model.modules() if not isinstance(m, LazyModuleMixin))
+    before = [(module, _state(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, state in before:
+            _restore(module, state)
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """By attribute, its value and the contents of a container; modules keep their parts."""
+    return {
+        name: (value, _contents(value)) for name, value in vars(module).items() if name not in KEPT
+    }
+
+
+def _contents(value: Any) -> Any:
+    """A shallow copy of a container that a pass may extend; None for anything else."""
+    return copy.copy(value) if isinstance(value, list | dict | set | deque) else None
+
+
+def _restore(module: nn.Module, state: Mapping[str, tuple[Any, Any]]) -> None:
+    own = vars(module)
+    for name in [name for name in own if name not in KEPT and name not in state]:
+        del own[name]
+    registered = {*module._parameters, *module._modules, *module._buffers}
+    for name, (value, contents) in state.items():
+        if name in registered:  # a layer that the first pass has built
+            continue
+        own[name] = value
+        if contents is not None and not _same(value, contents):
+            value.clear()
+            if isinstance(value, dict | set):
+                value.update(contents)
+            else:
+                value.extend(contents)
+
+
+def _same(value: Any, contents: Any) -> bool:
+    """Whether a container has the same objects in the same places."""
+    if len(value) != len(contents):
+        return False
+    if isinstance(value, dict):
+        pairs = zip(value.items(), contents.items(), strict=True)
+        return all(a == b and x is y for (a, x), (b, y) in pairs)
+    return all(x is y for x, y in zip(value, contents, strict=True))
+
+
+def _with_graph(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors with a graph that the model reaches through attributes and containers."""
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, ATOMIC):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                yield value
+        elif isinstance(value, Mapping):
+            waiting += list(value.values())
+        elif isinstance(value, list | tuple | set | frozenset | deque):
+            waiting += list(value)
+        elif hasattr(value, "__dict__"):
+            waiting += list(vars(value).values())

@@ -1,0 +1,169 @@
+"""Whether two networks compute the same function: outputs on fixed inputs, within rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.copies import unchanged
+from rankNAS.trees import Inputs, device_of, named_tensors, tensors, to_device
+
+__all__ = ["Sketches", "fixed_pass", "relative_difference", "tolerance", "watched"]
+
+ROUNDING = 4.0  # tolerance in units of the square root of the machine epsilon
+TENSOR_CORES = 2.0**-10  # epsilon of the products of a GPU, which may round float32 to TF32
+VALUES = 32  # of a tensor that a sketch keeps
+
+
+@torch.no_grad()
+def fixed_pass(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The floating-point tensors of a network's output by place.
+
+    The network is in evaluation mode during the pass and ends as it was. Random numbers that it
+    draws are the same in every pass.
+
+    Args:
+        network: The network.
+        inputs: Its arguments; they are moved to its device and stay unchanged.
+    """
+    device = device_of(network)
+    given = to_device(inputs, device).copied()
+    training = [module for module in network.modules() if module.training]
+    try:
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), unchanged(network):
+            torch.manual_seed(0)
+            output = given.run(network.eval())
+    finally:
+        for module in training:
+            module.training = True
+    return {name: x for name, x in named_tensors(output) if x.is_floating_point()}
+
+
+@contextmanager
+def watched(network: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Context in which a function receives the path and the first output of each module's call.
+
+    Calls are seen in the order in which they end, inner modules first.
+    """
+    handles = []
+    for name, module in network.named_modules():
+
+        def hook(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            found = [x for x in tensors(output) if x.is_floating_point()]
+            if found:
+                see(name, found[0])
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tolerance(network: nn.Module, outputs: Mapping[str, Tensor]) -> float:
+    """The largest relative difference that rounding explains, for a network's lowest precision."""
+    found = [*network.parameters(), *network.buffers(), *outputs.values()]
+    eps = [torch.finfo(x.dtype).eps for x in found if x.is_floating_point()]
+    if any(x.device.type != "cpu" and x.dtype != torch.float64 for x in found):
+        eps.append(TENSOR_CORES)
+    return ROUNDING * math.sqrt(max(eps, default=torch.finfo(torch.float32).eps))
+
+
+@torch.no_grad()
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The norm of the difference of two tensors, relative to that of the second.
+
+    Values that are infinite or NaN in one tensor alone count by their share.
+    """
+    if found.shape != expected.shape:
+        return math.inf
+    if not found.numel():
+        return 0.0
+    a, b = found.double(), expected.double().to(found.device)
+    finite = a.isfinite() & b.isfinite()
+    alike = finite | (a == b) | (a.isnan() & b.isnan())
+    unlike = 1.0 - float(alike.double().mean())
+    return max(unlike, _ratio(float((a - b)[finite].norm()), float(b[finite].norm())))
+
+
+def _ratio(difference: float, size: float) -> float:
+    if difference == 0:
+        return 0.0
+    return difference / size if size else math.inf
+
+
+@dataclass(frozen=True)
+class Sketches:
+    """A few values of each of several tensors, for a comparison with those of another machine.
+
+    Args:
+        entries: By name, the ``shape``, the ``norm`` and some ``values`` of a tensor.
+        rounding: The relative difference up to which tensors agree.
+
+    Example:
+        >>> sketches = Sketches.of({"y": torch.tensor([1.0, 2.0])}, 1e-3)
+        >>> sketches.agree(Sketches.of({"y": torch.tensor([1.0, 2.0001])}, 1e-3).to_json())
+        True
+        >>> sketches.agree(Sketches.of({"y": torch.tensor([1.0, 2.1])}, 1e-3).to_json())
+        False
+    """
+
+    entries: Mapping[str, Mapping[str, Any]]
+    rounding: float
+
+    @classmethod
+    def of(cls, given: Mapping[str, Tensor], rounding: float) -> Sketches:
+        """The sketches of tensors by name."""
+        return cls({name: _sketch(tensor) for name, tensor in given.items()}, rounding)
+
+    def to_json(self) -> dict[str, Any]:
+        """The sketches as JSON values."""
+        return {name: dict(entry) for name, entry in self.entries.items()}
+
+    def agree(self, stored: Any) -> bool:
+        """Whether the tensors agree with those behind an earlier `to_json`.
+
+        Raises:
+            ValueError: The content is something else.
+        """
+        try:
+            return self.entries.keys() == stored.keys() and all(
+                self._alike(entry, stored[name]) for name, entry in self.entries.items()
+            )
+        except (AttributeError, KeyError, TypeError, IndexError, OverflowError) as error:
+            raise ValueError(f"a sketch of outputs is damaged: {error!r}") from None
+
+    def _alike(self, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+        if list(a["shape"]) != list(b["shape"]) or len(a["values"]) != len(b["values"]):
+            return False
+        size, given = max(1, math.prod(a["shape"])), float(b["norm"])
+        pairs = [(float(x), float(y)) for x, y in zip(a["values"], b["values"], strict=True)]
+        finite = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+        if any(repr(x) != repr(y) for x, y in pairs if (x, y) not in finite):
+            return False
+        if not math.isfinite(given) or not math.isfinite(a["norm"]):
+            return repr(float(a["norm"])) == repr(given)
+        # The values may be small by chance, compared with the others.
+        usual = given * math.sqrt(len(pairs) / size)
+        far = math.dist([x for x, _ in finite], [y for _, y in finite])
+        own = max(usual, math.hypot(*(y for _, y in finite)))
+        return far <= self.rounding * own and abs(a["norm"] - given) <= self.rounding * given
+
+
+def _sketch(tensor: Tensor) -> dict[str, Any]:
+    flat = tensor.detach().double().flatten().cpu()
+    places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), VALUES)).long()
+    finite = flat[flat.isfinite()]
+    return {
+        "shape": list(tensor.shape),
+        "norm": float(f"{float(finite.norm()):.9g}"),
+        "values": [float(f"{value:.9g}") for value in flat[places].tolist()],
+    }

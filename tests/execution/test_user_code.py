@@ -1,0 +1,110 @@
+"""Objectives and models that exit, print, or leave a search with nothing to try."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import rankNAS
+from rankNAS.exceptions import ObjectiveError, StudyError
+from rankNAS.objectives import Objective
+
+X = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(96) % 4
+
+
+def net(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 4)]
+    return nn.Sequential(*layers).eval()
+
+
+def searched(model: nn.Module | None = None, **options: Any) -> rankNAS.Study:
+    given: dict[str, Any] = {"budget": {"macs": 0.6}, "strategy": "random", "n_trials": 3}
+    return rankNAS.search(
+        model or net(),
+        (TensorDataset(X, Y), TensorDataset(X, Y)),
+        settings=rankNAS.Settings(calibration=32, validation=32),
+        **given | options,
+    )
+
+
+class Exiting:
+    """Exits at its second call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, network: nn.Module, data: Any) -> float:
+        self.calls += 1
+        if self.calls == 2:
+            sys.exit(0)
+        return 1.0
+
+
+def test_an_objective_that_exits_is_a_failed_trial() -> None:
+    study = searched(objectives=["accuracy", Objective(Exiting(), name="mine")])
+    assert [trial.state for trial in study.trials] == ["complete", "failed", "complete"]
+    assert "objective 'mine' called sys.exit(0)" in study.trials[1].reason
+
+
+def test_a_model_that_exits_is_a_failed_trial() -> None:
+    armed: list[bool] = []
+
+    class Quitting(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            if bool(x.isfinite().all()) and armed:  # which no trace can follow
+                sys.exit(5)
+            return super().forward(x)
+
+    with pytest.raises(ObjectiveError, match=r"3 trials in a row .*sys.exit\(5\)"):
+        searched(Quitting(*net()), on_record=lambda: armed.append(True), n_trials=9)
+
+
+def test_what_user_code_prints_is_not_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    def loud(network: nn.Module, data: Any) -> float:
+        print("from the objective")
+        return 1.0
+
+    searched(objectives=["accuracy", Objective(loud)])
+    found = capsys.readouterr()
+    assert not found.out and found.err.count("from the objective") == 3
+
+
+def test_a_small_space_says_why_it_stops(caplog: pytest.LogCaptureFixture) -> None:
+    study = searched(n_trials=3000)
+    made = len(study.trials)
+    assert made < 3000
+    words = [r.getMessage() for r in caplog.records if "stops after" in r.getMessage()]
+    assert len(words) == 1
+    assert f"strategy 'random' stops after {made} of 3000 trials for macs<=0.6" in words[0]
+    caplog.clear()
+    searched(n_trials=40, strategy="solve")
+    assert "stops after" not in caplog.text
+
+
+def test_another_activation_with_the_same_weights_does_not_resume(tmp_path: Any) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    searched(storage=storage)
+    assert len(searched(storage=storage, resume=True, n_trials=5).trials) == 5
+    with pytest.raises(StudyError, match="outputs of the model on the same data differ"):
+        searched(net(nn.Tanh), storage=storage, resume=True, n_trials=7)
+
+
+def test_a_study_from_before_outputs_were_kept_resumes(tmp_path: Any) -> None:
+    import optuna
+
+    from rankNAS.storage.store import CONFIGURATION
+
+    storage = f"sqlite:///{tmp_path}/study.db"
+    searched(storage=storage)
+    study = optuna.load_study(study_name="study", storage=storage)
+    kept = dict(study.user_attrs[CONFIGURATION])
+    assert kept.pop("outputs")
+    study.set_user_attr(CONFIGURATION, kept)
+    assert len(searched(storage=storage, resume=True, n_trials=4).trials) == 4
