@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = ["examples", "infer_task", "make_task", "resolve_task"]
 EXAMPLES = 64  # samples whose targets are looked at
 OUTPUT_BYTES = 64 << 20  # of their outputs
 SIZES = 5  # sizes of samples that the model is tried on
+logger = logging.getLogger(__name__)
 
 
 def make_task(given: str | Task) -> Task:
@@ -111,6 +113,7 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
             task.check(samples, where, output)
     task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
     _check_sizes(model, task, data.train)
+    logger.info("the task is %s", task.describe())
     return task
 
 
