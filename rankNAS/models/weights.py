@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from torchvision import models
 
 __all__ = [
+    "check_shapes",
     "load_state",
     "load_weights",
     "peek_metadata",
@@ -102,18 +104,9 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
     Raises:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
     """
-    state, expected = fitting_state(content, model, source), model.state_dict()
+    state, expected = check_shapes(model, content, source=source), model.state_dict()
     for name, tensor in state.items():
-        wanted = expected[name]
-        if is_lazy(wanted):
-            continue
-        if tensor.shape != wanted.shape:
-            raise WeightsError(
-                f"{source} does not fit the model: {name} has shape {tuple(tensor.shape)}, but "
-                f"the model has {tuple(wanted.shape)}; choose the model and the number "
-                "of classes that the weights were made for."
-            )
-        if wanted.is_meta:
+        if not is_lazy(expected[name]) and expected[name].is_meta:
             raise WeightsError(
                 f"{name} of the model is on the meta device, which holds no values; call "
                 "model.to_empty(device='cpu') first."
@@ -123,7 +116,34 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
                 f"{source} holds a value that is not finite in {name}; the training that wrote it "
                 "diverged, so use an earlier checkpoint."
             )
-    model.load_state_dict(state)
+    # Some modules refuse a state without the version of its format, which files may lack.
+    versions = {**getattr(expected, "_metadata", {}), **getattr(state, "_metadata", {})}
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = versions
+    model.load_state_dict(versioned)
+
+
+def check_shapes(model: nn.Module, content: object, *, source: str) -> dict[str, Tensor]:
+    """The tensors in ``content`` that fit a model, with its names; their shapes are checked.
+
+    Args:
+        model: The network, perhaps on the ``meta`` device.
+        content: As for `load_state`.
+        source: The name of ``content`` in messages.
+
+    Raises:
+        WeightsError: A name is missing or unexpected, or a shape differs.
+    """
+    state, expected = fitting_state(content, model, source), model.state_dict()
+    for name, tensor in state.items():
+        wanted = expected[name]
+        if not is_lazy(wanted) and tensor.shape != wanted.shape:
+            raise WeightsError(
+                f"{source} does not fit the model: {name} has shape {tuple(tensor.shape)}, but "
+                f"the model has {tuple(wanted.shape)}; choose the model and the number "
+                "of classes that the weights were made for."
+            )
+    return state
 
 
 def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:
