@@ -1,9 +1,9 @@
 """Plug-ins: callables from user files, ``path/to/file.py:name``.
 
 Data factories, objectives, models and hardware models can be given in this form. A file imports
-other files of its folder by their names, as a script does. The files of one folder share them;
-other folders, libraries and the rest of the program never find them: outside of these imports, a
-neighbour has a name of its own in `sys.modules`.
+other files of its folder by their names, as a script does, or relatively. The files of one folder
+share them; other folders, libraries and the rest of the program never find them: in `sys.modules`,
+all files of a folder belong to a package of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,9 @@ from rankNAS.exceptions import UnknownNameError, UsageError
 
 __all__ = ["MODULE_PREFIX", "is_plugin", "load_callable", "neighbours_of"]
 
-MODULE_PREFIX = "rankNAS_plugin_"  # prefix of modules imported from files
+MODULE_PREFIX = "rankNAS_plugin_"  # of the packages of folders, and so of all modules from files
 INSTALLED = {"site-packages", "dist-packages"}
-_folders: dict[str, Path] = {}  # by name of a module: its folder
+_folders: dict[str, Path] = {}  # by name of the package
 _neighbours: dict[Path, dict[str, ModuleType]] = {}  # by folder: its modules, by their own names
 _open: list[Path] = []  # folders whose files can import each other now
 
@@ -76,7 +77,8 @@ def neighbours_of(function: Callable[..., Any]) -> Iterator[None]:
     Args:
         function: From `load_callable`; the context does nothing for any other.
     """
-    folder = _folders.get(getattr(function, "__module__", None) or "")
+    package = str(getattr(function, "__module__", None)).partition(".")[0]
+    folder = _folders.get(package)
     if folder is None:
         yield
     else:
@@ -94,10 +96,21 @@ def _import_file(path: Path, kind: str) -> ModuleType:
             f"cannot read {path} for the {kind} ({reason}); "
             "give the path of an existing Python file before the colon."
         ) from error
-    key = hashlib.sha256(str(path.resolve()).encode() + b"\0" + content).hexdigest()[:16]
     # The name contains a key of the content: an edited file is a new module.
-    name = f"{MODULE_PREFIX}{path.stem}_{key}"
+    key, stem = hashlib.sha256(content).hexdigest()[:16], re.sub(r"\W", "_", path.stem)
+    name = f"{_package(path.resolve().parent)}.{stem}_{key}"
     return sys.modules[name] if name in sys.modules else _execute(name, path, kind)
+
+
+def _package(folder: Path) -> str:
+    """The name of the package of a folder's files; no other folder has it."""
+    name = f"{MODULE_PREFIX}{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(folder)]
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        _folders[name] = folder
+    return name
 
 
 def _execute(name: str, path: Path, kind: str) -> ModuleType:
@@ -107,9 +120,8 @@ def _execute(name: str, path: Path, kind: str) -> ModuleType:
         raise UsageError(f"cannot import {path} for the {kind}; give a Python source file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look up the module during execution
-    _folders[name] = path.resolve().parent
     try:
-        with _importing_from(_folders[name]):
+        with _importing_from(path.resolve().parent):
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
@@ -193,7 +205,10 @@ class _Finder(MetaPathFinder):
 
 def _others(folder: Path) -> dict[str, ModuleType]:
     """Imported modules of other folders that have the name of a file of this one."""
-    here = {entry.name.removesuffix(".py") for entry in os.scandir(folder)}
+    try:
+        here = {name.removesuffix(".py") for name in os.listdir(folder)}
+    except OSError:  # readable files in a folder that cannot be listed
+        return {}
     here -= {__name__.partition(".")[0], "__main__", *sys.stdlib_module_names}
     taken = set()
     for name in here & sys.modules.keys():
@@ -215,10 +230,9 @@ def _is_inside(file: str | None, folder: Path) -> bool:
 
 
 def _rename(module: ModuleType, name: str, folder: Path) -> None:
-    """Give a neighbour a name that no other module has, under which its objects pickle."""
-    new = f"{MODULE_PREFIX}{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}_{name}"
+    """Move a neighbour into the package of its folder; its objects pickle under the new name."""
+    new = f"{_package(folder)}.{name}"
     sys.modules[new] = module
-    _folders[new] = folder
     module.__name__ = new
     if module.__spec__ is not None:
         module.__spec__.name = new

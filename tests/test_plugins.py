@@ -158,6 +158,21 @@ def test_neighbours_are_imported_and_folders_do_not_mix(tmp_path: Path) -> None:
         assert type(again) is type(block) and again.value == block.value
 
 
+def test_relative_imports(tmp_path: Path) -> None:
+    write(tmp_path, "import other\nclass Block:\n    value = other.VALUE\n", "blocks.py")
+    write(tmp_path, "VALUE = 4\n", "other.py")
+    path = write(
+        tmp_path,
+        "from .blocks import Block\ndef net():\n    from . import other\n"
+        "    return Block(), other.VALUE\n",
+        "my.model.py",
+    )
+    block, value = load_callable(f"{path}:net")()
+    assert block.value == value == 4
+    assert type(pickle.loads(pickle.dumps(block))) is type(block)
+    assert not {"blocks", "other"} & sys.modules.keys()
+
+
 def test_files_of_one_folder_share_their_neighbours(tmp_path: Path) -> None:
     write(tmp_path, "class Block:\n    pass\n", "blocks.py")
     paths = [write(tmp_path, "from blocks import Block\n", f"{name}.py") for name in "ab"]

@@ -163,10 +163,22 @@ def _renamed(state: State, names: Mapping[str, str]) -> dict[str, Tensor]:
     found = OrderedDict((new, state[old]) for old, new in names.items())
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, dict) and all(isinstance(v, dict) for v in versions.values()):
-        modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+        modules = _modules(names)
         vars(found)["_metadata"] = {
             modules[name]: version for name, version in versions.items() if name in modules
         }
+    return found
+
+
+def _modules(names: Mapping[str, str]) -> dict[str, str]:
+    """The new names of all modules around renamed tensors, by old name."""
+    found = {}
+    for old, new in names.items():
+        before, after = old.split("."), new.split(".")
+        while before and after and before[-1] == after[-1]:
+            before.pop()
+            after.pop()
+            found[".".join(before)] = ".".join(after)
     return found
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,10 +104,9 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
     Raises:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
     """
-    state, expected = fitting_state(content, model, source), model.state_dict()
-    _check_shapes(state, expected, source)
+    state, expected = check_shapes(model, content, source=source), model.state_dict()
     for name, tensor in state.items():
-        if expected[name].is_meta and not is_lazy(expected[name]):
+        if not is_lazy(expected[name]) and expected[name].is_meta:
             raise WeightsError(
                 f"{name} of the model is on the meta device, which holds no values; call "
                 "model.to_empty(device='cpu') first."
@@ -118,26 +117,24 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
                 "diverged, so use an earlier checkpoint."
             )
     # Some modules refuse a state without the version of its format, which files may lack.
-    versions = getattr(content, "_metadata", None) or getattr(expected, "_metadata", None)
-    versioned: OrderedDict[str, Tensor] = OrderedDict(state)
-    versioned._metadata = versions  # type: ignore[attr-defined]
+    versions = {**getattr(expected, "_metadata", {}), **getattr(state, "_metadata", {})}
+    versioned = OrderedDict(state)
+    vars(versioned)["_metadata"] = versions
     model.load_state_dict(versioned)
 
 
-def check_shapes(model: nn.Module, content: object, *, source: str) -> None:
-    """Raise a WeightsError unless tensors have the names and shapes of a model's state.
+def check_shapes(model: nn.Module, content: object, *, source: str) -> dict[str, Tensor]:
+    """The tensors in ``content`` that fit a model, with its names; their shapes are checked.
 
     Args:
         model: The network, perhaps on the ``meta`` device.
         content: As for `load_state`.
         source: The name of ``content`` in messages.
+
+    Raises:
+        WeightsError: A name is missing or unexpected, or a shape differs.
     """
-    _check_shapes(fitting_state(content, model, source), model.state_dict(), source)
-
-
-def _check_shapes(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str
-) -> None:
+    state, expected = fitting_state(content, model, source), model.state_dict()
     for name, tensor in state.items():
         wanted = expected[name]
         if not is_lazy(wanted) and tensor.shape != wanted.shape:
@@ -146,6 +143,7 @@ def _check_shapes(
                 f"the model has {tuple(wanted.shape)}; choose the model and the number "
                 "of classes that the weights were made for."
             )
+    return state
 
 
 def pretrained_weights(spec: str, num_classes: int) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -139,10 +140,22 @@ def test_versions_of_modules_move_with_their_names(tmp_path: Path) -> None:
             seen.append(given[2].get("version"))
             super()._load_from_state_dict(*given)
 
-    network = nn.Sequential(Versioned(2, 2))
+    network = nn.Sequential(OrderedDict(inner=nn.Sequential(Versioned(2, 2))))
     torch.save(nn.DataParallel(network).state_dict(), tmp_path / "a.pt")
-    rankNAS.load_weights(network, tmp_path / "a.pt")
-    assert seen == [3]
+    torch.save({"net": network.state_dict()}, tmp_path / "b.pt")
+    save_file(network.state_dict(), tmp_path / "c.safetensors")  # has no versions
+    Versioned._version = 4
+    for name in ("a.pt", "b.pt", "c.safetensors"):
+        rankNAS.load_weights(network, tmp_path / name)
+    assert seen == [3, 3, 4]
+
+
+def test_a_network_that_insists_on_its_version(tmp_path: Path) -> None:
+    network = torchvision.models.mnasnet0_5()
+    save_file(network.state_dict(), tmp_path / "a.safetensors")
+    torch.save(nn.DataParallel(network).state_dict(), tmp_path / "b.pt")
+    for name in ("a.safetensors", "b.pt"):
+        rankNAS.load_weights(network, tmp_path / name)
 
 
 def write_parts(folder: Path, suffix: str) -> Path:
