@@ -125,7 +125,7 @@ def prepare(
         recovery=recovery,
         parts=PARTS if settings.early_stopping else (1.0,),
     )
-    context = SearchContext(factorisation, splits, evaluator, device, seed, report)
+    context = SearchContext(factorisation, splits, evaluator, task, device, seed, report)
     return context, problems
 
 

@@ -35,23 +35,19 @@ class SearchContext:
         factorisation: The dense model, its space and its factors.
         splits: Training, calibration, validation and test data.
         evaluator: Evaluates allocations.
+        task: What the model is for.
         device: Where to run.
         seed: The random seed.
         report: Called with a stage's name, the steps done, and the total number of steps.
-        task: What the model is for; that of the evaluator by default.
     """
 
     factorisation: Factorisation
     splits: Splits
     evaluator: Evaluator
+    task: Task
     device: torch.device | str = "cpu"
     seed: int = 0
     report: Progress = silent
-    task: Task = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.task is None:
-            object.__setattr__(self, "task", self.evaluator.task)
 
     def dense(self) -> dict[str, float]:
         """Metrics of the dense model on the validation data, and its costs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = ["examples", "infer_task", "make_task", "resolve_task"]
 
 EXAMPLES = 64  # samples whose targets are looked at
 OUTPUT_BYTES = 64 << 20  # of their outputs
+logger = logging.getLogger(__name__)
 
 
 def make_task(given: str | Task) -> Task:
@@ -109,6 +111,7 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         if samples is not None:
             task.check(samples, where, output)
     task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
+    logger.info("the task is %s", task.describe())
     return task
 
 

@@ -106,7 +106,8 @@ def workbench(
     held = Samples.of(data)
     splits = Splits(Samples.of(training or data), held, held, held)
     evaluator = evaluator_of(factorisation, x, y)
-    return SearchContext(factorisation, splits, evaluator, report=report or (lambda *_: None))
+    report = report or (lambda *_: None)
+    return SearchContext(factorisation, splits, evaluator, evaluator.task, report=report)
 
 
 def problem_of(context: SearchContext, budget: Mapping[str, float]) -> Problem:
@@ -557,11 +558,9 @@ def test_without_pressure_on_the_cost_the_logits_learn_what_the_network_needs() 
     x = functional.one_hot(y, 16).float()
     space = compile_space(model, x[:1], min_weights=1)
     factorisation = factorise(model, space)
-    context = SearchContext(
-        factorisation,
-        Splits(*[Samples.of((x, y))] * 4),
-        evaluator_of(factorisation, x, y),
-    )
+    evaluator = evaluator_of(factorisation, x, y)
+    splits = Splits(*[Samples.of((x, y))] * 4)
+    context = SearchContext(factorisation, splits, evaluator, evaluator.task)
     problem = problem_of(context, {"macs": 1.0})
     (allocation,) = proposed(tiny(steps=60, batch_size=32, learning_rate=0.1), context, problem)
     assert allocation["0"] == DENSE
