@@ -407,6 +407,23 @@ def test_listings_as_json(
     assert json.loads(capsys.readouterr().out)
 
 
+def test_a_compiled_space_shows_shares(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for flags in ([], ["--json"]):
+        monkeypatch.setattr(sys, "argv", ["ranknas", "compile", "--space", "resnet20", *flags])
+        with pytest.raises(SystemExit):
+            main()
+        output = capsys.readouterr().out
+        if flags:
+            shares = json.loads(output)["shares"].values()
+            assert sum(share["macs"] for share in shares) == pytest.approx(1)
+            assert sum(share["params"] for share in shares) == pytest.approx(1)
+        else:
+            assert "norm: no matrix" in output and "(19 modules)" in output
+            assert "(98." in output
+
+
 def test_unknown_studies_are_named(here: Run, tmp_path: Path) -> None:
     for command in ("show", "resume", "export", "dashboard"):
         failed = here(command, "none")

@@ -12,6 +12,7 @@ from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise
 from rankNAS.compression.surgery import changeable_copy, shared_copy
 from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.compiler import compile_space
 
 
 def test_a_shared_copy_has_the_parameters_of_the_model_and_its_own_buffers() -> None:
@@ -65,3 +66,19 @@ def test_layers_that_are_made_when_called_are_those_of_the_network(norm: Any) ->
         assert all(p.data_ptr() in lie for p in network.parameters())
     with pytest.raises(UsageError, match="no choice for layer"):
         factorisation.made_when_called({})
+
+
+def test_layers_that_are_called_by_keyword_are_made_when_called() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.head(input=self.layer(input=x))
+
+    model, x = Keyword().eval(), torch.randn(3, 32)
+    factorisation = factorise(model, compile_space(model, x))
+    choices = {name: layer.choices[-1] for name, layer in factorisation.space.layers.items()}
+    lazy, built = factorisation.made_when_called(choices), factorisation.materialise(choices)
+    assert_close(lazy(x), built(x))

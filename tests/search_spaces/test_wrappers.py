@@ -16,8 +16,12 @@ from rankNAS.search_spaces.wrappers import unwrapped
 X = torch.zeros(1, 3, 8, 8)
 
 
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
 def compiled_inside(model: nn.Module) -> nn.Module:
-    return nn.Sequential(torch.compile(model, backend="eager"), nn.Linear(4, 4))  # type: ignore[arg-type]
+    return nn.Sequential(compiled(model), nn.Linear(4, 4))
 
 
 def compiled_in_place(model: nn.Module) -> nn.Module:
@@ -28,9 +32,9 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("wrap", "prefix"),
     [
-        (lambda model: torch.compile(model, backend="eager"), ""),
+        (compiled, ""),
         (nn.DataParallel, ""),
-        (lambda model: nn.DataParallel(torch.compile(model, backend="eager")), ""),  # type: ignore[arg-type]
+        (lambda model: nn.DataParallel(compiled(model)), ""),
         (compiled_inside, "0."),
         (compiled_in_place, ""),
     ],
