@@ -50,8 +50,7 @@ class SearchContext:
     task: Task = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        if self.task is None:
-            object.__setattr__(self, "task", self.evaluator.task)
+        object.__setattr__(self, "task", self.task or self.evaluator.task)
 
     def dense(self) -> dict[str, float]:
         """Metrics of the dense model on the validation data, and its costs."""

@@ -61,7 +61,9 @@ def test_a_model_that_exits_is_a_failed_trial() -> None:
         def forward(self, x: Tensor) -> Any:
             if bool(x.isfinite().all()) and armed:  # which no trace can follow
                 sys.exit(5)
-            return super().forward(x)
+            for layer in self:
+                x = layer(x)
+            return x
 
     with pytest.raises(ObjectiveError, match=r"3 trials in a row .*sys.exit\(5\)"):
         searched(Quitting(*net()), on_record=lambda: armed.append(True), n_trials=9)

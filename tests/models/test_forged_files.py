@@ -208,6 +208,7 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
     return document | {name: draw(changed(document.get(name)))}
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000,
     deadline=None,
