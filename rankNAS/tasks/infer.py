@@ -223,8 +223,8 @@ def _labelled(model: nn.Module, output: Any, targets: Any, inputs: Inputs) -> Ta
         raise DataError(
             f"the task is unclear: the model returns a {type(output).__name__} of "
             f"{len(tensors(output))} tensors for targets that are a {type(targets).__name__}; "
-            "give a model that returns its predictions alone or as `logits`, or task=Custom(loss, "
-            "metrics), whose functions get the whole output."
+            "give a model that returns its predictions alone or as `logits`, or "
+            "task=Custom(loss, metrics), whose functions get the whole output."
         )
     targets = targets.long() if targets.dtype == torch.bool else targets
     if _are_classes(targets):

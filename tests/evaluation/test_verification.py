@@ -92,7 +92,9 @@ def test_macs_are_counted_again() -> None:
     class Twice(nn.Sequential):
         def forward(self, x: Tensor) -> Any:
             self[0](x)
-            return super().forward(x)
+            for layer in self:
+                x = layer(x)
+            return x
 
     given = Twice(*network), space, allocation, evaluator.factorisation.model
     with pytest.raises(NetworkError, match=r"has \d+ MACs, but its allocation costs \d+;"):

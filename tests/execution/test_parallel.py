@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -52,6 +53,8 @@ class Misbehaving:
             time.sleep(3600)
         if "memory" in text:
             raise MemoryError
+        if "exit" in text:
+            sys.exit(3)
         if "wrong" in text:
             raise ValueError("wrong")
         return 1.0
@@ -91,7 +94,7 @@ def test_each_trial_fails_alone(cluster: str, tmp_path: Path, small_net: nn.Modu
         evaluations.append(Evaluation(Claim(Allocation.of(choices), "t"), final=i == 1))
     allocations = [t.claim.allocation for t in evaluations]
     assert len(set(allocations)) == 9
-    orders = {2: "die", 3: "always die", 4: "hang", 5: "memory", 6: "wrong"}
+    orders = {2: "die", 3: "always die", 4: "hang", 5: "memory", 6: "wrong", 7: "exit"}
     for i, order in orders.items():
         params = sum(p.numel() for p in own.network(allocations[i]).parameters())
         (tmp_path / str(params)).write_text(order)
@@ -102,12 +105,13 @@ def test_each_trial_fails_alone(cluster: str, tmp_path: Path, small_net: nn.Modu
         executor.close()
     outcomes = [found[a] for a in allocations]
     failed = [i for i, outcome in enumerate(outcomes) if outcome.state == "failed"]
-    assert failed == [3, 4, 5, 6]  # who died once was tried again
+    assert failed == [3, 4, 5, 6, 7]  # who died once was tried again
     assert "died 3 times" in outcomes[3].reason
     assert "5 seconds (--trial-timeout)" in outcomes[4].reason
     assert "MemoryError" in outcomes[5].reason or "out of memory" in outcomes[5].reason
     assert "ValueError: wrong" in outcomes[6].reason
-    for i in (0, 1, 2, 7, 8):
+    assert "called sys.exit(3)" in outcomes[7].reason
+    for i in (0, 1, 2, 8):
         here = own.evaluate(allocations[i], final=i == 1)
         assert outcomes[i].metrics == pytest.approx(here, rel=1e-5, abs=1e-6)
         assert outcomes[i].evaluation == evaluations[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -60,7 +61,9 @@ def test_a_model_that_exits_is_a_failed_trial() -> None:
         def forward(self, x: Tensor) -> Any:
             if bool(x.isfinite().all()) and armed:  # which no trace can follow
                 sys.exit(5)
-            return super().forward(x)
+            for layer in self:
+                x = layer(x)
+            return x
 
     with pytest.raises(ObjectiveError, match=r"3 trials in a row .*sys.exit\(5\)"):
         searched(Quitting(*net()), on_record=lambda: armed.append(True), n_trials=9)
@@ -86,6 +89,44 @@ def test_a_small_space_says_why_it_stops(caplog: pytest.LogCaptureFixture) -> No
     caplog.clear()
     searched(n_trials=40, strategy="solve")
     assert "stops after" not in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["solve", "auto"])
+def test_one_calibration_sample_corrects_no_statistics(
+    strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4))
+    model(X)
+    study = rankNAS.search(
+        model.eval(),
+        (TensorDataset(X, Y), TensorDataset(X, Y)),
+        budget={"macs": 0.6},
+        strategy=strategy,
+        n_trials=2,
+        settings=rankNAS.Settings(calibration=1, validation=32),
+    )
+    assert "two calibration samples" in caplog.text
+    network: Any = study.materialise()
+    assert torch.equal(network[1].running_var, model[1].running_var)  # type: ignore[arg-type]
+
+
+def test_a_trained_model_with_weight_norm_is_searched() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = torch.nn.utils.weight_norm(nn.Conv1d(8, 64, 3))
+    layers = [first, nn.ReLU(), nn.Conv1d(64, 64, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(64, 4))
+    x = torch.randn(96, 8, 16)
+    model(x).sum().backward()
+    study = rankNAS.search(
+        model.eval(),
+        (TensorDataset(x, Y), TensorDataset(x, Y)),
+        budget={"macs": 0.8},
+        strategy="solve",
+        settings=rankNAS.Settings(calibration=32, validation=32),
+    )
+    assert study.materialise()(x).shape == (96, 4)
 
 
 def test_another_activation_with_the_same_weights_does_not_resume(tmp_path: Any) -> None:

@@ -69,6 +69,18 @@ def test_built_in_spaces_need_no_factory(tmp_path: Path) -> None:
     )
 
 
+def test_modules_that_need_the_version_of_their_state_are_loaded(tmp_path: Path) -> None:
+    recipe = {"space": "torchvision:mnasnet0_5", "num_classes": 4, "input_shape": [3, 32, 32]}
+    torch.manual_seed(0)
+    model = build_model("torchvision:mnasnet0_5", num_classes=4, input_shape=(3, 32, 32)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    layers = compile_space(model, x[:1]).layers
+    choices = {name: layer.choices[len(layer) // 2] for name, layer in list(layers.items())[:3]}
+    network = compressed(model, x[:1], choices)
+    path = save(network, Allocation.of(choices), tmp_path / "n.safetensors", model=recipe)
+    assert torch.equal(load(path)(x), network(x))
+
+
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randint(0, 50, (2, 7))

@@ -170,6 +170,13 @@ def numbers() -> st.SearchStrategy[Any]:
     )
 
 
+def keys() -> st.SearchStrategy[str]:
+    known = ["0", "1", "2", "5", "0.0", "space", "num_classes", "input_shape", "inputs", "args"]
+    known += ["kwargs", "tensor", "shape", "dtype", "batched", "least", "largest", "list", "value"]
+    known += ["outputs", "layers", "params", "macs", "rounding", "norm", "values"]
+    return st.one_of(st.sampled_from(known), st.text(max_size=4))
+
+
 def values() -> st.SearchStrategy[Any]:
     labels = st.sampled_from(
         ["svd:-3", "svd:4", "svd:999999999", "group_svd:3x3", "group_svd:2x2", "dense", "dense:1"]
@@ -186,25 +193,22 @@ def values() -> st.SearchStrategy[Any]:
     )
 
 
-def keys() -> st.SearchStrategy[str]:
-    known = ["0", "1", "2", "5", "0.0", "space", "num_classes", "input_shape", "inputs", "args"]
-    known += ["kwargs", "tensor", "shape", "dtype", "batched", "least", "largest", "list", "value"]
-    known += ["outputs", "layers", "params", "macs", "rounding", "norm", "values"]
-    return st.one_of(st.sampled_from(known), st.text(max_size=4))
+KEYS, VALUES = keys(), values()  # made once: hypothesis examines each strategy anew
 
 
 @st.composite
 def changed(draw: st.DrawFn, document: Any) -> Any:
     """The document with one value replaced at a random place, or another document."""
     if not isinstance(document, dict | list) or not document or draw(st.integers(0, 3)) == 0:
-        return draw(values())
+        return draw(VALUES)
     if isinstance(document, list):
         at = draw(st.integers(0, len(document) - 1))
         return [draw(changed(x)) if i == at else x for i, x in enumerate(document)]
-    name = draw(st.one_of(st.sampled_from(sorted(document)), keys()))
+    name = draw(st.one_of(st.sampled_from(sorted(document)), KEYS))
     return document | {name: draw(changed(document.get(name)))}
 
 
+@pytest.mark.slow
 @settings(
     max_examples=1000,
     deadline=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,7 +68,11 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
     strategy = make_strategy(options.strategy)
     check_writable(options.folder)
     start = start_allocations(options)
-    with progress_display(control.quiet) as progress, interruptible():
+    with (
+        progress_display(control.quiet) as progress,
+        interruptible(),
+        redirect_stdout(sys.stderr),  # what the user's own code prints; stdout is for results
+    ):
         data = load_named_data(options)
         untrained = untrained_model(options, data)
         task = load_task(options, data, untrained, progress)
