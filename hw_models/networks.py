@@ -17,7 +17,7 @@ from rankNAS.compression.factorisation import skeleton
 from rankNAS.copies import copied
 from rankNAS.hw_models.timing import Array, wait_for
 from rankNAS.search_spaces.base import Layer, SearchSpace
-from rankNAS.trees import Inputs, channels_last, device_of, tensors, with_size
+from rankNAS.trees import Inputs, channels_last, device_of, has_images, tensors, with_size
 
 __all__ = [
     "Network",
@@ -104,7 +104,7 @@ def built(network: nn.Module, allocation: Allocation, inputs: Inputs | Tensor) -
     x = Inputs.of(inputs)
     first = tensors(x)
     model = model.to(first[0].device) if first else model
-    if any(tensor.dim() == 4 and tensor.is_floating_point() for tensor in first):
+    if has_images(x):
         model = model.to(memory_format=torch.channels_last)
     return Network(model, channels_last(x))
 

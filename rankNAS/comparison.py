@@ -313,7 +313,7 @@ class _Seed:
     @property
     def metric(self) -> str:
         """The main metric of the task."""
-        return next(iter(self.context.task.directions))
+        return self.context.task.main_metric
 
     @cached_property
     def validation_reference(self) -> Reference:

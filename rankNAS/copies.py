@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-__all__ = ["copied", "unchanged"]
+__all__ = ["copied", "evaluating", "unchanged"]
 
 T = TypeVar("T", bound=nn.Module)
 #: Attributes of modules that PyTorch and this package change on purpose.
@@ -86,6 +86,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         for module, state in before:
             _restore(module, state)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context with a model in evaluation mode, which ends as it was; see `unchanged`.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
+        >>> with evaluating(model):
+        ...     model.training
+        False
+        >>> [module.training for module in model]
+        [True, False]
+    """
+    training = [module for module in model.modules() if module.training]
+    try:
+        with unchanged(model):
+            model.eval()
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -178,12 +178,10 @@ def objectives_of(given: Sequence[str | ObjectiveBase] | None, task: Task) -> li
     Raises:
         UsageError: There is none, two have one name, or one has the name of a cost.
     """
-    names = [next(iter(task.directions))] if given is None else given
+    names = [task.main_metric] if given is None else given
     objectives = [make_objective(objective, task) for objective in names]
     if not objectives:
-        raise UsageError(
-            f"at least one objective is needed, for example {next(iter(task.directions))!r}."
-        )
+        raise UsageError(f"at least one objective is needed, for example {task.main_metric!r}.")
     found = [o.name for o in objectives]
     if len(set(found)) < len(found):
         raise UsageError(f"objectives must have different names, got {', '.join(found)}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ __all__ = [
     "channels_last",
     "count_bytes",
     "device_of",
+    "has_images",
     "map_children",
     "named_tensors",
     "rows",
@@ -242,11 +243,20 @@ def channels_last(tree: Any) -> Any:
     """
 
     def placed(tensor: Tensor) -> Tensor:
-        if tensor.dim() != 4 or not tensor.is_floating_point():
+        if not _are_images(tensor):
             return tensor
         return tensor.contiguous(memory_format=torch.channels_last)
 
     return tree_map(placed, tree)
+
+
+def has_images(tree: Any) -> bool:
+    """Whether a tensor is floating-point with the shape (N, C, H, W)."""
+    return any(map(_are_images, tensors(tree)))
+
+
+def _are_images(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_floating_point()
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -255,6 +265,6 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def count_bytes(trees: Sequence[Any] | Any) -> int:
+def count_bytes(tree: Any) -> int:
     """The bytes of all tensors."""
-    return sum(tensor.nbytes for tensor in tensors(trees))
+    return sum(tensor.nbytes for tensor in tensors(tree))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rankNAS.search_spaces.tracing import evaluating
+from rankNAS.copies import evaluating
 from rankNAS.trees import Inputs
 
 __all__ = ["needed_in_place"]

@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankNAS.copies import unchanged
+from rankNAS.copies import evaluating
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import DataError, UsageError
 from rankNAS.trees import Inputs, size_of, tensors, type_difference
 
-__all__ = ["Trace", "evaluating", "is_decomposable", "shape_of", "trace"]
+__all__ = ["Trace", "is_decomposable", "shape_of", "trace"]
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,6 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
 def is_decomposable(module: nn.Module) -> bool:
     """Whether a module is of a kind that operators decompose."""
     return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) or is_hf_conv1d(module)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module has its mode and attributes of before."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with unchanged(model):
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 def shape_of(example_inputs: Any) -> tuple[int, ...]:

@@ -145,7 +145,7 @@ def _summary(
     study: Study, metrics: Mapping[str, Any], test: Mapping[str, float]
 ) -> dict[str, Any]:
     """All metrics of a network, those of the test data as ``test_NAME``; the main ones first."""
-    main = next(iter(study.task.directions))
+    main = study.task.main_metric
     tested = {f"test_{name}": value for name, value in test.items()}
     named = {name: {**metrics, **tested}.get(name) for name in (main, f"test_{main}")}
     return {k: v for k, v in {**named, **metrics, **tested}.items() if v is not None}

@@ -13,10 +13,10 @@ from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError
 from rankNAS.trees import tensors
 
-__all__ = ["check_labels", "count_classes", "stored_labels"]
+__all__ = ["IGNORED", "TARGETS", "check_labels", "count_classes", "stored_labels"]
 
-IGNORED = -100  # as in `torch.nn.functional.cross_entropy`
-NAMES = ("labels", "label", "targets", "target", "y")
+IGNORED = -100  # the label of what does not count, as in `torch.nn.functional.cross_entropy`
+TARGETS = ("labels", "label", "targets", "target", "y", "label_ids")  # keys of targets
 
 
 def check_labels(samples: Samples, where: str, outputs: int, ignored: int = IGNORED) -> None:
@@ -98,7 +98,7 @@ def _attribute(source: Any) -> Tensor | None:
 def _target(batch: Any) -> Tensor | None:
     """The target of a batch or an item: the last part, or the part with a name of targets."""
     if isinstance(batch, Mapping):
-        found = next((batch[name] for name in NAMES if name in batch), None)
+        found = next((batch[name] for name in TARGETS if name in batch), None)
     else:
         found = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     return found if isinstance(found, Tensor) else None

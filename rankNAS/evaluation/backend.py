@@ -45,7 +45,7 @@ from rankNAS.evaluation.pruning import part_ends
 from rankNAS.evaluation.verification import SAMPLES, verify_outputs
 from rankNAS.tasks.base import Sums, Task, added
 from rankNAS.tasks.feeding import InputBatches, input_batches
-from rankNAS.trees import Inputs, channels_last, rows, tensors
+from rankNAS.trees import Inputs, channels_last, has_images, rows
 
 __all__ = ["Backend", "Timing"]
 
@@ -110,20 +110,14 @@ class Backend:
         self.batch_norm = batch_norm and has_batch_norm(self.network) and _several(calibration)
         if self.batch_norm:
             in_float32(self.network)
-        self.images = _has_images(task.inputs_of(validation.example()))
+        self.images = has_images(task.inputs_of(validation.example()))
         if self.images:
             self.network = self.network.to(memory_format=torch.channels_last)
         if cpu:
             batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
         self.batch_size = affordable(batch_size, self.network, validation, task, device)
-        self.calibration = input_batches(
-            calibration,
-            self.batch_size,
-            task=task,
-            device=device,
-            even=True,
-            place=channels_last,
-        )
+        self._calibration_samples = calibration
+        self.calibration = self.calibration_batches(self.batch_size)
         ends = part_ends(parts, len(validation))
         self.parts = [
             validation.take(torch.arange(start, end)).batched(
@@ -149,6 +143,17 @@ class Backend:
     def incremental(self) -> bool:
         """Whether a forward pass begins at the first layer that changed."""
         return self._executor is not None
+
+    def calibration_batches(self, batch_size: int) -> InputBatches:
+        """The inputs of the calibration samples, on the device, in batches of about equal size."""
+        return input_batches(
+            self._calibration_samples,
+            batch_size,
+            task=self.task,
+            device=self.device,
+            even=True,
+            place=channels_last,
+        )
 
     @contextmanager
     def applying(
@@ -303,8 +308,3 @@ def _several(calibration: Samples) -> bool:
         "more, and there is one."
     )
     return False
-
-
-def _has_images(inputs: Inputs) -> bool:
-    """Whether a floating-point input has the shape (N, C, H, W)."""
-    return any(x.dim() == 4 and x.is_floating_point() for x in tensors(inputs))

@@ -27,7 +27,6 @@ from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.tasks.base import Sums, Task, added
-from rankNAS.tasks.feeding import input_batches
 from rankNAS.trees import channels_last
 
 __all__ = ["Evaluator"]
@@ -255,14 +254,7 @@ class Evaluator:
         self.factorisation.space.check(allocation)
         if not (refit and self.sequential):
             return self.factorisation
-        batches = input_batches(
-            self.calibration,
-            self.batch_size,
-            task=self.task,
-            device=self.device,
-            even=True,
-            place=channels_last,
-        )
+        batches = self.backend.calibration_batches(self.batch_size)
         return refit_sequentially(self.factorisation, allocation, batches)
 
     def _untrained(self, allocation: Allocation) -> nn.Module:

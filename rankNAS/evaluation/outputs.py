@@ -16,6 +16,16 @@ from rankNAS.tasks.base import Prediction, Sums, Task, added
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import channels_last, device_of
 
+__all__ = [
+    "KEPT",
+    "PartwiseOutputs",
+    "Reference",
+    "affordable",
+    "dense_reference",
+    "network_metrics",
+    "total_sums",
+]
+
 #: Bytes of the dense model's predictions that are kept, over all batches.
 KEPT = 128 << 20
 OUTPUT_BYTES = 256 << 20  # of one batch, at most

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankNAS.copies import unchanged
+from rankNAS.copies import evaluating
 from rankNAS.trees import Inputs, device_of, named_tensors, tensors, to_device
 
 __all__ = ["Sketches", "fixed_pass", "relative_difference", "tolerance", "watched"]
@@ -34,15 +34,10 @@ def fixed_pass(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """
     device = device_of(network)
     given = to_device(inputs, device).copied()
-    training = [module for module in network.modules() if module.training]
-    try:
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), unchanged(network):
-            torch.manual_seed(0)
-            output = given.run(network.eval())
-    finally:
-        for module in training:
-            module.training = True
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), evaluating(network):
+        torch.manual_seed(0)
+        output = given.run(network)
     return {name: x for name, x in named_tensors(output) if x.is_floating_point()}
 
 

@@ -30,6 +30,9 @@ __all__ = [
     "at_least_float32",
     "held",
     "main_output",
+    "named_logits",
+    "number",
+    "one_tensor",
 ]
 
 CHECKED = 1024  # samples whose targets are checked at a time
@@ -125,6 +128,11 @@ class Task(ABC):
     def directions(self) -> Mapping[str, Direction]:
         """By metric, its direction."""
 
+    @property
+    def main_metric(self) -> str:
+        """The first metric: the default objective."""
+        return next(iter(self.directions))
+
     @abstractmethod
     def predict(self, output: Any, batch: Any) -> Prediction:
         """The prediction that a model's output for a batch is.
@@ -143,8 +151,12 @@ class Task(ABC):
 
     def inputs_of(self, batch: Any) -> Inputs:
         """The model's arguments for a batch; a copy if the model changes them."""
-        inputs = self._layout.inputs_of(batch)
+        inputs = self._arguments(batch)
         return inputs.copied() if self.changes_inputs else inputs
+
+    def _arguments(self, batch: Any) -> Inputs:
+        """The model's arguments, perhaps the tensors of the batch themselves."""
+        return self._layout.inputs_of(batch)
 
     def targets_of(self, batch: Any) -> Any:
         """The targets of a batch.
@@ -208,8 +220,7 @@ class Task(ABC):
         """The task with the layout of a batch for a model; unchanged if it has one."""
         if self.layout is not None:
             return self
-        labelled = True if self.labelled else False
-        return replace(self, layout=Layout.of(batch, model, labelled=labelled))
+        return replace(self, layout=Layout.of(batch, model, labelled=self.labelled))
 
     @property
     def _layout(self) -> Layout:
@@ -232,6 +243,11 @@ def added(first: Sums, second: Sums) -> Sums:
     return {name: first[name] + value for name, value in second.items()}
 
 
+def number(value: float, device: torch.device | str = "cpu") -> Tensor:
+    """A number as one of the `Sums`."""
+    return torch.tensor(float(value), dtype=torch.float64, device=device)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision, which overflows in sums, as float32; other tensors unchanged."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -243,24 +259,33 @@ def held(x: Tensor) -> Tensor:
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
+def named_logits(output: Any) -> Tensor | None:
+    """The ``logits`` of an output; None if it has none."""
+    found = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    )
+    return found if isinstance(found, Tensor) else None
+
+
+def one_tensor(output: Any) -> Tensor | None:
+    """The one tensor of an output, or its ``logits``; None if it has several without that name."""
+    if isinstance(output, Tensor):
+        return output
+    found, several = named_logits(output), tensors(output)
+    return several[0] if found is None and len(several) == 1 else found
+
+
 def main_output(output: Any, task: str) -> Tensor:
     """The one tensor of an output, or its ``logits``.
 
     Raises:
         DataError: The output has several tensors and none is called ``logits``.
     """
-    if isinstance(output, Tensor):
-        return output
-    found = (
-        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    )
-    if isinstance(found, Tensor):
+    found = one_tensor(output)
+    if found is not None:
         return found
-    several = tensors(output)
-    if len(several) == 1:
-        return several[0]
     raise DataError(
         f"the task {task!r} reads one tensor, but the model returns a {type(output).__name__} of "
-        f"{len(several)} tensors; give a model that returns its predictions alone, or "
+        f"{len(tensors(output))} tensors; give a model that returns its predictions alone, or "
         "Custom(loss, metrics), whose functions get the whole output."
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held
+from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held, number
 
 __all__ = ["Bernoulli"]
 
@@ -66,8 +66,8 @@ class Bernoulli(Prediction):
         z, y = self._counted(self.logits).double(), self._counted(self.targets).double()
         yes, said = y > 0.5, z > 0
         found = {
-            "count": _number(len(self), z),
-            "labels": _number(z.numel(), z),
+            "count": number(len(self), z.device),
+            "labels": number(z.numel(), z.device),
             "loss": self._counted(self._losses(self.logits.double(), self.targets.double())).sum(),
             "correct": (yes == said).double().sum(),
             "true_positives": (yes & said).double().sum(),
@@ -106,7 +106,3 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return yes.exp() * (yes - functional.logsigmoid(q)) + no.exp() * (
         no - functional.logsigmoid(-q)
     )
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64, device=like.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rankNAS.exceptions import DataError
-from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held
+from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held, number
 from rankNAS.tasks.checks import IGNORED
 
 __all__ = ["Categorical", "TopClasses"]
@@ -103,7 +103,7 @@ class Categorical(Prediction):
             valid = None if self._valid is None else self._valid[rows]
             z = _of(logits, valid).double()
             log_q = z.log_softmax(-1)
-            found: Sums = {"count": _count(z)}
+            found: Sums = {"count": number(len(z), z.device)}
             if self.targets is not None:
                 found |= self._labelled(z, log_q, _of(self.targets[rows], valid))
             if reference is not None:
@@ -243,7 +243,3 @@ def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
 
 def _of(rows: Tensor, valid: Tensor | None) -> Tensor:
     return rows if valid is None else rows[valid]
-
-
-def _count(rows: Tensor) -> Tensor:
-    return torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)

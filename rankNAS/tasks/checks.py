@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rankNAS.data.labels import IGNORED
 from rankNAS.exceptions import DataError, UsageError
 
 __all__ = [
@@ -16,11 +18,9 @@ __all__ = [
     "check_length",
     "check_some",
     "check_unit",
-    "check_weights",
+    "class_weights",
     "whole_numbers",
 ]
-
-IGNORED = -100  # the label of what does not count, as in `torch.nn.functional.cross_entropy`
 
 
 def check_length(output: Tensor, targets: Any, task: str) -> None:
@@ -85,13 +85,20 @@ def check_classes(targets: Tensor, classes: int, where: str, row: int) -> None:
         )
 
 
-def check_weights(weights: tuple[float, ...] | None, classes: int, task: str) -> None:
-    """Raise a UsageError unless there is one weight for each class."""
-    if weights is not None and len(weights) != classes:
+def class_weights(weights: tuple[float, ...] | None, classes: int, task: str) -> Tensor | None:
+    """The weights (classes,) as a tensor; None without any.
+
+    Raises:
+        UsageError: There is not one weight for each class.
+    """
+    if weights is None:
+        return None
+    if len(weights) != classes:
         raise UsageError(
             f"the task {task!r} has {len(weights)} weights, but the model has {classes} classes; "
             "give one weight for each."
         )
+    return torch.tensor(weights)
 
 
 def check_unit(targets: Tensor, task: str) -> None:

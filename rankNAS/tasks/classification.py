@@ -21,11 +21,18 @@ from rankNAS.tasks.checks import (
     check_length,
     check_some,
     check_unit,
-    check_weights,
+    class_weights,
     whole_numbers,
 )
 
-__all__ = ["Classification", "MultiLabel", "likelihood_metrics"]
+__all__ = ["LIKELIHOOD", "Classification", "MultiLabel", "likelihood_metrics"]
+
+#: The metrics of every task whose predictions are distributions; see `likelihood_metrics`.
+LIKELIHOOD: dict[str, Direction] = {
+    "loss": "minimize",
+    "kl_divergence": "minimize",
+    "reverse_kl": "minimize",
+}
 
 
 @final
@@ -50,7 +57,7 @@ class Classification(Task):
 
     @property
     def directions(self) -> Mapping[str, Direction]:
-        return {"accuracy": "maximize", **_LIKELIHOOD}
+        return {"accuracy": "maximize", **LIKELIHOOD}
 
     def predict(self, output: Any, batch: Any) -> Prediction:
         logits = main_output(output, self.name)
@@ -102,8 +109,7 @@ class Classification(Task):
         return self._categorical(torch.cat([torch.zeros_like(logits), logits], 1), targets)
 
     def _categorical(self, logits: Tensor, targets: Tensor) -> Prediction:
-        check_weights(self.weights, logits.shape[1], self.name)
-        weights = None if self.weights is None else torch.tensor(self.weights)
+        weights = class_weights(self.weights, logits.shape[1], self.name)
         return Categorical(logits, targets, weights=weights)
 
     def _outputs(self, output: Any) -> int:
@@ -131,7 +137,7 @@ class MultiLabel(Task):
 
     @property
     def directions(self) -> Mapping[str, Direction]:
-        return {"f1": "maximize", "accuracy": "maximize", **_LIKELIHOOD}
+        return {"f1": "maximize", "accuracy": "maximize", **LIKELIHOOD}
 
     def predict(self, output: Any, batch: Any) -> Prediction:
         logits = main_output(output, self.name)
@@ -145,8 +151,7 @@ class MultiLabel(Task):
         targets = targets.float()
         counts = targets != IGNORED
         check_unit(targets[counts], self.name)
-        check_weights(self.weights, logits[0].numel(), self.name)
-        weights = None if self.weights is None else torch.tensor(self.weights)
+        weights = class_weights(self.weights, logits[0].numel(), self.name)
         flat = logits.flatten(1)
         kept = None if bool(counts.all()) else counts.flatten(1)
         return Bernoulli(flat, targets.clamp_min(0).flatten(1), kept, weights)
@@ -160,13 +165,6 @@ class MultiLabel(Task):
 
     def describe(self) -> str:
         return "several labels a sample"
-
-
-_LIKELIHOOD: dict[str, Direction] = {
-    "loss": "minimize",
-    "kl_divergence": "minimize",
-    "reverse_kl": "minimize",
-}
 
 
 def likelihood_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:

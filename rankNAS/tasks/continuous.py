@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.exceptions import DataError
-from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held
+from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held, number
 
 __all__ = ["ROUNDING", "Gaussian", "Outputs", "normalised_distance"]
 
@@ -54,7 +54,7 @@ class Gaussian(Prediction):
     def sums(self, reference: Prediction | None) -> Sums:
         x, y = self.mean.double(), self.targets.double()
         found = {
-            "count": torch.tensor(float(len(x)), dtype=torch.float64, device=x.device),
+            "count": number(len(x), x.device),
             "squared": (x - y).square().sum(0),
             "absolute": (x - y).abs().sum(0),
             "target": y.sum(0),
@@ -124,7 +124,7 @@ class Outputs(Prediction):
     @torch.no_grad()
     def sums(self, reference: Prediction | None) -> Sums:
         device = self.tensors[0].device
-        found = {"count": torch.tensor(float(len(self)), dtype=torch.float64, device=device)}
+        found = {"count": number(len(self), device)}
         if reference is None:
             return found
         assert isinstance(reference, Outputs)
@@ -136,7 +136,7 @@ class Outputs(Prediction):
                     f"{tuple(r.shape)}; give Custom(loss, metrics, divergence)."
                 )
             x, r = self._part(x).double(), self._part(r).double()
-            size = torch.tensor(float(r.numel()), dtype=torch.float64, device=r.device)
+            size = number(r.numel(), r.device)
             rows.append(torch.stack([(x - r).square().sum(), r.sum(), r.square().sum(), size]))
         distance, total, squares, sizes = torch.stack(rows).to(device).T
         found |= {"distance": distance, "reference": total, "reference_squares": squares}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError, RankNASError, UsageError
-from rankNAS.tasks.base import Direction, Prediction, Sums, Task, held
+from rankNAS.tasks.base import Direction, Prediction, Sums, Task, held, number
 from rankNAS.tasks.checks import check_some
 from rankNAS.tasks.continuous import Outputs
 from rankNAS.tasks.matching import distance_of, outputs_of
@@ -88,11 +88,8 @@ class Custom(Task):
             found["loss"] = "minimize"
         return {**found, "distance": "minimize"}
 
-    def inputs_of(self, batch: Any) -> Inputs:
-        if self.inputs is None:
-            return super().inputs_of(batch)
-        inputs = Inputs.of(self.inputs(batch))
-        return inputs.copied() if self.changes_inputs else inputs
+    def _arguments(self, batch: Any) -> Inputs:
+        return super()._arguments(batch) if self.inputs is None else Inputs.of(self.inputs(batch))
 
     def bound(self, batch: Any, model: torch.nn.Module) -> Custom:
         return self if self.inputs is not None else super().bound(batch, model)
@@ -174,15 +171,15 @@ class _CustomPrediction(Prediction):
             found = dict(outputs_of(self.output).sums(inner))
         else:
             found = {}
-        found["count"] = _number(size)
+        found["count"] = number(size)
         for name, (function, _) in self.task.metrics.items():
-            found[name] = _number(size * _value(name, function, self.output, self.batch))
+            found[name] = number(size * _value(name, function, self.output, self.batch))
         if self.task.loss is not None:
-            found["loss"] = _number(size * _value("loss", self.task.loss, self.output, self.batch))
+            found["loss"] = number(size * _value("loss", self.task.loss, self.output, self.batch))
         if reference is not None and self.task.divergence is not None:
             assert isinstance(reference, _CustomPrediction)
             value = _value("divergence", self.task.divergence, self.output, reference.output)
-            found["divergence"] = _number(size * value)
+            found["divergence"] = number(size * value)
         return {name: value.cpu() for name, value in found.items()}
 
     def kept(self, most_bytes: int) -> Prediction | None:
@@ -227,7 +224,3 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__name__}"
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(float(value), dtype=torch.float64)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankNAS.copies import unchanged
+from rankNAS.copies import evaluating
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
 from rankNAS.lazy import load
 from rankNAS.plugins import is_plugin, load_callable
 from rankNAS.tasks import TASKS
-from rankNAS.tasks.base import Task
+from rankNAS.tasks.base import Task, named_logits, one_tensor
 from rankNAS.tasks.checks import IGNORED, check_finite
 from rankNAS.tasks.classification import Classification, MultiLabel
 from rankNAS.tasks.language import CausalLanguageModelling, MaskedLanguageModelling
@@ -90,15 +89,21 @@ def infer_task(model: nn.Module, batch: Any) -> Task:
         >>> infer_task(nn.Linear(8, 3), batch).describe()
         'classification of 3 classes'
     """
+    return _inferred(model, batch)[0]
+
+
+def _inferred(model: nn.Module, batch: Any) -> tuple[Task, Any]:
+    """The task, and the model's output for the batch."""
     layout = Layout.of(batch, model)
     targets = layout.target_of(batch)
     output, changed = _run(model, layout.inputs_of(batch))
     if targets is None:
-        return replace(_unlabelled(model, output, layout, batch), changes_inputs=changed)
-    found = _labelled(model, output, targets, layout.inputs_of(batch))
-    task = replace(found.bound(batch, model), changes_inputs=changed)
-    task.predict(output, batch)  # raises an error if the two do not fit
-    return task
+        task = _unlabelled(model, output, layout, batch)
+    else:
+        found = _labelled(model, output, targets, layout.inputs_of(batch))
+        task = found.bound(batch, model)
+        task.predict(output, batch)  # raises an error if the two do not fit
+    return replace(task, changes_inputs=changed), output
 
 
 def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task:
@@ -115,10 +120,12 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
     """
     given = None if given is None else make_task(given)
     batch = examples(model, data.train, given)
-    task = infer_task(model, batch) if given is None else given.bound(batch, model)
-    output, changed = _run(model, task.inputs_of(batch))
-    if changed:
-        task = replace(task, changes_inputs=True)
+    if given is None:
+        task, output = _inferred(model, batch)
+    else:
+        task = given.bound(batch, model)
+        output, changed = _run(model, task.inputs_of(batch))
+        task = replace(task, changes_inputs=changed or task.changes_inputs)
     first = Samples.of(iter([batch]))  # also where the others are not in memory
     for where, samples in (("train", first), ("train", data.train), ("test", data.test)):
         if samples is not None:
@@ -156,12 +163,11 @@ def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> An
 @torch.no_grad()
 def _run(model: nn.Module, inputs: Inputs) -> tuple[Any, bool]:
     """The model's output, and whether it changes its inputs; those that are given stay intact."""
-    training = [module for module in model.modules() if module.training]
     own = inputs.copied()
     before = [(x, x._version) for x in tensors(own)]
     try:
-        with unchanged(model):
-            output = own.run(model.eval())
+        with evaluating(model):
+            output = own.run(model)
     except RankNASError:
         raise
     except Exception as error:
@@ -170,9 +176,6 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[Any, bool]:
             f"{type_difference(model, inputs)}"
             f"{type(error).__name__}: {error}; check the order and the names of the inputs."
         ) from error
-    finally:
-        for module in training:
-            module.training = True
     after = tensors(own)  # a list or a dict may hold other tensors now
     same = len(after) == len(before) and all(
         x is y and y._version == version for y, (x, version) in zip(after, before, strict=True)
@@ -209,16 +212,16 @@ def _shapes(inputs: Inputs) -> str:
 
 
 def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Task:
-    logits = _logits(output)
+    logits = one_tensor(output)
     name = type(model).__name__
     if logits is not None and logits.dim() == 3 and "CausalLM" in name:
         return CausalLanguageModelling(layout=layout)
-    by_kl = not isinstance(output, Tensor) and _named_logits(output) is not None
+    by_kl = not isinstance(output, Tensor) and named_logits(output) is not None
     return Matching(by="kl" if by_kl else "distance", layout=layout)
 
 
 def _labelled(model: nn.Module, output: Any, targets: Any, inputs: Inputs) -> Task:
-    logits = _logits(output)
+    logits = one_tensor(output)
     if logits is None or not isinstance(targets, Tensor):
         raise DataError(
             f"the task is unclear: the model returns a {type(output).__name__} of "
@@ -303,18 +306,3 @@ def _are_labels(logits: Tensor, targets: Tensor) -> bool:
 def _between(targets: Tensor, low: float, high: float) -> bool:
     counted = targets[targets != IGNORED]
     return bool(((counted >= low) & (counted <= high)).all())
-
-
-def _logits(output: Any) -> Tensor | None:
-    """The one tensor of an output, or its ``logits``."""
-    if isinstance(output, Tensor):
-        return output
-    found, several = _named_logits(output), tensors(output)
-    return several[0] if found is None and len(several) == 1 else found
-
-
-def _named_logits(output: Any) -> Tensor | None:
-    found = (
-        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    )
-    return found if isinstance(found, Tensor) else None

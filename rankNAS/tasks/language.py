@@ -15,7 +15,7 @@ from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Direction, Prediction, Task, main_output
 from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.checks import IGNORED, check_length, check_some, whole_numbers
-from rankNAS.tasks.classification import likelihood_metrics
+from rankNAS.tasks.classification import LIKELIHOOD, likelihood_metrics
 from rankNAS.tasks.layout import MASKS, PADDINGS, Layout
 from rankNAS.trees import tensors
 
@@ -35,13 +35,7 @@ class LanguageModelling(Task):
 
     @property
     def directions(self) -> Mapping[str, Direction]:
-        return {
-            "perplexity": "minimize",
-            "accuracy": "maximize",
-            "loss": "minimize",
-            "kl_divergence": "minimize",
-            "reverse_kl": "minimize",
-        }
+        return {"perplexity": "minimize", "accuracy": "maximize", **LIKELIHOOD}
 
     def finish(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         check_some(sums, self.name)

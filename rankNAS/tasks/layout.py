@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rankNAS.data.labels import TARGETS
 from rankNAS.exceptions import DataError
 from rankNAS.trees import Inputs, tensors
 
 __all__ = ["Layout"]
 
-TARGETS = ("labels", "label", "targets", "target", "y", "label_ids")
 MASKS = ("attention_mask", "mask")
 PADDINGS = ("padding_mask", "key_padding_mask", "src_key_padding_mask")  # true where padded
 

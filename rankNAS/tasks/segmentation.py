@@ -17,10 +17,10 @@ from rankNAS.tasks.checks import (
     check_classes,
     check_length,
     check_some,
-    check_weights,
+    class_weights,
     whole_numbers,
 )
-from rankNAS.tasks.classification import likelihood_metrics
+from rankNAS.tasks.classification import LIKELIHOOD, likelihood_metrics
 
 __all__ = ["Segmentation"]
 
@@ -47,13 +47,7 @@ class Segmentation(Task):
 
     @property
     def directions(self) -> Mapping[str, Direction]:
-        return {
-            "miou": "maximize",
-            "accuracy": "maximize",
-            "loss": "minimize",
-            "kl_divergence": "minimize",
-            "reverse_kl": "minimize",
-        }
+        return {"miou": "maximize", "accuracy": "maximize", **LIKELIHOOD}
 
     def predict(self, output: Any, batch: Any) -> Prediction:
         logits = main_output(output, self.name)
@@ -70,8 +64,7 @@ class Segmentation(Task):
                 "the class axis to position 1."
             )
         flat = self._marked(targets).flatten()
-        check_weights(self.weights, logits.shape[1], self.name)
-        weights = None if self.weights is None else torch.tensor(self.weights)
+        weights = class_weights(self.weights, logits.shape[1], self.name)
         return Categorical(
             logits.movedim(1, -1).flatten(0, -2), flat, weights=weights, confusion=True
         )

@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 import torch
-from sklearn.datasets import make_friedman1
+from problems import friedman_terms
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -29,16 +29,7 @@ def problem(number: int) -> tuple[nn.Module, tuple[TensorDataset, TensorDataset]
     Some problems have two correlated outputs, outputs of unequal scales, or batch norms.
     """
     rng, outputs = np.random.default_rng(number), OUTPUTS[number]
-    inputs, _ = make_friedman1(3000, n_features=10, random_state=number)
-    terms = np.stack(
-        [
-            10 * np.sin(np.pi * inputs[:, 0] * inputs[:, 1]),
-            20 * (inputs[:, 2] - 0.5) ** 2,
-            10 * inputs[:, 3],
-            5 * inputs[:, 4],
-        ],
-        axis=1,
-    )
+    inputs, terms = friedman_terms(3000, number)
     mixing = rng.normal(size=(4, outputs))
     if number in CORRELATED:
         mixing[:, 1] = mixing[:, 0] + 0.05 * rng.normal(size=4)

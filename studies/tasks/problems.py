@@ -57,18 +57,21 @@ class Problem:
         return train(network, data[0], config, task=self.task.bound(batch, network)), data
 
 
+def friedman_terms(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs (count, 10) and the four terms (count, 4) of Friedman's first function."""
+    inputs, _ = make_friedman1(count, n_features=10, random_state=seed)
+    terms = [
+        10 * np.sin(np.pi * inputs[:, 0] * inputs[:, 1]),
+        20 * (inputs[:, 2] - 0.5) ** 2,
+        10 * inputs[:, 3],
+        5 * inputs[:, 4],
+    ]
+    return inputs, np.stack(terms, axis=1)
+
+
 def friedman(outputs: int) -> Pair:
     """Mixtures of the four terms of Friedman's first function, plus noise; unit variance."""
-    inputs, _ = make_friedman1(4000, n_features=10, random_state=0)
-    terms = np.stack(
-        [
-            10 * np.sin(np.pi * inputs[:, 0] * inputs[:, 1]),
-            20 * (inputs[:, 2] - 0.5) ** 2,
-            10 * inputs[:, 3],
-            5 * inputs[:, 4],
-        ],
-        axis=1,
-    )
+    inputs, terms = friedman_terms(4000, 0)
     rng = np.random.default_rng(outputs)
     targets = terms @ rng.normal(size=(4, outputs)) + rng.normal(size=(4000, outputs))
     targets = (targets - targets.mean(0)) / targets.std(0)

@@ -47,17 +47,24 @@ def test_tensors_go_through_shared_memory_as_they_are() -> None:
     assert _restored(*arguments).data_ptr() == arguments[0].ctypes.data  # no copy
 
 
-def test_a_sent_evaluator_has_every_sample_once(
-    small_net: nn.Module, small_data: tuple[TensorDataset, TensorDataset]
-) -> None:
-    study = rankNAS.search(
+def searched(
+    small_net: nn.Module, small_data: tuple[TensorDataset, TensorDataset], **settings: bool
+) -> rankNAS.Study:
+    """A study of one trial."""
+    return rankNAS.search(
         small_net,
         small_data,
         budget={"macs": 0.5},
         strategy="uniform",
         n_trials=1,
-        settings=rankNAS.Settings(calibration=64, validation=50, early_stopping=True),
+        settings=rankNAS.Settings(calibration=64, validation=50, **settings),
     )
+
+
+def test_a_sent_evaluator_has_every_sample_once(
+    small_net: nn.Module, small_data: tuple[TensorDataset, TensorDataset]
+) -> None:
+    study = searched(small_net, small_data, early_stopping=True)
     sent: list[tuple[int, ...]] = []
 
     class Noting(pickle.Pickler):
@@ -82,15 +89,7 @@ def test_a_sent_evaluator_has_every_sample_once(
 def test_what_cannot_be_sent_is_said(
     small_net: nn.Module, small_data: tuple[TensorDataset, TensorDataset]
 ) -> None:
-    settings = rankNAS.Settings(calibration=64, validation=50)
-    study = rankNAS.search(
-        small_net,
-        small_data,
-        budget={"macs": 0.5},
-        strategy="uniform",
-        n_trials=1,
-        settings=settings,
-    )
+    study = searched(small_net, small_data)
     own = study.evaluator
     assert shared_bytes(own) > sum(p.nbytes for p in small_net.parameters())
     locked = threading.Lock()
