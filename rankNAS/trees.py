@@ -23,9 +23,11 @@ __all__ = [
     "count_bytes",
     "device_of",
     "has_images",
+    "is_batched",
     "map_children",
     "named_tensors",
     "rows",
+    "sample_count",
     "size_of",
     "tensors",
     "to_device",
@@ -170,6 +172,23 @@ def size_of(tree: Any) -> int:
             "return batches of equal lengths, or give a `collate_fn` that makes them equal."
         )
     return min(common)
+
+
+def sample_count(tree: Any) -> int | None:
+    """The number of samples of a model's arguments; None if no tensor has an axis.
+
+    Some arguments, such as a causal mask, may have no axis of samples. If lengths differ, the
+    first argument decides.
+    """
+    try:
+        return size_of(tree)
+    except DataError:
+        return next((len(x) for x in tensors(tree) if x.dim()), None)
+
+
+def is_batched(tensor: Tensor, count: int | None) -> bool:
+    """Whether axis 0 of a tensor is that of the samples."""
+    return bool(tensor.dim()) and len(tensor) == count
 
 
 def _parts(tree: Any, name: str = "", top: bool = True) -> Iterator[tuple[str, Any]]:

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankNAS.copies import evaluating
 from rankNAS.decompositions.shapes import is_hf_conv1d
-from rankNAS.exceptions import DataError, UsageError
-from rankNAS.trees import Inputs, size_of, tensors, type_difference
+from rankNAS.exceptions import UsageError
+from rankNAS.trees import Inputs, is_batched, sample_count, tensors, type_difference
 
 __all__ = ["Trace", "is_decomposable", "shape_of", "trace"]
 
@@ -82,13 +82,8 @@ def is_decomposable(module: nn.Module) -> bool:
 def shape_of(example_inputs: Any) -> tuple[int, ...]:
     """The shape of the first input tensor with one sample along axis 0; () without any."""
     inputs = Inputs.of(example_inputs)
-    found = [tensor for tensor in tensors(inputs) if tensor.dim()]
-    try:
-        size: int | None = size_of(inputs)
-    except DataError:  # some tensor, such as a table of positions, has no axis of samples
-        size = None
-    batched = [tensor for tensor in found if size in (None, len(tensor))]
-    return tuple(batched[0].shape) if batched else ()
+    count = sample_count(inputs)
+    return next((tuple(x.shape) for x in tensors(inputs) if is_batched(x, count)), ())
 
 
 class _Recorder:

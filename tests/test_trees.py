@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, defaultdict
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from records import Pair, Record
 from torch import Tensor, nn
 
 from rankNAS.exceptions import DataError
@@ -25,18 +25,6 @@ from rankNAS.trees import (
     with_size,
 )
 
-
-class Point(NamedTuple):
-    x: Any
-    y: Any
-
-
-@dataclass
-class Record:
-    x: Any
-    name: str = "record"
-
-
 A, B = torch.arange(4.0), torch.arange(8.0).reshape(4, 2)
 TREES = [
     A,
@@ -46,7 +34,7 @@ TREES = [
     OrderedDict(a=A, b=B),
     UserDict({"a": A, "b": B}),
     defaultdict(list, a=A),
-    Point(A, (B, "text")),
+    Pair(A, (B, "text")),
     Record(A),
     {"a": Record((A, B))},
 ]

@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from rankNAS.exceptions import RankNASError, UnknownNameError, UsageError
 from rankNAS.io.files import save_atomically
 from rankNAS.io.tensors import encoded, read_tensors
-from rankNAS.models.inputs import InputSpec, is_batched, sample_count
-from rankNAS.trees import Inputs, map_children, named_tensors, tensors, tree_map, with_size
+from rankNAS.models.inputs import InputSpec
+from rankNAS.trees import (
+    Inputs,
+    is_batched,
+    map_children,
+    named_tensors,
+    sample_count,
+    tensors,
+    tree_map,
+    with_size,
+)
 
 __all__ = ["FORMATS", "export"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankNAS.exceptions import DataError, UsageError
-from rankNAS.trees import Inputs, size_of, tensors
+from rankNAS.exceptions import UsageError
+from rankNAS.trees import Inputs, is_batched, sample_count
 
-__all__ = ["InputSpec", "is_batched", "sample_count"]
+__all__ = ["InputSpec"]
 
 Node = dict[str, Any]  # one entry: its kind and content
 MOST_ENTRIES = 1 << 26  # of all tensors for one sample
@@ -104,23 +104,6 @@ class InputSpec:
             tuple(_drawn(node, count, generator) for node in self.args),
             {name: _drawn(node, count, generator) for name, node in self.kwargs.items()},
         )
-
-
-def sample_count(inputs: Inputs) -> int | None:
-    """The number of samples of a model's arguments; None if no tensor has an axis.
-
-    Some arguments, such as a causal mask, may have no axis of samples. If lengths differ, the
-    first argument decides.
-    """
-    try:
-        return size_of(inputs)
-    except DataError:
-        return next((len(x) for x in tensors(inputs) if x.dim()), None)
-
-
-def is_batched(tensor: Tensor, count: int | None) -> bool:
-    """Whether axis 0 of a tensor is that of the samples."""
-    return bool(tensor.dim()) and len(tensor) == count
 
 
 def _described(value: Any, count: int | None) -> Node:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from records import Pair, Record
 from torch import Tensor
 
 from rankNAS.data.items import as_tensors, shapes_of, stacked
 from rankNAS.exceptions import DataError
 from rankNAS.trees import tensors
-
-
-class Pair(NamedTuple):
-    x: Any
-    y: Any
-
-
-@dataclass
-class Record:
-    x: Any
-    name: str = "record"
 
 
 @pytest.mark.parametrize(
