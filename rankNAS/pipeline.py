@@ -24,9 +24,9 @@ from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, mak
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.recovery.trainer import Recovery
-from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.policies import hardware_choices
 from rankNAS.settings import Settings
 from rankNAS.solver.pareto import pareto_filter
@@ -88,7 +88,7 @@ def prepare(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
     recovery = _recovery(splits, task, settings, seed)
-    model = copied(separate_attention(model)).to(device).eval()
+    model = copied(with_plain_layers(model)).to(device).eval()
     example = task.inputs_of(splits.calibration.example(1, device))
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from rankNAS.decompositions.shapes import Cost, LayerShape, hf_class, is_hf_conv1d
+from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
 from rankNAS.exceptions import RankNASError, UsageError
-from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
+from rankNAS.search_spaces.plain_layers import overrides_forward, with_plain_layers
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 from rankNAS.search_spaces.remainder import Remainder
 from rankNAS.search_spaces.substitution import needed_in_place
@@ -69,7 +69,7 @@ def compile_space(
         1024
     """
     check_patterns(exclude)
-    model = separate_attention(model)
+    model = with_plain_layers(model)
     traced = trace(model, example_inputs)
     compiler = _Compiler(model, traced, exclude, keep_output_dense, min_weights)
     found = compiler.layers(policy or RankPolicy())
@@ -166,7 +166,7 @@ class _Compiler:
             ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
             ("excluded", lambda: any(re.search(e, n) for e in self._exclude for n in names)),
             ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
-            ("its class overrides forward", lambda: any(map(_overrides_forward, modules))),
+            ("its class overrides forward", lambda: any(map(overrides_forward, modules))),
             (
                 "its forward is replaced on the instance",
                 lambda: any("forward" in vars(module) for module in modules),
@@ -223,14 +223,6 @@ def _is_floating(module: nn.Module) -> bool:
 
 def _is_computed(module: nn.Module) -> bool:
     return is_parametrized(module) or not {"weight", "bias"} <= module._parameters.keys()
-
-
-def _overrides_forward(module: nn.Module) -> bool:
-    """Whether a subclass computes something else; one that changes no method is its base."""
-    bases = (hf_class(module), nn.Linear, nn.Conv1d, nn.Conv2d)
-    kind = next(base for base in bases if base is not None and isinstance(module, base))
-    methods = ("forward", "__call__", "_conv_forward")
-    return any(getattr(type(module), m, None) is not getattr(kind, m, None) for m in methods)
 
 
 def _shared(model: nn.Module, modules: list[nn.Module]) -> bool:

@@ -28,8 +28,8 @@ from rankNAS.decompositions.norms import NormName, Statistics
 from rankNAS.exceptions import WeightsError, WriteError
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.io.tensors import read_tensors, write_tensors
-from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
 from rankNAS.tasks.layout import Layout
@@ -76,7 +76,7 @@ def calibrate(
     """
     if norm == "weight":
         return {}
-    model = separate_attention(model)
+    model = with_plain_layers(model)
     device = device_of(model)
     pooled = norm == "pooled"
     groups = max(1, len(samples) // POOLED) if pooled else None

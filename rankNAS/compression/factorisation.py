@@ -17,8 +17,8 @@ from rankNAS.decompositions import OPERATORS, NormName, Statistics, make_norm
 from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 
 __all__ = ["Factorisation", "Select", "factorise", "skeleton"]
 
@@ -104,7 +104,7 @@ def factorise(
             to keep. The others are removed from the space, and their factors are freed at once.
         on_layer: Called with (layers done, layers in total).
     """
-    model = separate_attention(model)
+    model = with_plain_layers(model)
     centred_all = has_batch_norm(model) if centred is None else centred
     layers = {}
     for done, (name, layer) in enumerate(space.layers.items(), 1):
@@ -131,7 +131,7 @@ def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
         UsageError: The allocation names a layer that is not in the model, or an unknown
             operator.
     """
-    model = separate_attention(model)
+    model = with_plain_layers(model)
     for name, choice in allocation.items():
         if choice == DENSE:
             continue

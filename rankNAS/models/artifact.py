@@ -28,7 +28,7 @@ from rankNAS.models.inputs import InputSpec
 from rankNAS.models.sketches import CHECK, compare, sketched
 from rankNAS.models.weights import check_shapes, load_state
 from rankNAS.plugins import is_plugin
-from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 
 __all__ = ["load", "read_inputs", "read_metadata", "save"]
 
@@ -119,7 +119,7 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     state |= {name: state[kept] for name, kept in shared.items()}
     if model_factory is None:
         check_sizes(model, state, str(path))
-    dense = separate_attention(_dense(model, path, model_factory))
+    dense = with_plain_layers(_dense(model, path, model_factory))
     check_choices(dense, allocation, str(path))
     network = _filled(skeleton(dense, allocation), state, path)
     load_state(network, state, source=str(path))

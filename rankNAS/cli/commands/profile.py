@@ -33,9 +33,9 @@ from rankNAS.hw_models import (
 )
 from rankNAS.hw_models.networks import random_allocations
 from rankNAS.io.files import save_atomically
-from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.settings import check_device
 from rankNAS.tasks import METRICS
@@ -57,7 +57,7 @@ def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
     size = image_side(options.space, options.image_size)
     shape = (3, size, size)
     model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
-    model = separate_attention(model).to(options.device).eval()
+    model = with_plain_layers(model).to(options.device).eval()
     inputs = torch.randn(1, *shape, device=options.device)
     space = compile_space(model, inputs, policy=policy, exclude=options.exclude)
     space = space.at_batch(options.batch)
