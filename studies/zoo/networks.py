@@ -31,7 +31,7 @@ TORCHVISION: dict[str, tuple[str, ...]] = {
     ),
     "video": (*("mc3_18", "r2plus1d_18", "r3d_18", "s3d", "mvit_v1_b", "mvit_v2_s", "swin3d_t"),),
 }
-SIZES = (96, 64, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
+SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 320, 384, 448, 512)
 FRAMES = 16
 CLASSES = 10  # of random labels
 SMALLEST = Path(__file__).with_name("smallest.csv")

@@ -11,48 +11,43 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Lock
 
+import attempt
 import networks
 
 COLUMNS = (
     *("entry", "network", "input", "params", "layers", "macs_covered", "params_covered"),
-    *(
-        "outcome",
-        "message",
-        "norm",
-        "macs_kept",
-        "difference",
-        "compile_s",
-        "search_s",
-        "save_load_s",
-    ),
-    "dense",
+    *("outcome", "message", "searched", "macs_kept", "difference"),
+    *("compile_s", "search_s", "save_load_s", "dense"),
 )
 LOW = 0.5  # share of MACs under which a network is listed with its reasons
 Row = Mapping[str, str]
 
 
-def run(entry: str, seconds: float) -> dict[str, str]:
-    """The row of one network, from a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "row.json"
-        command = [sys.executable, str(Path(__file__).with_name("attempt.py")), entry, str(out)]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        one_thread["RANKNAS_CACHE"] = folder
-        try:
-            code = subprocess.run(command, env=one_thread, timeout=seconds).returncode
-            message = f"the process ended with code {code}"
-        except subprocess.TimeoutExpired:
-            message = f"not ready after {seconds:g} seconds"
-        if out.exists():
-            return {name: str(value) for name, value in json.loads(out.read_text()).items()}
+def _started(entry: str, folder: str) -> BaseProcess:
+    """A process that writes the row of one network to a folder."""
+    # A forked process has the packages loaded: importing them takes as long as a small network.
+    process = get_context("fork").Process(
+        target=attempt.main, args=(entry, _row_file(folder, entry))
+    )
+    process.start()
+    return process
+
+
+def _row_file(folder: str, entry: str) -> Path:
+    return Path(folder) / f"{entry}.json"
+
+
+def _row(entry: str, file: Path, message: str) -> dict[str, str]:
+    """The row that a process wrote; if it wrote none, a row with a message."""
+    if file.exists():
+        return {name: str(value) for name, value in json.loads(file.read_text()).items()}
     return {"entry": entry, "outcome": "failed", "message": message}
 
 
@@ -77,18 +72,28 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def sweep(path: Path, entries: Sequence[str], processes: int, seconds: float) -> None:
-    """Run the entries and write each row as it is ready."""
-    lock = Lock()
-
-    def one(entry: str) -> None:
-        row = run(entry, seconds)
-        with lock:
-            others = [other for other in read(path) if other["entry"] != entry]
-            write(path, [*others, row])
-            print(*(row.get(name, "") for name in COLUMNS[:-1]), sep=" | ", flush=True)
-
-    with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(one, entries))
+    """Run the entries, each in a process of its own, and write each row as it is ready."""
+    waiting, running = list(entries), dict[str, tuple[BaseProcess, float]]()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RANKNAS_CACHE"] = folder
+        while waiting or running:
+            while waiting and len(running) < processes:
+                entry = waiting.pop(0)
+                running[entry] = _started(entry, folder), time.monotonic()
+            time.sleep(0.2)
+            for entry, (process, since) in list(running.items()):
+                late = time.monotonic() - since > seconds
+                if process.is_alive() and not late:
+                    continue
+                process.kill()
+                process.join()
+                del running[entry]
+                message = f"the process ended with code {process.exitcode}"
+                if late:
+                    message = f"not ready after {seconds:g} seconds"
+                row = _row(entry, _row_file(folder, entry), message)
+                write(path, [*(r for r in read(path) if r["entry"] != entry), row])
+                print(*(row.get(name, "") for name in COLUMNS[:-1]), sep=" | ", flush=True)
 
 
 def summary(rows: Sequence[Row]) -> str:
