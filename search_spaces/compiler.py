@@ -83,9 +83,10 @@ def compile_space(
         for names in compiler.groups
         if names[0] in reasons
     ]
-    if not layers:
-        raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{_why(skipped)}")
     others = remainder.others()
+    if not layers:
+        why = _why([*skipped, *others])
+        raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{why}")
     return SearchSpace(
         layers, (*skipped, *others), _rest(model, layers, traced.total), shape_of(example_inputs)
     )
@@ -259,5 +260,10 @@ def _rest(model: nn.Module, layers: dict[str, Layer], total_macs: int) -> Cost:
     return Cost(total_macs - own.macs, params - own.params, weight_bytes - own.weight_bytes)
 
 
-def _why(skipped: list[Skipped]) -> str:
-    return "".join(f" {s.name}: {s.reason}." for s in skipped[:3])
+def _why(skipped: Sequence[Skipped]) -> str:
+    """The reasons for the largest parts of a model without layers."""
+    most = sorted(skipped, key=lambda s: (s.cost.macs, s.cost.params), reverse=True)
+    reasons: dict[str, str] = {}
+    for part in most:
+        reasons.setdefault(part.reason, part.name)
+    return "".join(f" {name}: {reason}." for reason, name in list(reasons.items())[:3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import tempfile
 import time
 import traceback
@@ -34,9 +35,10 @@ SETTINGS = rankNAS.Settings(calibration=4, validation=4, choices=16, policy=POLI
 # The default norm decomposes matrices of the width of a layer, in cubic time. The search takes the
 # narrowest layers, up to this number of cubed columns in all. The others stay dense in it.
 CUBED = 1.5e9
+LAYERS = 12  # and at most so many
 
 
-def attempt(entry: str, row: dict[str, Any]) -> None:
+def attempt(entry: str, row: dict[str, Any], compile_only: bool) -> None:
     """Compile, search, build, save and load one network; fills in a row of the table."""
     row["stage"] = "choose"
     found = network(entry)
@@ -50,6 +52,8 @@ def attempt(entry: str, row: dict[str, Any]) -> None:
     row |= _coverage(space)
     searched = _narrow(space)
     row["searched"] = len(searched.layers)
+    if compile_only:
+        return
     row["stage"] = "search"
     with _timed(row, "search_s"):
         study = rankNAS.search(
@@ -72,7 +76,6 @@ def attempt(entry: str, row: dict[str, Any]) -> None:
         again = rankNAS.load(file, lambda: _random(found, SEED + 1))
     row["stage"] = "compare"
     row["difference"] = f"{_difference(small, again, found):.1e}"
-    del row["stage"]
 
 
 def _random(found: Network, seed: int) -> nn.Module:
@@ -136,12 +139,12 @@ def _coverage(space: rankNAS.SearchSpace) -> dict[str, Any]:
 
 
 def _narrow(space: rankNAS.SearchSpace) -> rankNAS.SearchSpace:
-    """The space with the narrowest layers that `CUBED` allows; one at least."""
+    """The space with the narrowest layers that `CUBED` and `LAYERS` allow; one at least."""
     order = sorted(space.layers.items(), key=lambda pair: pair[1].shape.width)
     left, kept = CUBED, {}
     for name, layer in order:
         left -= layer.shape.width**3
-        if left >= 0 or not kept:
+        if not kept or (left >= 0 and len(kept) < LAYERS):
             kept[name] = layer
     layers = {name: layer for name, layer in space.layers.items() if name in kept}
     dense = [layer.costs[0] for name, layer in space.layers.items() if name not in kept]
@@ -175,21 +178,34 @@ def _timed(row: dict[str, Any], column: str) -> Iterator[None]:
     row[column] = round(time.perf_counter() - started, 2)
 
 
-def main(entry: str, out: Path) -> None:
-    """Write the row of one network as JSON."""
+def main(entry: str, out: Path, seconds: float, compile_only: bool) -> None:
+    """Write the row of one network as JSON, after `seconds` at the latest."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, _late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     warnings.simplefilter("ignore")
     row: dict[str, Any] = {"entry": entry}
     try:
-        attempt(entry, row)
-        row["outcome"] = "works"
+        attempt(entry, row, compile_only)
+        row["outcome"] = "works" if row.pop("stage") == "compare" else "compiled"
     except rankNAS.UsageError as error:
         early = row["stage"] in ("compile", "search") and "\n" not in str(error)
         row["outcome"] = "refused" if early else "failed"
+        row["message"] = f"{row.pop('stage')}: {error}"
+    except _Late as error:
+        row["outcome"] = "failed"
         row["message"] = f"{row.pop('stage')}: {error}"
     except BaseException as error:
         traceback.print_exc()
         row["outcome"] = "failed"
         row["message"] = f"{row.pop('stage')}: {type(error).__name__}: {str(error)[:500]}"
     out.write_text(json.dumps(row))
+
+
+class _Late(BaseException):  # no error that the package may report in its own words
+    pass
+
+
+def _late(signum: int, frame: object) -> None:
+    raise _Late("not ready in time")

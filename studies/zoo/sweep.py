@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from statistics import median
 
 import attempt
 import networks
@@ -26,16 +27,16 @@ COLUMNS = (
     *("outcome", "message", "searched", "macs_kept", "difference"),
     *("compile_s", "search_s", "save_load_s", "dense"),
 )
+OUTCOMES = ("works", "compiled", "refused", "failed")
 LOW = 0.5  # share of MACs under which a network is listed with its reasons
 Row = Mapping[str, str]
 
 
-def _started(entry: str, folder: str) -> BaseProcess:
+def _started(entry: str, folder: str, seconds: float, compile_only: bool) -> BaseProcess:
     """A process that writes the row of one network to a folder."""
     # A forked process has the packages loaded: importing them takes as long as a small network.
-    process = get_context("fork").Process(
-        target=attempt.main, args=(entry, _row_file(folder, entry))
-    )
+    given = (entry, _row_file(folder, entry), seconds, compile_only)
+    process = get_context("fork").Process(target=attempt.main, args=given)
     process.start()
     return process
 
@@ -71,7 +72,9 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     new.replace(path)
 
 
-def sweep(path: Path, entries: Sequence[str], processes: int, seconds: float) -> None:
+def sweep(
+    path: Path, entries: Sequence[str], processes: int, seconds: float, compile_only: bool
+) -> None:
     """Run the entries, each in a process of its own, and write each row as it is ready."""
     waiting, running = list(entries), dict[str, tuple[BaseProcess, float]]()
     with tempfile.TemporaryDirectory() as folder:
@@ -79,10 +82,10 @@ def sweep(path: Path, entries: Sequence[str], processes: int, seconds: float) ->
         while waiting or running:
             while waiting and len(running) < processes:
                 entry = waiting.pop(0)
-                running[entry] = _started(entry, folder), time.monotonic()
+                running[entry] = _started(entry, folder, seconds, compile_only), time.monotonic()
             time.sleep(0.2)
             for entry, (process, since) in list(running.items()):
-                late = time.monotonic() - since > seconds
+                late = time.monotonic() - since > seconds + 10
                 if process.is_alive() and not late:
                     continue
                 process.kill()
@@ -98,16 +101,18 @@ def sweep(path: Path, entries: Sequence[str], processes: int, seconds: float) ->
 
 def summary(rows: Sequence[Row]) -> str:
     """The results in Markdown."""
-    lines = ["| | networks | work | refused | failed | median share of MACs covered |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        "| | networks | work | compiled only | refused | failed | median share of MACs covered |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
     groups = {"torchvision": "torchvision:", "timm": "timm:", "all": ""}
     for title, prefix in groups.items():
         part = [row for row in rows if row["entry"].startswith(prefix)]
-        counts = [sum(r["outcome"] == o for r in part) for o in ("works", "refused", "failed")]
-        shares = sorted(float(r["macs_covered"]) for r in part if r["outcome"] == "works")
-        median = f"{shares[len(shares) // 2]:.3f}" if shares else ""
-        lines.append(f"| {title} | {len(part)} | {' | '.join(map(str, counts))} | {median} |")
-    low = [r for r in rows if r["outcome"] == "works" and float(r["macs_covered"]) < LOW]
+        counts = [sum(r["outcome"] == o for r in part) for o in OUTCOMES]
+        shares = [float(r["macs_covered"]) for r in part if r["macs_covered"]]
+        middle = f"{median(shares):.3f}" if shares else ""
+        lines.append(f"| {title} | {len(part)} | {' | '.join(map(str, counts))} | {middle} |")
+    low = [r for r in rows if r["macs_covered"] and float(r["macs_covered"]) < LOW]
     lines += ["", f"Under {LOW} of the MACs:", ""]
     lines += [f"- {_title(r)}, {float(r['macs_covered']):.3f}: {r['dense']}" for r in low]
     for outcome in ("refused", "failed"):
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--again", default="", help="run the rows with this outcome again; or all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--compile-only", action="store_true", help="no searches")
     parser.add_argument("--table", action="store_true", help="run nothing")
     given = parser.parse_args()
     if not given.table:
@@ -135,7 +141,7 @@ def main() -> None:
             row["entry"] for row in read(given.out) if given.again not in ("all", row["outcome"])
         }
         entries = [e for e in networks.names() if e not in done and re.search(given.only, e)]
-        sweep(given.out, entries, given.processes, given.seconds)
+        sweep(given.out, entries, given.processes, given.seconds, given.compile_only)
     print(summary(read(given.out)))
 
 

@@ -248,7 +248,7 @@ def test_a_weight_tied_with_an_embedding_stays_dense() -> None:
 
 class OwnForward(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight.abs(), self.bias)
+        return 2 * functional.linear(x, self.weight.abs(), self.bias)
 
 
 class Everything(nn.Module):
@@ -444,3 +444,9 @@ def test_seven_billion_parameters_compile_on_meta() -> None:
 def test_what_is_no_regular_expression(pattern: str) -> None:
     with pytest.raises(UsageError, match="is no regular expression .*give one such as"):
         compile_space(nn.Linear(64, 64), torch.zeros(1, 64), exclude=[pattern])
+
+
+def test_a_model_without_layers_is_refused_with_its_largest_parts() -> None:
+    volumes = nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(UsageError, match="0: 3-D convolution: no operator decomposes it. 3: outp"):
+        compile_space(volumes, torch.zeros(1, 3, 5, 5, 5))
