@@ -80,9 +80,7 @@ def network(entry: str) -> Network:
         return made
 
     def sized(side: int) -> Iterator[dict[str, Any]]:
-        if name.startswith("mvit"):
-            yield {"spatial_size": (side, side)}
-        elif name.startswith("vit"):
+        if name.startswith("vit"):
             yield {"image_size": side}
         else:
             yield {}
