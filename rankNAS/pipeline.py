@@ -28,6 +28,7 @@ from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.policies import hardware_choices
+from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.strategies.base import Request, Strategy
@@ -88,7 +89,7 @@ def prepare(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
     recovery = _recovery(splits, task, settings, seed)
-    model = copied(separate_attention(model)).to(device).eval()
+    model = copied(separate_attention(searchable(model))).to(device).eval()
     example = task.inputs_of(splits.calibration.example(1, device))
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:

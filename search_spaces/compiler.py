@@ -83,9 +83,10 @@ def compile_space(
         for names in compiler.groups
         if names[0] in reasons
     ]
-    if not layers:
-        raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{_why(skipped)}")
     others = remainder.others()
+    if not layers:
+        why = _why((*skipped, *others), traced.total)
+        raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{why}")
     return SearchSpace(
         layers, (*skipped, *others), _rest(model, layers, traced.total), shape_of(example_inputs)
     )
@@ -99,7 +100,7 @@ def check_patterns(exclude: Sequence[str]) -> None:
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
                 f"`exclude` {pattern[:100]!r} is no regular expression ({error}); give one such "
-                r"as 'layer4' or '^head\.', with \ before each of ()[]{{}}.*+?^$| that is meant "
+                r"as 'layer4' or '^head\.', with \ before each of ()[]{}.*+?^$| that is meant "
                 "literally."
             ) from None
 
@@ -267,5 +268,8 @@ def _rest(model: nn.Module, layers: dict[str, Layer], total_macs: int) -> Cost:
     return Cost(total_macs - own.macs, params - own.params, weight_bytes - own.weight_bytes)
 
 
-def _why(skipped: list[Skipped]) -> str:
-    return "".join(f" {s.name}: {s.reason}." for s in skipped[:3])
+def _why(skipped: Sequence[Skipped], total_macs: int) -> str:
+    """Where most MACs are and why they stay, in words."""
+    largest = sorted(skipped, key=lambda s: -s.cost.macs)[:3]
+    share = {s.name: 100 * s.cost.macs / total_macs if total_macs else 0.0 for s in largest}
+    return "".join(f" {s.name} ({share[s.name]:.0f} % of the MACs): {s.reason}." for s in largest)

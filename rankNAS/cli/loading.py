@@ -19,7 +19,7 @@ from rankNAS.data.base import Data
 from rankNAS.data.labels import count_classes
 from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
-from rankNAS.exceptions import UsageError
+from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
 from rankNAS.models.weights import (
@@ -68,6 +68,8 @@ def check_options(options: ModelOptions) -> Settings:
     """
     _ = options.budgets
     check_device(options.device)
+    if options.weights not in (None, "pretrained") and not os.path.lexists(str(options.weights)):
+        raise WeightsError(f"there is no weights file {options.weights}; check the path.")
     make_hardware(options.hardware, strict=options.strict_hw)
     task = None if options.task is None else make_task(options.task)
     for objective in options.objective:

@@ -114,10 +114,22 @@ class BatchNormReference:
         network: The dense network, with its stored statistics.
         inputs: Calibration samples, or batches of their inputs; ``network`` is unchanged.
         batch_size: As for `reestimate_batch_norm`.
+        keeping: The network whose type the corrected statistics are rounded to, because those of
+            ``network`` are in float32 (`in_float32`); None for ``network`` itself.
     """
 
-    def __init__(self, network: nn.Module, inputs: InputSource, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: InputSource,
+        batch_size: int = 256,
+        keeping: nn.Module | None = None,
+    ) -> None:
         layers = tracking_layers(network)
+        kept = tracking_layers(network if keeping is None else keeping)
+        self._types = {
+            layer: _statistics(k)[0].dtype for layer, k in zip(layers, kept, strict=True)
+        }
         self._stored = {layer: _statistics(layer) for layer in layers}
         with _counting_values(layers) as self._counts:
             reestimate_batch_norm(network, inputs, batch_size)
@@ -141,7 +153,9 @@ class BatchNormReference:
             (m, v), (M, V) = self._stored[original], self._measured[original]
             least = v * max(0.0, FEW / max(1, self._counts[original]) - FEW / ENOUGH)
             now, before = variance.maximum(least), V.maximum(least)
-            _set_statistics(layer, m + mean - M, v * (now + layer.eps) / (before + layer.eps))
+            corrected = v * (now + layer.eps) / (before + layer.eps)
+            dtype = self._types[original]
+            _set_statistics(layer, _rounded(m + mean - M, dtype), _rounded(corrected, dtype))
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -155,6 +169,12 @@ def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     assert layer.running_var is not None
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(variance)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as a type has them, of finite ones none infinite."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype).to(values.dtype)
 
 
 @contextmanager

@@ -131,6 +131,19 @@ def test_few_samples_cannot_make_a_correction_large() -> None:
     torch.testing.assert_close(other.running_var, expected, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_corrected_statistics_are_those_that_the_network_can_keep(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2)
+    reference = BatchNormReference(norm, torch.randn(300, 2), keeping=nn.BatchNorm1d(2).to(dtype))
+    other = reestimate_batch_norm(nn.BatchNorm1d(2), 1e4 * torch.randn(300, 2) - 1e6)
+    assert isinstance(other, nn.BatchNorm1d)
+    reference.correct([other], [norm])
+    for found in (other.running_mean, other.running_var):
+        assert found is not None and found.isfinite().all() and found.dtype == torch.float32
+        assert torch.equal(found.to(dtype).float(), found)
+
+
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_a_search_with_few_calibration_samples_gives_a_usable_network(count: int) -> None:
     torch.manual_seed(0)

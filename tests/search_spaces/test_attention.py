@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rankNAS.compression.factorisation import factorise
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import SeparateAttention, separate_attention
+from rankNAS.search_spaces.compiler import compile_space
 
 BATCH, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 7, 24, 4
 
@@ -227,6 +229,57 @@ def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
-def test_unsupported_options(option: str) -> None:
+def test_added_keys_are_left_alone(option: str) -> None:
+    model = nn.Sequential(attention(**{option: True}))
+    assert separate_attention(model) is model
     with pytest.raises(UsageError, match=option):
-        separate_attention(nn.Sequential(attention(**{option: True})))
+        SeparateAttention(model[0])
+
+
+def doubled_by_hook(module: nn.MultiheadAttention) -> None:
+    module.register_forward_hook(lambda _, args, out: (2 * out[0], out[1]))
+
+
+def doubled_by_pre_hook(module: nn.MultiheadAttention) -> None:
+    module.register_forward_pre_hook(lambda _, args: tuple(2 * x for x in args))
+
+
+def doubled_by_patch(module: nn.MultiheadAttention) -> None:
+    forward = module.forward
+    module.forward = lambda *a, **k: (2 * forward(*a, **k)[0], None)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [doubled_by_hook, doubled_by_pre_hook, doubled_by_patch])
+def test_hooks_and_patched_forwards_are_kept(change: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(64, 64), nn.MultiheadAttention(64, HEADS)
+            self.head = nn.Linear(64, 4)
+            change(self.attention)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            return self.head(self.attention(x, x, x)[0])
+
+    model, x = Model().eval(), torch.randn(5, 2, 64)
+    space = compile_space(model, x)
+    reasons = {s.name: s.reason for s in space.skipped}
+    assert list(space.layers) == ["first"] and "hooks" in reasons["attention"]
+    assert sum(s["params"] for s in space.shares.values()) == pytest.approx(1)
+    dense = factorise(model, space).materialise(space.dense)
+    torch.testing.assert_close(dense(x), model(x))
+
+
+def test_the_fused_parameters_are_read() -> None:
+    module = attention()
+    separate: Any = separate_attention(module)
+    torch.testing.assert_close(separate.in_proj_weight, module.in_proj_weight)
+    torch.testing.assert_close(separate.in_proj_bias, module.in_proj_bias)
+    separate = separate_attention(attention(bias=False, kdim=10))
+    assert separate.in_proj_weight is None and separate.in_proj_bias is None
+
+
+def test_frozen_projections_stay_frozen() -> None:
+    module = attention().requires_grad_(False)
+    assert not any(p.requires_grad for p in separate_attention(module).parameters())
