@@ -29,6 +29,7 @@ class SeparateAttention(nn.Module):
     """
 
     # nn.TransformerEncoderLayer reads this and then skips its fused fast path.
+    in_proj_bias = None
     _qkv_same_embed_dim = False
     bias_k = bias_v = None
     add_zero_attn = False
@@ -81,18 +82,15 @@ class SeparateAttention(nn.Module):
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
     @property
-    def in_proj_weight(self) -> Tensor | None:
-        """The projections as one matrix, for a model that reads it; None if they differ in width."""
-        if not self.embed_dim == self.kdim == self.vdim:
-            return None
-        return torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
+    def in_proj_weight(self) -> Tensor:
+        """The projections as one matrix, for a model that reads it.
 
-    @property
-    def in_proj_bias(self) -> Tensor | None:
-        """Their biases as one vector."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        biases: list[Tensor] = [p.bias for p in projections if p.bias is not None]
-        return torch.cat(biases) if biases else None
+        Raises:
+            AttributeError: They have biases, which the model would miss, or differ in width.
+        """
+        if self.q_proj.bias is not None or not self.embed_dim == self.kdim == self.vdim:
+            raise AttributeError("the projections are no single matrix")
+        return torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool

@@ -85,7 +85,7 @@ def compile_space(
     ]
     others = remainder.others()
     if not layers:
-        why = _why((*skipped, *others), traced.total)
+        why = _why(skipped, others, traced.total)
         raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{why}")
     return SearchSpace(
         layers, (*skipped, *others), _rest(model, layers, traced.total), shape_of(example_inputs)
@@ -268,8 +268,11 @@ def _rest(model: nn.Module, layers: dict[str, Layer], total_macs: int) -> Cost:
     return Cost(total_macs - own.macs, params - own.params, weight_bytes - own.weight_bytes)
 
 
-def _why(skipped: Sequence[Skipped], total_macs: int) -> str:
-    """Where most MACs are and why they stay, in words."""
-    largest = sorted(skipped, key=lambda s: -s.cost.macs)[:3]
-    share = {s.name: 100 * s.cost.macs / total_macs if total_macs else 0.0 for s in largest}
-    return "".join(f" {s.name} ({share[s.name]:.0f} % of the MACs): {s.reason}." for s in largest)
+def _why(skipped: Sequence[Skipped], others: Sequence[Skipped], total_macs: int) -> str:
+    """The reasons of the first layers, and what has most of the other MACs, in words."""
+    words = "".join(f" {s.name}: {s.reason}." for s in skipped[:3])
+    largest = max(others, key=lambda s: s.cost.macs, default=None)
+    if largest is None or not largest.cost.macs:
+        return words
+    share = 100 * largest.cost.macs / total_macs
+    return f"{words} {share:.0f} % of the MACs lie in {largest.name}: {largest.reason}."
