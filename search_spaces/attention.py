@@ -88,9 +88,11 @@ class SeparateAttention(nn.Module):
         Raises:
             AttributeError: They have biases, which the model would miss, or differ in width.
         """
-        if self.q_proj.bias is not None or not self.embed_dim == self.kdim == self.vdim:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        biased = any("bias" in dict(p.named_parameters()) for p in projections)
+        if biased or not self.embed_dim == self.kdim == self.vdim:
             raise AttributeError("the projections are no single matrix")
-        return torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
+        return torch.cat([p.weight for p in projections])
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
