@@ -29,7 +29,6 @@ class SeparateAttention(nn.Module):
     """
 
     # nn.TransformerEncoderLayer reads this and then skips its fused fast path.
-    in_proj_bias = None
     _qkv_same_embed_dim = False
     bias_k = bias_v = None
     add_zero_attn = False
@@ -83,16 +82,21 @@ class SeparateAttention(nn.Module):
 
     @property
     def in_proj_weight(self) -> Tensor:
-        """The projections as one matrix, for a model that reads it.
+        """The weights of the projections as one matrix, for a model that reads it.
 
         Raises:
-            AttributeError: They have biases, which the model would miss, or differ in width.
+            AttributeError: They differ in width, so that the attention had none either.
         """
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        biased = any("bias" in dict(p.named_parameters()) for p in projections)
-        if biased or not self.embed_dim == self.kdim == self.vdim:
+        if not self.embed_dim == self.kdim == self.vdim:
             raise AttributeError("the projections are no single matrix")
-        return torch.cat([p.weight for p in projections])
+        return torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The biases of the projections as one vector, also of decomposed ones; None without."""
+        found = [_bias(p) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        biases = [bias for bias in found if bias is not None]
+        return torch.cat(biases) if biases else None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
@@ -154,6 +158,11 @@ def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
     bias = attention.in_proj_bias
     biases = (None, None, None) if bias is None else bias.chunk(3)
     return [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def _bias(projection: nn.Module) -> Tensor | None:
+    named = projection.named_parameters()
+    return next((p for name, p in named if name.rpartition(".")[2] == "bias"), None)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from rankNAS.allocation import Allocation
 from rankNAS.compression.factorisation import factorise
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import SeparateAttention, separate_attention
@@ -271,12 +273,61 @@ def test_hooks_and_patched_forwards_are_kept(change: Any) -> None:
     torch.testing.assert_close(dense(x), model(x))
 
 
-def test_a_fused_parameter_is_read_where_it_is_all_there_is() -> None:
-    module = attention(bias=False)
+class Fused(nn.Module):
+    """Attention by the fused parameters, outside the call of their module."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.attention = nn.MultiheadAttention(64, HEADS, bias=bias)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        given = self.attention
+        projected = functional.linear(self.first(x), given.in_proj_weight, given.in_proj_bias)
+        q, k, v = projected.chunk(3, -1)
+        return self.head(given.out_proj(functional.scaled_dot_product_attention(q, k, v)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_parameters_are_read(bias: bool) -> None:
+    module = attention(bias=bias)
     separate: Any = separate_attention(module)
     torch.testing.assert_close(separate.in_proj_weight, module.in_proj_weight)
-    for other in (attention(), attention(bias=False, kdim=10)):
-        assert not hasattr(separate_attention(other), "in_proj_weight")
+    assert (separate.in_proj_bias is None) == (module.in_proj_bias is None)
+    if bias:
+        torch.testing.assert_close(separate.in_proj_bias, module.in_proj_bias)
+    assert not hasattr(separate_attention(attention(bias=bias, kdim=10)), "in_proj_weight")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_that_reads_fused_parameters_keeps_them(bias: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Fused(bias).eval(), torch.randn(5, 2, 64)
+    nn.init.normal_(model.attention.out_proj.weight)
+    if bias:
+        nn.init.normal_(model.attention.in_proj_bias)
+    space = compile_space(model, x)
+    reasons = {s.name: s.reason for s in space.skipped}
+    assert list(space.layers) == ["first", "attention.out_proj"]
+    assert reasons["attention.q_proj"] == "not called in the forward pass"
+    dense = factorise(model, space).materialise(space.dense)
+    torch.testing.assert_close(dense(x), model(x))
+
+
+def test_biases_are_read_of_decomposed_projections() -> None:
+    """A TransformerEncoderLayer asks for them before it skips its fused path."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(64, HEADS, 64, batch_first=True)).eval()
+    nn.init.normal_(model[0].self_attn.in_proj_bias)
+    x = torch.randn(2, 5, 64)
+    space = compile_space(model, x)
+    assert "0.self_attn.q_proj" in space.layers
+    allocation = Allocation.of({name: layer.choices[1] for name, layer in space.layers.items()})
+    network: Any = factorise(model, space).materialise(allocation)
+    found = network[0].self_attn.in_proj_bias
+    torch.testing.assert_close(found, model[0].self_attn.in_proj_bias)
+    assert network(x).isfinite().all()
 
 
 def test_frozen_projections_stay_frozen() -> None:
