@@ -33,7 +33,7 @@ from rankNAS.settings import Settings
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.problem import Problem
-from rankNAS.strategies.tables import build_problem
+from rankNAS.strategies.tables import build_problem, check_reachable
 from rankNAS.tasks.base import Task
 from rankNAS.trees import Inputs
 
@@ -94,9 +94,7 @@ def prepare(
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
-    for budget in budgets:
-        exact = {name: bound for name, bound in budget.items() if name != "latency"}
-        build_problem(space, None, exact).check()
+    check_reachable(space, budgets)
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):

@@ -37,7 +37,7 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
 from rankNAS.search_spaces.zoo.external import wants_classes
 from rankNAS.settings import Settings, check_device
-from rankNAS.strategies.tables import build_problem
+from rankNAS.strategies.tables import check_reachable
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.classification import Classification
 from rankNAS.tasks.infer import make_task, resolve_task
@@ -227,9 +227,7 @@ def load_space(
     """
     example = task.inputs_of(data.train.example(1))
     space = compile_space(model, example, policy=settings.policy, exclude=options.exclude)
-    for budget in options.budgets:
-        exact = {name: bound for name, bound in budget.items() if name != "latency"}
-        build_problem(space, None, exact).check()
+    check_reachable(space, options.budgets)
     return space
 
 
