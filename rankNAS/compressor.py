@@ -15,6 +15,7 @@ from rankNAS.data.loading import DataSource
 from rankNAS.engine import search
 from rankNAS.exceptions import UsageError
 from rankNAS.models import artifact
+from rankNAS.search_spaces.wrappers import innermost
 from rankNAS.settings import Settings
 from rankNAS.strategies.base import Strategy
 from rankNAS.tasks.base import Task
@@ -122,7 +123,7 @@ def compress_(model: nn.Module, data: DataSource, **options: Any) -> nn.Module:
         True
     """
     network = compress(model, data, **options)
-    _take_over(model, network)
+    _take_over(innermost(model), network)
     model.ranknas = network.ranknas
     return model.eval()
 

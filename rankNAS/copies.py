@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-__all__ = ["copied", "evaluating", "unchanged"]
+__all__ = ["copied", "evaluating", "unchanged", "without_graphs"]
 
 T = TypeVar("T", bound=nn.Module)
 #: Attributes of modules that PyTorch and this package change on purpose.
@@ -113,6 +113,40 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def without_graphs(model: nn.Module) -> Iterator[None]:
+    """Context of a training, after which no module keeps a tensor with a graph.
+
+    New attributes with such tensors are removed, containers become what they were, and tensors
+    lose their graph. Counters and running averages keep what the training has stored.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 2)
+        >>> with without_graphs(model):
+        ...     model.steps, model.last = 1, model(torch.zeros(1, 2))
+        >>> model.steps, hasattr(model, "last")
+        (1, False)
+    """
+    before = {module: _state(module) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            state = before.get(module, {})
+            own = vars(module)
+            for name in [name for name in own if name not in KEPT]:
+                if isinstance(own[name], Tensor) and name in state:  # such as a computed weight
+                    own[name] = own[name].detach()
+            _restore(module, state, {"_buffers", *_without_graph(own)})
+        for tensor in list(_with_graph(model)):
+            with suppress(RuntimeError):  # a view
+                tensor.detach_()
+
+
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """By attribute, its value and the contents of a container; modules keep their parts."""
     return {
@@ -125,13 +159,18 @@ def _contents(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, list | dict | set | deque) else None
 
 
-def _restore(module: nn.Module, state: Mapping[str, tuple[Any, Any]]) -> None:
+def _restore(
+    module: nn.Module, state: Mapping[str, tuple[Any, Any]], kept: Collection[str] = ()
+) -> None:
+    """Give a module the attributes of `state`, except those whose names are in `kept`."""
     own = vars(module)
-    for name in [name for name in own if name not in KEPT and name not in state]:
-        del own[name]
-    registered = {*module._parameters, *module._modules, *module._buffers}
+    for name in [name for name in own if name not in state]:
+        if name not in KEPT and name not in kept:
+            del own[name]
+    # A layer that the first pass has built is registered, and was an attribute before.
+    leave = {*module._parameters, *module._modules, *module._buffers, *kept}
     for name, (value, contents) in state.items():
-        if name in registered:  # a layer that the first pass has built
+        if name in leave:
             continue
         own[name] = value
         if contents is not None and not _same(value, contents):
@@ -152,8 +191,14 @@ def _same(value: Any, contents: Any) -> bool:
     return all(x is y for x, y in zip(value, contents, strict=True))
 
 
-def _with_graph(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors with a graph that the model reaches through attributes and containers."""
+def _without_graph(attributes: Mapping[str, Any]) -> list[str]:
+    """The names of the attributes that reach no tensor with a graph."""
+    found = (name for name in attributes if name not in KEPT)
+    return [name for name in found if next(_with_graph(attributes[name]), None) is None]
+
+
+def _with_graph(model: Any) -> Iterator[Tensor]:
+    """The tensors with a graph that a model reaches through attributes and containers."""
     seen: set[int] = set()
     waiting: list[Any] = [model]
     while waiting:

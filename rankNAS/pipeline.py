@@ -28,11 +28,12 @@ from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.policies import hardware_choices
+from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.problem import Problem
-from rankNAS.strategies.tables import build_problem
+from rankNAS.strategies.tables import build_problem, check_reachable
 from rankNAS.tasks.base import Task
 from rankNAS.trees import Inputs
 
@@ -88,14 +89,12 @@ def prepare(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
     recovery = _recovery(splits, task, settings, seed)
-    model = copied(with_plain_layers(model)).to(device).eval()
+    model = copied(with_plain_layers(searchable(model))).to(device).eval()
     example = task.inputs_of(splits.calibration.example(1, device))
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
-    for budget in budgets:
-        exact = {name: bound for name, bound in budget.items() if name != "latency"}
-        build_problem(space, None, exact).check()
+    check_reachable(space, budgets)
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):

@@ -41,7 +41,8 @@ def is_plugin(spec: str) -> bool:
 def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
     """The callable that ``spec`` names, from its file.
 
-    An unchanged file is imported once per process, so its classes keep their identity.
+    An unchanged file is imported once per process, so its classes keep their identity. So are the
+    modules beside it that it imports, which are not imported again if they change.
 
     Args:
         spec: ``path/to/file.py:name``; ``~`` is the home folder.

@@ -29,14 +29,16 @@ class SeparateAttention(nn.Module):
     """
 
     # nn.TransformerEncoderLayer reads this and then skips its fused fast path.
-    in_proj_bias = None
     _qkv_same_embed_dim = False
+    bias_k = bias_v = None
+    add_zero_attn = False
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if attention.bias_k is not None or attention.add_zero_attn:
             raise UsageError("attention with `add_bias_kv` or `add_zero_attn` is not supported.")
-        self.embed_dim = attention.embed_dim
+        self.embed_dim, self.head_dim = attention.embed_dim, attention.head_dim
+        self.kdim, self.vdim = attention.kdim, attention.vdim
         self.num_heads = attention.num_heads
         self.batch_first = attention.batch_first
         self.dropout = attention.dropout
@@ -78,6 +80,24 @@ class SeparateAttention(nn.Module):
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The weights of the projections as one matrix, for a model that reads it.
+
+        Raises:
+            AttributeError: They differ in width, so that the attention had none either.
+        """
+        if not self.embed_dim == self.kdim == self.vdim:
+            raise AttributeError("the projections are no single matrix")
+        return torch.cat([p.weight for p in (self.q_proj, self.k_proj, self.v_proj)])
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The biases of the projections as one vector, also of decomposed ones; None without."""
+        found = [_bias(p) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        biases = [bias for bias in found if bias is not None]
+        return torch.cat(biases) if biases else None
+
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -94,7 +114,9 @@ class SeparateAttention(nn.Module):
 def separate_attention(model: nn.Module) -> nn.Module:
     """The model without wrappers, with each ``nn.MultiheadAttention`` replaced.
 
-    It is a copy if the model contains any. Subclasses that override forward are not replaced.
+    It is a copy if the model contains any. Those that a separate module would not equal stay:
+    subclasses that override forward, added keys (``add_bias_kv``, ``add_zero_attn``), hooks, and a
+    forward that is replaced on the instance.
 
     Raises:
         UsageError: The model is no tree of modules with weights; see `unwrapped`.
@@ -117,7 +139,15 @@ def separate_attention(model: nn.Module) -> nn.Module:
 
 def _is_attention(module: nn.Module) -> bool:
     own = nn.MultiheadAttention
-    return isinstance(module, own) and type(module).forward is own.forward
+    return (
+        isinstance(module, own)
+        and type(module).forward is own.forward
+        and "forward" not in vars(module)
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
 
 
 def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
@@ -130,11 +160,16 @@ def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
     return [_linear(w, b) for w, b in zip(weights, biases, strict=True)]
 
 
+def _bias(projection: nn.Module) -> Tensor | None:
+    named = projection.named_parameters()
+    return next((p for name, p in named if name.rpartition(".")[2] == "bias"), None)
+
+
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
+    linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
+        linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return linear
 
 

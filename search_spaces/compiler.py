@@ -85,7 +85,7 @@ def compile_space(
     ]
     others = remainder.others()
     if not layers:
-        why = _why([*skipped, *others])
+        why = _why(skipped, others, traced.total)
         raise UsageError(f"no layer of {type(model).__name__} can be decomposed.{why}")
     return SearchSpace(
         layers, (*skipped, *others), _rest(model, layers, traced.total), shape_of(example_inputs)
@@ -100,7 +100,7 @@ def check_patterns(exclude: Sequence[str]) -> None:
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
                 f"`exclude` {pattern[:100]!r} is no regular expression ({error}); give one such "
-                r"as 'layer4' or '^head\.', with \ before each of ()[]{{}}.*+?^$| that is meant "
+                r"as 'layer4' or '^head\.', with \ before each of ()[]{}.*+?^$| that is meant "
                 "literally."
             ) from None
 
@@ -260,10 +260,16 @@ def _rest(model: nn.Module, layers: dict[str, Layer], total_macs: int) -> Cost:
     return Cost(total_macs - own.macs, params - own.params, weight_bytes - own.weight_bytes)
 
 
-def _why(skipped: Sequence[Skipped]) -> str:
-    """The reasons for the largest parts of a model without layers."""
-    most = sorted(skipped, key=lambda s: (s.cost.macs, s.cost.params), reverse=True)
+def _why(skipped: Sequence[Skipped], others: Sequence[Skipped], total_macs: int) -> str:
+    """The reasons for the largest parts of a model without layers, and where its MACs lie."""
+    parts = [*skipped, *others]
+    most = sorted(parts, key=lambda s: (s.cost.macs, s.cost.params), reverse=True)
     reasons: dict[str, str] = {}
     for part in most:
         reasons.setdefault(part.reason, part.name)
-    return "".join(f" {name}: {reason}." for reason, name in list(reasons.items())[:3])
+    words = "".join(f" {name}: {reason}." for reason, name in list(reasons.items())[:3])
+    largest = max(others, key=lambda s: s.cost.macs, default=None)
+    if largest is None or not largest.cost.macs:
+        return words
+    share = 100 * largest.cost.macs / total_macs
+    return f"{words} {share:.0f} % of the MACs lie in {largest.name}: {largest.reason}."

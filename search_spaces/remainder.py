@@ -24,6 +24,10 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((nn.Bilinear,), "bilinear: no operator decomposes it"),
     ((nn.Embedding, nn.EmbeddingBag), "embedding: a table, no matrix product"),
     ((_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "norm: no matrix"),
+    (
+        (nn.MultiheadAttention,),
+        "attention with hooks, added keys or a forward of its own, which is not separated",
+    ),
     ((torch.jit.ScriptModule,), "a TorchScript program"),
 )
 

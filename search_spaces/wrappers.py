@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["searchable", "unwrapped"]
+__all__ = ["innermost", "searchable", "unwrapped"]
 
 PROGRAMS = {
     "ExportedProgram": "an exported program (torch.export)",
@@ -31,8 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             a sharded model, or a lazy module that has not run yet.
     """
     _refuse_programs(model)
-    while (inner := _inner(model)) is not None:
-        model = inner
+    model = innermost(model)
     _refuse_programs(model)
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
@@ -47,6 +46,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     for wrapper in reversed(wrappers):  # inner ones first
         memo[id(wrapper)] = copy.deepcopy(_inner(wrapper), memo)
     return copy.deepcopy(model, memo)  # a copy drops what `Module.compile` has compiled
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model that wrappers around it wrap, itself and not a copy."""
+    while (inner := _inner(model)) is not None:
+        model = inner
+    return model
 
 
 def searchable(model: nn.Module) -> nn.Module:

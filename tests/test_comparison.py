@@ -114,6 +114,19 @@ class Unbound(Strategy):
         raise AssertionError
 
 
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+)
+def test_wrapped_models_are_compared_as_what_they_wrap(wrap: Any) -> None:
+    torch.manual_seed(0)
+    model, data = small(), split()
+    given: dict[str, Any] = {"seeds": range(1), "n_trials": 1, "training": TrainingConfig(epochs=1)}
+    expected = untimed(run(model, data, ["uniform"], **given))
+    pd.testing.assert_frame_equal(untimed(run(wrap(model), data, ["uniform"], **given)), expected)
+    per_seed = run(lambda seed: wrap(model), data, ["uniform"], **given)
+    pd.testing.assert_frame_equal(untimed(per_seed), expected)
+
+
 def test_rows_are_what_a_search_of_all_budgets_finds(
     small_net: nn.Module, small_data: Pair
 ) -> None:

@@ -109,3 +109,15 @@ def test_what_it_cannot_do_is_said(labelled: Pair, tmp_path: Path) -> None:
         rankNAS.compress(small(), labelled, budget=1e-4, **SMALL)
     with pytest.raises(UsageError, match=r"a SmallNet was given that is not from"):
         rankNAS.save(small(), tmp_path / "x.safetensors")
+
+
+def test_a_wrapped_model_is_compressed_in_place() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64)]
+    plain = torch.nn.Sequential(*layers, torch.nn.Linear(64, 4))
+    model = torch.nn.DataParallel(plain)
+    before = sum(p.numel() for p in plain.parameters())
+    data = torch.randn(100, 64)
+    assert rankNAS.compress_(model, data, budget=0.6, strategy="solve") is model
+    assert set(model._modules) == {"module"} and model.module is plain
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * before

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankNAS.copies import copied, unchanged
+from rankNAS.copies import copied, unchanged, without_graphs
+from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.trainer import train
 
 
 class Keeping(nn.Module):
@@ -82,3 +84,43 @@ def test_layers_that_the_first_pass_builds_stay() -> None:
     with unchanged(model):
         model(torch.ones(2, 4))
     assert model.inner.in_features == model.other.in_features == 4
+
+
+def test_a_training_leaves_no_graph_and_keeps_counters() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the old form
+                self.hooked = nn.utils.weight_norm(nn.Linear(4, 4))
+            self.body = Keeping()
+            self.hooked.register_forward_hook(
+                lambda m, args, out: setattr(m, "views", out.chunk(2))
+            )
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.passes += 1
+            return self.hooked(self.body(x))
+
+    model = Model()
+    before = model.hooked.weight.detach()
+    x, y = torch.randn(8, 4), torch.arange(8) % 4
+    train(model, torch.utils.data.TensorDataset(x, y), TrainingConfig(epochs=2, batch_size=4))
+    assert model.passes == 4 and model.body.seen == 4
+    assert not hasattr(model.body, "last") and not model.body.maps and not model.body.cache
+    assert not hasattr(model.hooked, "views")
+    assert not model.hooked.weight.requires_grad
+    assert not torch.equal(model.hooked.weight, before)  # that of the last step
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+
+
+def test_graphs_in_objects_and_buffers_are_cut() -> None:
+    class Cache:
+        key: Any = None
+
+    model: Any = nn.Linear(4, 4)
+    model.cache, model.total = Cache(), nn.Buffer(torch.zeros(2, 4))
+    with without_graphs(model):
+        model.cache.key = model.total = model.total + model(torch.ones(2, 4))
+    assert model.total.any() and copy.deepcopy(model).cache.key is not None

@@ -19,7 +19,7 @@ from rankNAS.data.base import Data
 from rankNAS.data.labels import count_classes
 from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
-from rankNAS.exceptions import UsageError
+from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
 from rankNAS.models.weights import (
@@ -37,7 +37,7 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
 from rankNAS.search_spaces.zoo.external import wants_classes
 from rankNAS.settings import Settings, check_device
-from rankNAS.strategies.tables import build_problem
+from rankNAS.strategies.tables import check_reachable
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.classification import Classification
 from rankNAS.tasks.infer import make_task, resolve_task
@@ -68,6 +68,8 @@ def check_options(options: ModelOptions) -> Settings:
     """
     _ = options.budgets
     check_device(options.device)
+    if options.weights not in (None, "pretrained") and not os.path.lexists(str(options.weights)):
+        raise WeightsError(f"there is no weights file {options.weights}; check the path.")
     make_hardware(options.hardware, strict=options.strict_hw)
     task = None if options.task is None else make_task(options.task)
     for objective in options.objective:
@@ -225,9 +227,7 @@ def load_space(
     """
     example = task.inputs_of(data.train.example(1))
     space = compile_space(model, example, policy=settings.policy, exclude=options.exclude)
-    for budget in options.budgets:
-        exact = {name: bound for name, bound in budget.items() if name != "latency"}
-        build_problem(space, None, exact).check()
+    check_reachable(space, options.budgets)
     return space
 
 

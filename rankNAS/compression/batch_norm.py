@@ -34,6 +34,7 @@ __all__ = [
 
 
 HALF = (torch.float16, torch.bfloat16)
+FEW, ENOUGH = 4.0, 256  # values per channel: of 4, no variance is trusted below the stored one
 
 
 def has_batch_norm(network: nn.Module) -> bool:
@@ -105,16 +106,33 @@ class BatchNormReference:
     network and (M', V') those measured on the same inputs in the compressed network. The
     compressed network gets m + M' - M and v V' / V. The dense network is unchanged.
 
+    A variance of few values can be close to 0 by chance. From fewer than 256 values per channel,
+    both variances are therefore at least a share of the stored one, which shrinks their ratio to 1
+    as the number of values falls.
+
     Args:
         network: The dense network, with its stored statistics.
         inputs: Calibration samples, or batches of their inputs; ``network`` is unchanged.
         batch_size: As for `reestimate_batch_norm`.
+        keeping: The network whose type the corrected statistics are rounded to, because those of
+            ``network`` are in float32 (`in_float32`); None for ``network`` itself.
     """
 
-    def __init__(self, network: nn.Module, inputs: InputSource, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: InputSource,
+        batch_size: int = 256,
+        keeping: nn.Module | None = None,
+    ) -> None:
         layers = tracking_layers(network)
+        kept = tracking_layers(network if keeping is None else keeping)
+        self._types = {
+            layer: _statistics(k)[0].dtype for layer, k in zip(layers, kept, strict=True)
+        }
         self._stored = {layer: _statistics(layer) for layer in layers}
-        reestimate_batch_norm(network, inputs, batch_size)
+        with _counting_values(layers) as self._counts:
+            reestimate_batch_norm(network, inputs, batch_size)
         self._measured = {layer: _statistics(layer) for layer in layers}
         for layer in layers:
             _set_statistics(layer, *self._stored[layer])
@@ -133,7 +151,11 @@ class BatchNormReference:
         for layer, original in pairs:
             mean, variance = _statistics(layer)
             (m, v), (M, V) = self._stored[original], self._measured[original]
-            _set_statistics(layer, m + mean - M, v * (variance + layer.eps) / (V + layer.eps))
+            least = v * max(0.0, FEW / max(1, self._counts[original]) - FEW / ENOUGH)
+            now, before = variance.maximum(least), V.maximum(least)
+            corrected = v * (now + layer.eps) / (before + layer.eps)
+            dtype = self._types[original]
+            _set_statistics(layer, _rounded(m + mean - M, dtype), _rounded(corrected, dtype))
 
 
 def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -147,6 +169,29 @@ def _set_statistics(layer: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     assert layer.running_var is not None
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(variance)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as a type has them, of finite ones none infinite."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype).to(values.dtype)
+
+
+@contextmanager
+def _counting_values(layers: Sequence[_BatchNorm]) -> Iterator[dict[_BatchNorm, int]]:
+    """Context whose mapping counts the values per channel that reach each batch norm."""
+    counts = dict.fromkeys(layers, 0)
+
+    def count(layer: nn.Module, args: object, output: Tensor) -> None:
+        assert isinstance(layer, _BatchNorm)
+        counts[layer] += output.numel() // layer.num_features
+
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def tracking_layers(network: nn.Module) -> list[_BatchNorm]:

@@ -135,7 +135,7 @@ class Backend:
         for reference in self.references:
             reference.model = model
         if self.batch_norm:
-            self._reference = BatchNormReference(self.network, self.calibration)
+            self._reference = BatchNormReference(self.network, self.calibration, keeping=model)
             self._dense_norms = tracking_layers(self.network)
         self.invalidate()
 

@@ -8,7 +8,7 @@ outside its call. A check on a few samples finds this before anyone uses or trai
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from rankNAS.allocation import Choice
 from rankNAS.exceptions import NetworkError
 from rankNAS.models.agreement import fixed_pass, relative_difference, tolerance, watched
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.search_spaces.compiler import count_macs
+from rankNAS.search_spaces.tracing import trace
 from rankNAS.trees import Inputs, tensors
 
 __all__ = ["SAMPLES", "verify_costs", "verify_outputs"]
@@ -77,23 +77,29 @@ def verify_costs(
     """
     cost = space.cost(allocation)
     params = sum(parameter.numel() for parameter in network.parameters())
+    layers = {space.layers[name].paths: space.layers[name][c] for name, c in allocation.items()}
     if params != cost.params:
+        costs = {paths: c.params for paths, c in layers.items()}
+        where = _unequal(_params(network), _params(dense), costs)
         raise NetworkError(
             f"the compressed network has {params} parameters, but its allocation costs "
-            f"{cost.params}{_resized(network, space, allocation)}; {NEXT}"
+            f"{cost.params}{where}; {NEXT}"
         )
     shapes = [tuple(tensor.shape) for tensor in tensors(inputs)]
     if space.input_shape and space.input_shape not in shapes:
         logger.info("MACs are not counted again: costs are for inputs %s", space.input_shape)
         return
-    counted = count_macs(network, inputs)
-    if counted == cost.macs:
+    found = trace(network, inputs)
+    if found.total == cost.macs:
         return
-    if count_macs(dense, inputs) != space.dense_cost.macs:
+    whole = trace(dense, inputs)
+    if whole.total != space.dense_cost.macs:
         logger.info("MACs are not compared: those of the dense model depend on its inputs")
         return
+    where = _unequal(found.macs, whole.macs, {paths: c.macs for paths, c in layers.items()})
     raise NetworkError(
-        f"the compressed network has {counted} MACs, but its allocation costs {cost.macs}; {NEXT}"
+        f"the compressed network has {found.total} MACs, but its allocation costs {cost.macs}"
+        f"{where}; {NEXT}"
     )
 
 
@@ -125,11 +131,40 @@ def _first_difference(
     return f"the output of layer {different[0]!r} differs"
 
 
-def _resized(network: nn.Module, space: SearchSpace, allocation: Mapping[str, Choice]) -> str:
-    """The first layer with another number of parameters, in words."""
-    for name, choice in allocation.items():
-        params = sum(parameter.numel() for parameter in network.get_submodule(name).parameters())
-        if params != space.layers[name][choice].params:
-            expected = space.layers[name][choice].params
-            return f", and layer {name!r} has {params} instead of {expected}"
+def _params(network: nn.Module) -> dict[str, int]:
+    """The number of own parameters by path of a module; a shared one counts for the first."""
+    counted: set[int] = set()
+    found = {}
+    for path, module in network.named_modules():
+        new = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+        counted.update(map(id, new))
+        found[path] = sum(p.numel() for p in new)
+    return found
+
+
+def _unequal(
+    found: Mapping[str, int], whole: Mapping[str, int], costs: Mapping[tuple[str, ...], int]
+) -> str:
+    """The first layer, or else the first other module, of another cost, in words.
+
+    Args:
+        found: The cost of each module itself by path, in the network.
+        whole: That in the dense model.
+        costs: The costs of the layers by their paths.
+    """
+    for paths, expected in costs.items():
+        cost = sum(c for p, c in found.items() if _within(p, paths))
+        if cost != expected:
+            return f", and layer {paths[0]!r} has {cost} instead of {expected}"
+    layers = tuple(path for paths in costs for path in paths)
+    for path in dict.fromkeys((*whole, *found)):
+        cost, expected = found.get(path, 0), whole.get(path, 0)
+        if cost != expected and not _within(path, layers):
+            name = repr(path) if path else "the model itself"
+            return f", and {name} has {cost} instead of {expected}"
     return ""
+
+
+def _within(path: str, layers: Iterable[str]) -> bool:
+    """Whether a module is a layer or inside one."""
+    return any(path == layer or path.startswith(f"{layer}.") for layer in layers)

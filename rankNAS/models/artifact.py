@@ -93,7 +93,8 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     Raises:
         WeightsError: The file is missing or damaged, its weights do not fit the model, or the
             network computes something else than the one that was saved.
-        UsageError: The file needs a factory and none is given, or it returns another model.
+        UsageError: The file needs a factory and none is given, or it returns no model or
+            another one.
 
     Example:
         >>> import tempfile, torch
@@ -233,7 +234,15 @@ def _dense(
     model: Mapping[str, Any], path: Path, model_factory: Callable[[], nn.Module] | None
 ) -> nn.Module:
     if model_factory is not None:
-        return model_factory()
+        is_function = callable(model_factory) and not isinstance(model_factory, nn.Module)
+        dense: Any = model_factory() if is_function else model_factory
+        if not is_function or not isinstance(dense, nn.Module):
+            given = "returned" if is_function else "is"
+            raise UsageError(
+                f"`model_factory` {given} a {type(dense).__name__}; give a function that returns "
+                "the dense model, an nn.Module: load(path, lambda: model)."
+            )
+        return dense
     from rankNAS.search_spaces.zoo import build_model
 
     if "space" not in model or is_plugin(model["space"]):

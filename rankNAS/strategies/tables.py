@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rankNAS.decompositions.shapes import COSTS, EXACT_COSTS, LAYER_COSTS
+from rankNAS.exceptions import BudgetError
 from rankNAS.hw_models.base import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.strategies.problem import Array, Problem
 from rankNAS.tasks.base import Task
 
-__all__ = ["build_problem"]
+__all__ = ["build_problem", "check_reachable"]
+
+LARGE = 0.1  # share of a cost from which a part of the model is named in messages
 
 
 def build_problem(
@@ -58,3 +61,28 @@ def build_problem(
         directions=tuple(direction for _, direction in objectives),  # type: ignore[misc]
         **found,  # type: ignore[arg-type]
     )
+
+
+def check_reachable(space: SearchSpace, budgets: Sequence[Mapping[str, float]]) -> None:
+    """Raise a BudgetError unless an allocation meets each budget, latency aside.
+
+    The message names the largest part of the model that stays dense.
+    """
+    for budget in budgets:
+        exact = {name: bound for name, bound in budget.items() if name != "latency"}
+        problem = build_problem(space, None, exact)
+        try:
+            problem.check()
+        except BudgetError as error:
+            missed = [n for n, bound in exact.items() if n in COSTS and problem.least(n) > bound]
+            words = "".join(_largest(space, name) for name in missed[:1])
+            raise BudgetError(f"{error}{words}") from None
+
+
+def _largest(space: SearchSpace, cost: str) -> str:
+    """The largest part of the model that stays dense, in words."""
+    part = max(space.skipped, key=lambda s: s.cost[cost], default=None)
+    share = 0.0 if part is None else space.shares[part.name][cost]
+    if part is None or share < LARGE:
+        return ""
+    return f" {100 * share:.0f} % lie in {part.name!r}, which stays dense ({part.reason})."

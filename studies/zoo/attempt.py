@@ -12,7 +12,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,10 @@ BUDGET = 0.6
 SAMPLES = 16
 SEED = 0
 POLICY = rankNAS.RankPolicy(candidates=32, operators=("svd",))
-SETTINGS = rankNAS.Settings(calibration=4, validation=4, choices=16, policy=POLICY)
-# The default norm decomposes matrices of the width of a layer, in cubic time. The search takes the
-# narrowest layers, up to this number of cubed columns in all. The others stay dense in it.
-CUBED = 1.5e9
-LAYERS = 12  # and at most so many
+# Random weights have no curvature worth a backward pass, so truncations are those of the weights.
+SETTINGS = rankNAS.Settings(
+    norm="weight", sequential=False, calibration=4, validation=4, choices=16, policy=POLICY
+)
 
 
 def attempt(entry: str, row: dict[str, Any], compile_only: bool) -> None:
@@ -50,8 +48,6 @@ def attempt(entry: str, row: dict[str, Any], compile_only: bool) -> None:
     with _timed(row, "compile_s"):
         space = rankNAS.compile_space(model, torch.zeros(1, *found.shape), policy=POLICY)
     row |= _coverage(space)
-    searched = _narrow(space)
-    row["searched"] = len(searched.layers)
     if compile_only:
         return
     row["stage"] = "search"
@@ -59,12 +55,12 @@ def attempt(entry: str, row: dict[str, Any], compile_only: bool) -> None:
         study = rankNAS.search(
             model,
             _data(model, found),
-            budget={"macs": _budget(searched)},
+            budget={"macs": _budget(space)},
             strategy="solve",
             n_trials=2,
             seed=SEED,
             settings=SETTINGS,
-            space=searched,
+            space=space,
         )
         row["stage"] = "materialise"
         small = study.materialise()
@@ -138,21 +134,8 @@ def _coverage(space: rankNAS.SearchSpace) -> dict[str, Any]:
     }
 
 
-def _narrow(space: rankNAS.SearchSpace) -> rankNAS.SearchSpace:
-    """The space with the narrowest layers that `CUBED` and `LAYERS` allow; one at least."""
-    order = sorted(space.layers.items(), key=lambda pair: pair[1].shape.width)
-    left, kept = CUBED, {}
-    for name, layer in order:
-        left -= layer.shape.width**3
-        if not kept or (left >= 0 and len(kept) < LAYERS):
-            kept[name] = layer
-    layers = {name: layer for name, layer in space.layers.items() if name in kept}
-    dense = [layer.costs[0] for name, layer in space.layers.items() if name not in kept]
-    return replace(space, layers=layers, remainder_cost=sum(dense, space.remainder_cost))
-
-
 def _budget(space: rankNAS.SearchSpace) -> float:
-    """The share of all MACs that is left if the layers of the search keep `BUDGET` of theirs."""
+    """The share of all MACs that is left if the layers keep `BUDGET` of theirs."""
     whole, rest = space.dense_cost.macs, space.remainder_cost.macs
     return (rest + BUDGET * (whole - rest)) / whole
 

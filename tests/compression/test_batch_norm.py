@@ -3,9 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from rankNAS.compression.batch_norm import BatchNormReference
+from rankNAS.engine import search
 from rankNAS.exceptions import UsageError
 from rankNAS.recovery import has_batch_norm, reestimate_batch_norm
+from rankNAS.settings import Settings
 
 
 class Recorder(nn.Module):
@@ -91,3 +95,75 @@ def test_refuses_a_single_input() -> None:
         with pytest.raises(UsageError, match="at least 2"):
             reestimate_batch_norm(norm, inputs, size)
     assert (norm.running_mean == 5).all()
+
+
+def corrected(inputs: Tensor, changed: Tensor) -> tuple[nn.BatchNorm1d, nn.BatchNorm1d]:
+    """A batch norm with stored statistics, and one corrected from changed inputs."""
+    norm = nn.BatchNorm1d(inputs.shape[1])
+    norm.running_var.fill_(2.0)
+    reference = BatchNormReference(norm, inputs)
+    assert not norm._forward_hooks and (norm.running_var == 2).all()
+    other = reestimate_batch_norm(nn.BatchNorm1d(inputs.shape[1]), changed)
+    assert isinstance(other, nn.BatchNorm1d)
+    reference.correct([other], [norm])
+    return norm, other
+
+
+def test_the_correction_is_the_change_of_the_statistics() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(256, 3)
+    inputs[:, 2] *= 1e-4  # as small as a variance may be
+    changed = inputs * torch.tensor([0.01, 3.0, 20.0]) + 1
+    _, other = corrected(inputs, changed)
+    before, now = inputs.var(0), changed.var(0)
+    torch.testing.assert_close(
+        other.running_var, 2 * (now + 1e-5) / (before + 1e-5), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(other.running_mean, changed.mean(0) - inputs.mean(0))
+
+
+def test_few_samples_cannot_make_a_correction_large() -> None:
+    inputs = torch.tensor([[1.0, 3.0, 2.0], [1.0, -3.0, -2.0]])
+    changed = torch.tensor([[-4.0, 1e-5, 3.0], [4.0, 2e-5, -3.0]])
+    _, other = corrected(inputs, changed)
+    # The variances are 0 and 32, 18 and 0, 8 and 18.
+    expected = torch.tensor([2 * 32 / 3.97, 2 * 3.97 / 18, 2 * 18 / 8])
+    torch.testing.assert_close(other.running_var, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_corrected_statistics_are_those_that_the_network_can_keep(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(2)
+    reference = BatchNormReference(norm, torch.randn(300, 2), keeping=nn.BatchNorm1d(2).to(dtype))
+    other = reestimate_batch_norm(nn.BatchNorm1d(2), 1e4 * torch.randn(300, 2) - 1e6)
+    assert isinstance(other, nn.BatchNorm1d)
+    reference.correct([other], [norm])
+    for found in (other.running_mean, other.running_var):
+        assert found is not None and found.isfinite().all() and found.dtype == torch.float32
+        assert torch.equal(found.to(dtype).float(), found)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_search_with_few_calibration_samples_gives_a_usable_network(count: int) -> None:
+    torch.manual_seed(0)
+    layers = [p for _ in range(3) for p in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(32, 4))
+    x = torch.randn(300, 32)
+    for _ in range(20):
+        model(x)
+    with torch.no_grad():
+        y = model.eval()(x).argmax(1)
+    data = TensorDataset(x, y)
+    settings = Settings(calibration=count, validation=200)
+    for seed in range(3):
+        study = search(
+            model,
+            (data, data),
+            budget={"macs": 0.7},
+            strategy="uniform",
+            n_trials=1,
+            seed=seed,
+            settings=settings,
+        )
+        assert study.best.metrics["loss"] < 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,23 @@ def compressed(model: nn.Module, x: Tensor, allocation: dict[str, Choice]) -> nn
     space = compile_space(model, x)
     full = Allocation.of(dict(space.dense) | allocation)
     return factorise(model, space).materialise(full).eval()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (nn.Sequential(nn.Linear(64, 4)), "`model_factory` is a Sequential; give a function"),
+        ("net.py:build", "`model_factory` is a str; give a function"),
+        (lambda: None, "`model_factory` returned a NoneType; give a function"),
+    ],
+)
+def test_what_is_no_factory_is_refused(tmp_path: Path, factory: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    allocation = Allocation.from_json('{"0": "svd:8"}')
+    network = compressed(model, torch.zeros(1, 64), dict(allocation))
+    save(network, allocation, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path / "a.safetensors", factory)
 
 
 def test_built_in_spaces_need_no_factory(tmp_path: Path) -> None:

@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from rankNAS.allocation import Allocation
+from rankNAS.compression.factorisation import factorise
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import SeparateAttention, separate_attention
+from rankNAS.search_spaces.compiler import compile_space
 
 BATCH, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 7, 24, 4
 
@@ -227,6 +231,105 @@ def test_a_subclass_with_its_own_forward_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
-def test_unsupported_options(option: str) -> None:
+def test_added_keys_are_left_alone(option: str) -> None:
+    model = nn.Sequential(attention(**{option: True}))
+    assert separate_attention(model) is model
     with pytest.raises(UsageError, match=option):
-        separate_attention(nn.Sequential(attention(**{option: True})))
+        SeparateAttention(model[0])
+
+
+def doubled_by_hook(module: nn.MultiheadAttention) -> None:
+    module.register_forward_hook(lambda _, args, out: (2 * out[0], out[1]))
+
+
+def doubled_by_pre_hook(module: nn.MultiheadAttention) -> None:
+    module.register_forward_pre_hook(lambda _, args: tuple(2 * x for x in args))
+
+
+def doubled_by_patch(module: nn.MultiheadAttention) -> None:
+    forward = module.forward
+    module.forward = lambda *a, **k: (2 * forward(*a, **k)[0], None)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("change", [doubled_by_hook, doubled_by_pre_hook, doubled_by_patch])
+def test_hooks_and_patched_forwards_are_kept(change: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Linear(64, 64), nn.MultiheadAttention(64, HEADS)
+            self.head = nn.Linear(64, 4)
+            change(self.attention)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            return self.head(self.attention(x, x, x)[0])
+
+    model, x = Model().eval(), torch.randn(5, 2, 64)
+    space = compile_space(model, x)
+    reasons = {s.name: s.reason for s in space.skipped}
+    assert list(space.layers) == ["first"] and "hooks" in reasons["attention"]
+    assert sum(s["params"] for s in space.shares.values()) == pytest.approx(1)
+    dense = factorise(model, space).materialise(space.dense)
+    torch.testing.assert_close(dense(x), model(x))
+
+
+class Fused(nn.Module):
+    """Attention by the fused parameters, outside the call of their module."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.attention = nn.MultiheadAttention(64, HEADS, bias=bias)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        given = self.attention
+        projected = functional.linear(self.first(x), given.in_proj_weight, given.in_proj_bias)
+        q, k, v = projected.chunk(3, -1)
+        return self.head(given.out_proj(functional.scaled_dot_product_attention(q, k, v)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_parameters_are_read(bias: bool) -> None:
+    module = attention(bias=bias)
+    separate: Any = separate_attention(module)
+    torch.testing.assert_close(separate.in_proj_weight, module.in_proj_weight)
+    assert (separate.in_proj_bias is None) == (module.in_proj_bias is None)
+    if bias:
+        torch.testing.assert_close(separate.in_proj_bias, module.in_proj_bias)
+    assert not hasattr(separate_attention(attention(bias=bias, kdim=10)), "in_proj_weight")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_that_reads_fused_parameters_keeps_them(bias: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Fused(bias).eval(), torch.randn(5, 2, 64)
+    nn.init.normal_(model.attention.out_proj.weight)
+    if bias:
+        nn.init.normal_(model.attention.in_proj_bias)
+    space = compile_space(model, x)
+    reasons = {s.name: s.reason for s in space.skipped}
+    assert list(space.layers) == ["first", "attention.out_proj"]
+    assert reasons["attention.q_proj"] == "not called in the forward pass"
+    dense = factorise(model, space).materialise(space.dense)
+    torch.testing.assert_close(dense(x), model(x))
+
+
+def test_biases_are_read_of_decomposed_projections() -> None:
+    """A TransformerEncoderLayer asks for them before it skips its fused path."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(64, HEADS, 64, batch_first=True)).eval()
+    nn.init.normal_(model[0].self_attn.in_proj_bias)
+    x = torch.randn(2, 5, 64)
+    space = compile_space(model, x)
+    assert "0.self_attn.q_proj" in space.layers
+    allocation = Allocation.of({name: layer.choices[1] for name, layer in space.layers.items()})
+    network: Any = factorise(model, space).materialise(allocation)
+    found = network[0].self_attn.in_proj_bias
+    torch.testing.assert_close(found, model[0].self_attn.in_proj_bias)
+    assert network(x).isfinite().all()
+
+
+def test_frozen_projections_stay_frozen() -> None:
+    module = attention().requires_grad_(False)
+    assert not any(p.requires_grad for p in separate_attention(module).parameters())

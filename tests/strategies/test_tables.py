@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.compression.factorisation import factorise
@@ -13,7 +15,7 @@ from rankNAS.exceptions import BudgetError
 from rankNAS.hw_models import LatencyTables
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.strategies.tables import build_problem
+from rankNAS.strategies.tables import build_problem, check_reachable
 
 
 @pytest.fixture
@@ -63,6 +65,29 @@ def test_budgets_that_exclude_each_other() -> None:
     problem = build_problem(space, None, {"latency": 0.1, "macs": 0.5}, latency=latency)
     with pytest.raises(BudgetError, match="together, although each can be met alone"):
         problem.check()
+
+
+class Recurrent(nn.Module):
+    """A network of which almost all multiply-adds are in a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(64, 128, batch_first=True)
+        self.first, self.head = nn.Linear(128, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.first(self.lstm(x)[0].mean(1)))
+
+
+def test_a_budget_out_of_reach_names_what_stays_dense(space: SearchSpace) -> None:
+    recurrent = compile_space(Recurrent(), torch.zeros(1, 6, 64))
+    check_reachable(recurrent, [{"macs": 0.99, "latency": 0.01}])
+    with pytest.raises(BudgetError, match=r"possible is 0.9\d+\. 99 % lie in 'lstm', .*recurrent"):
+        check_reachable(recurrent, [{"macs": 0.99}, {"macs": 0.5}])
+    with pytest.raises(BudgetError, match=r"smallest possible is [\d.]+\.$"):
+        check_reachable(recurrent, [{"layer_macs": 1e-3}])
+    with pytest.raises(BudgetError, match="smallest possible is"):
+        check_reachable(space, [{"params": 1e-3}])
 
 
 def test_allocations_of_the_problem_are_allocations_of_the_space(space: SearchSpace) -> None:
