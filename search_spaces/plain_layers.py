@@ -168,6 +168,7 @@ def _probed(module: nn.Module, function: Any, margin: int) -> dict[str, Any] | N
         output = module(x)
     if _state(module) != before or len(watch.calls) != 1:
         return None
+    given: dict[str, Any]
     given, result = watch.calls[0]
     if given.pop("input", None) is not x or output is not result:
         return None
@@ -214,4 +215,4 @@ def _equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
                 return False
         elif not value.is_meta and not torch.equal(value, other):
             return False
-    return math.prod(first["weight"].shape) > 0
+    return bool(math.prod(first["weight"].shape) > 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import CLASSES, Network, network
+from chosen import CLASSES, Network, network
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import attempt
-import networks
+import chosen
 
 COLUMNS = (
     *("entry", "network", "input", "params", "layers", "macs_covered", "params_covered"),
@@ -62,7 +62,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Write a table in the order of the entries."""
-    order = {entry: i for i, entry in enumerate(networks.names())}
+    order = {entry: i for i, entry in enumerate(chosen.names())}
     ready = sorted(rows, key=lambda row: order.get(row["entry"], len(order)))
     new = path.with_suffix(".new")
     with new.open("w", newline="") as file:
@@ -140,7 +140,7 @@ def main() -> None:
         done = {
             row["entry"] for row in read(given.out) if given.again not in ("all", row["outcome"])
         }
-        entries = [e for e in networks.names() if e not in done and re.search(given.only, e)]
+        entries = [e for e in chosen.names() if e not in done and re.search(given.only, e)]
         sweep(given.out, entries, given.processes, given.seconds, given.compile_only)
     print(summary(read(given.out)))
 

@@ -1,6 +1,6 @@
 """The networks of the sweep: how each is chosen and built, with random weights.
 
-python studies/zoo/networks.py finds the smallest network of each module of timm (smallest.csv).
+python studies/zoo/chosen.py finds the smallest network of each module of timm (smallest.csv).
 """
 
 from __future__ import annotations
