@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MEMORY = 8 << 30  # bytes
 BUDGET = 0.6
 SAMPLES = 16
 SEED = 0
+WIDEST = 1024  # smaller side of a matrix; a decomposition takes its cube
 POLICY = rankNAS.RankPolicy(candidates=32, operators=("svd",))
 # Random weights have no curvature worth a backward pass, so truncations are those of the weights.
 SETTINGS = rankNAS.Settings(
@@ -48,6 +50,8 @@ def attempt(entry: str, row: dict[str, Any], compile_only: bool) -> None:
     with _timed(row, "compile_s"):
         space = rankNAS.compile_space(model, torch.zeros(1, *found.shape), policy=POLICY)
     row |= _coverage(space)
+    searched = _narrow(space)
+    row["searched"] = len(searched.layers)
     if compile_only:
         return
     row["stage"] = "search"
@@ -55,12 +59,12 @@ def attempt(entry: str, row: dict[str, Any], compile_only: bool) -> None:
         study = rankNAS.search(
             model,
             _data(model, found),
-            budget={"macs": _budget(space)},
+            budget={"macs": _budget(searched)},
             strategy="solve",
             n_trials=2,
             seed=SEED,
             settings=SETTINGS,
-            space=space,
+            space=searched,
         )
         row["stage"] = "materialise"
         small = study.materialise()
@@ -132,6 +136,17 @@ def _coverage(space: rankNAS.SearchSpace) -> dict[str, Any]:
         "params_covered": round(sum(shares[n]["params"] for n in space.layers), 4),
         "dense": "; ".join(texts),
     }
+
+
+def _narrow(space: rankNAS.SearchSpace) -> rankNAS.SearchSpace:
+    """The space without layers whose smaller side is beyond `WIDEST`; they stay dense."""
+    layers = {
+        name: layer
+        for name, layer in space.layers.items()
+        if min(layer.shape.width, layer.shape.outputs // layer.shape.groups) <= WIDEST
+    }
+    dense = [layer.costs[0] for name, layer in space.layers.items() if name not in layers]
+    return replace(space, layers=layers, remainder_cost=sum(dense, space.remainder_cost))
 
 
 def _budget(space: rankNAS.SearchSpace) -> float:

@@ -24,7 +24,7 @@ import chosen
 
 COLUMNS = (
     *("entry", "network", "input", "params", "layers", "macs_covered", "params_covered"),
-    *("outcome", "message", "macs_kept", "difference"),
+    *("outcome", "message", "searched", "macs_kept", "difference"),
     *("compile_s", "search_s", "save_load_s", "dense"),
 )
 OUTCOMES = ("works", "compiled", "refused", "failed")

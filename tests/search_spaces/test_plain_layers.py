@@ -92,7 +92,7 @@ class Remembering(nn.Linear):
 
 
 class Scaled(nn.Linear):
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x) * scale
 
 
