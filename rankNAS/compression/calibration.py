@@ -90,9 +90,7 @@ def calibrate(
         return cached
     generator = torch.Generator().manual_seed(seed)  # layers share it
     sums = {name: MomentAccumulator(layer, generator) for name, layer in space.layers.items()}
-    recorder = Recorder(
-        space.layers, sums, task or Matching(by="kl", layout=Layout()), generator
-    )
+    recorder = Recorder(space.layers, sums, task or Matching(by="kl", layout=Layout()), generator)
     with unchanged(model), recorder.recording(model, gradients=norm == "fisher"):
         for done in range(1, len(chunks) + 1):
             recorder.run(model, chunks, done - 1, backward=norm == "fisher")

@@ -204,7 +204,8 @@ def _rescaled(What: Tensor, W: Tensor, C: Tensor) -> Tensor:
 
 def _followed_by_batch_norm(factorisation: Factorisation, batches: InputBatches) -> set[str]:
     """The layers whose output a batch norm takes that keeps running statistics."""
-    model, found = factorisation.model, set()
+    model = factorisation.model
+    found: set[str] = set()
     outputs: list[tuple[str, Any]] = []  # they are kept, as their identities are compared
 
     def on_layer(name: str, module: nn.Module, args: object, output: Any) -> None:
