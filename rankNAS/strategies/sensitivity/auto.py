@@ -37,7 +37,7 @@ from rankNAS.strategies.bayesian.bo import BayesianOptimisation
 from rankNAS.strategies.history import History, Trial, degradation
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.solve import Solve
-from rankNAS.strategies.problem import Array, Problem
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 from rankNAS.strategies.sensitivity.regression import Regression
 from rankNAS.strategies.sensitivity.tables import sensitivity_probes, sensitivity_tables
 
@@ -144,7 +144,9 @@ class Auto(Strategy):
         regression = self._regression(problem, history)
         key = problem.budget_key
         own = [t for t in history.trials if t.probe and t.budget_key == key]
-        own = [t for t in own if problem.meets(problem.indices(t.allocation))]
+        own = [
+            t for t in own if _joint(problem, t) and problem.meets(problem.indices(t.allocation))
+        ]
         if not own or not screened:
             return list(dict.fromkeys(_starts(problem, regression)))[: self.screened]
         if len(own) >= self.screened:
@@ -205,12 +207,7 @@ class Auto(Strategy):
     def _regression(self, problem: Problem, history: History) -> Regression:
         dense = history.found.get(problem.allocation(problem.all_dense))
         measured = dense is not None and dense.state == "complete"
-        alone = 1  # layers that differ from dense in what measures a layer alone
-        trials = [
-            t
-            for t in history.complete
-            if t.probe and sum(i > 0 for i in problem.indices(t.allocation)) > alone
-        ]
+        trials = [t for t in history.complete if t.probe and _joint(problem, t)]
         return Regression.fit(
             problem,
             self._losses(problem, history),
@@ -230,6 +227,11 @@ class Auto(Strategy):
         scaled = replace(problem, errors=tuple(table / largest for table in losses), losses=())
         solved = Solve(form="relative").propose(scaled, history, n, rng)
         return solved or BayesianOptimisation().propose(scaled, history, n, rng)
+
+
+def _joint(problem: Problem, trial: Trial) -> bool:
+    """Whether several layers are compressed; others measure the dense model or a layer alone."""
+    return sum(index != DENSE_INDEX for index in problem.indices(trial.allocation)) > 1
 
 
 def _gain(

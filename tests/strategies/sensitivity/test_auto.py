@@ -147,7 +147,7 @@ def test_learns_multipliers_that_the_tables_did_not_show() -> None:
 
 
 def test_screening_stops_when_little_is_to_be_gained() -> None:
-    problem = random_problem(8, layers=5, choices=10)
+    problem = random_problem(8, layers=9, choices=16)
     problem = with_losses(problem, power_law(problem, 4))
     truth = list(problem.losses)
     few, many = (
