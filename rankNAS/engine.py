@@ -237,7 +237,8 @@ def run(
     history = study.history
     for trial in history.complete:
         final = study.final and not trial.probe
-        study.evaluator.remember(trial.allocation, trial.metrics, final=final)
+        screening = trial.probe and study.strategy.screens
+        study.evaluator.remember(trial.allocation, trial.metrics, final=final, screening=screening)
     problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
         pruner = SuccessiveHalving(problem.objectives, problem.directions, metrics=problem.metrics)

@@ -11,6 +11,7 @@ from torch import nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
+from rankNAS.compression.curvature import second_order_losses
 from rankNAS.compression.factorisation import Factorisation, Select, factorise
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
@@ -102,14 +103,22 @@ def prepare(
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     select = _selection(names, latency, settings.choices, needs, start)
-    factorisation = _factorised(
-        model, space, splits.calibration, task, settings, seed, select, report
+    factorisation, losses = _factorised(
+        model,
+        space,
+        splits.calibration,
+        task,
+        settings,
+        seed,
+        select,
+        report,
+        any(s.needs_losses for s in strategies),
     )
     if latency is not None:
         latency = latency.restrict(
             {name: layer.choices for name, layer in factorisation.space.layers.items()}
         )
-    problems = _problems(factorisation, task, budgets, objectives, latency)
+    problems = _problems(factorisation, losses, task, budgets, objectives, latency)
     evaluator = Evaluator(
         factorisation,
         task,
@@ -122,6 +131,7 @@ def prepare(
         device=device,
         sequential=settings.sequential,
         recovery=recovery,
+        screened=settings.screening,
         parts=PARTS if settings.early_stopping else (1.0,),
     )
     context = SearchContext(factorisation, splits, evaluator, task, device, seed, report)
@@ -229,8 +239,12 @@ def _factorised(
     seed: int,
     select: Select,
     report: Progress,
-) -> Factorisation:
-    """Calibrate the model and factorise every layer."""
+    measure: bool,
+) -> tuple[Factorisation, dict[str, list[float]]]:
+    """Calibrate the model and factorise every layer; the factors, and the losses of all choices.
+
+    The losses follow from the norm, unless they are to be measured and the norm takes gradients.
+    """
     statistics = calibrate(
         model,
         space,
@@ -241,7 +255,7 @@ def _factorised(
         cache=cache_folder() / "calibration",
         on_batch=lambda done, total: report("calibrate", done, total),
     )
-    return factorise(
+    factorisation = factorise(
         model,
         space,
         statistics,
@@ -250,10 +264,22 @@ def _factorised(
         select=select,
         on_layer=lambda done, total: report("factorise", done, total),
     )
+    if settings.norm != "fisher" or not measure:
+        return factorisation, factorisation.losses()
+    losses = second_order_losses(
+        factorisation,
+        samples,
+        task,
+        statistics if settings.batch_norm else None,
+        seed=seed,
+        on_batch=lambda done, total: report("measure losses", done, total),
+    )
+    return factorisation, losses
 
 
 def _problems(
     factorisation: Factorisation,
+    losses: Mapping[str, Sequence[float]],
     task: Task,
     budgets: Sequence[Mapping[str, float]],
     objectives: Sequence[ObjectiveBase],
@@ -264,7 +290,13 @@ def _problems(
     named = [(o.name, o.direction) for o in objectives]
     problems = tuple(
         build_problem(
-            factorisation.space, errors, budget, latency=latency, objectives=named, task=task
+            factorisation.space,
+            errors,
+            budget,
+            latency=latency,
+            objectives=named,
+            task=task,
+            losses=losses,
         )
         for budget in budgets
     )

@@ -38,6 +38,8 @@ class Settings:
         norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``.
         calibration: Training samples for statistics and batch norms, at most.
         validation: Further training samples that metrics are measured on, at most.
+        screening: Samples of either kind on which strategies that screen candidates measure them
+            before the best few are refitted, at most.
         batch_norm: Correct batch-norm statistics after truncation.
         sequential: Refit the layers of returned networks sequentially to the inputs that the
             compressed layers before them produce. Trials are measured without refitting, unless
@@ -64,6 +66,7 @@ class Settings:
     norm: NormName = "fisher"
     calibration: int = 1024
     validation: int = 1024
+    screening: int = 512
     batch_norm: bool = True
     sequential: bool = True
     policy: RankPolicy = RankPolicy()
@@ -78,7 +81,14 @@ class Settings:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise UsageError(f"`norm` must be one of {', '.join(NORMS)}, got {self.norm!r}.")
-        counts = ("calibration", "validation", "choices", "batch_size", "latency_batch")
+        counts = (
+            "calibration",
+            "validation",
+            "screening",
+            "choices",
+            "batch_size",
+            "latency_batch",
+        )
         for name in (*counts, "recovery_samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

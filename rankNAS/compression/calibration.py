@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.trees import device_of, named_tensors
 
-__all__ = ["calibrate"]
+__all__ = ["Accumulator", "Recorder", "calibrate"]
 
 logger = logging.getLogger(__name__)
 POOLED = 32  # samples per group of the pooled covariance, as in the released code of Bolaco
@@ -88,32 +88,55 @@ def calibrate(
         path = cache / f"{_key(model, space, chunks, task, norm, seed)}.safetensors"
     if path is not None and (cached := _read(path, space, device)) is not None:
         return cached
-    recorder = _Recorder(space, seed, task or Matching(by="kl", layout=Layout()))
+    generator = torch.Generator().manual_seed(seed)  # layers share it
+    sums = {name: MomentAccumulator(layer, generator) for name, layer in space.layers.items()}
+    recorder = Recorder(space.layers, sums, task or Matching(by="kl", layout=Layout()), generator)
     with unchanged(model), recorder.recording(model, gradients=norm == "fisher"):
         for done in range(1, len(chunks) + 1):
             recorder.run(model, chunks, done - 1, backward=norm == "fisher")
             if pooled:
-                for sums in recorder.sums.values():
-                    sums.close_group()
+                for found in sums.values():
+                    found.close_group()
             if on_batch is not None:
                 on_batch(done, len(chunks))
-    statistics = {name: sums.statistics() for name, sums in recorder.sums.items()}
+    statistics = {name: found.statistics() for name, found in sums.items()}
     if path is not None:
         _write(path, statistics)
     return statistics
 
 
-class _Recorder:
-    """Accumulates the moments of every layer during forward and backward passes."""
+class Accumulator(Protocol):
+    """What is summed over the inputs of a layer and the gradients at its outputs."""
 
-    def __init__(self, space: SearchSpace, seed: int, task: Task) -> None:
-        self._layers, self._task = space.layers, task
+    def add_input(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Add the inputs of a call; the mask says which positions (N, T) count."""
+
+    def add_gradient(self, gradient: Tensor, mask: Tensor | None = None) -> None:
+        """Add the loss gradients at the outputs of a call, in the order of the calls."""
+
+
+class Recorder:
+    """Accumulates what concerns every layer during forward and backward passes.
+
+    Args:
+        layers: The layers by name.
+        sums: An accumulator for each of them.
+        task: Reads outputs.
+        generator: Samples the targets.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        sums: Mapping[str, Accumulator],
+        task: Task,
+        generator: torch.Generator,
+    ) -> None:
+        self._layers, self._sums, self._task = layers, sums, task
+        self.predictions = 0  # of all backward passes
         self._mask: Tensor | None = None
         self._forward = True  # false while a backward pass runs checkpointed layers again
-        self._generator = torch.Generator().manual_seed(seed)
-        self.sums = {
-            name: MomentAccumulator(layer, self._generator) for name, layer in space.layers.items()
-        }
+        self._generator = generator
         self._outputs: list[tuple[str, Tensor]] = []
 
     @contextmanager
@@ -146,7 +169,7 @@ class _Recorder:
         ) -> Tensor | None:
             x = (*args, *kwargs.values())[0].detach()
             if self._forward:
-                self.sums[layer.name].add_input(x, self._mask)
+                self._sums[layer.name].add_input(x, self._mask)
             if not gradients:
                 return None
             if not output.requires_grad:
@@ -168,6 +191,7 @@ class _Recorder:
             return
         with torch.enable_grad(), _recorded_checkpoints():
             prediction = self._task.predict(batches[number].run(model), batches.batch(number))
+            self.predictions += len(prediction)
             loss = prediction.sampled_loss(self._generator)
             # Gradients only with respect to the recorded outputs; parameters need none.
             # Layers that do not affect the prediction have zero gradients.
@@ -178,7 +202,7 @@ class _Recorder:
             finally:
                 self._forward = True
             for (name, _), gradient in zip(self._outputs, gradients, strict=True):
-                self.sums[name].add_gradient(gradient, self._mask)
+                self._sums[name].add_gradient(gradient, self._mask)
         self._outputs.clear()
 
 

@@ -43,6 +43,15 @@ class Factorisation:
         """Relative error of each choice of each layer, in the order of the space."""
         return {name: found.errors() for name, found in self.layers.items()}
 
+    def losses(self) -> dict[str, list[float]]:
+        """Absolute error of each choice of each layer in its norm, per sample and halved.
+
+        In the norm ``fisher`` it is the second-order loss per sample, where the positions of an
+        input are taken to be independent.
+        """
+        batch = max(1, self.space.batch_size)
+        return {name: found.losses(batch) for name, found in self.layers.items()}
+
     def materialise(self, allocation: Mapping[str, Choice]) -> nn.Module:
         """The compressed network: a copy of the model with decomposed layers as ordinary modules.
 

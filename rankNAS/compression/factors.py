@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,6 +46,18 @@ class LayerFactors:
     def errors(self) -> list[float]:
         """Relative error of each choice of the layer."""
         return [self.error(choice) for choice in self.layer.choices]
+
+    def losses(self, batch: int) -> list[float]:
+        """Half the absolute error of each choice, summed over the positions of a sample.
+
+        Args:
+            batch: Samples in the inputs that the layer's calls were counted for.
+        """
+        outputs, H = self.outputs.double(), self.norm.H
+        energy = outputs if H is None else H @ outputs @ H.mT
+        total = float(energy.diagonal(dim1=-2, dim2=-1).sum())
+        positions = sum(math.prod(call) for call in self.layer.shape.output_calls()) / batch
+        return [0.5 * positions * total * error for error in self.errors()]
 
     def restrict(self, keep: Sequence[Choice]) -> LayerFactors:
         """The factors of a subset of the choices; the others are freed."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Evaluator:
             Slower. Always on in pickled copies.
         known: The dense network's predictions for the validation samples, if known.
         recovery: A training of returned networks. Evaluations skip it, unless they are final.
+        screened: Samples of either kind that screening uses; 0 for all.
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
             the network is trained, of the validation samples otherwise.
     """
@@ -72,6 +74,7 @@ class Evaluator:
     sequential: bool = False
     low_memory: bool = False
     recovery: Recovery | None = None
+    screened: int = 0
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
     known: Sequence[Reference] | None = None
@@ -113,6 +116,7 @@ class Evaluator:
         allocation: Allocation,
         *,
         final: bool = False,
+        screening: bool = False,
         should_continue: PruneCallback | None = None,
     ) -> dict[str, float]:
         """Metrics of an allocation: the task's metrics, costs, and the objectives.
@@ -121,6 +125,7 @@ class Evaluator:
             allocation: One choice a layer.
             final: Evaluate the network that `network` returns, refitted and trained if the
                 evaluator is set so. This takes several times longer.
+            screening: Evaluate on a part of the samples, `screened` of either kind; not final.
             should_continue: Called after each of the evaluator's parts but the last, with metrics
                 that lack the measured objectives.
 
@@ -130,6 +135,8 @@ class Evaluator:
             PrunedError: ``should_continue`` returned false.
             UsageError: The allocation does not belong to the space.
         """
+        if screening and (few := self._few) is not None:
+            return few.evaluate(allocation)
         key = self._key(allocation, final)
         if key not in self._known:
             started, forward = time.perf_counter(), self.timing.forward
@@ -139,15 +146,47 @@ class Evaluator:
         return dict(self._known[key])
 
     def remember(
-        self, allocation: Allocation, metrics: Mapping[str, float], *, final: bool = False
+        self,
+        allocation: Allocation,
+        metrics: Mapping[str, float],
+        *,
+        final: bool = False,
+        screening: bool = False,
     ) -> None:
         """Record metrics measured earlier, so that they are not measured again."""
+        if screening and self._screens:
+            return
         self._known[self._key(allocation, final)] = dict(metrics)
 
     def forget(self) -> None:
         """Discard all cached metrics and activations."""
         self._known.clear()
         self.backend.invalidate()
+        self.__dict__.pop("_few", None)
+
+    @property
+    def _screens(self) -> bool:
+        return 0 < self.screened < max(len(self.calibration), len(self.validation))
+
+    @cached_property
+    def _few(self) -> Evaluator | None:
+        """The evaluator on a part of the samples; None if they are few already."""
+        if not self._screens:
+            return None
+        calibration, validation = (
+            samples.take(torch.arange(min(self.screened, len(samples))))
+            for samples in (self.calibration, self.validation)
+        )
+        return replace(
+            self,
+            calibration=calibration,
+            validation=validation,
+            known=None,
+            sequential=False,
+            recovery=None,
+            parts=(1.0,),
+            screened=0,
+        )
 
     def network(self, allocation: Allocation) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms.

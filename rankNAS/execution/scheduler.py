@@ -51,10 +51,12 @@ class Evaluation:
     Args:
         claim: What to evaluate, and for which budget.
         final: As for `Evaluator.evaluate`.
+        screening: As for `Evaluator.evaluate`.
     """
 
     claim: Claim
     final: bool = False
+    screening: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,10 @@ def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # of the user's code; stdout is for results
             metrics = evaluator.evaluate(
-                evaluation.claim.allocation, final=evaluation.final, should_continue=asked
+                evaluation.claim.allocation,
+                final=evaluation.final,
+                screening=evaluation.screening,
+                should_continue=asked,
             )
     except PrunedError as stopped:
         metrics = evaluator.costs(evaluation.claim.allocation)
@@ -241,7 +246,9 @@ class _Loop:
             self.refused = 0
             for claim in granted:
                 self.running.append(claim)
-                self.executor.submit(Evaluation(claim, self.study.final and not claim.probe))
+                screening = claim.probe and self.study.strategy.screens
+                final = self.study.final and not claim.probe
+                self.executor.submit(Evaluation(claim, final, screening))
 
     def wanted(self, history: History, free: int) -> list[Claim]:
         """Claims to request next; empty while other processes evaluate probes."""
@@ -251,7 +258,7 @@ class _Loop:
             self.probes = tuple(dict.fromkeys(strategy.probes(problem, history)))
             left = [a for a in self.probes if a not in history.found]
         if left:
-            fresh = [a for a in left if a not in history.proposed]
+            fresh = [a for a in left if a not in history.pending]
             return [Claim(a, problem.budget_key, probe=True) for a in fresh[:free]]
         busy = (*self.running, *self.study.store.others())
         busy_here = sum(c.budget_key == problem.budget_key and not c.probe for c in busy)
@@ -305,7 +312,10 @@ class _Loop:
             self.report()
         if outcome.state == "complete":
             self.study.evaluator.remember(
-                claim.allocation, outcome.metrics, final=outcome.evaluation.final
+                claim.allocation,
+                outcome.metrics,
+                final=outcome.evaluation.final,
+                screening=outcome.evaluation.screening,
             )
         self.record(claim, outcome.state, outcome.metrics, outcome.seconds, outcome.reason)
         history = self.study.store.known()

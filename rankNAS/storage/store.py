@@ -281,8 +281,7 @@ class StudyStore:
             # `claim` sees new claims; claims that end, even by a kill, must be seen here.
             if self._others and time.monotonic() - self._looked > LOOK:
                 self._retrying(lambda: self._look(self._attributes()))
-            found = self._history.found
-            return tuple(c for c in self._others if c.allocation not in found)
+            return tuple(c for c in self._others if not self._is_done(c))
 
     def close(self) -> None:
         """Release all claims, if the storage responds; the store remains usable."""
@@ -396,12 +395,12 @@ class StudyStore:
     def _grant(
         self, wanted: Sequence[Claim], running: Sequence[Claim], most: Mapping[str, int] | int
     ) -> list[Claim]:
-        found = self._history.found
-        taken = {c.allocation: c for c in (*self._others, *running) if c.allocation not in found}
+        busy = (c for c in (*self._others, *running) if not self._is_done(c))
+        taken = {c.allocation: c for c in busy}
         counts = self._counts + Counter(c.budget_key for c in taken.values() if not c.probe)
         granted = []
         for claim in wanted:
-            if claim.allocation in found or claim.allocation in taken:
+            if self._is_done(claim) or claim.allocation in taken:
                 continue
             limit = most if isinstance(most, int) else most.get(claim.budget_key, 0)
             if not claim.probe and counts[claim.budget_key] >= limit:
@@ -410,6 +409,9 @@ class StudyStore:
             taken[claim.allocation] = claim
             granted.append(claim)
         return granted
+
+    def _is_done(self, claim: Claim) -> bool:
+        return self._history.has(claim.allocation, probe=claim.probe)
 
     def _look(self, attributes: Mapping[str, Any]) -> None:
         self._others = self._owner.others(attributes)

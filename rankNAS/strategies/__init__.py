@@ -66,11 +66,11 @@ __all__ = [
 CATALOGUE: dict[str, tuple[str, str]] = {
     "auto": (
         "rankNAS.strategies.sensitivity.auto:Auto",
-        "Measured sensitivities, the exact solver, and Thompson sampling of layer multipliers.",
+        "Second-order losses, the exact solver, screened candidates; the best few are refitted.",
     ),
     "solve": (
         "rankNAS.strategies.one_shot.solve:Solve",
-        "The allocation of the least total, or worst, power of the layers' relative errors.",
+        "The allocation of the least total, or worst, loss or error of the layers.",
     ),
     "energy": (
         "rankNAS.strategies.one_shot.energy:Energy",

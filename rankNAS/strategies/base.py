@@ -57,6 +57,9 @@ class Strategy(ABC):
             ``weight``, see `LayerSpectra`. `bind` is only called where there are some.
         needs_context: Whether `bind_context` is called, instead of `bind`.
         endless: Whether it proposes as many trials as are wanted, as long as it finds new ones.
+        needs_losses: Whether it uses the second-order loss of every choice (`Problem.losses`),
+            which takes a pass over the calibration samples.
+        screens: Whether its probes are measured on a part of the samples, `Settings.screening`.
         refits: Evaluate proposals after sequential refitting
             (`rankNAS.compression.reconstruction`), if the settings have it. A trial then takes
             several times longer. Probes are never refitted.
@@ -77,6 +80,8 @@ class Strategy(ABC):
     needs_spectra: tuple[SpectrumName, ...] = ()
     needs_context: bool = False
     endless: bool = False
+    needs_losses: bool = False
+    screens: bool = False
     refits: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.renamed import renamed
 from rankNAS.strategies.problem import Problem
 
-__all__ = ["History", "Trial"]
+__all__ = ["History", "Trial", "degradation"]
 
 
 @renamed(target="budget_key")
@@ -66,11 +66,14 @@ class History:
     def _with(self, later: History, trials: Sequence[Trial]) -> History:
         """Carry cached views to the extended history (amortised O(1) per trial)."""
         later.__dict__["_filtered"] = self._filtered
+        if "_trials" in self.__dict__:
+            added = {t.allocation: t for t in trials if not t.probe}
+            later.__dict__["_trials"] = self._trials | added if added else self._trials
         if "complete" in self.__dict__:
             found = tuple(t for t in trials if t.state == "complete")
             later.__dict__["complete"] = self.complete + found
         if "found" in self.__dict__:
-            later.__dict__["found"] = self.found | {t.allocation: t for t in trials}
+            later.__dict__["found"] = _by_allocation(self.found, trials)
         return later
 
     @cached_property
@@ -84,8 +87,13 @@ class History:
 
     @cached_property
     def found(self) -> dict[Allocation, Trial]:
-        """The trials, failed ones too, by their allocation."""
-        return {t.allocation: t for t in self.trials}
+        """The trials, failed ones too, by their allocation; a trial comes before a probe."""
+        return _by_allocation({}, self.trials)
+
+    def has(self, allocation: Allocation, *, probe: bool) -> bool:
+        """Whether an evaluation is done. A probe may still be evaluated as a trial."""
+        known = self.found.get(allocation)
+        return known is not None and (probe or not known.probe)
 
     def feasible(self, problem: Problem) -> tuple[Trial, ...]:
         """The successful trials that meet a problem's budgets, whatever they were made for."""
@@ -117,6 +125,33 @@ class History:
 
     @cached_property
     def proposed(self) -> Set[Allocation]:
-        """Every allocation that was evaluated or is being evaluated."""
+        """Every allocation that was evaluated as a trial, or is being evaluated."""
         waiting: dict[Allocation, Any] = dict.fromkeys(self.pending)
-        return ChainMap(waiting, self.found).keys()
+        return ChainMap(waiting, self._trials).keys()
+
+    @cached_property
+    def _trials(self) -> dict[Allocation, Trial]:
+        return {t.allocation: t for t in self.trials if not t.probe}
+
+
+def degradation(problem: Problem, trial: Trial) -> float:
+    """How much worse a trial is than the dense model; smaller is better.
+
+    The divergence from the dense model's predictions, if the first objective is a metric of the
+    task: it needs no labels, is smooth where shares of correct predictions jump, and cannot be
+    improved by fitting the validation labels. Otherwise the first objective itself.
+    """
+    if problem.objectives[0] in problem.metrics and problem.divergence in trial.metrics:
+        return trial.metrics[problem.divergence]
+    return -float(problem.signs[0]) * trial.values[0]
+
+
+def _by_allocation(
+    known: Mapping[Allocation, Trial], trials: Sequence[Trial]
+) -> dict[Allocation, Trial]:
+    found = dict(known)
+    for trial in trials:
+        earlier = found.get(trial.allocation)
+        if earlier is None or not trial.probe or earlier.probe:
+            found[trial.allocation] = trial
+    return found

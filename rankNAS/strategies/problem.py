@@ -41,6 +41,8 @@ class Problem:
         directions: Their directions.
         metrics: The metrics of the task, which are computed from predictions alone.
         divergence: The metric that compares a network's predictions with the dense model's.
+        losses: Absolute second-order loss of each choice alone, one array a layer, in units that
+            are comparable over layers; 0 for dense. Empty if unknown: `errors` stand for it.
 
     Raises:
         UsageError: The first choice of a layer is not dense, dense occurs again or has an error,
@@ -56,9 +58,11 @@ class Problem:
     directions: tuple[Direction, ...] = ("minimize",)
     metrics: tuple[str, ...] = tuple(METRICS)
     divergence: str = "kl_divergence"
+    losses: tuple[Array, ...] = ()
 
     def __post_init__(self) -> None:
         tables = [("errors", self.errors), *self.costs.items()]
+        tables += [("losses", self.losses)] if self.losses else []
         for what, table in tables:
             if [len(row) for row in table] != [len(c) for c in self.choices.values()]:
                 raise UsageError(f"the table of {what} does not fit the choices of the layers.")
@@ -77,6 +81,11 @@ class Problem:
     def budget_key(self) -> str:
         """The budgets as text: ``macs<=0.5``, or ``dense`` without any."""
         return budget_key(self.budget)
+
+    @property
+    def absolute(self) -> tuple[Array, ...]:
+        """The losses; the errors if they are unknown."""
+        return self.losses or self.errors
 
     @cached_property
     def signs(self) -> Array:
@@ -134,6 +143,7 @@ class Problem:
             self,
             choices={name: tuple(choices[j] for j in keep) for (name, choices), keep in pairs},
             errors=tuple(e[list(keep)] for e, keep in zip(self.errors, kept, strict=True)),
+            losses=tuple(e[list(keep)] for e, keep in zip(self.losses, kept, strict=False)),
             costs={
                 name: tuple(c[list(keep)] for c, keep in zip(table, kept, strict=True))
                 for name, table in self.costs.items()

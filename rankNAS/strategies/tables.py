@@ -26,6 +26,7 @@ def build_problem(
     latency: LatencyTables | None = None,
     objectives: Sequence[tuple[str, str]] = (("loss", "minimize"),),
     task: Task | None = None,
+    losses: Mapping[str, Sequence[float]] | None = None,
 ) -> Problem:
     """The tables of a space.
 
@@ -36,6 +37,7 @@ def build_problem(
         latency: Of the same choices; a cost of that name exists if given.
         objectives: Names and directions.
         task: Its metrics; None for those of all built-in tasks.
+        losses: Absolute second-order loss of each choice by layer; None if unknown.
     """
     costs: dict[str, tuple[Array, ...]] = {
         name: tuple(
@@ -59,6 +61,7 @@ def build_problem(
         budget=dict(budget),
         objectives=tuple(name for name, _ in objectives),
         directions=tuple(direction for _, direction in objectives),  # type: ignore[misc]
+        losses=tuple(np.array(losses[name]) for name in space.layers) if losses else (),
         **found,  # type: ignore[arg-type]
     )
 

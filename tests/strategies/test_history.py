@@ -60,7 +60,14 @@ def test_a_history_that_grows_equals_one_that_is_read_at_once(
     assert grown.found == whole.found
     assert grown.feasible(PROBLEM) == whole.feasible(PROBLEM)
     assert grown.candidates(PROBLEM) == whole.candidates(PROBLEM)
-    assert set(grown.proposed) == {t.allocation for t in found} | set(pending)
+    tried = {t.allocation for t in found if not t.probe}
+    assert set(grown.proposed) == tried | set(pending)
+    for trial in found:
+        known = [t for t in found if t.allocation == trial.allocation]
+        assert grown.has(trial.allocation, probe=True)
+        assert grown.has(trial.allocation, probe=False) == (not all(t.probe for t in known))
+        wanted = [t for t in known if not t.probe] or known
+        assert grown.found[trial.allocation] == wanted[-1]
     kept = {t.allocation: PROBLEM.fractions(PROBLEM.indices(t.allocation)) for t in found}
     assert whole.feasible(PROBLEM) == tuple(
         t for t in whole.complete if kept[t.allocation]["macs"] <= 0.5

@@ -1,23 +1,25 @@
-"""Measured sensitivities, exact allocation, Bayesian correction from evaluated candidates.
+"""Second-order losses, exact allocation, screened candidates and a learned correction.
 
 The default strategy. It minimises the degradation of the network within the budget.
 
-1. Each layer is compressed alone at a few relative errors; this gives its sensitivity table.
-2. The exact solver minimises the sum of sensitivities within the budget: the first candidate.
-3. Candidates are evaluated after sequential refitting, which recovers different amounts per
-   layer; a regression learns the correction. It is a Bayesian linear regression on one multiplier
-   per layer, with the measured sensitivities as its prior mean, updated in closed form. The next
-   candidate minimises its mean or, if that is known already, a posterior sample (Thompson
-   sampling). Every candidate lies on the budget.
-4. Selection bias grows with the number of candidates (winner's curse). The solution is therefore
-   the candidate with the best score after shrinking measurements towards the regression.
+1. The loss of every choice of every layer, alone and to second order, comes from one pass over the
+   calibration samples, whatever the number of layers (`rankNAS.compression.curvature`). With
+   `measured`, each layer is measured alone at a few relative errors instead.
+2. The exact solver minimises their sum within the budget: the first candidate. Others minimise the
+   relative errors, and means of both, in case the losses mislead.
+3. Candidates are screened: evaluated without refitting, on a part of the samples. A regression
+   learns from them which layers do more or less harm than the tables say, and how errors
+   propagate (`Regression`). The next candidates minimise its mean and samples of its posterior
+   (Thompson sampling), until the gain that samples promise is small. Budgets share the
+   regression.
+4. The best few are refitted and evaluated on all samples. Selection bias grows with the number of
+   candidates (winner's curse), so scores are shrunk towards the regression.
 
 With several objectives the first candidates sweep the budget; the Gaussian processes and the
-acquisition function of `bo` continue from there, on the measured sensitivities.
+acquisition function of `bo` continue from there, on the same losses.
 
 References:
     Thompson, Biometrika 1933; Russo et al., Foundations and Trends in Machine Learning 2018.
-    Bishop, Pattern Recognition and Machine Learning 2006, section 3.3: the posterior.
 """
 
 from __future__ import annotations
@@ -30,54 +32,63 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.bo import BayesianOptimisation
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, Trial, degradation
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.solve import Solve
-from rankNAS.strategies.problem import Array, Problem
-from rankNAS.strategies.sensitivity.tables import (
-    degradation,
-    sensitivity_probes,
-    sensitivity_tables,
-)
+from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
+from rankNAS.strategies.sensitivity.regression import Regression
+from rankNAS.strategies.sensitivity.tables import sensitivity_probes, sensitivity_tables
 
 __all__ = ["Auto"]
 
-STARTS = (Solve(), Energy())  # tried in addition, in case the sensitivities mislead
-ATTEMPTS = 12  # samples drawn for a proposal that is new
+ATTEMPTS = 12  # samples drawn for a candidate that is new
 WIDENING = 1.3  # of the samples, each time one gives a known allocation
-LEAST = 0.05  # multiplier of a layer, relative to that all layers share
-LARGEST = 2.0  # logarithm of how far a sample may be from the mean
-GAP = 1e-3  # of the solver, far below what samples differ by
+SAMPLES = 4  # of the posterior, that say what further candidates may gain
+CLOSE = 1.1  # score of a candidate, relative to the best, up to which it is refitted
 
 
 @final
 @dataclass(frozen=True)
 class Auto(Strategy):
-    """Measured sensitivities, the exact solver, and Thompson sampling of layer multipliers.
+    """Second-order losses, the exact solver, screened candidates; the best few are refitted.
 
     Args:
-        errors: Relative errors at which each layer is measured alone.
+        screened: Candidates that are screened for each budget, at most.
+        refitted: Candidates that are refitted for each budget, at most.
+        gain: Relative gain below which no further candidates are screened.
+        measured: Measure each layer alone instead of estimating the losses; slower.
+        errors: Relative errors at which each layer is measured alone, with `measured`.
         uncertainty: Prior relative standard deviation of a layer's multiplier.
-        misfit: Relative standard deviation of the residual of the additive model.
-        shrinkage: Weight of the regression, against the measurement, in `select`.
+        misfit: Relative standard deviation of the residual of the model.
+        shrinkage: Weight of the regression, against the measurement, in scores.
 
     Raises:
         UsageError: An error outside (0, 1), or a number that is not positive.
     """
 
+    screened: int = 8
+    refitted: int = 3
+    gain: float = 0.01
+    measured: bool = False
     errors: tuple[float, ...] = (0.1, 0.3)
     uncertainty: float = 0.3
     misfit: float = 0.05
     shrinkage: float = 0.5
     name = "auto"
     refits = True
+    screens = True
+    needs_losses = True
 
     def __post_init__(self) -> None:
         if not self.errors or not all(0 < e < 1 for e in self.errors):
             raise UsageError(f"`errors` must be in (0, 1), at least one of them: {self.errors}.")
+        if self.screened < 1 or self.refitted < 1 or self.gain < 0:
+            raise UsageError(
+                "`screened` and `refitted` must be at least 1 and `gain` not negative; "
+                f"got {self}."
+            )
         if self.uncertainty <= 0 or self.misfit <= 0 or not 0 <= self.shrinkage <= 1:
             raise UsageError(
                 "`uncertainty` and `misfit` must be positive and `shrinkage` in [0, 1]; "
@@ -85,140 +96,154 @@ class Auto(Strategy):
             )
 
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
-        """The dense model and each layer alone."""
-        return sensitivity_probes(problem, self.errors)
+        """What is screened next; before it, with `measured`, each layer alone."""
+        if self.measured:
+            alone = sensitivity_probes(problem, self.errors)
+            if any(not history.has(a, probe=True) for a in alone):
+                return alone
+        elif (dense := problem.allocation(problem.all_dense)) not in history.found:
+            return [dense]
+        if len(problem.objectives) > 1 or history.candidates(problem):
+            return []
+        return self._to_screen(problem, history)
 
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        """First the optimum of the measured sensitivities, then those of posterior samples."""
+        """The best screened candidates that have not been refitted."""
         if len(problem.objectives) > 1:
             return self._on_the_front(problem, history, n, rng)
+        waiting = [a for a in history.pending if problem.meets(problem.indices(a))]
+        left = self.refitted - len(history.candidates(problem)) - len(waiting)
+        screened = self._screened(problem, history)
         regression = self._regression(problem, history)
-        found: list[Allocation] = []
-        starts = _starts(problem, regression)
-        while len(found) < n and (allocation := next(starts, None)) is not None:
-            if allocation not in history.proposed and allocation not in found:
-                found.append(allocation)
-        spread = 1.0
-        for _ in range(ATTEMPTS * n):
-            if len(found) == n:
-                break
-            allocation = regression.solve(problem, regression.sample(rng, spread))
-            if allocation in history.proposed or allocation in found:
-                spread *= WIDENING
-            else:
-                found.append(allocation)
-        return found
+        if not screened:  # all failed, or there was none
+            starts = _starts(problem, regression)
+            return [a for a in starts if a not in history.proposed][: min(n, left)]
+        scores = self._scores(problem, regression, screened)
+        close = [i for i in np.argsort(scores, kind="stable") if scores[i] <= CLOSE * min(scores)]
+        ordered = dict.fromkeys(screened[int(i)].allocation for i in close)
+        return [a for a in ordered if a not in history.proposed][: max(0, min(n, left))]
 
     def select(self, problem: Problem, history: History) -> Trial:
-        """The trial with the least degradation, measurements shrunk towards the regression.
+        """The refitted trial of the best score; if there is none, the best screened one.
 
         Raises:
             StudyError: No trial has succeeded yet.
         """
-        trials = history.feasible(problem)
+        feasible = history.feasible(problem)
+        trials = [t for t in feasible if not t.probe] or list(feasible)
         if not trials:
             raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
-        predicted = self._regression(problem, history).predict(problem, trials)
-        measured = np.array([degradation(problem, t) for t in trials])
-        score = self.shrinkage * predicted + (1 - self.shrinkage) * measured
-        return trials[int(np.argmin(score))]
+        scores = self._scores(problem, self._regression(problem, history), trials)
+        return trials[int(np.argmin(scores))]
 
-    def _regression(self, problem: Problem, history: History) -> _Regression:
+    def _to_screen(self, problem: Problem, history: History) -> list[Allocation]:
+        """The next candidates to screen; empty when further ones promise little."""
+        screened = self._screened(problem, history)
+        regression = self._regression(problem, history)
+        key = problem.budget_key
+        own = [t for t in history.trials if t.probe and t.budget_key == key]
+        own = [
+            t for t in own if _joint(problem, t) and problem.meets(problem.indices(t.allocation))
+        ]
+        if not own or not screened:
+            return list(dict.fromkeys(_starts(problem, regression)))[: self.screened]
+        if len(own) >= self.screened:
+            return []
+        scores = self._scores(problem, regression, screened)
+        best = problem.indices(screened[int(np.argmin(scores))].allocation)
+        rng = np.random.default_rng(len(history.trials))
+        samples = [regression.sample(rng) for _ in range(SAMPLES)]
+        optima = [sample.optimum(problem) for sample in samples]
+        gains = [_gain(problem, s, best, found) for s, found in zip(samples, optima, strict=True)]
+        if float(np.mean(gains)) < self.gain:
+            return []
+        for found in (regression.optimum(problem), *optima):
+            if (allocation := problem.allocation(found)) not in history.found:
+                return [allocation]
+        return self._widened(problem, history, regression, rng)
+
+    def _widened(
+        self,
+        problem: Problem,
+        history: History,
+        regression: Regression,
+        rng: np.random.Generator,
+    ) -> list[Allocation]:
+        """A new optimum of a sample; samples spread more each time that one is known."""
+        spread = WIDENING
+        for _ in range(ATTEMPTS):
+            allocation = problem.allocation(regression.sample(rng, spread).optimum(problem))
+            if allocation not in history.found:
+                return [allocation]
+            spread *= WIDENING
+        return []
+
+    def _screened(self, problem: Problem, history: History) -> list[Trial]:
+        """The successful probes of a budget that meet it, those of other budgets included."""
+        return [t for t in history.feasible(problem) if t.probe]
+
+    def _scores(
+        self, problem: Problem, regression: Regression, trials: Sequence[Trial]
+    ) -> list[float]:
+        """Degradations, shrunk towards the regression up to a common factor."""
+        measured = np.array([degradation(problem, t) for t in trials]) - regression.base
+        rows = [problem.indices(t.allocation) for t in trials]
+        predicted = regression.predict(problem, rows) - regression.base
+        usable = (measured > 0) & (predicted > 0)
+        if usable.any():  # refitted trials are better than the screened ones of the regression
+            predicted = predicted * float(np.median(measured[usable] / predicted[usable]))
+        scores: list[float] = (
+            self.shrinkage * predicted + (1 - self.shrinkage) * measured
+        ).tolist()
+        return scores
+
+    def _losses(self, problem: Problem, history: History) -> tuple[Array, ...]:
+        if self.measured:
+            return sensitivity_tables(problem, history, self.errors) or problem.absolute
+        return problem.absolute
+
+    def _regression(self, problem: Problem, history: History) -> Regression:
         dense = history.found.get(problem.allocation(problem.all_dense))
         measured = dense is not None and dense.state == "complete"
-        return _Regression.fit(
+        trials = [t for t in history.complete if t.probe and _joint(problem, t)]
+        return Regression.fit(
             problem,
-            sensitivity_tables(problem, history, self.errors) or problem.errors,
+            self._losses(problem, history),
             degradation(problem, dense) if dense is not None and measured else 0.0,
-            [t for t in history.complete if not t.probe],
-            self.uncertainty,
-            self.misfit,
+            trials,
+            uncertainty=self.uncertainty,
+            misfit=self.misfit,
         )
 
     def _on_the_front(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
-        """Solutions of a sweep of budgets, then the proposals of `bo`, on the sensitivities."""
-        sensitivity = sensitivity_tables(problem, history, self.errors) or problem.errors
-        largest = max(float(table.max()) for table in sensitivity) or 1.0
+        """Solutions of a sweep of budgets, then the proposals of `bo`, on the losses."""
+        losses = self._losses(problem, history)
+        largest = max(float(table.max()) for table in losses) or 1.0
         # `bo` takes errors to be at most 1.
-        scaled = replace(problem, errors=tuple(table / largest for table in sensitivity))
-        solved = Solve().propose(scaled, history, n, rng)
+        scaled = replace(problem, errors=tuple(table / largest for table in losses), losses=())
+        solved = Solve(form="relative").propose(scaled, history, n, rng)
         return solved or BayesianOptimisation().propose(scaled, history, n, rng)
 
 
-def _starts(problem: Problem, regression: _Regression) -> Iterator[Allocation]:
-    """What is proposed before any sample; solved one by one, as each is an integer programme."""
-    yield regression.solve(problem, regression.mean)
-    for start in STARTS:
-        yield start.solve(problem)
+def _joint(problem: Problem, trial: Trial) -> bool:
+    """Whether several layers are compressed; others measure the dense model or a layer alone."""
+    return sum(index != DENSE_INDEX for index in problem.indices(trial.allocation)) > 1
 
 
-@dataclass(frozen=True)
-class _Regression:
-    """The degradation of an allocation as a weighted sum of layer sensitivities.
+def _gain(
+    problem: Problem, sample: Regression, best: Sequence[int], found: Sequence[int]
+) -> float:
+    """The share of the degradation that an allocation saves if a sample is right."""
+    now, then = sample.predict(problem, [best, found]) - sample.base
+    return max(0.0, float((now - then) / now)) if now > 0 else 0.0
 
-    Args:
-        sensitivity: One array a layer.
-        base: Degradation of the dense model.
-        mean: Posterior mean of the layers' multipliers, (L,).
-        root: A square root of their posterior covariance, (L, L).
-    """
 
-    sensitivity: tuple[Array, ...]
-    base: float
-    mean: Array
-    root: Array
-
-    @classmethod
-    def fit(
-        cls,
-        problem: Problem,
-        sensitivity: tuple[Array, ...],
-        base: float,
-        trials: Sequence[Trial],
-        uncertainty: float,
-        misfit: float,
-    ) -> _Regression:
-        """The posterior after some trials; independent multipliers around 1 before them."""
-        L = len(sensitivity)
-        prior = cls(sensitivity, base, np.ones(L), uncertainty * np.eye(L))
-        X = prior.sums(problem, trials)  # (trials, L)
-        usable = X.sum(1) > 0
-        if not usable.any():
-            return prior
-        X, y = X[usable], np.array([degradation(problem, t) for t in trials])[usable] - base
-        # A factor common to all layers: sensitivities do not add up exactly.
-        common = max(float(np.median(y / X.sum(1))), 1e-3)
-        X = common * X
-        noise = np.diag((misfit * np.maximum(np.abs(y), 1e-3 * X.sum(1))) ** 2)
-        covariance = uncertainty**2 * np.eye(L)
-        gain = np.linalg.solve(X @ covariance @ X.T + noise, X @ covariance).T
-        values, vectors = np.linalg.eigh(covariance - gain @ X @ covariance)
-        mean = np.maximum(np.ones(L) + gain @ (y - X.sum(1)), LEAST)
-        return cls(sensitivity, base, common * mean, common * vectors * np.sqrt(values.clip(0)))
-
-    def sums(self, problem: Problem, trials: Sequence[Trial]) -> Array:
-        """The sensitivity of each layer in each trial's allocation, (trials, L)."""
-        rows = [problem.indices(t.allocation) for t in trials]
-        found = [[h[i] for h, i in zip(self.sensitivity, row, strict=True)] for row in rows]
-        return np.array(found, dtype=float).reshape(len(trials), len(self.sensitivity))
-
-    def predict(self, problem: Problem, trials: Sequence[Trial]) -> Array:
-        """Expected degradation of the trials, (trials,)."""
-        expected: Array = self.base + self.sums(problem, trials) @ self.mean
-        return expected
-
-    def sample(self, rng: np.random.Generator, spread: float) -> Array:
-        """Multipliers (L,) from the posterior, taken for log-normal to keep them positive."""
-        drawn = self.root @ rng.standard_normal(len(self.mean)) / self.mean
-        multipliers: Array = self.mean * np.exp(np.clip(spread * drawn, -LARGEST, LARGEST))
-        return multipliers
-
-    def solve(self, problem: Problem, multipliers: Array) -> Allocation:
-        """The allocation with the least weighted sum of sensitivities, exact."""
-        tables = [m * h for m, h in zip(multipliers, self.sensitivity, strict=True)]
-        limits = list(problem.limits.values())
-        return problem.allocation(min_sum(tables, problem.budgeted(), limits, gap=GAP).indices)
+def _starts(problem: Problem, regression: Regression) -> Iterator[Allocation]:
+    """What is screened before any sample."""
+    yield problem.allocation(regression.optimum(problem))
+    yield from Solve().solutions(problem)
+    yield Energy().solve(problem)

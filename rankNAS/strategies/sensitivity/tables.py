@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import Allocation
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, Trial, degradation
 from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
-__all__ = ["degradation", "sensitivity_tables", "sensitivity_probes"]
+__all__ = ["sensitivity_probes", "sensitivity_tables"]
 
 EXPONENTS = 0.5, 4.0  # bounds of the power law's exponent between and beyond measured points
 FLOOR = 1e-3  # the smallest sensitivity of a measured choice, relative to the largest
@@ -32,18 +32,6 @@ def sensitivity_probes(problem: Problem, errors: Sequence[float]) -> list[Alloca
     for layer, table in enumerate(problem.errors):
         rows |= {problem.alone(layer, _nearest(table, error)) for error in errors}
     return [problem.allocation(row) for row in sorted(rows)]
-
-
-def degradation(problem: Problem, trial: Trial) -> float:
-    """How much worse a trial is than the dense model; smaller is better.
-
-    The divergence from the dense model's predictions, if the first objective is a metric of the
-    task: it needs no labels, is smooth where shares of correct predictions jump, and cannot be
-    improved by fitting the validation labels. Otherwise the first objective itself.
-    """
-    if problem.objectives[0] in problem.metrics and problem.divergence in trial.metrics:
-        return trial.metrics[problem.divergence]
-    return -float(problem.signs[0]) * trial.values[0]
 
 
 def sensitivity_tables(

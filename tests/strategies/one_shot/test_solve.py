@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankNAS.exceptions import BudgetError, UsageError
-from rankNAS.strategies.history import History
+from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.solve import Solve
 from rankNAS.strategies.problem import Problem
@@ -134,3 +134,37 @@ def test_the_gap_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_settings_are_checked(given_: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="`rule` must be 'sum' or 'max' and `power` positive"):
         Solve(**given_)
+
+
+def test_the_forms_minimise_losses_errors_and_their_mean() -> None:
+    problem = random_problem(3, layers=4, choices=6)
+    rng = np.random.default_rng(0)
+    losses = tuple(t ** rng.uniform(0.5, 2) * rng.uniform(0.1, 9) for t in problem.errors)
+    problem = replace(problem, losses=losses)
+    tables = {
+        "absolute": losses,
+        "relative": problem.errors,
+        "mean": [np.sqrt(a * b) for a, b in zip(losses, problem.errors, strict=True)],
+    }
+    space = itertools.product(*(range(len(e)) for e in problem.errors))
+    feasible = [i for i in space if problem.meets(i)]
+    for form, table in tables.items():
+        best = min(sum(t[j] for t, j in zip(table, i, strict=True)) for i in feasible)
+        assert Solve(form=form).solution(problem).value == pytest.approx(best, rel=1e-4)
+    solutions = Solve().solutions(problem)
+    assert set(solutions) == {Solve(form=form).solve(problem) for form in tables}
+    rng = np.random.default_rng(1)
+    assert Solve().propose(problem, History(), 9, rng) == solutions
+
+
+def test_the_best_form_is_the_one_of_the_least_degradation() -> None:
+    problem = random_problem(3, layers=4, choices=6)
+    problem = replace(problem, losses=tuple(t**0.5 * 3 for t in problem.errors))
+    solutions = Solve().solutions(problem)
+    assert len(solutions) > 1
+    trials = tuple(
+        Trial(i, a, "complete", (0.9 - 0.1 * i,), {"kl_divergence": 1.0 - 0.1 * i})
+        for i, a in enumerate(solutions)
+    )
+    assert Solve().select(problem, History(trials)) is trials[-1]
+    assert Solve(form="absolute").select(problem, History(trials)) is trials[0]
