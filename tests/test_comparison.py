@@ -120,8 +120,11 @@ class Unbound(Strategy):
 def test_wrapped_models_are_compared_as_what_they_wrap(wrap: Any) -> None:
     torch.manual_seed(0)
     model, data = small(), split()
-    training = TrainingConfig(epochs=1)
-    given: dict[str, Any] = {"seeds": range(1), "n_trials": 1, "training": training}
+    given: dict[str, Any] = {
+        "seeds": range(1),
+        "n_trials": 1,
+        "training": TrainingConfig(epochs=1),
+    }
     expected = untimed(run(model, data, ["uniform"], **given))
     pd.testing.assert_frame_equal(untimed(run(wrap(model), data, ["uniform"], **given)), expected)
     per_seed = run(lambda seed: wrap(model), data, ["uniform"], **given)

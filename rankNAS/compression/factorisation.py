@@ -55,6 +55,8 @@ class Factorisation:
     def materialise(self, allocation: Mapping[str, Choice]) -> nn.Module:
         """The compressed network: a copy of the model with decomposed layers as ordinary modules.
 
+        The new weights can be trained, also those in place of frozen ones.
+
         Raises:
             UsageError: The allocation does not belong to the space.
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -107,9 +108,11 @@ def _read_torch(path: Path) -> Any:
             return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         if "nsupported" in str(error) and _is_pickle(path):
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise WeightsError(
                 f"{path} was refused, because loading it could run code: it is not a plain dict "
-                "of tensors; save model.state_dict(), best as safetensors."
+                f"of tensors{'' if found is None else f' but holds a {found[1][:80]}'}; save "
+                "model.state_dict(), best as safetensors."
             ) from error
         raise damaged(path, error) from error
     except Exception as error:  # invalid bytes can raise any error in the reader
@@ -137,12 +140,17 @@ def _mapping(*factory: object) -> OrderedDict[Any, Any]:
     return OrderedDict()
 
 
+def _sequence(*content: object) -> list[Any]:
+    """Stands for ``collections.deque``."""
+    return []
+
+
 _PATHS = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
 _NUMPY = ("multiarray.scalar", "multiarray._reconstruct")
 #: Names in a torch file of harmless classes and functions, by the module.
 _NAMES: dict[str, tuple[str, ...]] = {
     "argparse": ("Namespace",),
-    "builtins": ("dict", "float", "int", "list", "range", "slice"),
+    "builtins": ("dict", "float", "frozenset", "int", "list", "range", "slice"),
     "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
     "decimal": ("Decimal",),
     "numpy": ("dtype", "ndarray"),
@@ -158,6 +166,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 _HARMLESS: list[Any] = [
     *((_Value, f"{module}.{name}") for module, names in _NAMES.items() for name in names),
     (_mapping, "collections.defaultdict"),
+    (_sequence, "collections.deque"),
     # Lightning's dicts of hyperparameters.
     (OrderedDict, "lightning.fabric.utilities.data.AttributeDict"),
     (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),

@@ -21,7 +21,7 @@ from rankNAS.copies import without_graphs
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.samples import Samples, Source
 from rankNAS.data.splits import Splits
-from rankNAS.exceptions import RankNASError
+from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.losses import loss_function
@@ -266,6 +266,11 @@ def _learning_rate(step: int, total: int, peak: float) -> float:
 
 def _optimizer(network: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise UsageError(
+            "all parameters of the network are frozen, so there is nothing to train; call "
+            "model.requires_grad_() before, or leave the training out."
+        )
     groups = [
         {
             "params": [parameter for parameter in parameters if parameter.dim() > 1],

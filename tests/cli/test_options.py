@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import typer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankNAS.cli import main
@@ -250,6 +250,7 @@ def made(cls: type[Options]) -> st.SearchStrategy[Options]:
     return st.builds(cls, **{s.name: values(s) for s in specs(cls) if s.name != "storage"})
 
 
+@settings(deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("cls", [SearchOptions, CompareOptions])
 def test_what_is_printed_is_read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ def test_harmless_values_beside_the_weights(tmp_path: Path) -> None:
         "when": datetime.datetime(2026, 1, 1),
         "log": OrderedDict(loss=[np.float32(1.0)]),
         "state": defaultdict(dict, {0: {}}),
+        "last": deque([0.1, 0.2], maxlen=2),
+        "frozen": frozenset({"head"}),
         "torch": torch.__version__,
     }
     for zipped in (True, False):

@@ -222,6 +222,11 @@ def test_frozen_parameters_stay_and_biases_do_not_decay() -> None:
     assert (model.kernel < 1).all() and (model.bias == 1).all() and (model.frozen == 1).all()
 
 
+def test_a_network_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(UsageError, match="all parameters of the network are frozen"):
+        train(network().requires_grad_(False), images(), CONFIG)
+
+
 def test_a_loss_that_is_not_finite_stops() -> None:
     data = images()
     data.tensors[0][:] = math.inf
