@@ -28,14 +28,15 @@ class BlockWalk:
     """A walk by blocks; see `Walk`.
 
     A block is an element of a list of modules, or a child of the network. The network runs up to a
-    block with kept outputs in place of the blocks before it; up to each layer, only the block runs.
+    block with kept outputs in place of the blocks before it. Up to a layer, only its block runs.
     Where a block needs no outputs but those of the block before it, older ones are freed. The
     network is a single block if its blocks cannot be run on their own.
 
     Args:
         network: In the mode in which it runs.
         layers: The layers.
-        batches: The inputs, with their sizes.
+        batches: The inputs.
+        size: Samples of the first batch.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class _Calls:
     def sites(
         self, network: nn.Module, block: nn.Module, layers: Mapping[str, Layer]
     ) -> list[list[str]]:
-        """The layers of a block in the order of their calls; those with the same inputs together."""
+        """A block's layers in the order of their calls, those with the same inputs together."""
         inside = {id(module) for module in block.modules()}
         order = [*self.inputs, *(name for name in layers if name not in self.inputs)]
         found: list[list[str]] = []

@@ -21,7 +21,7 @@ MEMORY = 1 << 29  # bytes of outputs that are kept
 # Positions of each input: enough for so many patches per column of the weight, within limits.
 # More inputs help more than more positions of each, as neighbouring patches are correlated.
 PER_COLUMN = 16
-FEWEST, MOST = 4, 32
+FEWEST, MOST = 16, 32
 
 
 class DenseOutputs:
@@ -73,7 +73,8 @@ class DenseOutputs:
     def _affordable(self, found: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
         """The first layers whose outputs fit, as the first batch tells; at least one."""
         share = self._batches.samples / self._batches.sizes[0]
-        total, kept = 0.0, []
+        total = 0.0
+        kept: list[str] = []
         for name in names:
             total += found[name].nbytes * share if name in found else 0
             if kept and total > self._memory:

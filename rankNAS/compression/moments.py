@@ -1,8 +1,9 @@
 """Moments of a layer's compressed inputs and dense outputs, and the weight that they fit best.
 
-Let q be the input patches of a layer in the compressed network and y = W p the outputs of the same
-layer in the dense network, at the same positions. The least-squares weight is E[y q^T] E[q q^T]^-1.
-It needs the cross moment with the outputs (o, n), not with the dense inputs (n, n).
+Let q be the input patches of a layer in the compressed network and y = W p the outputs of the
+same layer in the dense network, at the same positions. The least-squares weight is
+E[y q^T] E[q q^T]^-1. It needs the cross moment with the outputs (o, n), not with the dense
+inputs (n, n).
 
 A part of the patches is held out. The error on it is a quadratic form in its moments, so the
 shrinkage towards the dense weight is chosen without a further pass over the data.
@@ -24,6 +25,7 @@ __all__ = ["SHRINKAGES", "Moments", "choose_shrinkage", "split_moments"]
 
 #: Towards the dense weight, in units of the mean square of an input; the first is the default.
 SHRINKAGES = (1e-2, 1e-3, 3e-3, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+MARGIN = 0.01  # by which the held-out error falls at another shrinkage
 HELD_OUT = 4  # one patch of so many is held out: the last ones of each batch
 
 
@@ -37,6 +39,7 @@ class Moments:
         q: Sum of q, (g, n).
         yq: Sum of y q^T, (g, o, n).
         qq: Sum of q q^T, (g, n, n).
+        yy: Sum of y y^T, (g, o, o).
     """
 
     count: int
@@ -44,6 +47,7 @@ class Moments:
     q: Tensor
     yq: Tensor
     qq: Tensor
+    yy: Tensor
 
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of patches."""
@@ -53,6 +57,7 @@ class Moments:
             self.q + other.q,
             self.yq + other.yq,
             self.qq + other.qq,
+            self.yy + other.yy,
         )
 
     @property
@@ -77,7 +82,8 @@ class Moments:
         scale = shrinkage * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None, None]
         eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-        return torch.linalg.solve(moment + scale * eye, (cross + scale * W).mT).mT
+        best: Tensor = torch.linalg.solve(moment + scale * eye, (cross + scale * W).mT).mT
+        return best
 
     def shift(self, A: Tensor) -> Tensor:  # (g, o, n) -> (g, o)
         """The mean error E[y] - A E[q], which a bias removes."""
@@ -85,7 +91,7 @@ class Moments:
         return y - (A @ q.unsqueeze(-1)).squeeze(-1)
 
     def error(self, A: Tensor, shift: Tensor, norm: ErrorNorm) -> float:
-        """E ||H (y - A q - shift)||^2 - E ||H y||^2, summed over the groups.
+        """E ||H (y - A q - shift)||^2, summed over the groups.
 
         Args:
             A: A weight (g, o, n).
@@ -96,6 +102,9 @@ class Moments:
         cross, moment = self.second(centred=False)
         HA, Hs = norm.left(A), norm.left(shift.unsqueeze(-1))
         total = (HA * (HA @ moment - 2 * norm.left(cross))).sum()
+        total = (
+            total + norm.left(norm.left(self.yy / self.count).mT).diagonal(dim1=1, dim2=2).sum()
+        )
         return float(total + (Hs * (Hs + 2 * (HA @ q) - 2 * norm.left(y))).sum())
 
 
@@ -113,7 +122,7 @@ def split_moments(
         Two sets of moments for each layer; empty if there are no batches.
     """
     own: list[list[Tensor]] = [[], []]  # of all layers: sums of q and q q^T; by part
-    each: list[list[list[Tensor]]] = [[], []]  # sums of y and y q^T by layer
+    each: list[list[list[Tensor]]] = [[], []]  # sums of y, y q^T and y y^T by layer
     counts = [0, 0]
     for Q, outputs in batches:
         fit = Q.shape[1] - Q.shape[1] // HELD_OUT
@@ -121,7 +130,9 @@ def split_moments(
             P = Q[:, part]
             counts[i] += P.shape[1]
             own[i] = _added(own[i], [P.sum(1), P.mT @ P])
-            found = [[Y[:, part].sum(1), Y[:, part].mT @ P] for Y in outputs]
+            found = [
+                [Y[:, part].sum(1), Y[:, part].mT @ P, Y[:, part].mT @ Y[:, part]] for Y in outputs
+            ]
             before = each[i] or [[] for _ in found]
             each[i] = [_added(a, b) for a, b in zip(before, found, strict=True)]
     order = folded(shape)
@@ -133,6 +144,7 @@ def split_moments(
                 shared[0][:, order],
                 layers[number][1][:, :, order],
                 shared[1][:, order][:, :, order],
+                layers[number][2],
             )
             for count, shared, layers in zip(counts, own, each, strict=True)
         )
@@ -148,7 +160,8 @@ def choose_shrinkage(
 ) -> float:
     """The shrinkage with the least error on held-out patches.
 
-    The search starts at the default and goes on in each direction while the error falls.
+    The search starts at the default and goes on in each direction while the error falls by a
+    margin: smaller differences are chance.
     """
     if not held.count:
         return SHRINKAGES[0]
@@ -165,7 +178,7 @@ def choose_shrinkage(
     for further in (grid[start + 1 :], grid[:start][::-1]):
         for shrinkage in further:
             found = error(shrinkage)
-            if found >= least:
+            if not found < (1 - MARGIN) * least:
                 break
             best, least = shrinkage, found
         if best != SHRINKAGES[0]:

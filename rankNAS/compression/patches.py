@@ -61,7 +61,8 @@ def outputs_at(
 
     Args:
         shape: The layer's shape.
-        y: Its output: (*, features), (batch, channels, length) or (batch, channels, height, width).
+        y: Its output: (*, features), (batch, channels, length) or (batch, channels, height,
+            width).
         generator: Samples positions of each input; None takes all positions.
         most: Largest number of sampled positions.
     """

@@ -209,7 +209,7 @@ def _training_statistics(model: nn.Module) -> nn.Module:
 def _refitted_layer(
     layer: LayerFactors, choice: Choice, fit: Moments, held: Moments
 ) -> LayerFactors:
-    """The refitted factors of a layer, or its own if they have a smaller error on held-out data."""
+    """The refitted factors of a layer; its own if these have a smaller error on held-out data."""
     W = layer.weight.double().flatten(2)
     shrinkage = choose_shrinkage(W, fit, held, layer.norm)
     if held.count:
@@ -250,7 +250,7 @@ def _fitted_layer(
 def _error(
     layer: LayerFactors, found: LayerFactors, choice: Choice, fit: Moments, held: Moments
 ) -> float:
-    """The error of factors on held-out patches, less a constant; a batch norm removes its mean."""
+    """The error of factors on held-out patches; its mean is removed where a batch norm does so."""
     weight, bias = found.folded(choice)
     A = layer.layer.shape.fold(weight).double().flatten(2)
     shift = torch.zeros_like(fit.y)
