@@ -47,8 +47,14 @@ class BlockWalk:
         few = rows(batches[0], slice(0, 2), size)
         blocks = [network.get_submodule(path) for path in _block_paths(network, list(layers))]
         calls = _Calls.of(network, blocks, layers, few)
-        options = [(calls.blocks, True), (calls.blocks, False)] if calls.once(blocks) else []
-        for self._blocks, self._frees in [*options, ([network], False)]:
+        options = [([network], False)]
+        if calls.once(blocks):
+            inside = {id(module) for block in blocks for module in block.modules()}
+            # Batch norms between blocks see the outputs of all blocks once more, at the end.
+            free = all(id(norm) in inside for norm in self._norms)
+            freeing = [(calls.blocks, True)] if free else []
+            options = [*freeing, (calls.blocks, False), *options]
+        for self._blocks, self._frees in options:
             self._sites = [calls.sites(network, block, layers) for block in self._blocks]
             if self._blocks == [network] or self._is_faithful(few, calls):
                 break

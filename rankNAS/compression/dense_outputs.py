@@ -44,8 +44,8 @@ class DenseOutputs:
         layers: Mapping[str, Layer],
         batches: InputBatches,
         *,
-        seed: int = 0,
-        memory: int = MEMORY,
+        seed: int,
+        memory: int,
     ) -> None:
         self._model, self._layers, self._batches = model, layers, batches
         self._seed, self._memory = seed, memory

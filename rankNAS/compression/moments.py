@@ -102,10 +102,9 @@ class Moments:
         cross, moment = self.second(centred=False)
         HA, Hs = norm.left(A), norm.left(shift.unsqueeze(-1))
         total = (HA * (HA @ moment - 2 * norm.left(cross))).sum()
-        total = (
-            total + norm.left(norm.left(self.yy / self.count).mT).diagonal(dim1=1, dim2=2).sum()
-        )
-        return float(total + (Hs * (Hs + 2 * (HA @ q) - 2 * norm.left(y))).sum())
+        total = total + norm.left(norm.left(self.yy / self.count).mT).diagonal(0, 1, 2).sum()
+        total = total + (Hs * (Hs + 2 * (HA @ q) - 2 * norm.left(y))).sum()
+        return max(0.0, float(total))
 
 
 def split_moments(

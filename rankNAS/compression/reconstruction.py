@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.accumulators import counted
 from rankNAS.compression.batch_norm import in_float32, is_tracking, training_layers
-from rankNAS.compression.dense_outputs import DenseOutputs, draw, positions
+from rankNAS.compression.dense_outputs import MEMORY, DenseOutputs, draw, positions
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.moments import Moments, choose_shrinkage, split_moments
@@ -95,6 +95,7 @@ class SequentialRefit:
         inputs: Calibration samples, or batches of their inputs.
         batch_size: Samples per forward pass.
         seed: Random seed of the positions sampled from large feature maps.
+        memory: Bytes of dense outputs that are kept; beyond them they are computed at each refit.
     """
 
     @torch.no_grad()
@@ -105,6 +106,7 @@ class SequentialRefit:
         *,
         batch_size: int = 256,
         seed: int = 0,
+        memory: int = MEMORY,
     ) -> None:
         self._factorisation, self._seed = factorisation, seed
         self._batches = input_batches(inputs, batch_size, even=True)
@@ -112,7 +114,7 @@ class SequentialRefit:
         statistics = nn.Module.eval if self._batches.samples < 2 else _training_statistics
         layers, model = factorisation.space.layers, factorisation.model
         self._dense = DenseOutputs(
-            statistics(shared_copy(model)), layers, self._batches, seed=seed
+            statistics(shared_copy(model)), layers, self._batches, seed=seed, memory=memory
         )
         self._network = statistics(changeable_copy(model, factorisation.layers))
         self._walk = walk_through(self._network, layers, self._batches)
