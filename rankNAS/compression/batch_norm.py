@@ -24,12 +24,14 @@ from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
 
 __all__ = [
     "BatchNormReference",
+    "averaging_anew",
     "cumulative_averaging",
     "has_batch_norm",
     "in_float32",
     "is_tracking",
     "reestimate_batch_norm",
     "tracking_layers",
+    "training_layers",
 ]
 
 
@@ -199,17 +201,33 @@ def tracking_layers(network: nn.Module) -> list[_BatchNorm]:
     return [module for module in network.modules() if is_tracking(module)]
 
 
+def training_layers(network: nn.Module) -> list[_BatchNorm]:
+    """The batch norms that keep running statistics and use those of the batch."""
+    return [layer for layer in tracking_layers(network) if layer.training]
+
+
 @contextmanager
-def cumulative_averaging(layers: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Context in which running statistics are the plain average over the batches."""
+def averaging_anew(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Context in which running statistics are the plain average over the batches from now on."""
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # PyTorch's setting for the average over all batches
-        layer.train()
     try:
         yield
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
+
+
+@contextmanager
+def cumulative_averaging(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Context in which layers are in training mode, and average their statistics anew."""
+    for layer in layers:
+        layer.train()
+    try:
+        with averaging_anew(layers):
+            yield
+    finally:
+        for layer in layers:
             layer.eval()

@@ -126,11 +126,18 @@ class IncrementalExecutor:
 
     def input_of(self, number: int, values: dict[fx.Node, Any]) -> Tensor:
         """The first argument of an operation, given the live values before it."""
-        node = self.nodes[number]
-        first = [*node.args, *node.kwargs.values()][0]
-        found = fx.node.map_arg(first, values.__getitem__)
+        found = fx.node.map_arg(self.input_node(number), values.__getitem__)
         assert isinstance(found, Tensor)
         return found
+
+    def input_node(self, number: int) -> Any:
+        """What computes the first argument of an operation; equal nodes have equal values."""
+        node = self.nodes[number]
+        return [*node.args, *node.kwargs.values()][0]
+
+    def reads_inputs(self, start: int, stop: int) -> bool:
+        """Whether operations from `start` to before `stop` need the network's inputs."""
+        return any(node.op == "placeholder" for node in self.nodes[start:stop])
 
     def _compute(
         self,

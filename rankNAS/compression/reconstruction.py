@@ -1,10 +1,13 @@
 """Sequential (asymmetric) reconstruction: refit layers to the inputs of the compressed network.
 
-The initial factors are computed from the dense network's inputs x. In the compressed network, a
-layer's inputs x' differ from x because of the errors of earlier layers. The least-squares map from
-x' to the dense layer's outputs W x is W E[x x'^T] E[x' x'^T]^-1. Its decomposition in the norm of
-x' has the smallest error and compensates part of the earlier errors. Layers are refitted in the
+The initial factors are computed from the dense network's inputs p. In the compressed network, a
+layer's inputs q differ from p because of the errors of earlier layers. The least-squares map from
+q to the dense layer's outputs y = W p is E[y q^T] E[q q^T]^-1. Its decomposition in the norm of
+q has the smallest error and compensates part of the earlier errors. Layers are refitted in the
 order of the forward pass, each after all earlier ones. Neither labels nor gradients are needed.
+
+Part of the patches is held out of the fit. It chooses the shrinkage towards the dense weight, and
+a layer keeps its factors where the refitted ones have a larger error on it.
 
 Reference: asymmetric reconstruction, Zhang, Zou, He and Sun, TPAMI 2016 (arXiv 1505.06798),
 section 3.3, for the responses of one operator; here for every operator and every norm.
@@ -13,35 +16,32 @@ section 3.3, for the responses of one operator; here for every operator and ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.accumulators import counted
-from rankNAS.compression.batch_norm import in_float32, is_tracking
+from rankNAS.compression.batch_norm import in_float32, is_tracking, training_layers
+from rankNAS.compression.dense_outputs import MEMORY, DenseOutputs, draw, positions
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
-from rankNAS.compression.incremental import IncrementalExecutor
-from rankNAS.compression.patches import folded, patches
+from rankNAS.compression.moments import Moments, choose_shrinkage, split_moments
+from rankNAS.compression.patches import patches
 from rankNAS.compression.surgery import changeable_copy, shared_copy
+from rankNAS.compression.walks import walk_through
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
-from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
+from rankNAS.tasks.feeding import InputSource, input_batches
 from rankNAS.threads import limited_threads
-from rankNAS.trees import rows
 
-__all__ = ["refit_sequentially"]
+__all__ = ["Refitted", "SequentialRefit", "refit_sequentially"]
 
 SAMPLES = 2  # fewest patches per input feature for reliable moments
-POSITIONS = 32  # per input, see `patches`; more inputs help more than more positions
-SHRINKAGE = 1e-2  # towards the dense weight, in units of the mean square of an input
-Pairs = Iterator[tuple[Tensor, Tensor]]  # inputs of a layer: dense network's, compressed network's
+Progress = Callable[[int, int], None]
 
 
-@torch.no_grad()
 def refit_sequentially(
     factorisation: Factorisation,
     allocation: Mapping[str, Choice],
@@ -49,8 +49,8 @@ def refit_sequentially(
     *,
     batch_size: int = 256,
     seed: int = 0,
-    on_layer: Callable[[int, int], None] | None = None,
-) -> Factorisation:
+    on_layer: Progress | None = None,
+) -> Refitted:
     """Sequentially refitted factors for one allocation: each layer fits its compressed inputs.
 
     Args:
@@ -64,36 +64,139 @@ def refit_sequentially(
 
     Returns:
         A factorisation for this allocation alone. Layers that are called several times per forward
-        pass keep their factors; so do layers with fewer than two patches per input feature.
+        pass keep their factors; so do layers with fewer than two patches per input feature, and
+        layers whose error on held-out patches would grow.
     """
-    space = factorisation.space
-    batches = input_batches(inputs, batch_size, even=True)
-    # The statistics of one sample are no estimate, and those of one vector are none at all.
-    statistics = nn.Module.eval if batches.samples < 2 else _training_statistics
-    dense = statistics(shared_copy(factorisation.model))
-    compressed = statistics(changeable_copy(factorisation.model, factorisation.layers))
-    walk = _walk(factorisation, dense, compressed, batches)
-    layers = {}
-    for done, (name, pairs) in enumerate(walk, 1):
-        choice, layer = allocation[name], factorisation.layers[name].restrict([allocation[name]])
-        if len(layer.layer.shape.calls) == 1:
-            moments = _Moments.of(layer, pairs, batches, seed)
+    refit = SequentialRefit(factorisation, inputs, batch_size=batch_size, seed=seed)
+    return refit.factors(allocation, on_layer)
+
+
+@dataclass(frozen=True)
+class Refitted(Factorisation):
+    """Refitted factors of one allocation.
+
+    Args:
+        statistics: Mean and variance of the inputs of each batch norm that keeps running
+            statistics, by path: averages over the calibration batches in the refitted network.
+            Empty without batch norms, and for a single calibration sample.
+    """
+
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class SequentialRefit:
+    """Refits of many allocations of one factorisation, on the same calibration inputs.
+
+    What does not depend on the allocation is computed once: the dense network's outputs, and the
+    trace of the network.
+
+    Args:
+        factorisation: Factors from the dense network's inputs; unchanged.
+        inputs: Calibration samples, or batches of their inputs.
+        batch_size: Samples per forward pass.
+        seed: Random seed of the positions sampled from large feature maps.
+        memory: Bytes of dense outputs that are kept; beyond them they are computed at each refit.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        factorisation: Factorisation,
+        inputs: InputSource,
+        *,
+        batch_size: int = 256,
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        self._factorisation, self._seed = factorisation, seed
+        self._batches = input_batches(inputs, batch_size, even=True)
+        # The statistics of one sample are no estimate, and those of one vector are none at all.
+        statistics = nn.Module.eval if self._batches.samples < 2 else _training_statistics
+        layers, model = factorisation.space.layers, factorisation.model
+        self._dense = DenseOutputs(
+            statistics(shared_copy(model)), layers, self._batches, seed=seed, memory=memory
+        )
+        self._network = statistics(changeable_copy(model, factorisation.layers))
+        self._walk = walk_through(self._network, layers, self._batches)
+
+    @torch.no_grad()
+    def factors(
+        self, allocation: Mapping[str, Choice], on_layer: Progress | None = None
+    ) -> Refitted:
+        """The refitted factors of an allocation; see `refit_sequentially`."""
+        space = self._factorisation.space
+        for found in self._factorisation.layers.values():  # of an earlier allocation
+            found.write(self._network, DENSE)
+        layers: dict[str, LayerFactors] = {}
+        for names, inputs in self._walk.sites():
+            site = {
+                n: self._factorisation.layers[n].restrict([allocation[n]])
+                for n in names
+                if n not in layers
+            }
+            for name, layer in self._refitted(site, inputs, allocation).items():
+                layers[name] = layer
+                layer.write(self._network, allocation[name])
+                if on_layer is not None:
+                    on_layer(len(layers), len(space.layers))
+        layers = {name: layers[name] for name in space.layers}
+        restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
+        model = self._model(layers, allocation)
+        return Refitted(model, restricted, layers, self._statistics())
+
+    def _refitted(
+        self,
+        site: Mapping[str, LayerFactors],
+        inputs: Iterator[Tensor | None],
+        allocation: Mapping[str, Choice],
+    ) -> dict[str, LayerFactors]:
+        """The refitted factors of layers with the same inputs."""
+        found = dict(site)
+        # The layers of a site of several are called once.
+        if all(len(layer.layer.shape.calls) != 1 for layer in site.values()):
+            return found
+        shape = next(iter(site.values())).layer.shape
+        parts = split_moments(shape, self._pairs(list(site), inputs))
+        for (name, layer), (fit, held) in zip(site.items(), parts, strict=False):
             shape = layer.layer.shape
-            if moments.count >= SAMPLES * shape.width:
+            if fit.count + held.count >= SAMPLES * shape.width:
                 with limited_threads(max(shape.width, shape.outputs // shape.groups)):
-                    layer = moments.refit(layer, choice)
-        layers[name] = layer
-        layer.write(compressed, choice)
-        if on_layer is not None:
-            on_layer(done, len(space.layers))
-    layers = {name: layers[name] for name in space.layers}
-    kept = [found for name, found in layers.items() if allocation[name] == DENSE]
-    modules = [factorisation.model.get_submodule(p) for found in kept for p in found.layer.paths]
-    model = shared_copy(factorisation.model, own=[p for m in modules for p in m.parameters()])
-    for found in kept:
-        found.write(model, DENSE)
-    restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
-    return Factorisation(model, restricted, layers)
+                    found[name] = _refitted_layer(layer, allocation[name], fit, held)
+        return found
+
+    def _pairs(
+        self, names: list[str], inputs: Iterator[Tensor | None]
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Compressed patches and dense outputs at the same positions, by batch."""
+        layer = self._factorisation.space.layers[names[0]]
+        most = positions(layer, self._batches.samples)
+        dense = [self._dense.of(name) for name in names]
+        for number, (x, *outputs) in enumerate(zip(inputs, *dense, strict=True)):
+            called = [y for y in outputs if y is not None]
+            if x is None or len(called) < len(names):
+                continue
+            x = counted(layer.shape, x, self._batches.mask(number))
+            yield patches(layer.shape, x, draw(self._seed, number), most), called
+
+    def _model(
+        self, layers: Mapping[str, LayerFactors], allocation: Mapping[str, Choice]
+    ) -> nn.Module:
+        """A copy of the dense model with the refitted weights of layers that stay dense."""
+        kept = [found for name, found in layers.items() if allocation[name] == DENSE]
+        dense = self._factorisation.model
+        modules = [dense.get_submodule(path) for found in kept for path in found.layer.paths]
+        model = shared_copy(dense, own=[p for m in modules for p in m.parameters()])
+        for found in kept:
+            found.write(model, DENSE)
+        return model
+
+    def _statistics(self) -> dict[str, tuple[Tensor, Tensor]]:
+        own = set(map(id, training_layers(self._network)))
+        return {
+            path: (module.running_mean.clone(), module.running_var.clone())
+            for path, module in self._network.named_modules()
+            if id(module) in own
+        }
 
 
 def _training_statistics(model: nn.Module) -> nn.Module:
@@ -105,152 +208,56 @@ def _training_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Means over patches p of the dense network and q of the compressed one.
-
-    Args:
-        mean_dense: E[p], (g, n).
-        mean: E[q], (g, n).
-        cross: E[p q^T], (g, n, n).
-        moment: E[q q^T], (g, n, n).
-        count: Number of patches.
-    """
-
-    mean_dense: Tensor
-    mean: Tensor
-    cross: Tensor
-    moment: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, layer: LayerFactors, pairs: Pairs, batches: InputBatches, seed: int) -> _Moments:
-        """Moments over all batches."""
-        shape = layer.layer.shape
-        sums: list[Tensor] = []
-        count = 0
-        for number, pair in enumerate(pairs):
-            # The same positions in both networks.
-            mask = batches.mask(number)
-            P, Q = (
-                patches(
-                    shape,
-                    counted(shape, x, mask),
-                    torch.Generator().manual_seed(seed + number),
-                    POSITIONS,
-                )
-                for x in pair
-            )
-            parts = [P.sum(1), Q.sum(1), P.mT @ Q, Q.mT @ Q]
-            parts = [part.double() for part in parts]
-            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-            count += P.shape[1]
-        order = folded(shape)
-        mean_dense, mean = (s[:, order] / count for s in sums[:2])
-        cross, moment = (s[:, order][:, :, order] / count for s in sums[2:])
-        return cls(mean_dense, mean, cross, moment, count)
-
-    def refit(self, layer: LayerFactors, choice: Choice) -> LayerFactors:
-        """The factors of a choice, from the least-squares weight for the compressed inputs."""
-        centred = layer.norm.mean is not None
-        cross, moment = self.cross, self.moment
-        if centred:
-            cross = cross - self.mean_dense.unsqueeze(-1) * self.mean.unsqueeze(-2)
-            moment = moment - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-        scale = SHRINKAGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1)
-        eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-        shrinkage = torch.where(scale > 0, scale, torch.ones_like(scale))[:, None, None] * eye
-        W = layer.weight.double().flatten(2)
-        best = W @ torch.linalg.solve(moment + shrinkage, (cross + shrinkage).mT).mT
-        bias = layer.bias
-        if centred and bias is not None:
-            shift = (W @ self.mean_dense.unsqueeze(-1) - best @ self.mean.unsqueeze(-1)).flatten()
-            bias = (bias.double() + shift).to(bias.dtype)
-        weight = best.reshape(layer.weight.shape)
-        norm = ErrorNorm(ridged(moment), layer.norm.H, self.mean if centred else None)
-        factors = {}
-        if choice != DENSE:
-            operator = OPERATORS[choice.operator]
-            target = Target(weight, norm)
-            found = operator.factorise(layer.layer.shape, target, [choice.rank])
-            factors = {choice.operator: found}
-        weight = weight.to(layer.weight.dtype)
-        norm = replace(norm, C=None)
-        refitted = replace(layer, weight=weight, bias=bias, norm=norm, factors=factors)
-        if choice == DENSE:
-            return refitted
-        # The single choice includes its corrected bias, so no dense weight is needed.
-        _, bias = refitted.folded(choice)
-        return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
+def _refitted_layer(
+    layer: LayerFactors, choice: Choice, fit: Moments, held: Moments
+) -> LayerFactors:
+    """The refitted factors of a layer; its own if these have a smaller error on held-out data."""
+    W = layer.weight.double().flatten(2)
+    shrinkage = choose_shrinkage(W, fit, held, layer.norm)
+    if held.count:
+        candidate = _fitted_layer(layer, choice, fit, shrinkage)
+        errors = [_error(layer, found, choice, fit, held) for found in (candidate, layer)]
+        if not errors[0] < errors[1]:
+            return layer
+    return _fitted_layer(layer, choice, fit + held, shrinkage)
 
 
-def _walk(
-    factorisation: Factorisation,
-    dense: nn.Module,
-    compressed: nn.Module,
-    batches: InputBatches,
-) -> Iterator[tuple[str, Pairs]]:
-    """Each layer in the order of the forward pass, with its inputs in both networks.
-
-    The caller changes the compressed network layer by layer during the iteration.
-    """
-    layers = factorisation.space.layers
-    paths = {name: layer.paths for name, layer in layers.items()}
-    few = rows(batches[0], slice(0, 2), batches.sizes[0])
-    staged = [IncrementalExecutor.of(model, paths, [few]) for model in (dense, compressed)]
-    if staged[0] is not None and staged[1] is not None:
-        yield from _staged(staged[0], staged[1], layers, batches)
-        return
-    for name in layers:
-        yield name, _hooked(name, dense, compressed, batches)
-
-
-def _staged(
-    dense: IncrementalExecutor,
-    compressed: IncrementalExecutor,
-    layers: Mapping[str, Any],
-    batches: InputBatches,
-) -> Iterator[tuple[str, Pairs]]:
-    """Advance both forward passes from layer to layer, for all batches."""
-    both = dense, compressed
-    live_values: list[list[dict[Any, Any]]] = [[{} for _ in batches] for _ in both]
-    at = 0
-    for name in sorted(layers, key=lambda name: dense.cut_points[name]):
-        cut = dense.cut_points[name]
-        for i, x in enumerate(batches):
-            for stages, values in zip(both, live_values, strict=True):
-                values[i] = stages.advance(values[i], at, cut, x)
-        at = cut
-        yield (
-            name,
-            (
-                (dense.input_of(cut, a), compressed.input_of(cut, b))
-                for a, b in zip(*live_values, strict=True)
-                if len(layers[name].shape.calls) == 1
-            ),
-        )
+def _fitted_layer(
+    layer: LayerFactors, choice: Choice, moments: Moments, shrinkage: float
+) -> LayerFactors:
+    """The factors of a choice, from the least-squares weight for the compressed inputs."""
+    centred = layer.norm.mean is not None
+    best = moments.fitted(layer.weight.double().flatten(2), shrinkage, centred=centred)
+    bias = layer.bias
+    if centred and bias is not None:
+        bias = (bias.double() + moments.shift(best).flatten()).to(bias.dtype)
+    weight = best.reshape(layer.weight.shape)
+    _, moment = moments.second(centred=centred)
+    norm = ErrorNorm(ridged(moment), layer.norm.H, moments.means[1] if centred else None)
+    factors = {}
+    if choice != DENSE:
+        operator = OPERATORS[choice.operator]
+        found = operator.factorise(layer.layer.shape, Target(weight, norm), [choice.rank])
+        factors = {choice.operator: found}
+    weight = weight.to(layer.weight.dtype)
+    norm = replace(norm, C=None)
+    refitted = replace(layer, weight=weight, bias=bias, norm=norm, factors=factors)
+    if choice == DENSE:
+        return refitted
+    # The single choice includes its corrected bias, so no dense weight is needed.
+    _, bias = refitted.folded(choice)
+    return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
 
 
-class _ReachedError(Exception):
-    """The target layer has been called."""
-
-
-def _hooked(name: str, dense: nn.Module, compressed: nn.Module, batches: InputBatches) -> Pairs:
-    """Forward passes up to a layer, for networks that cannot be traced."""
-    for x in batches:
-        found = []
-        for model in (dense, compressed):
-
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                found.append((*args, *kwargs.values())[0].detach())  # noqa: B023
-                raise _ReachedError
-
-            handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-            try:
-                x.copied().run(model)  # the model may change its inputs
-            except _ReachedError:
-                pass
-            finally:
-                handle.remove()
-        if len(found) == 2:
-            yield found[0], found[1]
+def _error(
+    layer: LayerFactors, found: LayerFactors, choice: Choice, fit: Moments, held: Moments
+) -> float:
+    """The error of factors on held-out patches; its mean is removed where a batch norm does so."""
+    weight, bias = found.folded(choice)
+    A = layer.layer.shape.fold(weight).double().flatten(2)
+    shift = torch.zeros_like(fit.y)
+    if bias is not None and layer.bias is not None:
+        shift = (bias.double() - layer.bias.double()).reshape(shift.shape)
+    elif layer.norm.mean is not None:
+        shift = fit.shift(A)
+    return held.error(A, shift, layer.norm)

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.allocation import DENSE, Choice
@@ -31,6 +31,7 @@ from rankNAS.compression.batch_norm import (
 )
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
+from rankNAS.compression.reconstruction import Refitted, SequentialRefit
 from rankNAS.compression.surgery import exceeds_memory_limit, shared_copy
 from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
@@ -144,6 +145,11 @@ class Backend:
         """Whether a forward pass begins at the first layer that changed."""
         return self._executor is not None
 
+    @cached_property
+    def refit(self) -> SequentialRefit:
+        """Refits to the calibration batches, from which batch norms are corrected as well."""
+        return SequentialRefit(self.factorisation, self.calibration)
+
     def calibration_batches(self, batch_size: int) -> InputBatches:
         """The inputs of the calibration samples, on the device, in batches of about equal size."""
         return input_batches(
@@ -169,7 +175,10 @@ class Backend:
             self._write(allocation, factorisation)
             if self.batch_norm:
                 started = time.perf_counter()
-                self._reestimate()
+                if isinstance(factorisation, Refitted) and factorisation.statistics:
+                    self._take(factorisation.statistics)
+                else:
+                    self._reestimate()
                 self.timing.forward += time.perf_counter() - started
             yield
         finally:
@@ -267,6 +276,17 @@ class Backend:
             with cumulative_averaging(changed):
                 self._calibrating.run()
             self._reference.correct(changed)
+
+    @torch.no_grad()
+    def _take(self, measured: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Correct all batch norms by the statistics that a refit measured on the same batches."""
+        self._outputs.invalidate(0)
+        layers = dict(self.network.named_modules())
+        norms = [(layers[path], found) for path, found in measured.items()]
+        for layer, (mean, variance) in norms:
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(variance)
+        self._reference.correct(tracking_layers(self.network), self._dense_norms)
 
     @cached_property
     def _few(self) -> Inputs:

@@ -17,7 +17,6 @@ from torch import nn
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
-from rankNAS.compression.reconstruction import refit_sequentially
 from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.backend import Backend, Timing
@@ -293,8 +292,7 @@ class Evaluator:
         self.factorisation.space.check(allocation)
         if not (refit and self.sequential):
             return self.factorisation
-        batches = self.backend.calibration_batches(self.batch_size)
-        return refit_sequentially(self.factorisation, allocation, batches)
+        return self.backend.refit.factors(allocation)
 
     def _untrained(self, allocation: Allocation) -> nn.Module:
         """The network of an allocation, with refitted factors if the evaluator is set so."""

@@ -11,9 +11,14 @@ from searches import evaluator_of
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Allocation
+from rankNAS.compression.batch_norm import reestimate_batch_norm, tracking_layers
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, factorise
-from rankNAS.compression.reconstruction import refit_sequentially
+from rankNAS.compression.reconstruction import (
+    SequentialRefit,
+    _fitted_layer,
+    refit_sequentially,
+)
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.search_spaces.compiler import compile_space
@@ -67,7 +72,7 @@ def test_without_compression_nothing_changes() -> None:
 
 
 def test_a_dense_layer_becomes_the_least_squares_solution_for_its_inputs() -> None:
-    x = torch.randn(400, 10, generator=torch.Generator().manual_seed(2)) + 0.3
+    x = torch.randn(1000, 10, generator=torch.Generator().manual_seed(2)) + 0.3
     found = factorised(linear(), x)
     first, last = found.space.layers
     allocation = Allocation.of({first: found.space.layers[first].choices[-1], last: DENSE})
@@ -143,7 +148,10 @@ def test_a_layer_that_is_called_twice_keeps_its_factors() -> None:
 
 
 def test_too_few_samples_change_nothing() -> None:
-    x = torch.randn(400, 10, generator=torch.Generator().manual_seed(2))
+    # Inputs of few dimensions, for which 20 samples are enough on held-out ones.
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(2)) @ torch.randn(
+        3, 10, generator=torch.Generator().manual_seed(4)
+    )
     found = factorised(linear(), x)
     allocation = cheap(found)
     plain = found.materialise(allocation).state_dict()
@@ -208,3 +216,63 @@ def test_a_refitted_evaluation_is_that_of_the_network(low_memory: bool) -> None:
     assert evaluator.evaluate(allocation) == plain
     without = evaluator_of(found, x, y)
     assert without.evaluate(allocation, final=True) == without.evaluate(allocation)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 14, 1 << 30])
+def test_kept_dense_outputs_give_the_same_factors(memory: int) -> None:
+    x = images()
+    found = factorised(convolutional(), x)
+    refit = SequentialRefit(found, x, batch_size=50, memory=memory)
+    for allocation in (cheap(found, -1), found.space.dense, cheap(found, -2), cheap(found, -1)):
+        fresh = refit_sequentially(found, allocation, x, batch_size=50)
+        again = refit.factors(allocation)
+        expected = fresh.materialise(allocation).state_dict()
+        actual = again.materialise(allocation).state_dict()
+        assert all(torch.equal(actual[name], value) for name, value in expected.items())
+        assert fresh.statistics.keys() == again.statistics.keys() and len(fresh.statistics) == 2
+        for name, pair in fresh.statistics.items():
+            assert all(map(torch.equal, pair, again.statistics[name]))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_statistics_are_those_of_a_pass_through_the_refitted_network(traced: bool) -> None:
+    x = images()
+    found = factorised(convolutional() if traced else Untraceable(convolutional()), x)
+    allocation = cheap(found, -2)
+    refitted = refit_sequentially(found, allocation, x, batch_size=40)
+    network = reestimate_batch_norm(refitted.materialise(allocation), x, batch_size=40)
+    measured = list(refitted.statistics.values())
+    for layer, (mean, variance) in zip(tracking_layers(network), measured, strict=True):
+        assert layer.running_mean is not None and layer.running_var is not None
+        torch.testing.assert_close(layer.running_mean, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.running_var, variance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [24, 60, 400])
+def test_the_error_on_held_out_patches_never_grows(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(count, 10, generator=torch.Generator().manual_seed(2))
+    found = factorised(linear(), torch.cat([x, torch.randn(400, 10)]))
+    seen: list[tuple[float, float]] = []
+    module = "rankNAS.compression.reconstruction"
+
+    def recorded(layer: Any, choice: Any, fit: Any, held: Any) -> Any:
+        result = original(layer, choice, fit, held)
+        trial = layer if result is layer else _fitted_layer(layer, choice, fit, chosen[-1])
+        seen.append(tuple(error(layer, f, choice, fit, held) for f in (trial, layer)))  # type: ignore[arg-type]
+        return result
+
+    reconstruction: Any = __import__(module, fromlist=["_refitted_layer"])
+    original, error = reconstruction._refitted_layer, reconstruction._error
+    chosen: list[float] = []
+    choose = reconstruction.choose_shrinkage
+
+    def choosing(*args: Any) -> float:
+        chosen.append(choose(*args))
+        return chosen[-1]
+
+    monkeypatch.setattr(f"{module}.choose_shrinkage", choosing)
+    monkeypatch.setattr(f"{module}._refitted_layer", recorded)
+    refit_sequentially(found, cheap(found), x)
+    assert len(seen) == 2 and all(after <= before for after, before in seen)
