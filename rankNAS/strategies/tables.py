@@ -15,7 +15,7 @@ from rankNAS.tasks.base import Task
 
 __all__ = ["build_problem", "check_reachable"]
 
-LARGE = 0.1  # share of a cost from which a part of the model is named in messages
+LARGE = 0.5  # share of a cost from which a part of the model is named in messages
 
 
 def build_problem(
