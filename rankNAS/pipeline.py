@@ -23,6 +23,7 @@ from rankNAS.evaluation.pruning import PARTS
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
+from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
@@ -123,6 +124,9 @@ def prepare(
         device=device,
         sequential=settings.sequential,
         recovery=recovery,
+        refiner=None
+        if settings.refine is None
+        else Refiner(splits.training, task, settings.refine, seed, report),
         parts=PARTS if settings.early_stopping else (1.0,),
     )
     context = SearchContext(factorisation, splits, evaluator, task, device, seed, report)
