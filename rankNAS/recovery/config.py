@@ -78,18 +78,21 @@ class Refinement:
 
     Attributes:
         samples: Training samples, at most; their labels are not used.
-        steps: Steps of the optimiser for each block.
+        blocks: Neighbouring blocks that are trained together.
+        steps: Steps of the optimiser for them.
         learning_rate: Peak learning rate of Adam, after linear warm-up and before cosine decay.
         batch_size: Samples per step, at most.
     """
 
     samples: int = 4096
-    steps: int = 150
+    blocks: int = 2
+    steps: int = 300
     learning_rate: float = 1e-3
-    batch_size: int = 64
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         _check("samples", self.samples, self.samples >= 2, "at least 2")
+        _check("blocks", self.blocks, self.blocks >= 1, "at least 1")
         _check("steps", self.steps, self.steps >= 1, "at least 1")
         _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
         _check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")

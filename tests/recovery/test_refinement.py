@@ -17,16 +17,17 @@ from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import UsageError
 from rankNAS.recovery import refinement
-from rankNAS.recovery.blocks import paired_blocks
+from rankNAS.recovery.blocks import JoinedBlocks
 from rankNAS.recovery.config import Refinement
 from rankNAS.recovery.refinement import Refiner, refine
+from rankNAS.recovery.splitting import paired_blocks
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.infer import infer_task
 from rankNAS.tasks.language import CausalLanguageModelling
 from rankNAS.trees import Inputs
 
-CONFIG = Refinement(samples=96, steps=30, learning_rate=3e-3, batch_size=12)
+CONFIG = Refinement(samples=96, blocks=1, steps=30, learning_rate=3e-3, batch_size=12)
 
 
 class Residual(nn.Module):
@@ -164,6 +165,27 @@ def test_a_refined_network_is_closer_to_the_dense_one_on_other_samples() -> None
     assert network[1].relu.inplace
     clean(network)
     clean(factors.model)
+
+
+def test_joined_blocks_end_with_the_network() -> None:
+    model, data = convolutional(), images()
+    task = task_of(model, data)
+    factors, network = compressed(model, data)
+    paths = {name: layer.paths for name, layer in factors.space.layers.items()}
+    x = Inputs.of(data[0][:2])
+    found = paired_blocks(copy.deepcopy(model), network, paths, x)
+    assert found is not None
+    blocks = JoinedBlocks(found[0], 3)
+    assert blocks.names == ["0", "1.conv1"]
+    with torch.no_grad():
+        state = blocks.first(x)
+        output, state = blocks.advance(0, state, x)
+        assert torch.equal(output, model[0](data[0][:2]))
+        assert torch.equal(blocks.run(1, state, x), model(data[0][:2]))
+    assert len(blocks.graph(x)[0]) == 1
+    before = divergence(network, model, data, task)
+    refined(factors, network, data, task, replace(CONFIG, blocks=3))
+    assert divergence(network, model, data, task) < 0.8 * before
 
 
 def test_equal_seeds_give_equal_weights_and_labels_do_not_matter() -> None:
@@ -377,6 +399,12 @@ def test_a_refiner_stores_its_progress_under_the_network_and_the_settings(
 
 
 def test_wrong_settings_are_refused() -> None:
-    for wrong in ({"samples": 1}, {"steps": 0}, {"learning_rate": 0.0}, {"batch_size": 0}):
+    for wrong in (
+        {"samples": 1},
+        {"blocks": 0},
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"batch_size": 0},
+    ):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Refinement(**wrong)  # type: ignore[arg-type]

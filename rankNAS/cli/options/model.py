@@ -78,7 +78,11 @@ class ModelOptions(SpaceOptions):
         TRAINING,
     )
     refine_steps: int | None = option(
-        None, "Steps for each block of --refine. Default: 150.", TRAINING, min=1, hidden=True
+        None,
+        "Steps of --refine for two neighbouring blocks. Default: 300.",
+        TRAINING,
+        min=1,
+        hidden=True,
     )
     finetune: int = option(
         0, "Number of epochs that each chosen network is fine-tuned.", TRAINING, min=0
