@@ -249,7 +249,7 @@ class Study:
         if self.evaluator.refiner is not None:  # no trial has measured this network
             metrics = self.evaluator.metrics_of(allocation, copied(network))
         elif found is not None and found.state == "complete" and not found.probe:
-            metrics = found.metrics
+            metrics = dict(found.metrics)
         else:
             metrics = self.evaluator.evaluate(allocation, final=self.final)
         model = {"inputs": self.inputs, **self.model}

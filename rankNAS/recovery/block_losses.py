@@ -92,7 +92,7 @@ def advanced(
     return outputs
 
 
-@torch.enable_grad()  # type: ignore[untyped-decorator]
+@torch.enable_grad()
 def output_gradients(
     dense: Blocks, batches: InputBatches, numbers: Iterable[int], task: Task, seed: int
 ) -> list[Tensor | None]:

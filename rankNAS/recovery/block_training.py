@@ -27,9 +27,7 @@ from rankNAS.recovery.blocks import Blocks
 from rankNAS.recovery.config import Refinement
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
-from rankNAS.trees import (
-    count_bytes,
-)
+from rankNAS.trees import count_bytes
 
 __all__ = ["BlockTraining", "VERSION"]
 
@@ -77,8 +75,8 @@ class BlockTraining:
             self._walk(done, checkpoint)
         after = self._divergence(teacher)
         logger.info("refinement: divergence %.5g before, %.5g after, held out", before, after)
-        if not after < before:
-            logger.info("the refinement is not kept: it does not help on held-out samples")
+        if before > ROUNDING and not after < before:
+            logger.warning("the refinement is not kept: it does not help on held-out samples.")
         return after < before
 
     @property
