@@ -67,6 +67,9 @@ def main_tensor(output: Any) -> Tensor | None:
 class JoinedBlocks(Blocks):
     """Neighbouring blocks as one.
 
+    A block whose output is that of the network stays alone: its divergence says less about the
+    blocks before it than their outputs do, and several blocks overfit to it.
+
     Args:
         blocks: The blocks.
         most: The largest number of blocks to join; the first ones may be fewer.
@@ -77,7 +80,8 @@ class JoinedBlocks(Blocks):
         self._groups: list[list[int]] = []
         for number in reversed(range(len(blocks.names))):
             last = self._groups[0] if self._groups else []
-            if last and len(last) < most and blocks.is_linked(last[0]):
+            alone = blocks.ends_network and last == [len(blocks.names) - 1]
+            if last and not alone and len(last) < most and blocks.is_linked(last[0]):
                 last.insert(0, number)
             else:
                 self._groups.insert(0, [number])
