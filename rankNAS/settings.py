@@ -85,6 +85,10 @@ class Settings:
         for name in (*counts, "recovery_samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.refine is not None and not isinstance(self.refine, Refinement):
+            raise UsageError(
+                f"`refine` must be a Refinement of rankNAS.recovery or None, got {self.refine!r}."
+            )
         if self.early_stopping and self.recovery is not None and self.recovery.epochs < 2:
             raise UsageError(
                 "early stopping compares trials after some of their epochs; let them train for "

@@ -22,6 +22,7 @@ from rankNAS.recovery.config import Refinement
 from rankNAS.recovery.refinement import Refiner, refine
 from rankNAS.recovery.splitting import paired_blocks
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.settings import Settings
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.infer import infer_task
 from rankNAS.tasks.language import CausalLanguageModelling
@@ -408,3 +409,5 @@ def test_wrong_settings_are_refused() -> None:
     ):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             Refinement(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="must be a Refinement"):
+        Settings(refine=True)  # type: ignore[arg-type]
