@@ -102,7 +102,8 @@ def compress(
     best = study.best
     network = study.materialise(best.allocation).to(home)
     costs = study.evaluator.costs(best.allocation)
-    metrics = {name: best.metrics[name] for name in study.task.directions if name in best.metrics}
+    measured = study.metrics_of(best, network)
+    metrics = {name: measured[name] for name in study.task.directions if name in measured}
     found = Compression(best.allocation, metrics, study.dense, costs, study.task.describe())
     network.ranknas = found  # type: ignore[assignment]
     return network

@@ -24,6 +24,7 @@ from rankNAS.evaluation.pruning import PARTS
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
+from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -132,6 +133,9 @@ def prepare(
         sequential=settings.sequential,
         recovery=recovery,
         screened=settings.screening,
+        refiner=None
+        if settings.refine is None
+        else Refiner(splits.training, task, settings.refine, seed, report),
         parts=PARTS if settings.early_stopping else (1.0,),
     )
     context = SearchContext(factorisation, splits, evaluator, task, device, seed, report)

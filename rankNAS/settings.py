@@ -16,7 +16,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.models.agreement import Sketches, fixed_pass, tolerance
 from rankNAS.objectives.base import ObjectiveBase
-from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.config import Refinement, TrainingConfig
 from rankNAS.renamed import renamed
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies.base import Strategy
@@ -54,6 +54,8 @@ class Settings:
         recovery: Train the network of every trial, and every returned network, before it is
             measured. The search replaces its seed.
         recovery_samples: The largest number of training samples per epoch.
+        refine: Refine every returned network block by block, before any training; trials are
+            measured without it.
 
     Raises:
         UsageError: An unknown norm, or a number below one.
@@ -77,6 +79,7 @@ class Settings:
     early_stopping: bool = False
     recovery: TrainingConfig | None = None
     recovery_samples: int = 2048
+    refine: Refinement | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -92,6 +95,10 @@ class Settings:
         for name in (*counts, "recovery_samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.refine is not None and not isinstance(self.refine, Refinement):
+            raise UsageError(
+                f"`refine` must be a Refinement of rankNAS.recovery or None, got {self.refine!r}."
+            )
         if self.early_stopping and self.recovery is not None and self.recovery.epochs < 2:
             raise UsageError(
                 "early stopping compares trials after some of their epochs; let them train for "

@@ -113,6 +113,12 @@ class Study:
         """Whether trials, except probes, evaluate the network that `materialise` returns."""
         return self.strategy.refits or self.evaluator.recovery is not None
 
+    def metrics_of(self, chosen: Trial, network: nn.Module) -> dict[str, float]:
+        """The metrics of a trial's network: those of the trial, unless the network was refined."""
+        if self.evaluator.refiner is None:
+            return dict(chosen.metrics)
+        return self.evaluator.metrics_of(chosen.allocation, copied(network))
+
     @property
     def best(self) -> Trial:
         """The strategy's solution for the first budget, usually the best trial that meets it.
@@ -240,11 +246,12 @@ class Study:
         allocation = self.best.allocation if allocation is None else allocation
         network = self.materialise(allocation) if network is None else network
         found = self.history.found.get(allocation)
-        metrics = (
-            found.metrics
-            if found is not None and found.state == "complete" and not found.probe
-            else self.evaluator.evaluate(allocation, final=self.final)
-        )
+        if self.evaluator.refiner is not None:  # no trial has measured this network
+            metrics = self.evaluator.metrics_of(allocation, copied(network))
+        elif found is not None and found.state == "complete" and not found.probe:
+            metrics = dict(found.metrics)
+        else:
+            metrics = self.evaluator.evaluate(allocation, final=self.final)
         model = {"inputs": self.inputs, **self.model}
         return artifact.save(network, allocation, path, model=model, metrics=metrics)
 

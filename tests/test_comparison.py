@@ -21,7 +21,7 @@ from rankNAS.comparison import compare
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
-from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.config import Refinement, TrainingConfig
 from rankNAS.recovery.trainer import train
 from rankNAS.reporting.rows import COLUMNS, OK, Row, summarise
 from rankNAS.strategies import Energy, Random, Uniform
@@ -195,6 +195,20 @@ def test_every_strategy_measures_for_itself(small_net: nn.Module, small_data: Pa
     once = count({"first": Random()})
     assert once == 3 * len(BUDGETS)
     assert count({"first": Random(), "second": Random()}) == 2 * once
+
+
+def test_the_networks_of_every_strategy_are_refined(
+    small_net: nn.Module, small_data: Pair
+) -> None:
+    config = Refinement(samples=64, steps=20, learning_rate=3e-3, batch_size=8)
+    plain, refined = (
+        run(small_net, small_data, ["uniform", "energy"], seeds=[0], settings=settings)
+        for settings in (SETTINGS, replace(SETTINGS, refine=config))
+    )
+    assert refined.macs_fraction.tolist() == plain.macs_fraction.tolist()
+    changed = refined.test_divergence != plain.test_divergence
+    # A network that has random weights and hardly diverges may be left as it is.
+    assert not changed[0] and changed.any()
 
 
 def test_probes_are_counted_and_budgets_share_them(small_net: nn.Module, small_data: Pair) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from rankNAS.exceptions import (
     UnknownNameError,
     UsageError,
 )
-from rankNAS.recovery.config import TrainingConfig
+from rankNAS.models.artifact import read_metadata
+from rankNAS.recovery.config import Refinement, TrainingConfig
 from rankNAS.search_spaces.compiler import count_macs
 from rankNAS.strategies import Energy, OneShot, Random, Request, Uniform
 from rankNAS.strategies.base import Strategy
@@ -55,6 +58,34 @@ def test_best_is_the_best_trial(small_net: nn.Module, small_data: Pair) -> None:
     study = search(small_net, small_data, objectives=["loss"], n_trials=6)
     assert len(study.trials) == 6
     assert study.best.metrics["loss"] == min(t.metrics["loss"] for t in study.trials)
+
+
+def test_refinement_concerns_the_network_and_not_the_trials(
+    small_net: nn.Module, small_data: Pair, tmp_path: Path
+) -> None:
+    plain = search(small_net, small_data)
+    stages: list[str] = []
+    config = Refinement(samples=64, steps=20, learning_rate=3e-3, batch_size=8)
+    settings = rankNAS.Settings(calibration=64, validation=50, refine=config)
+    study = search(
+        small_net,
+        small_data,
+        settings=settings,
+        on_progress=lambda stage, done, total: stages.append(stage),
+    )
+    assert [t.metrics for t in study.trials] == [t.metrics for t in plain.trials]
+    assert "refine" not in stages
+    network = study.materialise()
+    assert "refine" in stages
+    found = study.metrics_of(study.best, network)
+    assert (
+        found["kl_divergence"]
+        < plain.measure(plain.materialise(), plain.splits.validation)["kl_divergence"]
+    )
+    assert found["macs"] == study.best.metrics["macs"]
+    metadata = read_metadata(study.save(tmp_path / "a.safetensors", network=network))
+    assert json.loads(metadata["metrics"])["kl_divergence"] == found["kl_divergence"]
+    assert pickle.loads(pickle.dumps(study.evaluator)).refiner is None
 
 
 def test_several_budgets_hold_together(small_net: nn.Module, small_data: Pair) -> None:

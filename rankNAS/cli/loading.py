@@ -30,7 +30,7 @@ from rankNAS.models.weights import (
 )
 from rankNAS.objectives import make_objective
 from rankNAS.plugins import is_plugin
-from rankNAS.recovery.config import TrainingConfig, default_config
+from rankNAS.recovery.config import Refinement, TrainingConfig, default_config
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import check_patterns, compile_space
 from rankNAS.search_spaces.policies import RankPolicy
@@ -98,8 +98,16 @@ def check_options(options: ModelOptions) -> Settings:
         policy=policy,
         latency_batch=options.latency_batch,
         strict_hardware=options.strict_hw,
+        refine=_refinement(options),
         **own,
     )
+
+
+def _refinement(options: ModelOptions) -> Refinement | None:
+    """The refinement of chosen networks; None without ``--refine``."""
+    if not options.refine:
+        return None
+    return Refinement(**({} if options.refine_steps is None else {"steps": options.refine_steps}))
 
 
 def workers_of(options: SearchOptions) -> Workers:

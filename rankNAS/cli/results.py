@@ -90,7 +90,8 @@ def _solution(
         "budget": dict(problem.budget),
         "budget_key": problem.budget_key,
         "trial": chosen.number,
-        "best": _summary(study, chosen.metrics, _tested(study, network)) | {"allocation": labels},
+        "best": _summary(study, study.metrics_of(chosen, network), _tested(study, network))
+        | {"allocation": labels},
         **describe_front(problem, study.history),
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),

@@ -25,6 +25,7 @@ from rankNAS.evaluation.pruning import PruneCallback, check_pruning, part_ends
 from rankNAS.evaluation.verification import verify_costs
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
+from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.tasks.base import Sums, Task, added
 from rankNAS.trees import channels_last
@@ -57,6 +58,8 @@ class Evaluator:
         known: The dense network's predictions for the validation samples, if known.
         recovery: A training of returned networks. Evaluations skip it, unless they are final.
         screened: Samples of either kind that screening uses; 0 for all.
+        refiner: A block-wise refinement of returned networks, before any training. Evaluations
+            always skip it; pickled copies do not have it.
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
             the network is trained, of the validation samples otherwise.
     """
@@ -74,6 +77,7 @@ class Evaluator:
     low_memory: bool = False
     recovery: Recovery | None = None
     screened: int = 0
+    refiner: Refiner | None = None
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
     known: Sequence[Reference] | None = None
@@ -105,7 +109,7 @@ class Evaluator:
             "validation": self.validation.placed(channels_last),
             "known": [reference.detached() for reference in self.backend.references],
         }
-        return {**state, **placed, "low_memory": True, "timing": Timing()}
+        return {**state, **placed, "refiner": None, "low_memory": True, "timing": Timing()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -190,15 +194,23 @@ class Evaluator:
     def network(self, allocation: Allocation) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms.
 
-        It is compared with what is measured before it is trained: its outputs on a few validation
-        samples, its parameters and its MACs.
+        It is compared with what is measured before it is refined or trained: its outputs on a few
+        validation samples, its parameters and its MACs.
 
         Raises:
             NetworkError: It differs from what is measured.
             ObjectiveError: Its training diverged.
         """
         network = self._untrained(allocation)
+        if self.refiner is not None:
+            network = self.refiner.refine(network, self.factorisation, self.device)
         return network if self.recovery is None else self._train(network, self.recovery)
+
+    def metrics_of(self, allocation: Allocation, network: nn.Module) -> dict[str, float]:
+        """The metrics of `evaluate` for a network that was refined or trained further."""
+        costs = self.costs(allocation)
+        sums = self.backend.sums_of(network)
+        return self._measure(allocation, sums, costs, lambda: copied(network))
 
     def dense(self) -> dict[str, float]:
         """The task's metrics of the dense network on the validation samples."""

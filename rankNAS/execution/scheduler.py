@@ -283,6 +283,9 @@ class _Loop:
     def explain(self, history: History) -> None:
         """Say why fewer trials than wanted are made, unless the strategy needs only a few."""
         strategy, made = self.study.strategy, len(history.candidates(self.problem))
+        if strategy.screens and self.unsaid and not any(not t.probe for t in history.complete):
+            reason = self.unsaid.pop()
+            raise ObjectiveError(f"no trial succeeded; the last failed: {shortened(reason)}")
         if strategy.endless and made < self.n_trials:
             logger.warning(
                 "strategy %r stops after %d of %d trials for %s: it finds no allocation that is "

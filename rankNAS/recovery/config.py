@@ -8,7 +8,7 @@ from typing import Literal
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["TrainingConfig", "default_config", "default_steps", "steps_per_epoch"]
+__all__ = ["Refinement", "TrainingConfig", "default_config", "default_steps", "steps_per_epoch"]
 
 # PyTorch on two CPU cores trains at 6 to 12 thousand million forward multiply-adds per second
 # (ResNet-18 and ResNet-20 at 32 x 32), so this budget takes 40 to 85 s. It gives ResNet-18 12
@@ -70,6 +70,32 @@ class TrainingConfig:
         _check("distill", self.distill, 0 <= self.distill <= 1, "in [0, 1]")
         _check("temperature", self.temperature, 0 < self.temperature < math.inf, "above 0")
         _check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Configuration of a block-wise refinement; see `refine`.
+
+    Attributes:
+        samples: Training samples, at most; their labels are not used.
+        blocks: Neighbouring blocks that are trained together.
+        steps: Steps of the optimiser for them.
+        learning_rate: Peak learning rate of Adam, after linear warm-up and before cosine decay.
+        batch_size: Samples per step, at most.
+    """
+
+    samples: int = 4096
+    blocks: int = 2
+    steps: int = 300
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _check("samples", self.samples, self.samples >= 2, "at least 2")
+        _check("blocks", self.blocks, self.blocks >= 1, "at least 1")
+        _check("steps", self.steps, self.steps >= 1, "at least 1")
+        _check("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "above 0")
+        _check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
 
 
 def _check(field: str, value: object, valid: bool, expected: str) -> None:

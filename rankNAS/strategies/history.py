@@ -125,6 +125,12 @@ class History:
 
     @cached_property
     def proposed(self) -> Set[Allocation]:
+        """Every allocation that was evaluated, as a trial or a probe, or is being evaluated."""
+        waiting: dict[Allocation, Any] = dict.fromkeys(self.pending)
+        return ChainMap(waiting, self.found).keys()
+
+    @cached_property
+    def tried(self) -> Set[Allocation]:
         """Every allocation that was evaluated as a trial, or is being evaluated."""
         waiting: dict[Allocation, Any] = dict.fromkeys(self.pending)
         return ChainMap(waiting, self._trials).keys()

@@ -85,13 +85,13 @@ class StrategyContract:
     def test_proposals_are_new_and_distinct(self, study: Study) -> None:
         for history, proposals in study.rounds:
             assert len(set(proposals)) == len(proposals)
-            assert not history.proposed & set(proposals)
+            assert not history.tried & set(proposals)
 
     def test_what_is_being_evaluated_is_not_proposed(self, problem: Problem, study: Study) -> None:
         for history, proposals in study.rounds[::2]:
             waiting = history.awaiting(proposals)
             again = self.strategy.propose(problem, waiting, self.batch, np.random.default_rng(0))
-            assert not waiting.proposed & set(again)
+            assert not waiting.tried & set(again)
 
     def test_equal_arguments_give_equal_proposals(self, problem: Problem, study: Study) -> None:
         history, proposals = study.rounds[-1]

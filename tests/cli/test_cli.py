@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from rankNAS.cli import main
 from rankNAS.cli.options import SearchOptions, check_name
+from rankNAS.models.artifact import read_metadata
 from rankNAS.plugins import load_callable
 from rankNAS.search_spaces.compiler import count_macs
 
@@ -131,6 +132,18 @@ def test_trials_that_train(here: Run, search: list[str]) -> None:
     assert {t["state"] for t in result["trials"]} == {"complete", "pruned"}
     assert all(t["metrics"]["loss@1"] != t["metrics"]["loss"] for t in ends)
     assert result["best"]["loss"] == min(t["metrics"]["loss"] for t in ends)
+
+
+def test_refined_networks(here: Run, search: list[str], tmp_path: Path) -> None:
+    plain = here(*search, "--json")
+    refined = here(*search, "--json", "--refine", "--refine-steps", "8", "--study", "second")
+    assert refined.returncode == 0, refined.stderr
+    first, second = json.loads(plain.stdout), json.loads(refined.stdout)
+    assert [t["metrics"] for t in first["trials"]] == [t["metrics"] for t in second["trials"]]
+    assert first["best"]["allocation"] == second["best"]["allocation"]
+    assert second["best"]["kl_divergence"] != first["best"]["kl_divergence"]
+    stored = read_metadata(tmp_path / "ranknas-studies" / "second" / "best.safetensors")
+    assert json.loads(stored["metrics"])["accuracy"] == second["best"]["accuracy"]
 
 
 def test_several_budgets_have_an_answer_each(

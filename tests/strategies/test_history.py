@@ -61,7 +61,8 @@ def test_a_history_that_grows_equals_one_that_is_read_at_once(
     assert grown.feasible(PROBLEM) == whole.feasible(PROBLEM)
     assert grown.candidates(PROBLEM) == whole.candidates(PROBLEM)
     tried = {t.allocation for t in found if not t.probe}
-    assert set(grown.proposed) == tried | set(pending)
+    assert set(grown.tried) == tried | set(pending)
+    assert set(grown.proposed) == {t.allocation for t in found} | set(pending)
     for trial in found:
         known = [t for t in found if t.allocation == trial.allocation]
         assert grown.has(trial.allocation, probe=True)

@@ -72,6 +72,18 @@ class ModelOptions(SpaceOptions):
     trials: int = option(
         40, "Total number of trials per budget; probes are not counted.", SEARCH, min=1
     )
+    refine: bool = option(
+        False,
+        "Refine each chosen network block by block towards the dense one; reads no labels.",
+        TRAINING,
+    )
+    refine_steps: int | None = option(
+        None,
+        "Steps of --refine for two neighbouring blocks. Default: 300.",
+        TRAINING,
+        min=1,
+        hidden=True,
+    )
     finetune: int = option(
         0, "Number of epochs that each chosen network is fine-tuned.", TRAINING, min=0
     )

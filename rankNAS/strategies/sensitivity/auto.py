@@ -114,16 +114,19 @@ class Auto(Strategy):
         if len(problem.objectives) > 1:
             return self._on_the_front(problem, history, n, rng)
         waiting = [a for a in history.pending if problem.meets(problem.indices(a))]
-        left = self.refitted - len(history.candidates(problem)) - len(waiting)
+        tried = history.candidates(problem)
+        failed = any(t.state == "failed" for t in tried)
+        left = self.refitted - sum(t.state != "failed" for t in tried) - len(waiting)
         screened = self._screened(problem, history)
         regression = self._regression(problem, history)
         if not screened:  # all failed, or there was none
-            starts = _starts(problem, regression)
-            return [a for a in starts if a not in history.proposed][: min(n, left)]
+            starts = dict.fromkeys(_starts(problem, regression))
+            return [a for a in starts if a not in history.tried][: max(0, min(n, left))]
         scores = self._scores(problem, regression, screened)
-        close = [i for i in np.argsort(scores, kind="stable") if scores[i] <= CLOSE * min(scores)]
+        most = np.inf if failed else CLOSE * min(scores)
+        close = [i for i in np.argsort(scores, kind="stable") if scores[i] <= most]
         ordered = dict.fromkeys(screened[int(i)].allocation for i in close)
-        return [a for a in ordered if a not in history.proposed][: max(0, min(n, left))]
+        return [a for a in ordered if a not in history.tried][: max(0, min(n, left))]
 
     def select(self, problem: Problem, history: History) -> Trial:
         """The refitted trial of the best score; if there is none, the best screened one.
