@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -16,13 +17,17 @@ from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits, held_out, split
+from rankNAS.deadline import TimeLimitError, check_time, limited_by
+from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import EXACT_COSTS, LAYER_COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
+from rankNAS.fallback import uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
+from rankNAS.phases import Phases
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
@@ -54,6 +59,7 @@ def prepare(
     seed: int = 0,
     start: Sequence[Allocation] = (),
     on_progress: Progress | None = None,
+    phases: Phases | None = None,
 ) -> tuple[SearchContext, tuple[Problem, ...]]:
     """Prepare a search: split the data, compile the space, calibrate, factorise, make tables.
 
@@ -71,16 +77,19 @@ def prepare(
         seed: The random seed.
         start: Allocations whose choices are kept, whatever they cost.
         on_progress: Called with a stage's name, steps done, and steps in all.
+        phases: Takes the CPU seconds of each phase.
 
     Returns:
-        The search context, and one problem for each budget; all problems share their tables.
+        The search context, and one problem for each budget; all problems share their tables. If
+        the active deadline (`limited_by`) passes first, they hold the choices of uniform answers
+        alone, and the context is not ``complete``.
 
     Raises:
         UsageError: A strategy cannot do what is asked.
         BudgetError: Nothing can meet a budget.
         DataError: The data does not fit the model.
     """
-    report = on_progress or silent
+    report, phases = on_progress or silent, phases or Phases()
     for strategy in strategies:
         for request in requests(data, budgets, objectives, settings):
             strategy.check(request)
@@ -99,33 +108,40 @@ def prepare(
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
-        space, latency = _latency(model, space, example, settings, hardware, report, start)
+        # Without it nobody knows whether an answer meets a budget on latency.
+        waited = limited_by(None) if "latency" in costs else suppress(TimeLimitError)
+        with waited, phases.timed("time"):
+            space, latency = _latency(model, space, example, settings, hardware, report, start)
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     select = _selection(names, latency, settings.choices, needs, start)
-    factorisation = _factorised(
-        model, space, splits.calibration, task, settings, seed, select, report
+    few = partial(uniform_space, budgets=budgets, latency=latency)
+    factorisation, complete = _factorised(
+        model, space, splits.calibration, task, settings, seed, select, report, phases, few
     )
     if latency is not None:
         latency = latency.restrict(
             {name: layer.choices for name, layer in factorisation.space.layers.items()}
         )
     problems = _problems(factorisation, task, budgets, objectives, latency)
-    evaluator = Evaluator(
-        factorisation,
-        task,
-        splits.calibration,
-        splits.validation,
-        objectives,
-        extra_costs=None if latency is None else partial(_predicted, latency),
-        batch_norm=settings.batch_norm,
-        batch_size=settings.batch_size,
-        device=device,
-        sequential=settings.sequential,
-        recovery=recovery,
-        parts=PARTS if settings.early_stopping else (1.0,),
+    with limited_by(None):  # an answer needs it
+        evaluator = Evaluator(
+            factorisation,
+            task,
+            splits.calibration,
+            splits.validation,
+            objectives,
+            extra_costs=None if latency is None else partial(_predicted, latency),
+            batch_norm=settings.batch_norm,
+            batch_size=settings.batch_size,
+            device=device,
+            sequential=settings.sequential,
+            recovery=recovery,
+            parts=PARTS if settings.early_stopping else (1.0,),
+        )
+    context = SearchContext(
+        factorisation, splits, evaluator, task, device, seed, report, phases, complete
     )
-    context = SearchContext(factorisation, splits, evaluator, task, device, seed, report)
     return context, problems
 
 
@@ -168,10 +184,18 @@ def _latency(
         hardware: A name or a `HardwareModel`.
         report: Called with the stage ``time``.
         start: Allocations whose choices are kept.
+
+    Raises:
+        TimeLimitError: The active deadline has passed.
     """
     asked = space.at_batch(settings.latency_batch * space.batch_size)
     predictor = make_hardware(hardware, strict=settings.strict_hardware)
-    bound = predictor.bind(model, asked, example, partial(report, "time"))
+
+    def on_step(done: int, total: int) -> None:
+        report("time", done, total)
+        check_time()
+
+    bound = predictor.bind(model, asked, example, on_step)
     latency = compile_latency(bound, asked)
     kept = {}
     for name, layer in space.layers.items():
@@ -230,27 +254,48 @@ def _factorised(
     seed: int,
     select: Select,
     report: Progress,
-) -> Factorisation:
-    """Calibrate the model and factorise every layer."""
-    statistics = calibrate(
-        model,
-        space,
-        samples,
-        task,
-        norm=settings.norm,
-        seed=seed,
-        cache=cache_folder() / "calibration",
-        on_batch=lambda done, total: report("calibrate", done, total),
-    )
-    return factorise(
-        model,
-        space,
-        statistics,
-        norm=settings.norm,
-        centred=None if settings.batch_norm else False,
-        select=select,
-        on_layer=lambda done, total: report("factorise", done, total),
-    )
+    phases: Phases,
+    few: Callable[[SearchSpace], SearchSpace],
+) -> tuple[Factorisation, bool]:
+    """Calibrate the model and factorise every layer; and whether the time sufficed.
+
+    If it did not, only the choices of the space that `few` returns are factorised: with the
+    statistics, or without any if they are not there yet.
+    """
+    statistics: dict[str, Statistics] = {}
+    centred = None if settings.batch_norm else False
+
+    def on_layer(done: int, total: int) -> None:
+        report("factorise", done, total)
+        check_time()
+
+    try:
+        with phases.timed("calibrate"):
+            statistics = calibrate(
+                model,
+                space,
+                samples,
+                task,
+                norm=settings.norm,
+                seed=seed,
+                cache=cache_folder() / "calibration",
+                on_batch=lambda done, total: report("calibrate", done, total),
+            )
+        with phases.timed("factorise"):
+            found = factorise(
+                model,
+                space,
+                statistics,
+                norm=settings.norm,
+                centred=centred,
+                select=select,
+                on_layer=on_layer,
+            )
+            return found, True
+    except TimeLimitError:
+        norm = settings.norm if statistics else "weight"
+    with phases.timed("answer"):
+        return factorise(model, few(space), statistics, norm=norm, centred=centred), False
 
 
 def _problems(

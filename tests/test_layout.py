@@ -18,8 +18,8 @@ import rankNAS
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {
-        *("exceptions", "allocation", "budget", "copies", "lazy", "plugins", "renamed"),
-        *("threads", "trees"),
+        *("exceptions", "allocation", "budget", "copies", "deadline", "lazy", "phases"),
+        *("plugins", "renamed", "threads", "trees"),
     },
     {"io", "data", "decompositions", "solver"},
     {"tasks"},
@@ -27,7 +27,7 @@ LEVELS = [
     {"compression", "recovery", "objectives"},
     {"hw_models", "models", "evaluation"},
     {"strategies"},
-    {"storage", "study", "testing", "settings", "pipeline", "reporting"},
+    {"storage", "study", "testing", "settings", "fallback", "pipeline", "reporting"},
     {"execution"},
     {"engine"},
     {"comparison", "compressor"},

@@ -149,18 +149,24 @@ class Evaluator:
         self._known.clear()
         self.backend.invalidate()
 
-    def network(self, allocation: Allocation) -> nn.Module:
+    def network(self, allocation: Allocation, *, trained: bool = True) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms.
 
         It is compared with what is measured before it is trained: its outputs on a few validation
         samples, its parameters and its MACs.
+
+        Args:
+            allocation: One choice for each layer.
+            trained: Whether to train it, if the evaluator has a training.
 
         Raises:
             NetworkError: It differs from what is measured.
             ObjectiveError: Its training diverged.
         """
         network = self._untrained(allocation)
-        return network if self.recovery is None else self._train(network, self.recovery)
+        if self.recovery is None or not trained:
+            return network
+        return self._train(network, self.recovery)
 
     def dense(self) -> dict[str, float]:
         """The task's metrics of the dense network on the validation samples."""
