@@ -30,7 +30,7 @@ LEVELS = [
     {"storage", "study", "testing", "settings", "fallback", "pipeline", "reporting"},
     {"execution"},
     {"engine"},
-    {"comparison", "compressor"},
+    {"comparison", "comparison_plan", "comparison_seed", "compressor"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[type[Options], ...]]] = {
     "compare": (
         "compare:run_compare",
         "Compare strategies on equal terms, over budgets and seeds.\n\n"
-        "Writes results.csv, summary.md and comparison.png. "
+        "Writes results.csv, differences.csv, summary.md, summary.tex and comparison.png. "
         "Further options: `ranknas compare --print-config`.",
         (CompareOptions, CompareControl),
     ),
