@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from clocks import Clock
@@ -196,3 +197,50 @@ def test_the_phases_of_a_search_are_known(small_net: nn.Module, small_data: Pair
 def test_one_call_has_a_limit_too(small_net: nn.Module, small_data: Pair) -> None:
     with pytest.raises(rankNAS.UsageError, match="time limit"):
         rankNAS.compress(small_net, small_data, budget=0.5, time_limit=0)
+
+
+def compared(model: nn.Module, data: Pair, **options: Any) -> pd.DataFrame:
+    given = {"strategies": ["random", "uniform"], "budgets": [{"macs": 0.6}, {"macs": 0.4}]}
+    given |= {"seeds": [0], "n_trials": 3, "settings": SETTINGS, "time_limit": 9.0}
+    return rankNAS.compare(model, data, **(given | options))
+
+
+def test_a_comparison_without_time_for_tables_has_no_rows(
+    small_net: nn.Module, small_data: Pair, clock: Clock
+) -> None:
+    rows = compared(small_net, small_data, on_progress=clock.at("factorise"), seeds=[0, 1])
+    assert set(rows.status) == {"not searched: the time limit of 9 s had ended"}
+    assert len(rows) == 10 and rows.test.isna().all()
+
+
+def test_the_study_that_a_limit_ends_gives_its_best_answer(
+    small_net: nn.Module, small_data: Pair, clock: Clock
+) -> None:
+    whole = compared(small_net, small_data, time_limit=None)
+    assert (whole.note == "").all() and (whole.search_cpu_seconds >= 0).all()
+    rows = compared(small_net, small_data, on_progress=clock.at("trials", 2))
+    assert rows.status.tolist()[:2] == ["ok"] * 2
+    assert set(rows.status[2:]) == {"not searched: the time limit of 9 s had ended"}
+    assert rows.note[0] == "" and "best trial so far" in rows.note[1]
+    assert rows.evaluations[1] == 2 and whole.evaluations[1] == 3
+    clock.now = 0.0
+    again = compared(small_net, small_data, earlier=rows)
+    times = [name for name in rows if name.endswith("seconds")]
+    pd.testing.assert_frame_equal(
+        again.drop(columns=times).sort_values(["strategy", "budget"], ignore_index=True),
+        whole.drop(columns=times).sort_values(["strategy", "budget"], ignore_index=True),
+    )
+
+
+def test_a_fine_tuning_that_a_limit_ends_is_no_result(
+    small_net: nn.Module, small_data: Pair, clock: Clock
+) -> None:
+    rows = compared(
+        small_net,
+        small_data,
+        strategies=["uniform"],
+        training=TrainingConfig(2),
+        on_progress=clock.at("finetune"),
+    )
+    assert rows.finetuned_test.isna().all() and rows.test[:2].notna().all()
+    assert "during the fine-tuning" in rows.note[1] and "not searched" in rows.status[2]

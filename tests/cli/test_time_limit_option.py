@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from clocks import Clock
@@ -97,3 +98,26 @@ def test_a_limit_during_the_trials_and_a_resumed_search(
     assert command("resume", "s", "--trust-study", "--time-limit", "5000") == 0
     assert len(result()["trials"]) == 3 and result()["notes"] == []  # type: ignore[arg-type]
     assert "finetuned" in result()
+
+
+def test_a_comparison_that_a_limit_ends_goes_on_later(
+    command: Command,
+    model_file: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--space", model_file, "--weights", "weights.safetensors", "--trials", "3"]
+    options += ["--calibration", "64", "--validation", "64", "--budget", "0.5", "--out", "out"]
+    options += ["--seeds", "2", "--strategies", "uniform,random"]
+    with monkeypatch.context() as patch:
+        ending(patch, "trials", 2)
+        assert command("compare", *options, "--time-limit", "500") == 0
+    out = capfd.readouterr().out
+    assert "best trial so far" in out and "not searched: the time limit of 500 s" in out
+    assert "Ended by the time limit" in Path("out/summary.md").read_text()
+    earlier = pd.read_csv("out/results.csv")
+    assert command("compare", *options) == 0
+    rows = pd.read_csv("out/results.csv")
+    assert rows.note.isna().all() and (rows.status == "ok").all() and len(rows) == 6
+    assert rows.search_seconds[1] == earlier.search_seconds[1]  # was not searched again
+    assert pd.read_csv("out/differences.csv").seeds.tolist() == [2] * 4

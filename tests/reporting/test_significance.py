@@ -56,7 +56,7 @@ def test_the_interval_covers_the_truth(seeds: int, size: int) -> None:
     """Two classifiers with common hard items, whose accuracies differ by 4 points and by seed."""
     rng = np.random.default_rng(0)
     covered = 0
-    for _ in range(60):
+    for _ in range(40):
         hard, items = rng.normal(size=400), {}
         for name, ability in (("a", 0.7), ("b", 0.58)):
             for seed in range(seeds):
@@ -69,7 +69,7 @@ def test_the_interval_covers_the_truth(seeds: int, size: int) -> None:
         a, b = (0.5 * (1 + math.erf(x / spread / math.sqrt(2))) for x in (0.7, 0.58))
         truth = (b - a) if other.strategy == "b" else (a - b)
         covered += other.low <= truth <= other.high
-    assert covered >= 52  # 57 expected; 52 or fewer would have a chance of 2 %
+    assert covered >= 34  # of 40, where 38 are expected
 
 
 def test_equal_rows_are_equal_and_distant_ones_are_not() -> None:

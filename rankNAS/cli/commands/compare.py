@@ -198,12 +198,11 @@ def _finish(
 def _with_differences(rows: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON values, each with the differences of its strategy at its budget."""
     by_row: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in found.astype(object).where(found.notna(), None).to_dict("records"):
+    lines: list[Any] = found.astype(object).where(found.notna(), None).to_dict("records")
+    for line in lines:
         key = line.pop("strategy"), line.pop("budget")
         by_row.setdefault(key, {})[line.pop("quantity")] = line
-    records: list[dict[str, Any]] = (
-        rows.astype(object).where(rows.notna(), None).to_dict("records")
-    )
+    records: list[Any] = rows.astype(object).where(rows.notna(), None).to_dict("records")
     return [{**r, "to_best": by_row.get((r["strategy"], r["budget"]), {})} for r in records]
 
 
