@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 import rankNAS
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.deadline import Deadline
+from rankNAS.execution.parallel import Workers
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.search_spaces.base import Layer
 from rankNAS.search_spaces.compiler import count_macs
@@ -177,11 +178,15 @@ def test_a_budget_on_latency_holds_after_the_limit(
     assert study.best.metrics["predicted_latency"] <= 0.6 * study.dense["predicted_latency"]
 
 
-def test_workers_are_dismissed(small_net: nn.Module, small_data: Pair, clock: Clock) -> None:
+@pytest.mark.slow
+def test_workers_are_dismissed(
+    small_net: nn.Module, small_data: Pair, clock: Clock, cluster: str
+) -> None:
     def on_trial(trial: Trial, best: Trial | None) -> None:
         clock.end()
 
-    study = search(small_net, small_data, n_trials=30, workers=2, on_trial=on_trial)
+    workers = Workers(2, cluster)
+    study = search(small_net, small_data, n_trials=30, workers=workers, on_trial=on_trial)
     assert 1 <= len(study.trials) < 30 and study.ended == "trials"
     assert study.cpu_seconds["trials"] > 0
 
