@@ -71,6 +71,7 @@ class SearchOptions(ModelOptions):
         "Prune trials early (asynchronous successive halving), after some of the --trial-epochs "
         "or on a part of the validation data.",
         TRAINING,
+        hidden=True,
     )
     trial_epochs: int = option(
         0, "Number of epochs that each trial's network is trained.", TRAINING, min=0
