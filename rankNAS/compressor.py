@@ -55,6 +55,7 @@ def compress(
     seed: int = 0,
     device: str | torch.device | None = None,
     n_trials: int = TRIALS,
+    time_limit: float | None = None,
     **settings: Any,
 ) -> nn.Module:
     """A compressed copy of a trained model.
@@ -70,6 +71,7 @@ def compress(
         device: Where to evaluate; the model's device by default. The network is on the model's
             device.
         n_trials: The number of allocations that are evaluated, probes not counted.
+        time_limit: As for `search`.
         settings: Fields of `Settings`.
 
     Returns:
@@ -95,6 +97,7 @@ def compress(
         budget={"macs": float(budget)} if isinstance(budget, int | float) else budget,
         strategy=strategy,
         n_trials=n_trials,
+        time_limit=time_limit,
         seed=seed,
         settings=_settings(settings),
         device=home if device is None else device,

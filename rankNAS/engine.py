@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import optuna
 import torch
@@ -12,18 +14,21 @@ from torch import nn
 from rankNAS.allocation import Allocation
 from rankNAS.budget import BUDGET_COSTS, check_budgets
 from rankNAS.data.loading import DataSource, load_data
+from rankNAS.deadline import Deadline, TimeLimitError, limited_by
 from rankNAS.evaluation.context import Progress
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.execution.early_stopping import SuccessiveHalving
 from rankNAS.execution.parallel import Parallel, Workers
 from rankNAS.execution.scheduler import Executor, Serial, schedule
+from rankNAS.fallback import uniform_trial
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
+from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings, check_device, check_seed, study_identity
-from rankNAS.storage.store import StudyStore
+from rankNAS.storage.store import StudyStore, has_trials
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.binding import bind
@@ -33,7 +38,9 @@ from rankNAS.study import Study
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.infer import make_task, resolve_task
 
-__all__ = ["objectives_of", "run", "search"]
+__all__ = ["objectives_of", "run", "run_within", "search"]
+
+logger = logging.getLogger(__name__)
 
 
 def search(
@@ -55,6 +62,7 @@ def search(
     space: SearchSpace | None = None,
     device: str | torch.device = "cpu",
     workers: int | Workers = 1,
+    time_limit: float | Deadline | None = None,
     on_progress: Progress | None = None,
     on_record: Callable[[], object] | None = None,
     on_trial: Callable[[Trial, Trial | None], None] | None = None,
@@ -88,6 +96,12 @@ def search(
         device: Where to evaluate.
         workers: The number of trials that are evaluated at the same time, or the workers that
             evaluate them. Ray runs more than one.
+        time_limit: Seconds from now, or a deadline, after which the best answer so far is given;
+            before any trial has finished that is the uniform allocation within the budget
+            (`Study.limit_note` says so). What runs then is abandoned at its next batch or layer,
+            and not recorded. A resumed study that has trials is prepared in full, because the
+            network of its best trial needs the factors. Without a limit nothing depends on the
+            clock.
         on_progress: Called with a stage's name, steps done, and steps in all.
         on_record: Called once, when all arguments are valid and the study is open.
         on_trial: Called with each trial and the best one so far.
@@ -97,7 +111,8 @@ def search(
         DataError: Data that is missing or does not fit the model.
         ObjectiveError: Three trials in a row failed.
         StudyError: The study exists and `resume` is false, or its configuration differs.
-        UsageError: The strategy cannot do what is asked, or the seed or the device is none.
+        UsageError: The strategy cannot do what is asked, or the seed, the device or the time limit
+            is none.
 
     Example:
         >>> import torch
@@ -112,7 +127,7 @@ def search(
     """
     settings = settings or Settings()
     workers = Workers(workers) if isinstance(workers, int) else workers
-    started = time.perf_counter()
+    started, deadline, phases = time.perf_counter(), Deadline.of(time_limit), Phases()
     check_seed(seed)
     check_device(device)
     chosen = make_strategy(strategy)
@@ -127,45 +142,50 @@ def search(
     measured = objectives_of(objectives, resolved)
     if settings.early_stopping:
         _pruner(measured, resolved)
-    context, problems = prepare(
-        model,
-        loaded,
-        resolved,
-        strategies=[chosen],
-        budgets=budgets,
-        objectives=measured,
-        settings=settings,
-        hardware=hardware,
-        space=space,
-        device=device,
-        seed=seed,
-        start=start,
-        on_progress=on_progress,
-    )
-    store = StudyStore.open(
-        storage,
-        name,
-        configuration=study_identity(
-            model,
-            loaded,
-            resolved,
-            chosen,
-            measured,
-            budgets,
-            settings,
-            seed,
-            len(context.factorisation.space.layers),
-        ),
-        choices=problems[0].labels(),
-        directions=problems[0].directions,
-        resume=resume,
-    )
-    if on_record is not None:
-        on_record()
-    _check_choices(problems[0], store)
-    study = Study(name, store, problems, bind(chosen, context), context, loaded, context.dense())
+    begun = resume and storage is not None and has_trials(storage, name)
+    with phases.timed("prepare"):
+        with limited_by(None if begun else deadline):
+            context, problems = prepare(
+                model,
+                loaded,
+                resolved,
+                strategies=[chosen],
+                budgets=budgets,
+                objectives=measured,
+                settings=settings,
+                hardware=hardware,
+                space=space,
+                device=device,
+                seed=seed,
+                start=start,
+                on_progress=on_progress,
+                phases=phases,
+            )
+        store = StudyStore.open(
+            storage if context.complete else None,
+            name,
+            configuration=study_identity(
+                model,
+                loaded,
+                resolved,
+                chosen,
+                measured,
+                budgets,
+                settings,
+                seed,
+                len(context.factorisation.space.layers),
+            ),
+            choices=problems[0].labels(),
+            directions=problems[0].directions,
+            resume=resume,
+        )
+        if on_record is not None:
+            on_record()
+        _check_choices(problems[0], store)
+        bound = bind(chosen, context) if context.complete else chosen
+        study = Study(name, store, problems, bound, context, loaded, context.dense())
     try:
-        run(study, n_trials, on_trial, workers, start)
+        run_within(deadline, study, n_trials, on_trial, workers, start)
     finally:
         store.close()
     study.seconds = time.perf_counter() - started
@@ -213,6 +233,33 @@ def _check_choices(problem: Problem, store: StudyStore) -> None:
         f"study {store.study.study_name!r} was made with other choices of ranks than this "
         "machine and these versions give; start a new study."
     )
+
+
+def run_within(deadline: Deadline | None, study: Study, *arguments: Any) -> None:
+    """Run a study until its end or that of the time, and see that every budget has an answer.
+
+    Args:
+        deadline: The end of the time; None if there is none.
+        study: As for `run`.
+        arguments: As for `run`.
+
+    Raises:
+        ObjectiveError: As for `run`.
+    """
+    phases = study.context.phases
+    try:
+        if study.context.complete:
+            with limited_by(deadline), phases.timed("trials"):
+                run(study, *arguments)
+            return
+    except TimeLimitError:
+        study.evaluator.forget()  # activations of an abandoned pass
+    study.limit, study.ended = deadline, phases.interrupted
+    with phases.timed("answer"):
+        for problem in study.problems:
+            if not study.history.feasible(problem):
+                study.stopgaps[problem.budget_key] = uniform_trial(problem, study.evaluator)
+    logger.warning("%s", study.limit_note)
 
 
 def run(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -17,13 +18,17 @@ from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits, held_out, split
+from rankNAS.deadline import TimeLimitError, check_time, limited_by
+from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import EXACT_COSTS, LAYER_COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
+from rankNAS.fallback import uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
+from rankNAS.phases import Phases
 from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.base import Layer, SearchSpace
@@ -57,6 +62,7 @@ def prepare(
     seed: int = 0,
     start: Sequence[Allocation] = (),
     on_progress: Progress | None = None,
+    phases: Phases | None = None,
 ) -> tuple[SearchContext, tuple[Problem, ...]]:
     """Prepare a search: split the data, compile the space, calibrate, factorise, make tables.
 
@@ -74,16 +80,19 @@ def prepare(
         seed: The random seed.
         start: Allocations whose choices are kept, whatever they cost.
         on_progress: Called with a stage's name, steps done, and steps in all.
+        phases: Takes the CPU seconds of each phase.
 
     Returns:
-        The search context, and one problem for each budget; all problems share their tables.
+        The search context, and one problem for each budget; all problems share their tables. If
+        the active deadline (`limited_by`) passes first, they hold the choices of uniform answers
+        alone, and the context is not ``complete``.
 
     Raises:
         UsageError: A strategy cannot do what is asked.
         BudgetError: Nothing can meet a budget.
         DataError: The data does not fit the model.
     """
-    report = on_progress or silent
+    report, phases = on_progress or silent, phases or Phases()
     for strategy in strategies:
         for request in requests(data, budgets, objectives, settings):
             strategy.check(request)
@@ -100,11 +109,15 @@ def prepare(
     costs = {name for budget in budgets for name in budget}
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
-        space, latency = _latency(model, space, example, settings, hardware, report, start)
+        # Without it nobody knows whether an answer meets a budget on latency.
+        waited = limited_by(None) if "latency" in costs else suppress(TimeLimitError)
+        with waited, phases.timed("time"):
+            space, latency = _latency(model, space, example, settings, hardware, report, start)
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     select = _selection(names, latency, settings.choices, needs, start)
-    factorisation, losses = _factorised(
+    few = partial(uniform_space, budgets=budgets, latency=latency)
+    factorisation, losses, complete = _factorised(
         model,
         space,
         splits.calibration,
@@ -113,6 +126,8 @@ def prepare(
         seed,
         select,
         report,
+        phases,
+        few,
         any(s.needs_losses for s in strategies),
     )
     if latency is not None:
@@ -120,25 +135,28 @@ def prepare(
             {name: layer.choices for name, layer in factorisation.space.layers.items()}
         )
     problems = _problems(factorisation, losses, task, budgets, objectives, latency)
-    evaluator = Evaluator(
-        factorisation,
-        task,
-        splits.calibration,
-        splits.validation,
-        objectives,
-        extra_costs=None if latency is None else partial(_predicted, latency),
-        batch_norm=settings.batch_norm,
-        batch_size=settings.batch_size,
-        device=device,
-        sequential=settings.sequential,
-        recovery=recovery,
-        screened=settings.screening,
-        refiner=None
-        if settings.refine is None
-        else Refiner(splits.training, task, settings.refine, seed, report),
-        parts=PARTS if settings.early_stopping else (1.0,),
+    with limited_by(None):  # an answer needs it
+        evaluator = Evaluator(
+            factorisation,
+            task,
+            splits.calibration,
+            splits.validation,
+            objectives,
+            extra_costs=None if latency is None else partial(_predicted, latency),
+            batch_norm=settings.batch_norm,
+            batch_size=settings.batch_size,
+            device=device,
+            sequential=settings.sequential,
+            recovery=recovery,
+            screened=settings.screening,
+            refiner=None
+            if settings.refine is None
+            else Refiner(splits.training, task, settings.refine, seed, report),
+            parts=PARTS if settings.early_stopping else (1.0,),
+        )
+    context = SearchContext(
+        factorisation, splits, evaluator, task, device, seed, report, phases, complete
     )
-    context = SearchContext(factorisation, splits, evaluator, task, device, seed, report)
     return context, problems
 
 
@@ -181,10 +199,18 @@ def _latency(
         hardware: A name or a `HardwareModel`.
         report: Called with the stage ``time``.
         start: Allocations whose choices are kept.
+
+    Raises:
+        TimeLimitError: The active deadline has passed.
     """
     asked = space.at_batch(settings.latency_batch * space.batch_size)
     predictor = make_hardware(hardware, strict=settings.strict_hardware)
-    bound = predictor.bind(model, asked, example, partial(report, "time"))
+
+    def on_step(done: int, total: int) -> None:
+        report("time", done, total)
+        check_time()
+
+    bound = predictor.bind(model, asked, example, on_step)
     latency = compile_latency(bound, asked)
     kept = {}
     for name, layer in space.layers.items():
@@ -243,42 +269,68 @@ def _factorised(
     seed: int,
     select: Select,
     report: Progress,
+    phases: Phases,
+    few: Callable[[SearchSpace], SearchSpace],
     measure: bool,
-) -> tuple[Factorisation, dict[str, list[float]]]:
-    """Calibrate the model and factorise every layer; the factors, and the losses of all choices.
+) -> tuple[Factorisation, dict[str, list[float]], bool]:
+    """Calibrate the model and factorise every layer.
 
-    The losses follow from the norm, unless they are to be measured and the norm takes gradients.
+    Returns:
+        The factors, the losses of all choices, and whether the time sufficed. The losses follow
+        from the norm, unless they are to be measured and the norm takes gradients.
+
+    If it did not, only the choices of the space that `few` returns are factorised: with the
+    statistics, or without any if they are not there yet.
     """
-    statistics = calibrate(
-        model,
-        space,
-        samples,
-        task,
-        norm=settings.norm,
-        seed=seed,
-        cache=cache_folder() / "calibration",
-        on_batch=lambda done, total: report("calibrate", done, total),
-    )
-    factorisation = factorise(
-        model,
-        space,
-        statistics,
-        norm=settings.norm,
-        centred=None if settings.batch_norm else False,
-        select=select,
-        on_layer=lambda done, total: report("factorise", done, total),
-    )
+    statistics: dict[str, Statistics] = {}
+    centred = None if settings.batch_norm else False
+
+    def on_layer(done: int, total: int) -> None:
+        report("factorise", done, total)
+        check_time()
+
+    try:
+        with phases.timed("calibrate"):
+            statistics = calibrate(
+                model,
+                space,
+                samples,
+                task,
+                norm=settings.norm,
+                seed=seed,
+                cache=cache_folder() / "calibration",
+                on_batch=lambda done, total: report("calibrate", done, total),
+            )
+        with phases.timed("factorise"):
+            found = factorise(
+                model,
+                space,
+                statistics,
+                norm=settings.norm,
+                centred=centred,
+                select=select,
+                on_layer=on_layer,
+            )
+    except TimeLimitError:
+        norm = settings.norm if statistics else "weight"
+        with phases.timed("answer"):
+            found = factorise(model, few(space), statistics, norm=norm, centred=centred)
+        return found, found.losses(), False
     if settings.norm != "fisher" or not measure:
-        return factorisation, factorisation.losses()
-    losses = second_order_losses(
-        factorisation,
-        samples,
-        task,
-        statistics if settings.batch_norm else None,
-        seed=seed,
-        on_batch=lambda done, total: report("measure losses", done, total),
-    )
-    return factorisation, losses
+        return found, found.losses(), True
+    try:
+        with phases.timed("losses"):
+            losses = second_order_losses(
+                found,
+                samples,
+                task,
+                statistics if settings.batch_norm else None,
+                seed=seed,
+                on_batch=lambda done, total: report("measure losses", done, total),
+            )
+    except TimeLimitError:
+        losses = found.losses()
+    return found, losses, True
 
 
 def _problems(

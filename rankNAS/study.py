@@ -16,6 +16,7 @@ from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples, Source
 from rankNAS.data.splits import Splits
+from rankNAS.deadline import Deadline
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.outputs import Reference, dense_reference, network_metrics
@@ -52,6 +53,10 @@ class Study:
         dense: Metrics of the dense model on the validation data, and its costs.
         model: Recipe of the dense model, for `save`; empty for a model of the caller.
         seconds: Wall-clock time of this session of the search.
+        limit: The time limit, if it ended the search.
+        ended: The phase in which it did.
+        stopgaps: By budget key, the uniform answer where no trial had finished by then. It is
+            measured, but is not in the study's record.
 
     Example:
         >>> import torch
@@ -77,6 +82,9 @@ class Study:
     dense: dict[str, float]
     model: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    limit: Deadline | None = None
+    ended: str | None = None
+    stopgaps: dict[str, Trial] = field(default_factory=dict)
 
     @property
     def history(self) -> History:
@@ -109,6 +117,26 @@ class Study:
         return self.context.task
 
     @property
+    def cpu_seconds(self) -> dict[str, float]:
+        """CPU seconds of this session by phase: of this process, and of workers in trials."""
+        return dict(self.context.phases.seconds)
+
+    @property
+    def limit_note(self) -> str:
+        """What the time limit has ended and what the answers are; empty if it has not."""
+        if self.limit is None:
+            return ""
+        note = f"the time limit of {self.limit.seconds:g} s ended in the phase {self.ended!r}; "
+        if not self.stopgaps:
+            return note + "the answer is the best trial so far"
+        weights = "" if self.context.complete else ", decomposed for this allocation alone"
+        weights += " and without statistics" * (self.ended in ("calibrate", "time"))
+        return (
+            f"{note}no trial had finished for {'; '.join(self.stopgaps)}, so the answer is the "
+            f"uniform allocation{weights}"
+        )
+
+    @property
     def final(self) -> bool:
         """Whether trials, except probes, evaluate the network that `materialise` returns."""
         return self.strategy.refits or self.evaluator.recovery is not None
@@ -134,7 +162,8 @@ class Study:
         Raises:
             StudyError: No trial has succeeded yet.
         """
-        return self.strategy.select(problem, self.history)
+        stopgap = self.stopgaps.get(problem.budget_key)
+        return self.strategy.select(problem, self.history) if stopgap is None else stopgap
 
     def pareto_front(self) -> list[Trial]:
         """The Pareto front of the trials within the first budget, sorted by the first objective.
@@ -155,10 +184,9 @@ class Study:
 
     def materialise(self, allocation: Allocation | None = None) -> nn.Module:
         """The compressed network of an allocation (by default the best), as a plain module."""
-        network = self.evaluator.network(
-            self.best.allocation if allocation is None else allocation
-        )
-        return network.cpu()
+        allocation = self.best.allocation if allocation is None else allocation
+        with self.context.phases.timed("answer"):
+            return self.evaluator.network(allocation, trained=not self._stopgap(allocation)).cpu()
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
         """The task's metrics on the test data, which the search never sees.
@@ -184,8 +212,10 @@ class Study:
             samples: The samples.
             reference: From `reference` for the same samples; made here if None.
         """
-        device, reference = self.evaluator.device, reference or self.reference(samples)
-        return network_metrics(network, samples, self.task, reference=reference, device=device)
+        device = self.evaluator.device
+        with self.context.phases.timed("test"):
+            reference = reference or self.reference(samples)
+            return network_metrics(network, samples, self.task, reference=reference, device=device)
 
     def reference(self, samples: Samples) -> Reference:
         """The dense model's predictions for samples, for several calls of `measure`."""
@@ -225,16 +255,17 @@ class Study:
             data: Other training data.
             on_step: As for `train`.
         """
-        return train(
-            network,
-            self.splits.training if data is None else data,
-            config,
-            task=self.task,
-            augmentation=self.splits.augmentation,
-            teacher=copied(dense),
-            device=self.evaluator.device,
-            on_step=on_step,
-        )
+        with self.context.phases.timed("finetune"):
+            return train(
+                network,
+                self.splits.training if data is None else data,
+                config,
+                task=self.task,
+                augmentation=self.splits.augmentation,
+                teacher=copied(dense),
+                device=self.evaluator.device,
+                on_step=on_step,
+            )
 
     def save(
         self,
@@ -245,7 +276,7 @@ class Study:
         """Write a compressed network (by default the best) as safetensors; see `rankNAS.load`."""
         allocation = self.best.allocation if allocation is None else allocation
         network = self.materialise(allocation) if network is None else network
-        found = self.history.found.get(allocation)
+        found = self._stopgap(allocation) or self.history.found.get(allocation)
         if self.evaluator.refiner is not None:  # no trial has measured this network
             metrics = self.evaluator.metrics_of(allocation, copied(network))
         elif found is not None and found.state == "complete" and not found.probe:
@@ -254,6 +285,10 @@ class Study:
             metrics = self.evaluator.evaluate(allocation, final=self.final)
         model = {"inputs": self.inputs, **self.model}
         return artifact.save(network, allocation, path, model=model, metrics=metrics)
+
+    def _stopgap(self, allocation: Allocation) -> Trial | None:
+        """The uniform answer of that allocation, if it is one."""
+        return next((t for t in self.stopgaps.values() if t.allocation == allocation), None)
 
 
 def front(problem: Problem, history: History) -> list[Trial]:

@@ -33,7 +33,7 @@ from rankNAS.tasks.infer import infer_task
 Pair = tuple[TensorDataset, TensorDataset]
 SETTINGS = rankNAS.Settings(calibration=64, validation=50)
 BUDGETS = [{"macs": 0.6}, {"macs": 0.4}]
-TIMES = ["search_seconds", "setup_seconds"]
+TIMES = ["search_seconds", "setup_seconds", "search_cpu_seconds", "setup_cpu_seconds"]
 
 
 def run(model: Any, data: Pair, strategies: Any, **kwargs: Any) -> pd.DataFrame:

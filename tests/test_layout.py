@@ -18,8 +18,8 @@ import rankNAS
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     {
-        *("exceptions", "allocation", "budget", "copies", "lazy", "plugins", "renamed"),
-        *("threads", "trees"),
+        *("exceptions", "allocation", "budget", "copies", "deadline", "lazy", "phases"),
+        *("plugins", "renamed", "threads", "trees"),
     },
     {"io", "data", "decompositions", "solver"},
     {"tasks"},
@@ -27,10 +27,10 @@ LEVELS = [
     {"compression", "recovery", "objectives"},
     {"hw_models", "models", "evaluation"},
     {"strategies"},
-    {"storage", "study", "testing", "settings", "pipeline", "reporting"},
+    {"storage", "study", "testing", "settings", "fallback", "pipeline", "reporting"},
     {"execution"},
     {"engine"},
-    {"comparison", "compressor"},
+    {"comparison", "comparison_plan", "comparison_seed", "compressor"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -14,6 +14,7 @@ from typer.main import get_command
 from rankNAS.cli.commands import COMMANDS
 from rankNAS.cli.generate import make_command
 from rankNAS.cli.notices import plain_notices, taken_notices
+from rankNAS.cli.started import begin
 
 __all__ = ["app", "main"]
 
@@ -57,6 +58,7 @@ def _parser(commands: typer.Typer) -> Callable[[], object]:
 
 def main() -> None:
     """Run the command line; user errors exit with 2 and one line, without a traceback."""
+    begin()
     from rankNAS.exceptions import RankNASError, UsageError
     from rankNAS.io.files import is_full
 

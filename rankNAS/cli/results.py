@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.copies import copied
+from rankNAS.deadline import Deadline, TimeLimitError, limited_by
 from rankNAS.exceptions import UsageError
+from rankNAS.fallback import UNNUMBERED
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.io.formats import FORMAT, current_format, upgraded
 from rankNAS.recovery.config import TrainingConfig
@@ -33,9 +35,16 @@ __all__ = ["solution_for", "describe_trial", "keep", "load_result"]
 
 
 def keep(
-    options: SearchOptions, study: Study, model: nn.Module, progress: ProgressDisplay
+    options: SearchOptions,
+    study: Study,
+    model: nn.Module,
+    progress: ProgressDisplay,
+    deadline: Deadline | None = None,
 ) -> dict[str, Any]:
     """Write the artifacts and return the result document.
+
+    The deadline only ends fine-tuning: a network whose fine-tuning does not end in time is kept as
+    it was before.
 
     The document contains one entry of ``solutions`` per budget. The entries of the first budget's
     solution are also at its top level.
@@ -43,7 +52,9 @@ def keep(
     trials = study.to_pandas()
     save_atomically(options.folder / "trials.csv", lambda path: trials.to_csv(path, index=False))
     dense_test = _tested(study, copied(model))
-    solutions = [_solution(options, study, p, model, progress) for p in study.problems]
+    solutions = [
+        _solution(options, study, problem, model, progress, deadline) for problem in study.problems
+    ]
     dense = _summary(study, study.dense, dense_test)
     if concerns_latency(study):
         progress.say("timing the dense network and the compressed ones")
@@ -65,6 +76,9 @@ def keep(
         **solutions[0],
         "solutions": solutions,
         "trials": [describe_trial(t) for t in study.trials],
+        "cpu_seconds": {name: round(s, 3) for name, s in study.cpu_seconds.items()},
+        "notes": [*filter(None, [study.limit_note]), *_untuned(options, solutions, deadline)],
+        "unprepared": not study.context.complete,
         "versions": versions(),
         "machine": machine(),
     }
@@ -76,6 +90,7 @@ def _solution(
     problem: Problem,
     model: nn.Module,
     progress: ProgressDisplay,
+    deadline: Deadline | None,
 ) -> dict[str, Any]:
     """The trial chosen for one budget; saves, tests and fine-tunes its network."""
     suffix = f"-{_safe(problem.budget_key)}" if len(study.problems) > 1 else ""
@@ -89,7 +104,7 @@ def _solution(
     solution: dict[str, Any] = {
         "budget": dict(problem.budget),
         "budget_key": problem.budget_key,
-        "trial": chosen.number,
+        "trial": None if chosen.number == UNNUMBERED else chosen.number,
         "best": _summary(study, study.metrics_of(chosen, network), _tested(study, network))
         | {"allocation": labels},
         **describe_front(problem, study.history),
@@ -98,12 +113,29 @@ def _solution(
     }
     config = training_config(options, options.finetune)
     if config is not None:
-        tuned = _finetune(study.context.recovery(config).config, study, model, network, progress)
+        try:
+            tuning = study.context.recovery(config).config
+            tuned = _finetune(tuning, study, model, network, progress, deadline)
+        except TimeLimitError:
+            return solution
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
         solution["finetuned"] = tuned | {"artifact": str(artifact)}
         solution["artifact"] = str(artifact)
     return solution
+
+
+def _untuned(
+    options: SearchOptions, solutions: Sequence[Mapping[str, Any]], deadline: Deadline | None
+) -> list[str]:
+    """Says whose fine-tuning the time limit has ended."""
+    left = [s["budget_key"] for s in solutions if options.finetune and "finetuned" not in s]
+    if deadline is None or not left:
+        return []
+    return [
+        f"the time limit of {deadline.seconds:g} s ended the fine-tuning for {'; '.join(left)}; "
+        "the network is kept as it was before"
+    ]
 
 
 def _safe(label: str) -> str:
@@ -117,17 +149,23 @@ def _finetune(
     model: nn.Module,
     network: nn.Module,
     progress: ProgressDisplay,
+    deadline: Deadline | None,
 ) -> dict[str, Any]:
-    """Train a chosen network in place and measure it like the others."""
+    """Train a chosen network in place and measure it like the others.
+
+    Raises:
+        TimeLimitError: The training does not end in time.
+    """
     started = time.perf_counter()
-    study.finetune(
-        network,
-        model,
-        config,
-        on_step=lambda step, total, loss: progress.stage(
-            "finetune", step, total, f"loss {loss:.3f}"
-        ),
-    )
+    with limited_by(deadline):
+        study.finetune(
+            network,
+            model,
+            config,
+            on_step=lambda step, total, loss: progress.stage(
+                "finetune", step, total, f"loss {loss:.3f}"
+            ),
+        )
     seconds = time.perf_counter() - started
     validation = study.measure(network, study.splits.validation)
     return {

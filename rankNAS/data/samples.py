@@ -2,6 +2,7 @@
 
 Every kind of source becomes one of three: items that are collated into batches, tensors in memory,
 or batches in memory. A batch is any container of tensors that have one sample along axis 0.
+Whoever takes a batch also checks the time limit (`rankNAS.deadline`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rankNAS.data.items import Batch, Collate, shapes_of
 from rankNAS.data.stores import Store, store_of, subset_of
+from rankNAS.deadline import check_time
 from rankNAS.exceptions import DataError
 from rankNAS.trees import count_bytes
 
@@ -131,7 +133,11 @@ class Samples:
         chunks = [c for group in self._store.groups(order) for c in _chunks(group, size, even)]
         if shuffle_seed is not None and not self.uniform:
             chunks = [chunks[i] for i in permutation(len(chunks), shuffle_seed).tolist()]
-        return (self._store.gather(chunk, device) for chunk in chunks)
+        return (self._gathered(chunk, device) for chunk in chunks)
+
+    def _gathered(self, chunk: Tensor, device: str | torch.device) -> Batch:
+        check_time()
+        return self._store.gather(chunk, device)
 
     def batched(
         self,
@@ -245,6 +251,7 @@ class BatchSequence(Sequence[Batch]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        check_time()
         if self._held is not None:
             return self._held[index]
         batch = self._store.gather(self._chunks[index], self._device)

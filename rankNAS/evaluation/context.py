@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from rankNAS.data.splits import Splits
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
+from rankNAS.phases import Phases
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.tasks.base import Task
@@ -39,6 +40,9 @@ class SearchContext:
         device: Where to run.
         seed: The random seed.
         report: Called with a stage's name, the steps done, and the total number of steps.
+        phases: CPU seconds by phase.
+        complete: Whether all layers were factorised for all their choices; false if a time limit
+            ended before, and only the choices of uniform answers are there.
     """
 
     factorisation: Factorisation
@@ -48,6 +52,8 @@ class SearchContext:
     device: torch.device | str = "cpu"
     seed: int = 0
     report: Progress = silent
+    phases: Phases = field(default_factory=Phases)
+    complete: bool = True
 
     def dense(self) -> dict[str, float]:
         """Metrics of the dense model on the validation data, and its costs."""

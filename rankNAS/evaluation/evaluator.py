@@ -187,24 +187,31 @@ class Evaluator:
             known=None,
             sequential=False,
             recovery=None,
+            refiner=None,
             parts=(1.0,),
             screened=0,
         )
 
-    def network(self, allocation: Allocation) -> nn.Module:
+    def network(self, allocation: Allocation, *, trained: bool = True) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms.
 
         It is compared with what is measured before it is refined or trained: its outputs on a few
         validation samples, its parameters and its MACs.
+
+        Args:
+            allocation: One choice for each layer.
+            trained: Whether to refine and train it, if the evaluator does so.
 
         Raises:
             NetworkError: It differs from what is measured.
             ObjectiveError: Its training diverged.
         """
         network = self._untrained(allocation)
-        if self.refiner is not None:
+        if self.refiner is not None and trained:
             network = self.refiner.refine(network, self.factorisation, self.device)
-        return network if self.recovery is None else self._train(network, self.recovery)
+        if self.recovery is None or not trained:
+            return network
+        return self._train(network, self.recovery)
 
     def metrics_of(self, allocation: Allocation, network: nn.Module) -> dict[str, float]:
         """The metrics of `evaluate` for a network that was refined or trained further."""

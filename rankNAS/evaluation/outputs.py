@@ -12,7 +12,7 @@ from torch import nn
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.copies import copied, unchanged
 from rankNAS.data.samples import BatchSequence, Samples
-from rankNAS.tasks.base import Prediction, Sums, Task, added
+from rankNAS.tasks.base import Prediction, Sums, Task, added, summed
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import channels_last, device_of
 
@@ -23,6 +23,7 @@ __all__ = [
     "affordable",
     "dense_reference",
     "network_metrics",
+    "network_sums",
     "total_sums",
 ]
 
@@ -148,10 +149,26 @@ def network_metrics(
         batch_size: Samples per forward pass, at most.
         device: Where to run.
     """
+    found = network_sums(
+        network, samples, task, reference=reference, batch_size=batch_size, device=device
+    )
+    return task.finish(summed(found))
+
+
+def network_sums(
+    network: nn.Module,
+    samples: Samples,
+    task: Task,
+    *,
+    reference: Reference | None = None,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> list[Sums]:
+    """The sums of the metrics over each batch of samples; the arguments of `network_metrics`."""
     network = network.to(device).eval()
     size = affordable(batch_size, network, samples, task, device)
     batches = map(channels_last, samples.batches(size, device=device))
-    return task.finish(total_sums(network, batches, task, reference))
+    return list(_batch_sums(network, batches, task, reference))
 
 
 def dense_reference(
@@ -207,12 +224,17 @@ def total_sums(
     reference: Reference | None = None,
 ) -> Sums:
     """The sums of a network's predictions over all batches, without keeping an output."""
+    return summed(_batch_sums(network, batches, task, reference))
+
+
+def _batch_sums(
+    network: nn.Module, batches: Iterable[Any], task: Task, reference: Reference | None
+) -> Iterator[Sums]:
+    """The sums of each batch."""
     network.eval()
-    sums: Sums = {}
     for number, batch in enumerate(batches):
         with torch.no_grad():
             prediction = task.run(network, batch)
         dense = None if reference is None else reference.prediction(number, batch)
-        sums = added(sums, prediction.sums(dense))
+        yield prediction.sums(dense)
         del prediction, dense  # before the next forward pass
-    return sums

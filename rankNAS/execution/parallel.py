@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from rankNAS.deadline import check_time
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.execution.scheduler import Evaluation, Executor, Outcome, Pruner
@@ -119,6 +120,8 @@ class Parallel(Executor):
         UsageError: The cluster cannot be reached, or a user's object cannot be pickled.
     """
 
+    elsewhere = True
+
     def __init__(
         self, evaluator: Evaluator, workers: Workers, pruner: Pruner | None = None
     ) -> None:
@@ -195,6 +198,7 @@ class Parallel(Executor):
 
         outcomes: list[Outcome] = []
         while self._tasks and not outcomes:
+            check_time()
             if not self._tune.is_alive():
                 raise RankNASError(f"Ray Tune ended before the trials did: {self._failure}")
             while not self._deaths.empty():  # before events of the restarted worker

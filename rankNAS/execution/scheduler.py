@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from rankNAS.allocation import Allocation
+from rankNAS.deadline import check_time
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PrunedError
 from rankNAS.exceptions import ObjectiveError, RankNASError, shortened
@@ -68,6 +69,7 @@ class Outcome:
         state: ``complete``, ``failed`` or ``pruned``.
         metrics: The measured metrics; those of steps before the last are named ``NAME@STEP``.
         seconds: The evaluation time in seconds.
+        cpu_seconds: The CPU seconds of the process that evaluated it.
         reason: The reason of a failure or early stop.
     """
 
@@ -76,6 +78,7 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    cpu_seconds: float = 0.0
 
 
 class Executor(ABC):
@@ -83,9 +86,11 @@ class Executor(ABC):
 
     Attributes:
         slots: Number of evaluations that it accepts before a call of `wait`.
+        elsewhere: Whether other processes evaluate, whose CPU seconds are not this one's.
     """
 
     slots: int
+    elsewhere: bool = False
 
     @abstractmethod
     def submit(self, evaluation: Evaluation) -> None:
@@ -122,7 +127,7 @@ class Serial(Executor):
 
 def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None = None) -> Outcome:
     """Evaluate an allocation and return its outcome; its own errors yield ``failed``."""
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     steps: dict[str, float] = {}
     costs = set(evaluator.costs(evaluation.claim.allocation))
 
@@ -131,9 +136,8 @@ def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None 
         return pruner is None or pruner(evaluation.claim.budget_key, step, metrics)
 
     def outcome(state: Literal["complete", "failed", "pruned"], reason: str = "") -> Outcome:
-        return Outcome(
-            evaluation, state, {**metrics, **steps}, time.perf_counter() - started, reason
-        )
+        seconds, spent = time.perf_counter() - started, time.process_time() - cpu
+        return Outcome(evaluation, state, {**metrics, **steps}, seconds, reason, spent)
 
     metrics: Mapping[str, float] = {}
     asked = None if pruner is None or evaluation.claim.probe else should_continue
@@ -202,12 +206,19 @@ class _Loop:
 
     def run(self) -> None:
         self.study.store.history()
+        phases = self.study.context.phases
         try:
             while not self.is_done():
                 if self.running:
-                    for outcome in self.executor.wait():
+                    phase = "probes" if all(c.probe for c in self.running) else "trials"
+                    with phases.timed(phase):
+                        outcomes = self.executor.wait()
+                    for outcome in outcomes:
+                        if self.executor.elsewhere:
+                            phases.add(phase, outcome.cpu_seconds)
                         self.finish(outcome)
                 else:
+                    check_time()
                     time.sleep(POLL)  # other processes evaluate the rest
                     self.study.store.history()
         except BaseException:
@@ -231,6 +242,7 @@ class _Loop:
             free = self.executor.slots - len(self.running)
             if free <= 0 or enough:
                 return False
+            check_time()
             wanted = self.wanted(history, free)
             if not wanted:
                 if not history.pending and not self.running:

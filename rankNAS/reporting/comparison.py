@@ -18,8 +18,10 @@ from rankNAS.tasks import SHARES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "markdown", "tables"]
+__all__ = ["draw", "markdown", "noise_note", "tables"]
 
+#: Before a difference that is 0 within the noise.
+EQUAL = "≈ "
 #: The colours of tab20, first the saturated, then the pale ones.
 COLOURS = [*range(0, 20, 2), *range(1, 20, 2)]
 MARKERS = "os^Dv<>PXp*hd8H"
@@ -78,13 +80,22 @@ class _Columns:
         return _mean(metric_text(mean), spread, f"{spread:.2g}")
 
 
-def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Header and lines of a table of strategies by budget, the best strategy first."""
+def tables(
+    rows: pd.DataFrame, differences: pd.DataFrame | None = None
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Header and lines of a table of strategies by budget, the best strategy first.
+
+    Args:
+        rows: Rows from `rankNAS.comparison.compare`.
+        differences: From `rankNAS.reporting.significance.differences`; None leaves them out.
+    """
     table = summarise(rows)
+    compared = _compared(differences)
     known = _Columns.of(table)
     columns = ["strategy", known.title(f"{known.main} {metric_name(known.metric)}")]
     columns += [known.title("fine-tuned")] if known.tuned else []
     columns += ["divergence", known.title("validation")] if known.tested else []
+    columns += [f"{quantity} to the best" for quantity in compared]
     columns += ["MACs, %", "params, %", "evaluations", "search, s", "seeds"]
     found: dict[str, tuple[list[str], list[list[str]]]] = {}
     for row in table.to_dict("records"):
@@ -93,6 +104,8 @@ def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
         line = [str(row["strategy"]), known.value(row, known.main)]
         line += [known.value(row, "finetuned_test")] if known.tuned else []
         line += [_divergence(row), known.value(row, "validation")] if known.tested else []
+        key = str(row["budget"]), str(row["strategy"])
+        line += [texts.get(key, "") for texts in compared.values()]
         line += [f"{100 * row[c]:.2f}" for c in ("macs_fraction", "params_fraction")]
         line += [
             f"{row['evaluations']:.5g}",
@@ -101,6 +114,42 @@ def tables(rows: pd.DataFrame) -> dict[str, tuple[list[str], list[list[str]]]]:
         ]
         found.setdefault(str(row["budget"]), (columns, []))[1].append(line)
     return found
+
+
+def _compared(differences: pd.DataFrame | None) -> dict[str, dict[tuple[str, str], str]]:
+    """By quantity, then by budget and strategy: the difference from the best and its interval."""
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    if differences is None:
+        return found
+    for row in differences.to_dict("records"):
+        quantity = str(row["quantity"])
+        share = quantity.removeprefix("finetuned ") in SHARES
+        low, high, middle = (
+            f"{100 * row[name]:+.2f}" if share else f"{row[name]:+.3g}"
+            for name in ("low", "high", "difference")
+        )
+        text = f"{EQUAL * bool(row['equal'])}{middle} [{low}, {high}]"
+        if row["strategy"] == row["best"]:
+            text = "best"
+        name = metric_name(quantity) + ", %" * share
+        found.setdefault(name, {})[row["budget"], row["strategy"]] = text
+    return found
+
+
+def noise_note(differences: pd.DataFrame) -> str:
+    """How the intervals of the differences were made."""
+    if not len(differences):
+        return ""
+    items, seeds = int(differences.block_items.max()), int(differences.seeds.max())
+    blocks = int(differences.blocks.max())
+    units = "single test items" if items == 1 else f"blocks of {items} test items"
+    return (
+        f"To the best: the difference from the best strategy of the column at the budget and its "
+        f"95 % interval, from a paired bootstrap over {units} ({blocks}) and "
+        + (f"{seeds} seeds" if seeds > 1 else "nothing else, as there is one seed")
+        + f"; {EQUAL.strip()} marks differences that are equal to 0 within this noise. Intervals "
+        "hold one by one; they are not corrected for the number of strategies."
+    )
 
 
 def _divergence(row: Any) -> str:
@@ -119,13 +168,16 @@ def _seconds(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
-def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
+def markdown(
+    rows: pd.DataFrame, command: str, about: str, differences: pd.DataFrame | None = None
+) -> str:
     """The summary of a comparison in Markdown.
 
     Args:
         rows: Rows from `rankNAS.comparison.compare`.
         command: The command that was run.
         about: A sentence on the model, the data and the number of trials.
+        differences: As for `tables`.
     """
     table = summarise(rows)
     known = _Columns.of(table)
@@ -137,7 +189,7 @@ def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
         lines[-1] += (
             f" Setup, shared by all strategies: {_seconds(row['setup_seconds'])} s a seed."
         )
-    for budget, (columns, body) in tables(rows).items():
+    for budget, (columns, body) in tables(rows, differences).items():
         lines += ["", f"## {budget}", "", *_pipes([columns, ["---"] * len(columns), *body])]
     failed = rows[rows.status != OK].groupby(["strategy", "status"], sort=False)
     if len(failed):
@@ -145,7 +197,18 @@ def markdown(rows: pd.DataFrame, command: str, about: str) -> str:
         for (strategy, status), group in failed:
             budgets = ", ".join(group.budget.unique())
             lines += _pipes([[str(strategy), budgets, str(status).replace("|", "\\|")]])
-    lines += ["", NOTES, "", _versions()]
+    cut = rows[rows.note != ""]
+    if len(cut):
+        lines += ["", "## Ended by the time limit", "", "| strategy | budget | seed | |"]
+        lines += ["|---|---|---|---|"]
+        lines += _pipes(
+            [
+                [*(str(row[name]) for name in ("strategy", "budget", "seed", "note"))]
+                for row in cut.to_dict("records")
+            ]
+        )
+    noise = [] if differences is None else [noise_note(differences)]
+    lines += ["", *(f"{text}\n" for text in [NOTES, *noise] if text), _versions()]
     return "\n".join(lines) + "\n"
 
 

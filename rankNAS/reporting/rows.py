@@ -40,6 +40,9 @@ class Row:
         metric: Name of the task's main metric; empty if nothing was measured.
         direction: Whether to ``maximize`` or ``minimize`` the metric.
         status: ``ok``, or why there is no solution.
+        search_cpu_seconds: CPU seconds of the strategy's study so far, as `search_seconds`.
+        setup_cpu_seconds: CPU seconds of the shared set-up of the seed.
+        note: What a time limit has ended, if it has; such a row is no result of equal conditions.
     """
 
     strategy: str
@@ -57,6 +60,9 @@ class Row:
     metric: str = ""
     direction: str = "maximize"
     status: str = OK
+    search_cpu_seconds: float = math.nan
+    setup_cpu_seconds: float = math.nan
+    note: str = ""
 
     @property
     def key(self) -> Key:
@@ -65,7 +71,7 @@ class Row:
 
 
 COLUMNS = tuple(column.name for column in fields(Row))
-TEXTS = ("strategy", "budget", "seed", "metric", "direction", "status")
+TEXTS = ("strategy", "budget", "seed", "metric", "direction", "status", "note")
 #: Columns of the time when every model was a classifier.
 RENAMED = {
     "validation_accuracy": "validation",
@@ -83,6 +89,12 @@ def with_current_columns(rows: pd.DataFrame) -> pd.DataFrame:
     if "test_accuracy" in rows:
         main = BEFORE_TASKS["metrics"][0]
         rows = rows.rename(columns=RENAMED).assign(metric=main, direction="maximize")
+    # Columns newer than the rows.
+    rows = rows.copy()
+    for name in ("search_cpu_seconds", "setup_cpu_seconds", "note"):
+        if name not in rows:
+            rows[name] = math.nan
+    rows["note"] = rows.note.astype(object).fillna("")
     return rows[list(COLUMNS)]
 
 

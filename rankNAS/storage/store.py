@@ -35,7 +35,7 @@ from rankNAS.storage.trial_format import TrialFormat
 from rankNAS.storage.writing import TrialWriter
 from rankNAS.strategies.history import History, Trial
 
-__all__ = ["Claim", "StudyStore", "study_names"]
+__all__ = ["Claim", "StudyStore", "has_trials", "study_names"]
 
 logger = logging.getLogger(__name__)
 CONFIGURATION, CHOICES = "ranknas:configuration", "ranknas:choices"
@@ -458,6 +458,22 @@ def study_names(storage: str) -> list[str]:
         return optuna.get_all_study_names(opened)
     except Exception as error:
         raise format_error(error, storage_name(opened)) from None
+
+
+def has_trials(storage: str | optuna.storages.BaseStorage, name: str) -> bool:
+    """Whether a storage has a study with a trial that succeeded.
+
+    Raises:
+        StudyError: The storage does not respond.
+    """
+    opened = open_storage(storage)
+    try:
+        if name not in optuna.get_all_study_names(opened):
+            return False
+        trials = optuna.load_study(study_name=name, storage=opened).get_trials(deepcopy=False)
+    except Exception as error:
+        raise format_error(error, storage_name(opened)) from None
+    return any(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials)
 
 
 def _check_format(name: str, written: object, place: str) -> None:

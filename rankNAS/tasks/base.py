@@ -8,7 +8,7 @@ all derived from predictions. Metrics are sums over predictions, so that no outp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -33,6 +33,7 @@ __all__ = [
     "named_logits",
     "number",
     "one_tensor",
+    "summed",
 ]
 
 CHECKED = 1024  # samples whose targets are checked at a time
@@ -241,6 +242,14 @@ def added(first: Sums, second: Sums) -> Sums:
     if not first:
         return second
     return {name: first[name] + value for name, value in second.items()}
+
+
+def summed(parts: Iterable[Sums]) -> Sums:
+    """The sums over all sets of predictions."""
+    total: Sums = {}
+    for part in parts:
+        total = added(total, part)
+    return total
 
 
 def number(value: float, device: torch.device | str = "cpu") -> Tensor:

@@ -58,7 +58,13 @@ def test_rows_summary_and_picture(
     assert [r["test"] for r in document] == rows.test.tolist()
     assert document[0]["finetuned_test"] is None
     assert "seed 0  random  macs<=0.4  test" in printed.err and "factorise" in printed.err
+    found = pd.read_csv(tmp_path / "out" / "differences.csv")
+    assert set(found.quantity) == {"accuracy", "kl_divergence", "finetuned accuracy"}
+    assert len(found) == 4 * 3 and (found.low <= found.high).all()
+    assert set(document[1]["to_best"]) == set(found.quantity) and document[0]["to_best"] == {}
+    assert (tmp_path / "out" / "summary.tex").read_text().count("tabular") == 4
     summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "test items" in summary and "accuracy, % to the best" in summary
     assert "    ranknas compare --space" in summary and "## macs<=0.4" in summary
     assert "1 epochs on 64 samples" in summary
     with Image.open(tmp_path / "out" / "comparison.png") as picture:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rankNAS.cli.options.common import ConfigurableOptions, JsonOptions, OutputOptions
-from rankNAS.cli.options.compare import CompareOptions
+from rankNAS.cli.options.common import JsonOptions, OutputOptions
+from rankNAS.cli.options.compare import CompareControl, CompareOptions
 from rankNAS.cli.options.fields import Options
 from rankNAS.cli.options.profile import CompileOptions, ProfileOptions
 from rankNAS.cli.options.search import ResumeOptions, SearchControl, SearchOptions
@@ -27,9 +27,9 @@ COMMANDS: dict[str, tuple[str, str, tuple[type[Options], ...]]] = {
     "compare": (
         "compare:run_compare",
         "Compare strategies on equal terms, over budgets and seeds.\n\n"
-        "Writes results.csv, summary.md and comparison.png. "
+        "Writes results.csv, differences.csv, summary.md, summary.tex and comparison.png. "
         "Further options: `ranknas compare --print-config`.",
-        (CompareOptions, ConfigurableOptions),
+        (CompareOptions, CompareControl),
     ),
     "resume": (
         "resume:run_resume",

@@ -22,34 +22,40 @@ from rankNAS.cli.loading import (
     training_config,
     untrained_model,
 )
-from rankNAS.cli.options.common import ConfigurableOptions
-from rankNAS.cli.options.compare import CompareOptions
+from rankNAS.cli.options.compare import CompareControl, CompareOptions
 from rankNAS.cli.options.stored import current_options, write_options
 from rankNAS.cli.output import print_json, print_table, progress_display
+from rankNAS.cli.started import deadline_of
 from rankNAS.comparison import compare
 from rankNAS.engine import objectives_of
 from rankNAS.exceptions import StudyError
 from rankNAS.io.files import read_json, save_atomically
 from rankNAS.io.formats import BEFORE_TASKS
-from rankNAS.reporting.comparison import draw, markdown, tables
+from rankNAS.reporting.comparison import draw, markdown, noise_note, tables
+from rankNAS.reporting.latex import latex
 from rankNAS.reporting.metrics import metric_text
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
+from rankNAS.reporting.significance import BlockSums, differences
 from rankNAS.strategies import STRATEGIES, make_strategy
 
 __all__ = ["run_compare"]
 
+#: Folder of the sums of metrics over blocks of test items, for the intervals of a later session.
+SUMS = "test-sums"
 #: Options that a resumed comparison may change; all others must stay equal.
 MAY_CHANGE = ("strategies", "seeds", "out", "device")
 
 
-def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
+def run_compare(options: CompareOptions, control: CompareControl) -> None:
     """Compare strategies; rows already in the folder are kept."""
+    deadline = deadline_of(control.time_limit)
     settings = check_options(options)
     names = _strategies(options.strategies)
     folder = Path(options.out)
     check_writable(folder)
     earlier = _earlier(folder, options)
     kept: list[Any] = earlier.to_dict("records")
+    sums = BlockSums(folder / SUMS)
     with progress_display(control.quiet) as progress:
         data = load_named_data(options)
         training = training_config(options, options.finetune)
@@ -80,6 +86,8 @@ def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
                 hardware=options.hardware,
                 space=space,
                 device=options.device,
+                time_limit=deadline,
+                block_sums=sums,
                 earlier=earlier,
                 on_row=on_row,
                 on_progress=progress.stage,
@@ -87,7 +95,8 @@ def run_compare(options: CompareOptions, control: ConfigurableOptions) -> None:
         except KeyboardInterrupt:
             progress.say("interrupted; finished rows are kept. The same command goes on.")
             sys.exit(130)
-    _finish(rows, options, as_json=control.json)
+    found = differences(rows, sums, task)
+    _finish(rows, found, options, as_json=control.json)
 
 
 def _strategies(given: str) -> list[str]:
@@ -129,7 +138,7 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
                 f"{stored.get(name)!r}, is {given.get(name)!r}. Give the same options, or "
                 "another --out."
             )
-    return rows[rows.status == OK]
+    return rows[(rows.status == OK) & (rows.note == "")]
 
 
 def _write_csv(path: Path, rows: pd.DataFrame) -> None:
@@ -146,11 +155,14 @@ def _line(row: Row) -> str:
         f"{name}  {split} {metric_text(value)}"
         + ("" if math.isnan(tuned) else f", fine-tuned {metric_text(tuned)}")
         + f", {row.evaluations} evaluations, {row.search_seconds:.3g} s"
+        + (f"; {row.note}" if row.note else "")
     )
 
 
-def _finish(rows: pd.DataFrame, options: CompareOptions, *, as_json: bool) -> None:
-    """Write the summary and figure of the rows, and print them."""
+def _finish(
+    rows: pd.DataFrame, found: pd.DataFrame, options: CompareOptions, *, as_json: bool
+) -> None:
+    """Write the summary, the differences and the figure of the rows, and print them."""
     folder = Path(options.out)
     about = (
         f"{options.space} on {options.data}, norm {options.norm}, {options.seeds} seeds, "
@@ -159,22 +171,39 @@ def _finish(rows: pd.DataFrame, options: CompareOptions, *, as_json: bool) -> No
     if options.finetune:
         samples = options.finetune_samples or "all training"
         about += f" Fine-tuning: {options.finetune} epochs on {samples} samples."
-    summary = markdown(rows, shlex.join(["ranknas", *sys.argv[1:]]), about)
+    summary = markdown(rows, shlex.join(["ranknas", *sys.argv[1:]]), about, found)
     save_atomically(folder / "summary.md", lambda path: _write(path, summary))
-    names = ["results.csv", "summary.md"]
+    tex = latex(rows, found)
+    save_atomically(folder / "summary.tex", lambda path: _write(path, tex))
+    _write_csv(folder / "differences.csv", found)
+    names = ["results.csv", "differences.csv", "summary.md", "summary.tex"]
     if ((rows.status == OK) & (rows.strategy != DENSE_MODEL)).any():
         figure = draw(rows)
         picture = folder / "comparison.png"
         save_atomically(picture, lambda path: figure.savefig(path, format="png"))
         names.append("comparison.png")
     if as_json:
-        print_json(rows.astype(object).where(rows.notna(), None).to_dict("records"))
+        print_json(_with_differences(rows, found))
         return
-    for budget, (columns, body) in tables(rows).items():
+    for budget, (columns, body) in tables(rows, found).items():
         print_table(budget, columns, body)
+    typer.echo(noise_note(found))
+    for row in rows[rows.note != ""].itertuples():
+        typer.echo(f"seed {row.seed}  {row.strategy}  {row.budget}: {row.note}")
     for row in rows[rows.status != OK].drop_duplicates(["strategy", "status"]).itertuples():
         typer.echo(f"{row.strategy}: {row.status}")
     typer.echo("  ".join(str(folder / name) for name in names))
+
+
+def _with_differences(rows: pd.DataFrame, found: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows as JSON values, each with the differences of its strategy at its budget."""
+    by_row: dict[tuple[str, str], dict[str, Any]] = {}
+    lines: list[Any] = found.astype(object).where(found.notna(), None).to_dict("records")
+    for line in lines:
+        key = line.pop("strategy"), line.pop("budget")
+        by_row.setdefault(key, {})[line.pop("quantity")] = line
+    records: list[Any] = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    return [{**r, "to_best": by_row.get((r["strategy"], r["budget"]), {})} for r in records]
 
 
 def _write(path: Path, text: str) -> Any:

@@ -158,7 +158,7 @@ def note(document: dict[str, Any]) -> str:
             kept = 100 * best["macs"] / dense["macs"]
             lines.append(
                 f"| {_plain(label)} | {metric_text(best[metric])} | {kept:.1f} % | "
-                f"{solution['trial']} |"
+                f"{'uniform' if solution['trial'] is None else solution['trial']} |"
             )
         lines.append("")
     lines += ["Each parameter is a layer, its values are the choices of operator and rank.", ""]

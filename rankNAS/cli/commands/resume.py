@@ -20,5 +20,7 @@ def run_resume(options: ResumeOptions) -> None:
     if not options.trust_study:
         # A storage given on the command line replaces that of the file.
         check_trusted(replace(stored, storage=None) if "storage" in changes else stored)
-    control = SearchControl(resume=True, json=options.json, quiet=options.quiet)
+    control = SearchControl(
+        resume=True, json=options.json, quiet=options.quiet, time_limit=options.time_limit
+    )
     run_search(replace(stored, **changes), control)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -36,12 +37,14 @@ from rankNAS.cli.output import (
     progress_display,
 )
 from rankNAS.cli.results import keep
+from rankNAS.cli.started import deadline_of
 from rankNAS.cli.starting import keep_start, start_allocations
 from rankNAS.data.base import Data
+from rankNAS.deadline import Deadline
 from rankNAS.decompositions.shapes import LAYER_COSTS
 from rankNAS.engine import objectives_of, search
 from rankNAS.exceptions import StudyError
-from rankNAS.io.files import write_json
+from rankNAS.io.files import read_json, write_json
 from rankNAS.io.formats import current_format
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.pipeline import requests
@@ -60,7 +63,7 @@ __all__ = ["run_search"]
 
 def run_search(options: SearchOptions, control: SearchControl) -> None:
     """Run a search: search, test, fine-tune, write files and print."""
-    started = time.perf_counter()
+    started, deadline = time.perf_counter(), deadline_of(control.time_limit)
     options = options.named(control.resume)
     if control.resume:
         _check_resumable(options)
@@ -83,10 +86,12 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         for allocation in start:
             space.check(allocation)
         model = load_model(options, data, task, settings, space, options.seed, progress)
-        arguments = _Arguments(task, measured, settings, data, model, space, control.resume, start)
+        arguments = _Arguments(
+            task, measured, settings, data, model, space, control.resume, start, deadline
+        )
         study = _search(options, arguments, progress)
         progress.say("testing the dense network and the compressed ones")
-        result = keep(options, study, model, progress)
+        result = keep(options, study, model, progress, deadline)
     result["seconds"] = round(time.perf_counter() - started, 2)
     write_json(options.folder / "result.json", result)
     if control.json:
@@ -98,6 +103,8 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
 def _check_resumable(options: SearchOptions) -> None:
     """Raise a StudyError if a study has an older format, or its storage no longer contains it."""
     if not (options.folder / CONFIGURATION).is_file():
+        return
+    if _never_begun(options.folder):
         return
     found, current = options_format(options.folder), current_format("options")
     if found < current:
@@ -114,6 +121,14 @@ def _check_resumable(options: SearchOptions) -> None:
         )
 
 
+def _never_begun(folder: Path) -> bool:
+    """Whether a time limit ended the study before its first trial could be proposed."""
+    try:
+        return bool(read_json(folder / "result.json").get("unprepared"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 @dataclass(frozen=True, eq=False)
 class _Arguments:
     """The arguments of `search` that are made from the options."""
@@ -126,6 +141,7 @@ class _Arguments:
     space: SearchSpace
     resume: bool
     start: Sequence[Allocation]
+    deadline: Deadline | None
 
 
 def _search(options: SearchOptions, given: _Arguments, progress: ProgressDisplay) -> Study:
@@ -151,6 +167,7 @@ def _search(options: SearchOptions, given: _Arguments, progress: ProgressDisplay
             space=given.space,
             device=options.device,
             workers=workers_of(options),
+            time_limit=given.deadline,
             on_progress=progress.stage,
             on_record=lambda: _keep_options(options, given.start),
             on_trial=_counting(options, progress, best),
@@ -232,7 +249,7 @@ def _print(options: SearchOptions, result: dict[str, Any]) -> None:
     if options.finetune:
         rows += [
             [f"fine-tuned, {metric_name(name)}", ""]
-            + [metric_text(a["finetuned"][name]) for a in solutions]
+            + [metric_text(a.get("finetuned", {}).get(name)) for a in solutions]
             for name in names
         ]
     bounded = [name for a in solutions for name in a["budget"] if name in LAYER_COSTS]
@@ -247,6 +264,8 @@ def _print(options: SearchOptions, result: dict[str, Any]) -> None:
     probes = sum(t["probe"] for t in result["trials"])
     trials = f"{len(result['trials']) - probes} trials" + f" and {probes} probes" * bool(probes)
     typer.echo(f"{trials}, {result['seconds']:.0f} s")
+    for note in result["notes"]:
+        typer.echo(note)
     for solution in solutions:
         typer.echo(f"network  {solution['artifact']}")
     typer.echo(f"details  ranknas show {result['study']} --out {options.out}")

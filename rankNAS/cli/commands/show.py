@@ -32,6 +32,8 @@ def run_show(options: ShowOptions) -> None:
         + f" and {probes} probes, measured whatever their cost" * bool(probes)
         + f", {failed} failed" * bool(failed)
     )
+    for note in result.get("notes", []):
+        typer.echo(note)
     for solution in result["solutions"]:
         _print_solution(result, solution)
         _print_trials(result, solution, options.top)
@@ -40,10 +42,9 @@ def run_show(options: ShowOptions) -> None:
 
 def _print_solution(result: Document, solution: Document) -> None:
     dense, best, metric = result["dense"], solution["best"], quality_names(result)[-1]
-    typer.echo(
-        f"\n{solution['budget_key'] if solution['budget'] else 'no budget'}: "
-        f"trial {solution['trial']}"
-    )
+    trial = solution["trial"]
+    chosen = "the uniform allocation, no trial" if trial is None else f"trial {trial}"
+    typer.echo(f"\n{solution['budget_key'] if solution['budget'] else 'no budget'}: {chosen}")
     tuned = solution.get("finetuned")
     typer.echo(
         f"{metric_name(metric)} {metric_text(best[metric])} (dense {metric_text(dense[metric])}"

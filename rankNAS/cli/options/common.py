@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rankNAS.cli.options.fields import (
@@ -14,10 +15,12 @@ from rankNAS.cli.options.fields import (
     argument,
     option,
 )
+from rankNAS.exceptions import UsageError
 
 __all__ = [
     "ConfigurableOptions",
     "JsonOptions",
+    "LimitOptions",
     "OutputOptions",
     "SpaceOptions",
     "StudyOptions",
@@ -75,6 +78,28 @@ class ConfigurableOptions(OutputOptions):
         "Print all options, with those that this help leaves out, as TOML for --config.",
         OUTPUT,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions(Options):
+    """How long a command may take; not part of a study.
+
+    Raises:
+        UsageError: The limit is not a positive number.
+    """
+
+    time_limit: float | None = option(
+        None,
+        "Seconds from the start of the command after which the best answer so far is kept.",
+        RUNNING,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise UsageError(
+                f"`--time-limit` must be a positive number of seconds, got {self.time_limit:g}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

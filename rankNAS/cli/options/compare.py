@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rankNAS.cli.options.common import ConfigurableOptions, LimitOptions
 from rankNAS.cli.options.fields import SEARCH, TRAINING, changed, option
 from rankNAS.cli.options.model import ModelOptions
 
-__all__ = ["CompareOptions"]
+__all__ = ["CompareControl", "CompareOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +28,8 @@ class CompareOptions(ModelOptions):
         "Folder of the result. Rows that it contains are not searched again.",
         SEARCH,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareControl(ConfigurableOptions, LimitOptions):
+    """How a comparison runs; not part of its definition."""

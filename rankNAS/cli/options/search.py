@@ -12,6 +12,7 @@ from typing import Any
 from rankNAS.cli.options.common import (
     STUDIES,
     ConfigurableOptions,
+    LimitOptions,
     OutputOptions,
     StudyOptions,
     TrustOptions,
@@ -132,14 +133,14 @@ class SearchOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchControl(ConfigurableOptions):
+class SearchControl(ConfigurableOptions, LimitOptions):
     """How a search runs; not part of the study."""
 
     resume: bool = option(False, "Continue the study if it exists.", SEARCH)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions(OutputOptions, TrustOptions, StudyOptions):
+class ResumeOptions(OutputOptions, TrustOptions, LimitOptions, StudyOptions):
     """A study to continue, and its changed options."""
 
     trials: int | None = changed(

@@ -1,0 +1,262 @@
+"""The studies of one seed of a comparison, and their rows.
+
+Each strategy has its own study, in which it solves the budgets in the given order, and an
+evaluator with an empty cache. A strategy reuses its results for later budgets. Evaluations and
+seconds are therefore counted from the start of the study: those of the last budget are the study's
+totals.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rankNAS.allocation import Allocation
+from rankNAS.copies import copied
+from rankNAS.data.samples import Samples
+from rankNAS.deadline import TimeLimitError, limited_by
+from rankNAS.engine import run_within
+from rankNAS.evaluation.context import SearchContext
+from rankNAS.evaluation.outputs import Reference, dense_reference, network_sums
+from rankNAS.exceptions import RankNASError
+from rankNAS.phases import Phases
+from rankNAS.reporting.rows import DENSE_MODEL, Key, Row
+from rankNAS.reporting.significance import block_size
+from rankNAS.storage.store import StudyStore
+from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.binding import bind
+from rankNAS.strategies.history import Trial
+from rankNAS.strategies.problem import Problem
+from rankNAS.study import Study
+from rankNAS.tasks.base import Sums, summed
+
+if TYPE_CHECKING:
+    from rankNAS.comparison_plan import Plan
+
+__all__ = ["SeedStudies"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """The metric of a network on validation and test data, and on test data after training."""
+
+    validation: float
+    test: float = math.nan
+    divergence: float = math.nan
+    finetuned: float = math.nan
+    blocks: Mapping[str, Sequence[Sums]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class SeedStudies:
+    """State shared by all strategies of a seed."""
+
+    plan: Plan
+    seed: int
+    model: nn.Module
+    context: SearchContext
+    problems: Sequence[Problem]
+    setup_seconds: float
+    setup_cpu_seconds: float
+    tested: dict[Allocation, _Tested] = field(default_factory=dict)
+
+    @property
+    def metric(self) -> str:
+        """The main metric of the task."""
+        return self.context.task.main_metric
+
+    @cached_property
+    def validation_reference(self) -> Reference:
+        """Predictions of the dense model on the validation data."""
+        return self._reference(self.context.splits.validation)
+
+    @cached_property
+    def test_reference(self) -> Reference | None:
+        """Predictions of the dense model on the test data; None if there are none."""
+        test = self.context.splits.test
+        return None if test is None else self._reference(test, self.block_size)
+
+    @cached_property
+    def block_size(self) -> int:
+        """The number of test items in a block."""
+        test = self.context.splits.test
+        return 1 if test is None else block_size(len(test))
+
+    def dense_row(self) -> Row:
+        """The row of the dense model."""
+        tested = self.test_reference
+        return Row(
+            DENSE_MODEL,
+            DENSE_MODEL,
+            self.seed,
+            validation=self.context.dense()[self.metric],
+            test=math.nan if tested is None else tested.task.finish(tested.sums)[self.metric],
+            test_divergence=math.nan if tested is None else 0.0,
+            macs_fraction=1.0,
+            params_fraction=1.0,
+            search_seconds=0.0,
+            setup_seconds=self.setup_seconds,
+            metric=self.metric,
+            direction=self.context.task.directions[self.metric],
+            search_cpu_seconds=0.0,
+            setup_cpu_seconds=self.setup_cpu_seconds,
+        )
+
+    def study(self, name: str, strategy: Strategy, missing: set[Key]) -> Iterator[Row]:
+        """Search the budgets in order; yield a row for each one that is missing."""
+        keys = [(name, problem.budget_key, self.seed) for problem in self.problems]
+        self.context.evaluator.forget()
+        seconds, cpu_seconds = 0.0, 0.0
+        phases = Phases()
+        started = time.perf_counter()
+        if self.plan.is_late():
+            yield from (Row(*key, status=self.plan.not_begun) for key in keys if key in missing)
+            return
+        try:
+            with phases.timed("prepare"):
+                study = self._open(name, strategy, phases)
+        except Exception as error:  # in one strategy; the others can still be compared
+            yield from (_failed(key, error) for key in keys if key in missing)
+            return
+        for key, problem in zip(keys, self.problems, strict=True):
+            if self.plan.is_late():
+                if key in missing:
+                    yield Row(*key, status=self.plan.not_begun)
+                continue
+            try:
+                try:
+                    part = replace(study, problems=(problem,))
+                    run_within(self.plan.deadline, part, self.plan.n_trials, self._on_trial())
+                    with phases.timed("answer"):
+                        solution = part.solution(problem)
+                finally:
+                    seconds += time.perf_counter() - started
+                    cpu_seconds += phases.total
+                    phases.seconds.clear()
+                spent = seconds, cpu_seconds
+                row = self._row(key, part, solution, spent) if key in missing else None
+                phases.seconds.clear()  # of testing
+            except Exception as error:
+                row = _failed(key, error)
+            if row is not None and key in missing:
+                yield row
+            started = time.perf_counter()
+        count = len(study.trials)  # a strategy may propose fewer than requested
+        self.plan.report("trials", count, count)
+
+    def _open(self, name: str, strategy: Strategy, phases: Phases) -> Study:
+        first = self.problems[0]
+        store = StudyStore.open(
+            None,
+            name,
+            configuration={},
+            choices=first.labels(),
+            directions=first.directions,
+            resume=False,
+        )
+        dense = self.context.dense()
+        context = replace(self.context, phases=phases)
+        bound = bind(strategy, context)
+        return Study(name, store, tuple(self.problems), bound, context, self.plan.data, dense)
+
+    def _on_trial(self) -> Callable[[Trial, Trial | None], None]:
+        total = self.plan.n_trials * len(self.problems)
+
+        def on_trial(trial: Trial, best: Trial | None) -> None:
+            nonlocal total
+            total += trial.probe
+            self.plan.report("trials", trial.number + 1, max(total, trial.number + 1))
+
+        return on_trial
+
+    def _row(self, key: Key, study: Study, solution: Trial, seconds: tuple[float, float]) -> Row:
+        if solution.allocation not in self.tested:
+            self.tested[solution.allocation] = self._tested(study, solution.allocation)
+        tested = self.tested[solution.allocation]
+        if self.plan.block_sums is not None:
+            for column, blocks in tested.blocks.items():
+                self.plan.block_sums.add(key, column, blocks, self.block_size)
+        return Row(
+            *key,
+            validation=tested.validation,
+            test=tested.test,
+            test_divergence=tested.divergence,
+            macs_fraction=solution.metrics["macs"] / study.dense["macs"],
+            params_fraction=solution.metrics["params"] / study.dense["params"],
+            search_seconds=seconds[0],
+            setup_seconds=self.setup_seconds,
+            evaluations=len(study.trials),
+            finetuned_test=tested.finetuned,
+            metric=self.metric,
+            direction=self.context.task.directions[self.metric],
+            search_cpu_seconds=seconds[1],
+            setup_cpu_seconds=self.setup_cpu_seconds,
+            note="; ".join(filter(None, [study.limit_note, tested.note])),
+        )
+
+    def _tested(self, study: Study, allocation: Allocation) -> _Tested:
+        """Quality of the network of an allocation; equal allocations are trained once."""
+        network, config, splits = study.materialise(allocation), self.plan.training, study.splits
+        validation = study.measure(network, splits.validation, self.validation_reference)
+        before = _Tested(validation[self.metric])
+        if splits.test is None:
+            return before
+        blocks = {"test": self._blocks(network, splits.test)}
+        test = self._finished(blocks["test"])
+        divergence = test[study.task.divergence_name]
+        before = replace(before, test=test[self.metric], divergence=divergence, blocks=blocks)
+        if config is None:
+            return before
+        recovery = self.context.recovery(config, self.plan.training_samples)
+        try:
+            with limited_by(self.plan.deadline):
+                study.finetune(
+                    network,
+                    self.model,
+                    recovery.config,
+                    data=recovery.data,
+                    on_step=lambda step, total, _: self.plan.report("finetune", step, total),
+                )
+        except TimeLimitError as error:
+            return replace(before, note=f"{error}, during the fine-tuning")
+        blocks = {**blocks, "finetuned_test": self._blocks(network, splits.test)}
+        tuned = self._finished(blocks["finetuned_test"])
+        return replace(before, finetuned=tuned[self.metric], blocks=blocks)
+
+    def _blocks(self, network: nn.Module, samples: Samples) -> list[Sums]:
+        """The sums of the metrics over each block of test items."""
+        return network_sums(
+            network,
+            samples,
+            self.context.task,
+            reference=self.test_reference,
+            batch_size=self.block_size,
+            device=self.plan.device,
+        )
+
+    def _finished(self, blocks: Sequence[Sums]) -> dict[str, float]:
+        return self.context.task.finish(summed(blocks))
+
+    def _reference(self, samples: Samples, batch_size: int = 256) -> Reference:
+        model, task = copied(self.model).eval(), self.context.task
+        return dense_reference(
+            model, samples, task, batch_size=batch_size, device=self.plan.device
+        )
+
+
+def _failed(key: Key, error: Exception) -> Row:
+    reason = str(error)
+    if not isinstance(error, RankNASError):  # an error in the strategy: log its traceback
+        logger.warning("%s failed at %s, seed %d", *key, exc_info=error)
+        reason = f"{type(error).__name__}: {error}"
+    return Row(*key, status=" ".join(reason.split()))
