@@ -165,7 +165,8 @@ def test_rows_are_what_a_search_of_all_budgets_finds(
             with torch.no_grad():
                 logs = [m(x).double().log_softmax(1) for m in (network, small_net)]
             divergence = nn.functional.kl_div(*logs, reduction="batchmean", log_target=True)
-            assert row["test_divergence"] == pytest.approx(float(divergence), rel=1e-6)
+            # Logits are float32: a divergence of some 1e-6 is not known to all its digits.
+            assert row["test_divergence"] == pytest.approx(float(divergence), rel=1e-6, abs=1e-10)
             assert row["test_divergence"] > 0
             for name in ("macs", "params"):
                 fraction = solution.metrics[name] / study.dense[name]

@@ -194,7 +194,16 @@ def test_workers_are_dismissed(
 def test_the_phases_of_a_search_are_known(small_net: nn.Module, small_data: Pair) -> None:
     study = search(small_net, small_data, strategy="auto", n_trials=2)
     study.test()
-    expected = {"prepare", "calibrate", "factorise", "probes", "trials", "answer", "test"}
+    expected = {
+        "prepare",
+        "calibrate",
+        "factorise",
+        "losses",
+        "probes",
+        "trials",
+        "answer",
+        "test",
+    }
     assert expected == set(study.cpu_seconds)
     assert all(seconds >= 0 for seconds in study.cpu_seconds.values())
 

@@ -66,19 +66,18 @@ class Categorical(Prediction):
         )
 
     def sampled_loss(self, generator: torch.Generator) -> Tensor:
-        """A linear loss whose gradient g has E[g g^T] = diag(p) - p p^T, the Fisher matrix.
-
-        g = s e - p (s . e) with s = sqrt(p) and random signs e. Labels sampled from p give the
-        same second moment, but where p is confident nearly all of it comes from rare samples.
-        """
-        logits = at_least_float32(_of(self.logits, self._valid))
-        total = logits.sum() * 0.0
-        for chunk in _chunks(logits):
-            p = chunk.detach().softmax(-1)
-            signs = torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8).to(p)
-            noise = p.sqrt() * (2 * signs - 1)
-            total = total + (chunk * (noise - p * noise.sum(-1, keepdim=True))).sum()
-        return total
+        logits = _of(self.logits, self._valid)
+        sampled = []
+        for chunk in _chunks(logits.detach()):
+            probabilities = chunk.float().softmax(-1)
+            uniform = torch.rand(len(chunk), 1, generator=generator).to(probabilities)
+            labels = (probabilities.cumsum(-1) < uniform).sum(-1)
+            sampled.append(labels.clamp_max(chunk.shape[-1] - 1))
+        if not sampled:
+            return logits.sum() * 0.0
+        return functional.cross_entropy(
+            at_least_float32(logits), torch.cat(sampled), reduction="sum"
+        )
 
     def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
         """``T² KL(teacher ‖ student)``: its gradients do not grow with T (Hinton et al. 2015)."""

@@ -114,22 +114,21 @@ def test_streaming_does_not_change_the_result(sizes: tuple[int, int]) -> None:
         assert_same(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
-def sampled_loss(logits: Tensor, batch_size: int, seed: int = 0) -> Tensor:
-    """The linear loss with random signs whose gradients have the Fisher matrix, by the seed."""
+def sampled_labels(model: nn.Module, x: Tensor, batch_size: int, seed: int = 0) -> Tensor:
+    """Labels drawn from the model's probabilities by inversion, as documented by the seed."""
     generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros(())
-    for batch in logits.split(batch_size):
-        z = batch.flatten(0, -2)
-        p = z.detach().softmax(-1)
-        e = 2.0 * torch.randint(0, 2, p.shape, generator=generator, dtype=torch.int8) - 1
-        covector = p.sqrt() * e
-        total = total + (z * (covector - p * covector.sum(-1, keepdim=True))).sum()
-    return total
+    labels = []
+    for batch in x.split(batch_size):
+        probabilities = model(batch).detach().softmax(-1).flatten(0, -2)
+        uniform = torch.rand(len(probabilities), 1, generator=generator)
+        labels.append((probabilities.cumsum(-1) < uniform).sum(-1))
+    return torch.cat(labels).clamp_max(probabilities.shape[-1] - 1)
 
 
 def test_the_gradient_moment_is_that_of_autograd() -> None:
     model, space, x = small()
     found = calibrate(model, space, x, norm="fisher", batch_size=5)
+    labels = sampled_labels(model, x, 5)
     outputs: dict[str, Tensor] = {}
     reference = copy.deepcopy(model)
     for name in space.layers:
@@ -140,7 +139,7 @@ def test_the_gradient_moment_is_that_of_autograd() -> None:
             return output.clone()
 
         reference.get_submodule(name).register_forward_hook(keep)
-    sampled_loss(reference(x), 5).backward()
+    functional.cross_entropy(reference(x), labels, reduction="sum").backward()
     assert list(found) == list(space.layers) == ["conv1", "conv2", "linear", "head"]
     for name, layer in space.layers.items():
         D = outputs[name].grad.double()
@@ -161,7 +160,7 @@ def test_the_gradient_at_the_logits_averages_to_the_fisher_in_closed_form() -> N
         "0"
     ].output_gradient_second_moment
     p = model(x[:2]).detach().double().softmax(-1)
-    # E[g g^T] = diag(p) - p p^T
+    # E[(p - e_y)(p - e_y)^T] = diag(p) - p p^T for y drawn from p
     fisher = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).mean(0)
     torch.testing.assert_close(found[0], fisher, rtol=0, atol=0.01)  # 3 sigma: 3 / sqrt(4e4) / 2
 
@@ -206,9 +205,11 @@ def test_a_layer_that_is_called_twice_accumulates() -> None:
     moment, mean = moments(torch.cat([x, hidden]).unsqueeze(0))
     torch.testing.assert_close(found.input_second_moment, moment, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.mean, mean, rtol=1e-5, atol=1e-6)
+    labels = sampled_labels(model, x, 4)
     first = model.layer(x)
     second = model.layer(torch.tanh(first))
-    D = torch.cat(torch.autograd.grad(sampled_loss(second, 4), [first, second])).double()
+    loss = functional.cross_entropy(second, labels, reduction="sum")
+    D = torch.cat(torch.autograd.grad(loss, [first, second])).double()
     torch.testing.assert_close(
         found.output_gradient_second_moment[0], D.T @ D / 22, rtol=1e-4, atol=1e-7
     )
@@ -219,8 +220,9 @@ def test_tokens_and_logits_per_position() -> None:
     model, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.randn(5, 7, 8)
     found = calibrate(model, space_of(model, x[:1]), x, batch_size=2)
     torch.testing.assert_close(found["0"].input_second_moment, moments(x.flatten(0, 1)[None])[0])
-    y = model(x).detach().requires_grad_()
-    D = torch.autograd.grad(sampled_loss(y, 2), y)[0].flatten(0, 1)
+    labels = sampled_labels(model, x, 2)
+    y = model(x).flatten(0, 1).detach().requires_grad_()
+    (D,) = torch.autograd.grad(functional.cross_entropy(y, labels, reduction="sum"), y)
     expected = D.double().T @ D.double() / 35
     torch.testing.assert_close(
         found["2"].output_gradient_second_moment[0], expected, rtol=1e-4, atol=1e-7

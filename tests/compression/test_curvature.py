@@ -41,21 +41,18 @@ def factors(model: nn.Module, x: Tensor, **options: object) -> Factorisation:
     return factorise(model, space, **options)  # type: ignore[arg-type]
 
 
-def signs(samples: int, classes: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, 2, (samples, classes), generator=generator, dtype=torch.int8)
-    return 2.0 * drawn - 1
+def sampled(logits: Tensor) -> Tensor:
+    """Labels drawn from the model's probabilities by inversion, as documented by the seed."""
+    uniform = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(0))
+    return (logits.detach().softmax(1).cumsum(1) < uniform).sum(1).clamp_max(2)
 
 
 def brute_force(found: Factorisation, x: Tensor) -> dict[str, list[float]]:
     """Half the mean square of <D, gradient>, sample by sample, from autograd."""
-    model, drawn = found.model, signs(len(x), 3)
+    model, labels = found.model, sampled(found.model(x))
     total = {name: [0.0] * len(layer.choices) for name, layer in found.space.layers.items()}
-    for one, e in zip(x, drawn, strict=True):
-        logits = model(one[None])[0]
-        p = logits.detach().softmax(0)
-        noise = p.sqrt() * e
-        loss = (logits * (noise - p * noise.sum())).sum()
+    for one, label in zip(x, labels, strict=True):
+        loss = nn.functional.cross_entropy(model(one[None]), label[None])
         weights = [model.get_submodule(name).weight for name in found.space.layers]
         for name, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
             layer = found.layers[name]
@@ -94,7 +91,7 @@ def test_the_loss_of_the_output_layer_is_the_curvature_of_its_divergence() -> No
     for choice, loss in zip(layer.layer.choices, losses, strict=True):
         z = x @ (layer.folded(DENSE)[0] - layer.folded(choice)[0]).T
         exact = 0.5 * torch.einsum("no,nop,np->n", z, H, z).mean().item()
-        assert loss == pytest.approx(exact, rel=0.1, abs=1e-9)
+        assert loss == pytest.approx(exact, rel=0.15, abs=1e-9)
 
 
 def test_the_mean_of_an_error_that_a_bias_corrects_does_no_harm() -> None:

@@ -74,7 +74,7 @@ class SearchOptions(ModelOptions):
         hidden=True,
     )
     trial_epochs: int = option(
-        0, "Number of epochs that each trial's network is trained.", TRAINING, min=0
+        0, "Number of epochs that each trial's network is trained.", TRAINING, min=0, hidden=True
     )
     trial_samples: int = option(
         2048, "Training samples per epoch of --trial-epochs.", TRAINING, min=2, hidden=True

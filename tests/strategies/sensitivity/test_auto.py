@@ -227,7 +227,7 @@ def test_failed_probes_leave_a_strategy_that_works() -> None:
     probes = strategy.probes(problem, History())
     failed = History(tuple(Trial(i, a, "failed", probe=True) for i, a in enumerate(probes)))
     assert sensitivity_tables(problem, failed, strategy.errors) is None
-    assert len(strategy.propose(problem, failed, 2, rng())) == 2
+    assert 1 <= len(strategy.propose(problem, failed, 2, rng())) <= 2
     sensitivity = power_law(problem, 3)
     some = [measured(problem, a, sensitivity, i) for i, a in enumerate(probes)]
     rows = [problem.indices(t.allocation) for t in some]
