@@ -11,6 +11,7 @@ from torch import nn
 
 from rankNAS.budget import check_budgets
 from rankNAS.comparison_plan import Plan
+from rankNAS.comparison_seed import seed_rows
 from rankNAS.data.loading import DataSource, load_data
 from rankNAS.deadline import Deadline
 from rankNAS.evaluation.context import Progress, silent
@@ -135,7 +136,7 @@ def compare(
     missing = {key for keys in wanted.values() for key in keys} - {row.key for row in rows}
     total = sum(map(len, wanted.values()))
     for seed, keys in wanted.items():
-        for row in plan.rows(seed, missing.intersection(keys)):
+        for row in seed_rows(plan, seed, missing.intersection(keys)):
             missing.discard(row.key)
             rows.append(row)
             if on_row is not None:

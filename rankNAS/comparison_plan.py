@@ -1,8 +1,7 @@
-"""The plan of a comparison: what all seeds share, and the rows seed by seed."""
+"""The plan of a comparison: what all seeds share, and the rows of what is not searched."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,25 +9,22 @@ import torch
 from torch import nn
 
 from rankNAS.budget import budget_key
-from rankNAS.comparison_seed import SeedStudies
 from rankNAS.data.base import Data
-from rankNAS.deadline import Deadline, limited_by
+from rankNAS.deadline import Deadline
 from rankNAS.engine import objectives_of
 from rankNAS.evaluation.context import Progress
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
-from rankNAS.phases import Phases
-from rankNAS.pipeline import prepare, requests
+from rankNAS.pipeline import requests
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.reporting.rows import DENSE_MODEL, Key, Row
 from rankNAS.reporting.significance import BlockSums
 from rankNAS.search_spaces.base import SearchSpace
-from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings
 from rankNAS.strategies.base import Strategy
 from rankNAS.tasks.base import Task
-from rankNAS.tasks.infer import make_task, resolve_task
+from rankNAS.tasks.infer import make_task
 
 __all__ = ["Plan"]
 
@@ -73,55 +69,6 @@ class Plan:
         pairs = [(name, budget_key(budget)) for name in self.strategies for budget in self.budgets]
         return [(*pair, seed) for pair in [(DENSE_MODEL, DENSE_MODEL), *pairs]]
 
-    def rows(self, seed: int, missing: set[Key]) -> Iterator[Row]:
-        """The missing rows of a seed."""
-        if not missing:
-            return
-        # Before the model is made: a comparison of refusals alone needs none.
-        refusals = self._refusals(self.named_objectives())
-        yield from self._refused(seed, refusals, missing)
-        if not self._accepted(refusals, missing):
-            return
-        if self.is_late():
-            yield from self._not_begun(seed, self._accepted(refusals, missing), missing)
-            return
-        model = searchable(self.model if isinstance(self.model, nn.Module) else self.model(seed))
-        task = resolve_task(self.task, model, self.data)
-        objectives = objectives_of(self.objectives, task)
-        later = {n: r for n, r in self._refusals(objectives).items() if n not in refusals}
-        yield from self._refused(seed, later, missing)
-        accepted = self._accepted(refusals | later, missing)
-        if not accepted:
-            return
-        started, phases = time.perf_counter(), Phases()
-        with limited_by(self.deadline), phases.timed("prepare"):
-            context, problems = prepare(
-                model,
-                self.data,
-                task,
-                # All of them, so that a resumed comparison has the choices of a full one.
-                strategies=list(accepted.values()),
-                budgets=self.budgets,
-                objectives=objectives,
-                settings=self.settings,
-                hardware=self.hardware,
-                space=self.space,
-                device=self.device,
-                seed=seed,
-                on_progress=self.report,
-                phases=phases,
-            )
-        if not context.complete:
-            yield from self._not_begun(seed, accepted, missing)
-            return
-        setup = time.perf_counter() - started, phases.total
-        at = SeedStudies(self, seed, model, context, problems, *setup)
-        if (DENSE_MODEL, DENSE_MODEL, seed) in missing:
-            yield at.dense_row()
-        for name, strategy in accepted.items():
-            if any(key[0] == name for key in missing):
-                yield from at.study(name, strategy, missing)
-
     def named_objectives(self) -> list[ObjectiveBase]:
         """The objectives as far as they are known without a model.
 
@@ -133,7 +80,9 @@ class Plan:
         # A loss stands for the first metric of a task that is unknown yet.
         return [make_objective(objective) for objective in self.objectives or ("loss",)]
 
-    def _refused(self, seed: int, refusals: Mapping[str, str], missing: set[Key]) -> Iterator[Row]:
+    def refused_rows(
+        self, seed: int, refusals: Mapping[str, str], missing: set[Key]
+    ) -> Iterator[Row]:
         """The rows of the strategies that cannot do what is asked."""
         for name, reason in refusals.items():
             for key in self.keys(seed):
@@ -150,18 +99,18 @@ class Plan:
         assert self.deadline is not None
         return f"not searched: the time limit of {self.deadline.seconds:g} s had ended"
 
-    def _not_begun(self, seed: int, names: Iterable[str], missing: set[Key]) -> Iterator[Row]:
+    def late_rows(self, seed: int, names: Iterable[str], missing: set[Key]) -> Iterator[Row]:
         for key in self.keys(seed):
             if key in missing and key[0] in (DENSE_MODEL, *names):
                 yield Row(*key, status=self.not_begun)
 
-    def _accepted(self, refusals: Mapping[str, str], missing: set[Key]) -> dict[str, Strategy]:
+    def accepted(self, refusals: Mapping[str, str], missing: set[Key]) -> dict[str, Strategy]:
         """The other strategies; none if no missing row concerns them or the dense model."""
         accepted = {n: s for n, s in self.strategies.items() if n not in refusals}
         concerned = any(key[0] in (DENSE_MODEL, *accepted) for key in missing)
         return accepted if concerned else {}
 
-    def _refusals(self, objectives: Sequence[ObjectiveBase]) -> dict[str, str]:
+    def refusals(self, objectives: Sequence[ObjectiveBase]) -> dict[str, str]:
         """Reasons, by name, of the strategies that cannot do what is asked."""
         asked = requests(self.data, self.budgets, objectives, self.settings)
         refusals: dict[str, str] = {}

@@ -14,21 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from rankNAS.allocation import Allocation
+from rankNAS.comparison_plan import Plan
 from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
 from rankNAS.deadline import TimeLimitError, limited_by
-from rankNAS.engine import run_within
+from rankNAS.engine import objectives_of, run_within
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.outputs import Reference, dense_reference, network_sums
 from rankNAS.exceptions import RankNASError
 from rankNAS.phases import Phases
+from rankNAS.pipeline import prepare
 from rankNAS.reporting.rows import DENSE_MODEL, Key, Row
 from rankNAS.reporting.significance import block_size
+from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.binding import bind
@@ -36,13 +38,61 @@ from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
 from rankNAS.tasks.base import Sums, summed
+from rankNAS.tasks.infer import resolve_task
 
-if TYPE_CHECKING:
-    from rankNAS.comparison_plan import Plan
-
-__all__ = ["SeedStudies"]
+__all__ = ["SeedStudies", "seed_rows"]
 
 logger = logging.getLogger(__name__)
+
+
+def seed_rows(plan: Plan, seed: int, missing: set[Key]) -> Iterator[Row]:
+    """The missing rows of a seed of a comparison."""
+    if not missing:
+        return
+    # Before the model is made: a comparison of refusals alone needs none.
+    refusals = plan.refusals(plan.named_objectives())
+    yield from plan.refused_rows(seed, refusals, missing)
+    if not plan.accepted(refusals, missing):
+        return
+    if plan.is_late():
+        yield from plan.late_rows(seed, plan.accepted(refusals, missing), missing)
+        return
+    model = searchable(plan.model if isinstance(plan.model, nn.Module) else plan.model(seed))
+    task = resolve_task(plan.task, model, plan.data)
+    objectives = objectives_of(plan.objectives, task)
+    later = {n: r for n, r in plan.refusals(objectives).items() if n not in refusals}
+    yield from plan.refused_rows(seed, later, missing)
+    accepted = plan.accepted(refusals | later, missing)
+    if not accepted:
+        return
+    started, phases = time.perf_counter(), Phases()
+    with limited_by(plan.deadline), phases.timed("prepare"):
+        context, problems = prepare(
+            model,
+            plan.data,
+            task,
+            # All of them, so that a resumed comparison has the choices of a full one.
+            strategies=list(accepted.values()),
+            budgets=plan.budgets,
+            objectives=objectives,
+            settings=plan.settings,
+            hardware=plan.hardware,
+            space=plan.space,
+            device=plan.device,
+            seed=seed,
+            on_progress=plan.report,
+            phases=phases,
+        )
+    if not context.complete:
+        yield from plan.late_rows(seed, accepted, missing)
+        return
+    setup = time.perf_counter() - started, phases.total
+    at = SeedStudies(plan, seed, model, context, problems, *setup)
+    if (DENSE_MODEL, DENSE_MODEL, seed) in missing:
+        yield at.dense_row()
+    for name, strategy in accepted.items():
+        if any(key[0] == name for key in missing):
+            yield from at.study(name, strategy, missing)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ __all__ = [
     "tree_map",
     "type_difference",
     "with_size",
+    "same_tensors",
 ]
 
 
@@ -287,3 +288,11 @@ def device_of(model: nn.Module) -> torch.device:
 def count_bytes(tree: Any) -> int:
     """The bytes of all tensors."""
     return sum(tensor.nbytes for tensor in tensors(tree))
+
+
+def same_tensors(a: Any, b: Any) -> bool:
+    """Whether two trees have equal tensors in equal places."""
+    first, second = dict(named_tensors(a)), dict(named_tensors(b))
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )

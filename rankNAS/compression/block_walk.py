@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rankNAS.compression.batch_norm import averaging_anew, training_layers
 from rankNAS.compression.patches import same_patches
 from rankNAS.search_spaces.base import Layer
-from rankNAS.trees import Inputs, named_tensors, rows, tree_map
+from rankNAS.trees import Inputs, rows, same_tensors, tree_map
 
 __all__ = ["BlockWalk"]
 
@@ -147,12 +147,12 @@ class BlockWalk:
         last: list[Any] = []
         try:
             for names, (found,) in self._walk([few], last):
-                if not _equal(found, calls.inputs.get(names[0])):
+                if not same_tensors(found, calls.inputs.get(names[0])):
                     return False
         except Exception as error:
             logger.debug("blocks are not run on their own: %s", error, exc_info=True)
             return False
-        return _equal(last[0], calls.output)
+        return same_tensors(last[0], calls.output)
 
 
 class _ReachedError(Exception):
@@ -267,11 +267,3 @@ def _has_list(module: nn.Module) -> bool:
 def _freed(tensor: Tensor) -> Tensor:
     """Zeros of the same shape that take no memory."""
     return tensor.new_zeros(()).expand(tensor.shape)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two trees have equal tensors in equal places."""
-    first, second = dict(named_tensors(a)), dict(named_tensors(b))
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name], second[name]) for name in first
-    )

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.tasks.feeding import InputBatches
-from rankNAS.trees import Inputs, count_bytes, named_tensors, rows
+from rankNAS.trees import Inputs, count_bytes, rows, same_tensors
 
 __all__ = ["CachedPass", "IncrementalExecutor"]
 
@@ -81,7 +81,7 @@ class IncrementalExecutor:
                 if stages is None:
                     return None
                 actual = [stages.run({}, 0, x)[0] for x in examples]
-            same = all(_equal(a, b) for a, b in zip(actual, expected, strict=True))
+            same = all(same_tensors(a, b) for a, b in zip(actual, expected, strict=True))
         except Exception as error:
             logger.debug("the model is not traced: %s", error, exc_info=True)
             return None
@@ -231,14 +231,6 @@ class CachedPass:
         sampled = count_bytes([list(values.values()) for values in kept.values()])
         total = sampled * self.batches.samples / min(2, size)
         return list(kept)[:: max(1, math.ceil(total / MEMORY))]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two outputs have equal tensors in equal places."""
-    first, second = dict(named_tensors(a)), dict(named_tensors(b))
-    return first.keys() == second.keys() and all(
-        torch.equal(first[name], second[name]) for name in first
-    )
 
 
 def _trace(

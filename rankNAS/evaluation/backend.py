@@ -117,8 +117,14 @@ class Backend:
         if cpu:
             batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
         self.batch_size = affordable(batch_size, self.network, validation, task, device)
-        self._calibration_samples = calibration
-        self.calibration = self.calibration_batches(self.batch_size)
+        self.calibration = input_batches(
+            calibration,
+            self.batch_size,
+            task=task,
+            device=device,
+            even=True,
+            place=channels_last,
+        )
         ends = part_ends(parts, len(validation))
         self.parts = [
             validation.take(torch.arange(start, end)).batched(
@@ -149,17 +155,6 @@ class Backend:
     def refit(self) -> SequentialRefit:
         """Refits to the calibration batches, from which batch norms are corrected as well."""
         return SequentialRefit(self.factorisation, self.calibration)
-
-    def calibration_batches(self, batch_size: int) -> InputBatches:
-        """The inputs of the calibration samples, on the device, in batches of about equal size."""
-        return input_batches(
-            self._calibration_samples,
-            batch_size,
-            task=self.task,
-            device=self.device,
-            even=True,
-            place=channels_last,
-        )
 
     @contextmanager
     def applying(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.recovery.blocks import Blocks, State, main_tensor
-from rankNAS.trees import Inputs, map_children, named_tensors, tree_map
+from rankNAS.trees import Inputs, map_children, same_tensors, tree_map
 
 __all__ = ["ModuleBlocks", "repeated_modules", "usable_modules"]
 
@@ -161,7 +161,7 @@ def usable_modules(
     count = Counter(name for name, _, _ in calls)
     kept = [call for call in calls if count[call[0]] == 1 and _repeats(model, *call)]
     links = [False] + [
-        _equal(_with_first(a[1], main_tensor(a[2])), b[1])
+        same_tensors(_with_first(a[1], main_tensor(a[2])), b[1])
         for a, b in zip(kept, kept[1:], strict=False)
     ]
     return [name for name, _, _ in kept], links
@@ -177,8 +177,3 @@ def _repeats(model: nn.Module, name: str, inputs: Inputs, output: Any) -> bool:
     except Exception:  # it depends on more than its arguments
         return False
     return found is not None and torch.equal(found, expected)
-
-
-def _equal(first: Inputs, second: Inputs) -> bool:
-    a, b = dict(named_tensors(first)), dict(named_tensors(second))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
