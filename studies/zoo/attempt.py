@@ -26,7 +26,7 @@ from rankNAS.trees import named_tensors
 
 __all__ = ["attempt", "main"]
 
-MEMORY = 8 << 30  # bytes
+MEMORY = 16 << 30  # bytes
 BUDGET = 0.6
 SAMPLES = 16
 SEED = 0

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from torchvision import models
 
 from rankNAS.exceptions import UsageError, WeightsError
-from rankNAS.models.weights import load_weights, pretrained_weights, trained_model
+from rankNAS.models.weights import load_state, load_weights, pretrained_weights, trained_model
 from rankNAS.recovery import TrainingConfig
 
 
@@ -162,6 +162,8 @@ def test_names_shapes_and_values_are_checked_before_anything_changes(tmp_path: P
     bad = changed()
     bad["b.running_var"][1] = float("nan")
     refused(bad, "not finite in b.running_var")
+    bad["b.running_var"][1] = float("inf")
+    refused(bad, "not finite in b.running_var")
 
 
 def test_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,3 +297,19 @@ def test_a_damaged_checkpoint_is_made_again(
     assert steps == 4 and torch.equal(first, second)
     assert "because of a bad checkpoint" in caplog.text and str(partial) in caplog.text
     assert list(cache.iterdir()) == [path]
+
+
+def test_infinities_that_the_model_has_itself_are_loaded() -> None:
+    """A mask, or a limit of activations, is a buffer with infinities."""
+
+    def masked() -> nn.Linear:
+        model = nn.Linear(3, 3)
+        model.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        return model
+
+    source, target = masked(), masked()
+    load_state(target, source.state_dict(), source="s")
+    assert torch.equal(target.weight, source.weight)
+    changed = source.state_dict() | {"mask": -source.mask}
+    with pytest.raises(WeightsError, match="not finite in mask"):
+        load_state(target, changed, source="s")
