@@ -1,129 +1,133 @@
-"""What each part of `auto` is worth on ResNet-20, without any training.
+"""What each part of `solve` and `auto` is worth on ResNet-20, in divergence and in CPU seconds.
 
     python studies/resnet20_cifar10/ablation.py --data parquet:DIR --weights FILE --out FOLDER
 
-Each group of variants is a comparison (`rankNAS.compare`). FOLDER/ablation.csv gets its rows as
-soon as they are known, and those that are there are not searched again; FOLDER/ablation.md is made
-from them.
+Nothing is trained on labels. FOLDER/ablation.csv gets the rows of a variant and a seed as soon as
+they are known, and those that are there are not searched again; FOLDER/ablation.md is made from
+them. One thread. Nothing of earlier searches is reused.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import pandas as pd
+import torch
+from rankNAS.data.source import Data
 
 import rankNAS
 from rankNAS.models.weights import load_weights, recorded_normalization
-from rankNAS.reporting.rows import DENSE_MODEL, Row, summarise, with_current_columns
+from rankNAS.recovery import Refinement
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.strategies import Auto, Energy, Solve, Strategy
+from rankNAS.strategies import Auto, Solve, Strategy
 
-BUDGETS = (0.7, 0.55, 0.5, 0.37)
-TRIALS = 16
-PLAIN = rankNAS.Settings(sequential=False)
+BUDGETS = (0.7, 0.55, 0.5, 0.37, 0.278)
+STATED = rankNAS.Settings(sequential=False)
 REFITTED = rankNAS.Settings()
+REFINED = rankNAS.Settings(refine=Refinement())
+TRIALS = 40
 
-# Variants by name, trials a budget, settings, whether batch norms are measured anew.
-GROUPS: list[tuple[dict[str, Strategy], int, rankNAS.Settings, bool]] = [
-    (
-        {
-            "energy, batch norms measured anew": Energy(),
-            "measured harm, batch norms measured anew": Auto(),
-        },
-        1,
-        PLAIN,
-        True,
-    ),
-    (
-        {
-            "energy": Energy(),
-            "sum of errors": Solve(),
-            "sum of squared errors": Solve(power=2),
-            "measured harm": Auto(),
-        },
-        1,
-        PLAIN,
-        False,
-    ),
-    (
-        {
-            "measured harm, Thompson sampling": Auto(),
-            "the same, answer not shrunk": Auto(shrinkage=0.0),
-        },
-        TRIALS,
-        PLAIN,
-        False,
-    ),
-    ({"energy, refitted": Energy(), "measured harm, refitted": Auto()}, 1, REFITTED, False),
-    ({"measured harm, Thompson sampling, refitted (`auto`)": Auto()}, TRIALS, REFITTED, False),
-]
-for operators in (("svd", "group_svd"), ("svd",)):
-    policy = rankNAS.RankPolicy(operators=operators)
-    name = f"`auto` with {' and '.join(operators)} alone"
-    GROUPS.append(({name: Auto()}, TRIALS, replace(REFITTED, policy=policy), False))
+VARIANTS: dict[str, tuple[Strategy, rankNAS.Settings]] = {
+    "sum of relative errors": (Solve(form="relative"), STATED),
+    "sum of losses": (Solve(form="absolute"), STATED),
+    "best of three forms": (Solve(), STATED),
+    "best of three forms, refitted (`solve`)": (Solve(), REFITTED),
+    "corrected losses, not refitted": (Auto(), STATED),
+    "corrected losses, one refit": (Auto(refitted=1), REFITTED),
+    "corrected losses (`auto`)": (Auto(), REFITTED),
+    "each layer measured alone, corrected": (Auto(measured=True), REFITTED),
+    "best of three forms, refined (`solve --refine`)": (Solve(), REFINED),
+    "corrected losses, refined (`auto --refine`)": (Auto(), REFINED),
+}
 
 
-@contextmanager
-def measured_anew(wanted: bool) -> Iterator[None]:
-    """Within, batch norms get what the calibration data says, not the difference."""
-    if not wanted:
-        yield
-        return
-    with mock.patch("rankNAS.compression.batch_norm.BatchNormReference.correct", lambda *_: None):
-        yield
+def main(source: str, weights: str, out: Path, seeds: list[int], only: str) -> None:
+    torch.set_num_threads(1)
+    data = rankNAS.load_data(source, normalize=recorded_normalization(weights))
+    path = out / "ablation.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    known = {(row["variant"], row["seed"]) for row in rows}
+    for seed in seeds:
+        for variant in (name for name in VARIANTS if only in name):
+            if (variant, seed) in known:
+                continue
+            rows += searched(variant, seed, data, weights)
+            out.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(rows).to_csv(path, index=False)
+    path.with_suffix(".md").write_text(summarised(pd.DataFrame(rows)))
 
 
-def main(data_source: str, weights: str, out: Path, seeds: int) -> None:
-    data = rankNAS.load_data(data_source, normalize=recorded_normalization(weights))
+def searched(variant: str, seed: int, data: Data, weights: str) -> Iterator[dict[str, Any]]:
+    """A row for each budget: metrics on the test images, and CPU seconds up to the network."""
+    strategy, settings = VARIANTS[variant]
     model = build_model("resnet20", num_classes=10, input_shape=(3, 32, 32)).eval()
     load_weights(model, weights)
-    path = out / "ablation.csv"
-    rows = []
-    if path.exists():
-        rows = with_current_columns(pd.read_csv(path)).to_dict("records")
+    seconds = dict.fromkeys((f"macs<={budget:g}" for budget in BUDGETS), 0.0)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["RANKNAS_CACHE"] = cache
+        last = time.process_time()
 
-    def on_row(row: Row) -> None:
-        rows.append(asdict(row))
-        pd.DataFrame(rows).to_csv(path, index=False)
-        print(row, flush=True)
+        def on_trial(trial: Any, _: Any) -> None:
+            nonlocal last
+            now = time.process_time()
+            seconds[trial.budget_key] += now - last
+            last = now
 
-    for strategies, trials, settings, anew in GROUPS:
-        earlier = pd.DataFrame([r for r in rows if r["strategy"] in (DENSE_MODEL, *strategies)])
-        with measured_anew(anew):
-            rankNAS.compare(
-                model,
-                data,
-                strategies,
-                [{"macs": budget} for budget in BUDGETS],
-                range(seeds),
-                n_trials=trials,
-                settings=settings,
-                earlier=earlier if len(earlier) else None,
-                on_row=on_row,
-            )
-    summarised(pd.DataFrame(rows), path.with_suffix(".md"))
+        study = rankNAS.search(
+            model,
+            data,
+            budget=[{"macs": budget} for budget in BUDGETS],
+            strategy=strategy,
+            n_trials=TRIALS,
+            seed=seed,
+            settings=settings,
+            on_trial=on_trial,
+        )
+        for problem in study.problems:
+            started = time.process_time()
+            best = study.solution(problem)
+            network = study.materialise(best.allocation)
+            seconds[problem.budget_key] += time.process_time() - started
+            found = study.test(network)
+            row = {
+                "variant": variant,
+                "seed": seed,
+                "budget": problem.budget_key.removeprefix("macs<="),
+                "divergence": found["kl_divergence"],
+                "accuracy": found["accuracy"],
+                "cpu_seconds": seconds[problem.budget_key],
+            }
+            print(row, flush=True)
+            yield row
 
 
-def summarised(rows: pd.DataFrame, path: Path) -> None:
-    """A table of variants and budgets."""
-    table = summarise(rows[rows.strategy != DENSE_MODEL])
-    budgets = list(table.budget.unique())
+def summarised(rows: pd.DataFrame) -> str:
+    """A table of variants and budgets: means over the seeds."""
+    budgets = sorted(rows.budget.unique(), reverse=True)
     lines = [
-        f"| test accuracy, % (standard deviation) | {' | '.join(budgets)} |",
+        "| divergence, accuracy in %, CPU seconds | "
+        + " | ".join(f"{budget:g}" for budget in budgets)
+        + " |",
         "|---" * (len(budgets) + 1) + "|",
     ]
-    for variant in rows[rows.strategy != DENSE_MODEL].strategy.unique():
-        found = table[table.strategy == variant].set_index("budget")
-        cells = [f"{100 * found.test[b]:.2f} ({100 * found.test_std[b]:.2f})" for b in budgets]
+    for variant in (name for name in VARIANTS if name in set(rows.variant)):
+        means = (
+            rows[rows.variant == variant]
+            .groupby("budget")[["divergence", "accuracy", "cpu_seconds"]]
+            .mean()
+        )
+        cells = [
+            f"{m.divergence:.4f}, {100 * m.accuracy:.2f}, {m.cpu_seconds:.0f}"
+            for m in (means.loc[budget] for budget in budgets)
+        ]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
-    lines += ["", f"{rows.seed.nunique()} seeds; {TRIALS} trials a budget where sampled."]
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join([*lines, "", f"Means of {rows.seed.nunique()} seeds.", ""])
 
 
 if __name__ == "__main__":
@@ -131,6 +135,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", required=True, help="for example parquet:DIR")
     parser.add_argument("--weights", required=True, help="a ResNet-20 for this data")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", default="", help="part of the names of the variants to search")
     arguments = parser.parse_args()
-    main(arguments.data, arguments.weights, arguments.out, arguments.seeds)
+    main(arguments.data, arguments.weights, arguments.out, arguments.seeds, arguments.only)

@@ -122,11 +122,20 @@ class Solve(OneShot):
         return problem.allocation(found.indices)
 
 
+def mixed(problem: Problem, losses: Sequence[Array], share: float) -> tuple[Array, ...]:
+    """Weighted geometric means of losses and relative errors.
+
+    Args:
+        problem: Its relative errors.
+        losses: One array a layer.
+        share: Power of the losses, in [0, 1]; the rest is that of the errors.
+    """
+    pairs = zip(losses, problem.errors, strict=True)
+    return tuple(h**share * e ** (1 - share) for h, e in pairs)
+
+
 def _tables(problem: Problem, form: Form) -> Sequence[Array]:
     """The values of the choices."""
     if form == "relative":
         return problem.errors
-    if form == "mean":
-        pairs = zip(problem.errors, problem.absolute, strict=True)
-        return [np.sqrt(errors * losses) for errors, losses in pairs]
-    return problem.absolute
+    return mixed(problem, problem.absolute, 0.5 if form == "mean" else 1.0)

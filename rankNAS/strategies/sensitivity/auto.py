@@ -5,8 +5,9 @@ The default strategy. It minimises the degradation of the network within the bud
 1. The loss of every choice of every layer, alone and to second order, comes from one pass over the
    calibration samples, whatever the number of layers (`rankNAS.compression.curvature`). With
    `measured`, each layer is measured alone at a few relative errors instead.
-2. The exact solver minimises their sum within the budget: the first candidate. Others minimise the
-   relative errors, and means of both, in case the losses mislead.
+2. The exact solver minimises their sum within the budget: the first candidate. Others minimise
+   geometric means of losses and relative errors. The mean that explains their measured
+   degradation best is the table of the layers from then on.
 3. Candidates are screened: evaluated without refitting, on a part of the samples. A regression
    learns from them which layers do more or less harm than the tables say, and how errors
    propagate (`Regression`). The next candidates minimise its mean and samples of its posterior
@@ -32,20 +33,22 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError, UsageError
+from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.bo import BayesianOptimisation
 from rankNAS.strategies.history import History, Trial, degradation
-from rankNAS.strategies.one_shot.energy import Energy
-from rankNAS.strategies.one_shot.solve import Solve
+from rankNAS.strategies.one_shot.solve import Solve, mixed
 from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
-from rankNAS.strategies.sensitivity.regression import Regression
+from rankNAS.strategies.sensitivity.regression import GAP, Regression
 from rankNAS.strategies.sensitivity.tables import sensitivity_probes, sensitivity_tables
 
 __all__ = ["Auto"]
 
+SHARES = (1.0, 0.75, 0.5, 0.0)  # powers of the losses in the tables that are compared
 ATTEMPTS = 12  # samples drawn for a candidate that is new
 WIDENING = 1.3  # of the samples, each time one gives a known allocation
-SAMPLES = 4  # of the posterior, that say what further candidates may gain
+SAMPLES = 6  # of the posterior, that say what further candidates may gain
+TINY = 1e-12  # least value of which a logarithm is taken
 CLOSE = 1.1  # score of a candidate, relative to the best, up to which it is refitted
 
 
@@ -120,7 +123,7 @@ class Auto(Strategy):
         screened = self._screened(problem, history)
         regression = self._regression(problem, history)
         if not screened:  # all failed, or there was none
-            starts = dict.fromkeys(_starts(problem, regression))
+            starts = dict.fromkeys(self._starts(problem, history, regression))
             return [a for a in starts if a not in history.tried][: max(0, min(n, left))]
         scores = self._scores(problem, regression, screened)
         most = np.inf if failed else CLOSE * min(scores)
@@ -151,7 +154,8 @@ class Auto(Strategy):
             t for t in own if _joint(problem, t) and problem.meets(problem.indices(t.allocation))
         ]
         if not own or not screened:
-            return list(dict.fromkeys(_starts(problem, regression)))[: self.screened]
+            starts = dict.fromkeys(self._starts(problem, history, regression))
+            return list(starts)[: self.screened]
         if len(own) >= self.screened:
             return []
         scores = self._scores(problem, regression, screened)
@@ -166,6 +170,17 @@ class Auto(Strategy):
             if (allocation := problem.allocation(found)) not in history.found:
                 return [allocation]
         return self._widened(problem, history, regression, rng)
+
+    def _starts(
+        self, problem: Problem, history: History, regression: Regression
+    ) -> Iterator[Allocation]:
+        """What is screened before any sample."""
+        yield problem.allocation(regression.optimum(problem))
+        budgeted, limits = problem.budgeted(), list(problem.limits.values())
+        losses = self._losses(problem, history)
+        for share in SHARES:
+            table = mixed(problem, losses, share)
+            yield problem.allocation(min_sum(table, budgeted, limits, gap=GAP).indices)
 
     def _widened(
         self,
@@ -207,13 +222,30 @@ class Auto(Strategy):
             return sensitivity_tables(problem, history, self.errors) or problem.absolute
         return problem.absolute
 
+    def _table(
+        self, problem: Problem, history: History, trials: Sequence[Trial]
+    ) -> tuple[Array, ...]:
+        """The mean of losses and errors that explains the screened trials of a budget best."""
+        losses = self._losses(problem, history)
+        tables = [mixed(problem, losses, share) for share in SHARES]
+        own = [t for t in trials if t.budget_key == problem.budget_key]
+        if len(own) < len(SHARES):
+            return tables[0]
+        rows = [problem.indices(t.allocation) for t in own]
+        measured = np.log([max(degradation(problem, t), TINY) for t in own])
+        residuals = []
+        for table in tables:
+            sums = [sum(h[i] for h, i in zip(table, row, strict=True)) for row in rows]
+            residuals.append(float(np.std(measured - np.log(np.maximum(sums, TINY)))))
+        return tables[int(np.argmin(residuals))]
+
     def _regression(self, problem: Problem, history: History) -> Regression:
         dense = history.found.get(problem.allocation(problem.all_dense))
         measured = dense is not None and dense.state == "complete"
         trials = [t for t in history.complete if t.probe and _joint(problem, t)]
         return Regression.fit(
             problem,
-            self._losses(problem, history),
+            self._table(problem, history, trials),
             degradation(problem, dense) if dense is not None and measured else 0.0,
             trials,
             uncertainty=self.uncertainty,
@@ -243,10 +275,3 @@ def _gain(
     """The share of the degradation that an allocation saves if a sample is right."""
     now, then = sample.predict(problem, [best, found]) - sample.base
     return max(0.0, float((now - then) / now)) if now > 0 else 0.0
-
-
-def _starts(problem: Problem, regression: Regression) -> Iterator[Allocation]:
-    """What is screened before any sample."""
-    yield problem.allocation(regression.optimum(problem))
-    yield from Solve().solutions(problem)
-    yield Energy().solve(problem)

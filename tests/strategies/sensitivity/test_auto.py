@@ -17,6 +17,7 @@ from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.solver.min_sum import min_sum
 from rankNAS.strategies.history import History, Trial, degradation
+from rankNAS.strategies.one_shot.solve import mixed
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.sensitivity.auto import Auto
 from rankNAS.strategies.sensitivity.tables import sensitivity_probes, sensitivity_tables
@@ -129,6 +130,17 @@ def test_the_first_candidates_are_the_optima_of_all_forms() -> None:
     assert value <= best * (1 + 2e-3)
     relative = min_sum(problem.errors, problem.budgeted(), list(problem.limits.values()))
     assert problem.allocation(relative.indices) in first
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
+def test_the_table_is_the_mean_that_explains_the_candidates(share: float) -> None:
+    problem = random_problem(10, layers=6, choices=12)
+    problem = with_losses(problem, power_law(problem, 3))
+    truth = mixed(problem, problem.losses, share)
+    history = screened(Auto(gain=0.0), problem, list(truth))
+    found = Auto()._regression(problem, history).losses
+    for table, wanted in zip(found, truth, strict=True):
+        np.testing.assert_allclose(table, wanted)
 
 
 def test_learns_multipliers_that_the_tables_did_not_show() -> None:
