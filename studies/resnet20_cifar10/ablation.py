@@ -19,9 +19,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-from rankNAS.data.source import Data
 
 import rankNAS
+from rankNAS.data.base import Data
 from rankNAS.models.weights import load_weights, recorded_normalization
 from rankNAS.recovery import Refinement
 from rankNAS.search_spaces.zoo import build_model
