@@ -111,7 +111,7 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
                 f"{name} of the model is on the meta device, which holds no values; call "
                 "model.to_empty(device='cpu') first."
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise WeightsError(
                 f"{source} holds a value that is not finite in {name}; the training that wrote it "
                 "diverged, so use an earlier checkpoint."
@@ -121,6 +121,11 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
     versioned = OrderedDict(state)
     vars(versioned)["_metadata"] = versions
     model.load_state_dict(versioned)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # as of float8
+    return bool(wide.isfinite().all())
 
 
 def check_shapes(model: nn.Module, content: object, *, source: str) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ X = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(96) % 4
 
 
-def net(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+def net(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(32, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 4)]
     return nn.Sequential(*layers).eval()
@@ -137,6 +139,17 @@ def test_another_activation_with_the_same_weights_does_not_resume(tmp_path: Any)
         searched(net(nn.Tanh), storage=storage, resume=True, n_trials=7)
 
 
+def test_a_setting_that_outputs_hardly_show_does_not_resume(tmp_path: Any) -> None:
+    storage, tanh = f"sqlite:///{tmp_path}/study.db", partial(nn.GELU, "tanh")
+    x = X[:8]
+    torch.testing.assert_close(net(nn.GELU)(x), net(tanh)(x), atol=1e-3, rtol=0)
+    searched(net(nn.GELU), storage=storage)
+    compiled = torch.compile(net(nn.GELU), backend="eager")
+    assert len(searched(compiled, storage=storage, resume=True, n_trials=4).trials) == 4
+    with pytest.raises(StudyError, match=r"modules of the model differ \(GELU.*tanh.* instead of"):
+        searched(net(tanh), storage=storage, resume=True, n_trials=5)
+
+
 def test_a_study_from_before_outputs_were_kept_resumes(tmp_path: Any) -> None:
     import optuna
 
@@ -146,6 +159,6 @@ def test_a_study_from_before_outputs_were_kept_resumes(tmp_path: Any) -> None:
     searched(storage=storage)
     study = optuna.load_study(study_name="study", storage=storage)
     kept = dict(study.user_attrs[CONFIGURATION])
-    assert kept.pop("outputs")
+    assert kept.pop("outputs") and kept.pop("modules")
     study.set_user_attr(CONFIGURATION, kept)
     assert len(searched(storage=storage, resume=True, n_trials=4).trials) == 4
