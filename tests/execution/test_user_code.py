@@ -113,6 +113,26 @@ def test_one_calibration_sample_corrects_no_statistics(
     assert torch.equal(network[1].running_var, model[1].running_var)  # type: ignore[arg-type]
 
 
+class OwnNorm(nn.Module):
+    """Running statistics outside PyTorch's batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x - self.running_mean
+        return y
+
+
+def test_statistics_that_are_not_corrected_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    searched(net(OwnNorm), n_trials=1)
+    assert "running statistics of 2 modules, such as '1', are kept" in caplog.text
+    caplog.clear()
+    searched(net(lambda: nn.BatchNorm1d(64)), n_trials=1)
+    assert "running statistics" not in caplog.text
+
+
 def test_a_trained_model_with_weight_norm_is_searched() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
