@@ -182,7 +182,8 @@ def test_a_file_of_a_package_imports_it_by_name(tmp_path: Path) -> None:
     content = "from plugin_test_package.consts import VALUE\nclass Block:\n    value = VALUE\n"
     write(inner, content, "blocks.py")
     content = (
-        "from plugin_test_package.nets.blocks import Block\nfrom plugin_test_package import consts\n"
+        "from plugin_test_package.nets.blocks import Block\n"
+        "from plugin_test_package import consts\n"
         "def net():\n    return Block(), consts.VALUE\n"
     )
     block, value = load_callable(f"{write(inner, content, 'models.py')}:net")()

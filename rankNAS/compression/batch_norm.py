@@ -208,7 +208,7 @@ def uncorrected_layers(network: nn.Module) -> list[str]:
         path
         for path, module in network.named_modules()
         if not is_tracking(module)
-        and any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+        and {"running_mean", "running_var"} & {n for n, _ in module.named_buffers(recurse=False)}
     ]
 
 
