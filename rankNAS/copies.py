@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -58,7 +59,14 @@ def copied(model: T, memo: Mapping[int, Any] | None = None) -> T:
     found = dict(memo or {})
     for tensor in _with_graph(model):
         found.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, found)
+    with torch.no_grad():  # a TorchScript program would keep the graph of the copying
+        network = copy.deepcopy(model, found)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            own = network.get_submodule(name)
+            for parameter, new in zip(module.parameters(), own.parameters(), strict=True):
+                new.requires_grad_(parameter.requires_grad)
+    return network
 
 
 @contextmanager
@@ -79,8 +87,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         >>> hasattr(model, "last")
         False
     """
-    modules = (m for m in model.modules() if not isinstance(m, LazyModuleMixin))
-    before = [(module, _state(module)) for module in modules]
+    before = [(module, _state(module)) for module in _plain_modules(model, LazyModuleMixin)]
     try:
         yield
     finally:
@@ -131,11 +138,11 @@ def without_graphs(model: nn.Module) -> Iterator[None]:
         >>> model.steps, hasattr(model, "last")
         (1, False)
     """
-    before = {module: _state(module) for module in model.modules()}
+    before = {module: _state(module) for module in _plain_modules(model)}
     try:
         yield
     finally:
-        for module in model.modules():
+        for module in _plain_modules(model):
             state = before.get(module, {})
             own = vars(module)
             for name in [name for name in own if name not in KEPT]:
@@ -145,6 +152,12 @@ def without_graphs(model: nn.Module) -> Iterator[None]:
         for tensor in list(_with_graph(model)):
             with suppress(RuntimeError):  # a view
                 tensor.detach_()
+
+
+def _plain_modules(model: nn.Module, *others: type) -> Iterator[nn.Module]:
+    """The modules of a model except TorchScript, whose attributes are its own, and `others`."""
+    kinds = (torch.jit.ScriptModule, *others)
+    return (module for module in model.modules() if not isinstance(module, kinds))
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:

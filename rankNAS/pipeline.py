@@ -24,6 +24,7 @@ from rankNAS.decompositions.shapes import EXACT_COSTS, LAYER_COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
+from rankNAS.evaluation.verification import verify_plain
 from rankNAS.fallback import uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
@@ -100,8 +101,11 @@ def prepare(
         data, calibration=settings.calibration, validation=settings.validation, seed=seed
     )
     recovery = _recovery(splits, task, settings, seed)
-    model = copied(with_plain_layers(searchable(model))).to(device).eval()
+    given = searchable(model)
+    model = with_plain_layers(given)
     example = task.inputs_of(splits.calibration.example(1, device))
+    verify_plain(model, given, example)
+    model = copied(model).to(device).eval()
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)

@@ -1,9 +1,10 @@
 """Plug-ins: callables from user files, ``path/to/file.py:name``.
 
 Data factories, objectives, models and hardware models can be given in this form. A file imports
-other files of its folder by their names, as a script does, or relatively. The files of one folder
-share them; other folders, libraries and the rest of the program never find them: in `sys.modules`,
-all files of a folder belong to a package of their own.
+other files of its folder by their names, as a script does, or relatively; in a package, also by
+the name of the package. The files of one folder share them; other folders, libraries and the rest
+of the program never find them: in `sys.modules`, all files of a folder belong to a package of
+their own.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ class _Finder(MetaPathFinder):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._top = folder, _top_package(folder)
         self.found: set[str] = set()
 
     def find_spec(
@@ -189,6 +190,8 @@ class _Finder(MetaPathFinder):
         if path is not None or name in sys.stdlib_module_names or not self._is_asked():
             return None
         spec = PathFinder.find_spec(name, [str(self.folder)])
+        if spec is None and name == self._top.name:
+            spec = PathFinder.find_spec(name, [str(self._top.parent)])
         # A folder without __init__.py is a package only if there is no other of this name.
         if spec is None or (spec.origin is None and PathFinder.find_spec(name) is not None):
             return None
@@ -196,12 +199,19 @@ class _Finder(MetaPathFinder):
         return spec
 
     def _is_asked(self) -> bool:
-        """Whether the import statement is in a file of the folder."""
+        """Whether the import statement is in a file of the folder, or of its package."""
         frame = sys._getframe(2)
         machinery = ("<frozen importlib", os.path.dirname(importlib.__file__ or "importlib"))
         while frame.f_back is not None and frame.f_code.co_filename.startswith(machinery):
             frame = frame.f_back
-        return _is_inside(frame.f_globals.get("__file__"), self.folder)
+        return _is_inside(frame.f_globals.get("__file__"), self._top)
+
+
+def _top_package(folder: Path) -> Path:
+    """The folder of the outermost package that a folder belongs to; the folder itself if none."""
+    while (folder / "__init__.py").is_file() and (folder.parent / "__init__.py").is_file():
+        folder = folder.parent
+    return folder
 
 
 def _others(folder: Path) -> dict[str, ModuleType]:

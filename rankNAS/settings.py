@@ -14,7 +14,7 @@ from rankNAS.data.base import Data
 from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
-from rankNAS.models.agreement import Sketches, fixed_pass, tolerance
+from rankNAS.models.agreement import Modules, Sketches, fixed_pass, tolerance
 from rankNAS.objectives.base import ObjectiveBase
 from rankNAS.recovery.config import Refinement, TrainingConfig
 from rankNAS.renamed import renamed
@@ -155,6 +155,7 @@ def study_identity(
     """
     return {
         "weights": fingerprint(model.state_dict()),
+        "modules": Modules.of(model),
         "outputs": _outputs(model, task, data),
         "data": data.fingerprint,
         "task": task.identity,

@@ -129,7 +129,7 @@ class _Compiler:
         keep_output_dense: bool,
         min_weights: int,
     ) -> None:
-        self._model, self._calls = model, traced.calls
+        self._model, self._calls, self._readers = model, traced.calls, traced.readers
         self._exclude, self._min_weights = exclude, min_weights
         order = {name: position for position, name in enumerate(traced.calls)}
         self.groups = sorted(
@@ -163,6 +163,7 @@ class _Compiler:
     def _unsupported(self, names: list[str]) -> str | None:
         """Why modules cannot be replaced, whatever their shape, or None."""
         modules = [self._model.get_submodule(name) for name in names]
+        reader = next((self._readers[name] for name in names if name in self._readers), "")
         checks: list[tuple[str, Callable[[], bool]]] = [
             ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
             ("excluded", lambda: any(re.search(e, n) for e in self._exclude for n in names)),
@@ -178,7 +179,12 @@ class _Compiler:
                 f"its weight is {_dtype(modules[0])}, no real floating-point type",
                 lambda: not all(_is_floating(module) for module in modules),
             ),
-            ("not called in the forward pass", lambda: not any(map(self._calls.get, names))),
+            (
+                f"its weight is used by {reader}, outside its own call"
+                if reader
+                else "not called in the forward pass",
+                lambda: not any(map(self._calls.get, names)),
+            ),
         ]
         return next((reason for reason, applies in checks if applies()), None)
 

@@ -30,7 +30,7 @@ OPERATIONS: tuple[tuple[Any, Any], ...] = (
     (nn.Conv2d, torch.conv2d),
 )
 ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-MARGINS = (2, 5)  # by which a probe is larger than the kernel
+MARGINS = (2, 5)  # by which a probe is larger than the kernel, at least
 
 
 def with_plain_layers(model: nn.Module) -> nn.Module:
@@ -137,14 +137,24 @@ def _operation(module: nn.Module) -> _Operation | None:
     module = copied(module).eval()  # a pass may change buffers
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            first, second = (_probed(module, function, margin) for margin in MARGINS)
+            first = _probed(module, function, MARGINS[0])
+            for margin in _margins(module):
+                other = _probed(module, function, margin)
+                if first is None or other is None or not _equal(first, other):
+                    return None
     except Exception:  # a layer of another form, which takes other arguments for example
         return None
-    if first is None or second is None or not _equal(first, second):
+    if first is None:
         return None
     own = {name: first.get(name) is not None for name in ("weight", "bias")}
     own = {n: given and first[n] is module._parameters.get(n) for n, given in own.items()}
     return _Operation(kind, first, own)
+
+
+def _margins(module: nn.Module) -> range:
+    """Margins of every remainder by the stride, on which computed padding depends."""
+    stride = max(getattr(module, "stride", (1,)))
+    return range(MARGINS[1], MARGINS[1] + stride)
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -45,7 +45,7 @@ class Remainder:
     """
 
     def __init__(self, model: nn.Module, traced: Trace, layers: Mapping[str, Layer]) -> None:
-        self._model = model
+        self._model, self._readers = model, traced.readers
         self._macs = defaultdict(int, traced.macs)
         self._counted: set[int] = set()
         for layer in layers.values():
@@ -72,7 +72,10 @@ class Remainder:
             macs = self._macs.pop(path, 0)
             if own or macs:
                 name = path or type(module).__name__
-                found.append(Skipped(name, _reason(module, own), _cost(own, macs)))
+                reason = _reason(module, own)
+                if path in self._readers:
+                    reason = f"its weight is used by {self._readers[path]}, outside its own call"
+                found.append(Skipped(name, reason, _cost(own, macs)))
         return found
 
     def _new(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

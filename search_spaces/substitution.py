@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rankNAS.copies import evaluating
+from rankNAS.search_spaces.tracing import in_words
 from rankNAS.trees import Inputs
 
 __all__ = ["needed_in_place"]
@@ -72,7 +73,7 @@ class _Watch(TorchFunctionMode):
         self.called: Counter[str] = Counter()
         self.inside: list[str] = []  # layers whose stand-ins are running
         self._model = model
-        self._kinds = {path: type(module).__name__ for path, module in model.named_modules()}
+        self._places = dict(model.named_modules())
         self._running = [""]
         self._names: dict[int, str] = {}  # of layers, by identity
         self._parameters: dict[int, tuple[str, str]] = {}
@@ -89,7 +90,7 @@ class _Watch(TorchFunctionMode):
     def reader(self) -> str:
         """The innermost running module, for a reason."""
         path = self._running[-1]
-        return f"{path!r} ({self._kinds[path]})" if path else f"the model ({self._kinds['']})"
+        return in_words(path, self._places[path])
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

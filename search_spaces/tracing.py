@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankNAS.copies import evaluating
@@ -24,7 +25,7 @@ from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import UsageError
 from rankNAS.trees import Inputs, is_batched, sample_count, tensors, type_difference
 
-__all__ = ["Trace", "is_decomposable", "shape_of", "trace"]
+__all__ = ["Trace", "in_words", "is_decomposable", "shape_of", "trace"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,13 @@ class Trace:
         calls: Input sizes of each call by layer name, in the order of first calls.
         macs: Multiply-accumulates by path of a module: those of its own operations, without the
             modules inside it.
+        readers: By path of a module, another module, in words, that multiplies by its weight.
+            These products count as those of the weight's module.
     """
 
     calls: dict[str, list[tuple[int, ...]]]
     macs: dict[str, int]
+    readers: dict[str, str]
 
     @property
     def total(self) -> int:
@@ -63,6 +67,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
             counter,
+            recorder,
         ):
             Inputs.of(example_inputs).copied().run(model)
     except Exception as error:
@@ -72,6 +77,12 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             f"{type(error).__name__}: {error}"
         ) from error
     return recorder.found()
+
+
+def in_words(path: str, module: nn.Module) -> str:
+    """A module in a reason: its path and its class."""
+    kind = type(module).__name__
+    return f"{path!r} ({kind})" if path else f"the model ({kind})"
 
 
 def is_decomposable(module: nn.Module) -> bool:
@@ -86,10 +97,14 @@ def shape_of(example_inputs: Any) -> tuple[int, ...]:
     return next((tuple(x.shape) for x in tensors(inputs) if is_batched(x, count)), ())
 
 
-class _Recorder:
-    """Attributes calls and counted operations to the innermost running module."""
+class _Recorder(TorchFunctionMode):
+    """Attributes calls and counted operations to the innermost running module.
+
+    A function that multiplies by the weight of another module counts for that module.
+    """
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        super().__init__()
         self._counter = counter
         self._modules = {
             name: module
@@ -101,6 +116,28 @@ class _Recorder:
         self._flops: defaultdict[str, int] = defaultdict(int)
         self._known: defaultdict[str, int] = defaultdict(int)
         self._calls: dict[str, list[tuple[int, ...]]] = {}
+        self._readers: dict[str, str] = {}
+        self._owners: defaultdict[int, list[str]] = defaultdict(list)  # of each weight
+        for name, module in self._modules.items():
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.dim() > 1:
+                    self._owners[id(parameter)].append(name)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        weights = {id(x if x._base is None else x._base) for x in given if isinstance(x, Tensor)}
+        owners = [self._owners[weight] for weight in weights if weight in self._owners]
+        reader = self._running[-1]
+        # Products of several weights, as in fused attention, stay those of the running module.
+        if len(owners) != 1 or reader in owners[0]:
+            return func(*args, **(kwargs or {}))
+        self._assign()
+        result, owner = func(*args, **(kwargs or {})), owners[0][0]
+        if self._assign(owner):
+            self._readers.setdefault(owner, in_words(reader, self._modules[reader]))
+        return result
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -120,7 +157,8 @@ class _Recorder:
     def found(self) -> Trace:
         self._assign()
         macs = {name: flops // 2 for name, flops in self._flops.items()}
-        return Trace(self._calls, {n: m for n, m in (macs | self._known).items() if m})
+        macs = {name: count for name, count in (macs | self._known).items() if count}
+        return Trace(self._calls, macs, self._readers)
 
     def _hooks(self, name: str) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,11 +179,16 @@ class _Recorder:
 
         return enter, leave
 
-    def _assign(self) -> None:
-        """Assign the operations since the last change to the module that was running."""
+    def _assign(self, name: str | None = None) -> int:
+        """Assign the operations since the last call; their FLOPs.
+
+        Args:
+            name: The module that they belong to; the one that was running if None.
+        """
         total = self._counter.get_total_flops()
-        self._flops[self._running[-1]] += total - self._counted
-        self._counted = total
+        flops, self._counted = total - self._counted, total
+        self._flops[self._running[-1] if name is None else name] += flops
+        return flops
 
 
 def _call(module: nn.Module, x: Tensor) -> tuple[int, ...]:

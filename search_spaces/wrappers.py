@@ -34,6 +34,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     model = innermost(model)
     _refuse_programs(model)
     for name, module in model.named_modules():
+        if name and (words := _program(module)).endswith("(FSDP)"):
+            raise UsageError(
+                f"layer {name!r} is {words}, and cannot be replaced; give the model that it was "
+                "made from."
+            )
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise UsageError(
                 f"layer {name!r} is a {type(module).__name__} that has not run yet, so it has no "
@@ -82,8 +87,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _refuse_programs(model: Any) -> None:
-    kind = type(model).__name__
-    words = next((PROGRAMS[c.__name__] for c in type(model).__mro__ if c.__name__ in PROGRAMS), "")
+    kind, words = type(model).__name__, _program(model)
     if isinstance(model, torch.jit.ScriptModule):
         words = "a TorchScript program"
     elif isinstance(model, torch.fx.GraphModule) and "eval" in vars(model):
@@ -95,3 +99,8 @@ def _refuse_programs(model: Any) -> None:
             f"the model ({kind}) is {words}, whose layers cannot be replaced; give the nn.Module "
             "that it was made from."
         )
+
+
+def _program(model: Any) -> str:
+    """What a model of a class without layers of its own is; empty for any other."""
+    return next((PROGRAMS[c.__name__] for c in type(model).__mro__ if c.__name__ in PROGRAMS), "")

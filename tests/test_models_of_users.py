@@ -71,6 +71,20 @@ def large_half() -> nn.Module:
     return model.half()
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated
+        return plain(torch.jit.script(nn.Linear(64, 64)))
+
+
+def buffered() -> nn.Module:
+    """A buffer of a type that few operations know, and one without values."""
+    model = plain()
+    model.register_buffer("scale", torch.ones(4).to(torch.float8_e4m3fn))
+    model.register_buffer("nothing", None)
+    return model
+
+
 def data(x: Tensor | None = None) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(80, 64, generator=generator) if x is None else x
@@ -114,8 +128,19 @@ def searched(model: nn.Module, given: Any, **settings: int) -> rankNAS.Study:
         (lambda: Outputs(Output), {}),
         (large_half, {}),
         (normed, {"calibration": 1}),
+        (scripted, {}),
+        (buffered, {}),
     ],
-    ids=["weight norm", "list", "dict", "dataclass", "large float16", "one calibration sample"],
+    ids=[
+        "weight norm",
+        "list",
+        "dict",
+        "dataclass",
+        "large float16",
+        "one calibration sample",
+        "a part in TorchScript",
+        "float8 buffer",
+    ],
 )
 def test_a_search_ends_in_a_network(
     tmp_path: Path, make: Callable[[], nn.Module], settings: dict[str, int]

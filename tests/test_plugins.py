@@ -173,6 +173,25 @@ def test_relative_imports(tmp_path: Path) -> None:
     assert not {"blocks", "other"} & sys.modules.keys()
 
 
+def test_a_file_of_a_package_imports_it_by_name(tmp_path: Path) -> None:
+    inner = tmp_path / "plugin_test_package" / "nets"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        write(folder, "", "__init__.py")
+    write(inner.parent, "VALUE = 5\n", "consts.py")
+    content = "from plugin_test_package.consts import VALUE\nclass Block:\n    value = VALUE\n"
+    write(inner, content, "blocks.py")
+    content = (
+        "from plugin_test_package.nets.blocks import Block\n"
+        "from plugin_test_package import consts\n"
+        "def net():\n    return Block(), consts.VALUE\n"
+    )
+    block, value = load_callable(f"{write(inner, content, 'models.py')}:net")()
+    assert block.value == value == 5
+    assert type(pickle.loads(pickle.dumps(block))) is type(block)
+    assert "plugin_test_package" not in sys.modules
+
+
 def test_files_of_one_folder_share_their_neighbours(tmp_path: Path) -> None:
     write(tmp_path, "class Block:\n    pass\n", "blocks.py")
     paths = [write(tmp_path, "from blocks import Block\n", f"{name}.py") for name in "ab"]

@@ -32,6 +32,7 @@ __all__ = [
     "reestimate_batch_norm",
     "tracking_layers",
     "training_layers",
+    "uncorrected_layers",
 ]
 
 
@@ -199,6 +200,16 @@ def _counting_values(layers: Sequence[_BatchNorm]) -> Iterator[dict[_BatchNorm, 
 def tracking_layers(network: nn.Module) -> list[_BatchNorm]:
     """The batch norms that keep running statistics."""
     return [module for module in network.modules() if is_tracking(module)]
+
+
+def uncorrected_layers(network: nn.Module) -> list[str]:
+    """The paths of the modules with running statistics that are no batch norms of PyTorch."""
+    return [
+        path
+        for path, module in network.named_modules()
+        if not is_tracking(module)
+        and {"running_mean", "running_var"} & {n for n, _ in module.named_buffers(recurse=False)}
+    ]
 
 
 def training_layers(network: nn.Module) -> list[_BatchNorm]:

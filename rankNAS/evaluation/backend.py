@@ -28,6 +28,7 @@ from rankNAS.compression.batch_norm import (
     is_tracking,
     reestimate_batch_norm,
     tracking_layers,
+    uncorrected_layers,
 )
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
@@ -109,6 +110,13 @@ class Backend:
         self.network = network.to(device).eval()
         self._applied = {name: (layer, DENSE) for name, layer in factorisation.layers.items()}
         self.batch_norm = batch_norm and has_batch_norm(self.network) and _several(calibration)
+        if batch_norm and (others := uncorrected_layers(self.network)):
+            logger.warning(
+                "the running statistics of %d modules, such as %r, are kept as they are: only "
+                "those of PyTorch's batch norms are corrected after compression.",
+                len(others),
+                others[0],
+            )
         if self.batch_norm:
             in_float32(self.network)
         self.images = has_images(task.inputs_of(validation.example()))

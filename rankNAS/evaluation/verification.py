@@ -19,7 +19,7 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.tracing import trace
 from rankNAS.trees import Inputs, tensors
 
-__all__ = ["SAMPLES", "verify_costs", "verify_outputs"]
+__all__ = ["SAMPLES", "verify_costs", "verify_outputs", "verify_plain"]
 
 logger = logging.getLogger(__name__)
 SAMPLES = 4  # on which outputs are compared
@@ -56,6 +56,28 @@ def verify_outputs(network: nn.Module, reference: nn.Module, inputs: Inputs) -> 
         f"the compressed network differs from the one that was measured: "
         f"{_first_difference(network, reference, inputs, most)} by more than rounding "
         f"({most:.1g} of its norm); {NEXT}"
+    )
+
+
+def verify_plain(plain: nn.Module, model: nn.Module, inputs: Inputs) -> None:
+    """Raise a NetworkError unless a model and that with plain layers have equal outputs.
+
+    Args:
+        plain: From `with_plain_layers`.
+        model: What it was made from.
+        inputs: Arguments for a few samples.
+    """
+    if plain is model:
+        return
+    expected, found = fixed_pass(model, inputs), fixed_pass(plain, inputs)
+    most = tolerance(model, expected)
+    if _agree(found, expected, most) or not _agree(fixed_pass(model, inputs), expected, most):
+        return
+    raise NetworkError(
+        f"{type(model).__name__} computes something else once its layers are plain ones: "
+        f"{_first_difference(plain, model, inputs, most)}; if the forward method of a layer's "
+        "class depends on the size of its input, let the class derive from nn.Module, so that it "
+        "stays as it is."
     )
 
 

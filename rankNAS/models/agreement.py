@@ -1,8 +1,12 @@
-"""Whether two networks compute the same function: outputs on fixed inputs, within rounding."""
+"""Whether two networks compute the same function: outputs on fixed inputs, within rounding.
+
+Two functions that rounding cannot tell apart may still have modules of other classes or settings.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.copies import evaluating
+from rankNAS.io.fingerprints import fingerprint
 from rankNAS.trees import Inputs, device_of, named_tensors, tensors, to_device
 
-__all__ = ["Sketches", "fixed_pass", "relative_difference", "tolerance", "watched"]
+__all__ = ["Modules", "Sketches", "fixed_pass", "relative_difference", "tolerance", "watched"]
 
 ROUNDING = 4.0  # tolerance in units of the square root of the machine epsilon
 TENSOR_CORES = 2.0**-10  # epsilon of the products of a GPU, which may round float32 to TF32
@@ -66,7 +71,8 @@ def watched(network: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[
 def tolerance(network: nn.Module, outputs: Mapping[str, Tensor]) -> float:
     """The largest relative difference that rounding explains, for a network's lowest precision."""
     found = [*network.parameters(), *network.buffers(), *outputs.values()]
-    eps = [torch.finfo(x.dtype).eps for x in found if x.is_floating_point()]
+    floats = [x for x in found if x.is_floating_point() and x.element_size() > 1]
+    eps = [torch.finfo(x.dtype).eps for x in floats]  # float8 is for storage
     if any(x.device.type != "cpu" and x.dtype != torch.float64 for x in found):
         eps.append(TENSOR_CORES)
     return ROUNDING * math.sqrt(max(eps, default=torch.finfo(torch.float32).eps))
@@ -151,6 +157,48 @@ class Sketches:
         far = math.dist([x for x, _ in finite], [y for _, y in finite])
         own = max(usual, math.hypot(*(y for _, y in finite)))
         return far <= self.rounding * own and abs(a["norm"] - given) <= self.rounding * given
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The classes and settings of a model's modules.
+
+    Args:
+        places: By class and settings in words, a key of the paths of such modules.
+
+    Example:
+        >>> modules = Modules.of(nn.Sequential(nn.GELU(), nn.ReLU()))
+        >>> list(modules.places)
+        ['Sequential()', "GELU(approximate='none')", 'ReLU()']
+        >>> Modules.of(nn.Sequential(nn.GELU("tanh"), nn.ReLU())).difference(modules.places)
+        "GELU(approximate='tanh') instead of GELU(approximate='none')"
+    """
+
+    places: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Modules:
+        """Those of a model."""
+        paths: dict[str, list[str]] = {}
+        for path, module in model.named_modules():
+            words = f"{type(module).__name__}({_settings(module)})"
+            paths.setdefault(words, []).append(path)
+        return cls({words: fingerprint({}, "\n".join(p))[:8] for words, p in paths.items()})
+
+    def difference(self, stored: Mapping[str, str]) -> str:
+        """What differs from an earlier `places`, in words; empty if nothing does."""
+        now, before = (
+            [words for words, key in a.items() if b.get(words) != key]
+            for a, b in ((self.places, stored), (stored, self.places))
+        )
+        pair = (now or ["nothing"])[0], (before or ["nothing"])[0]
+        if pair[0] == pair[1]:
+            return "" if pair[0] == "nothing" else f"{pair[0]} at other places"
+        return f"{pair[0]} instead of {pair[1]}"
+
+
+def _settings(module: nn.Module) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(module.extra_repr().split()))
 
 
 def _sketch(tensor: Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
-from rankNAS.models.agreement import Sketches
+from rankNAS.models.agreement import Modules, Sketches
 
 __all__ = ["canonical", "differences"]
 
@@ -27,6 +27,8 @@ def canonical(value: Any) -> Any:
         return value
     if isinstance(value, Sketches):
         return value.to_json()
+    if isinstance(value, Modules):
+        return dict(value.places)
     if isinstance(value, Mapping):
         return {str(key): canonical(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -51,6 +53,10 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
     if isinstance(given, Sketches):
         yield from _other_function(stored, given, name)
         return
+    if isinstance(given, Modules):
+        if words := given.difference(stored if isinstance(stored, Mapping) else {}):
+            yield f"{name} of the model differ ({words})"
+        return
     now = canonical(given)
     if not (isinstance(stored, dict) and isinstance(now, dict)):
         if stored != now:
@@ -69,7 +75,7 @@ def differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
         path = f"{name}.{key}" if name else key
         if key not in now:
             yield f"{path} was {stored[key]!r}, is {UNKNOWN}"
-        elif isinstance(live[key], Sketches):
+        elif isinstance(live[key], Sketches | Modules):
             # A study from before they were kept may go on.
             yield from differences(stored.get(key, now[key]), live[key], path)
         elif key in stored:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import tempfile
@@ -119,7 +120,8 @@ def _coverage(space: rankNAS.SearchSpace) -> dict[str, Any]:
     shares = space.shares
     why: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     for skipped in space.skipped:
-        why[skipped.reason].append(shares[skipped.name])
+        reason = re.sub(r"'[^']*' \((\w+)\)", r"a \1", skipped.reason)  # whatever its path
+        why[reason].append(shares[skipped.name])
     parts = {
         r: [sum(s[of] for s in found) for of in ("macs", "params")] for r, found in why.items()
     }

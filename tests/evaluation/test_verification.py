@@ -15,10 +15,11 @@ from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise
 from rankNAS.evaluation.evaluator import Evaluator
-from rankNAS.evaluation.verification import verify_costs, verify_outputs
+from rankNAS.evaluation.verification import verify_costs, verify_outputs, verify_plain
 from rankNAS.exceptions import NetworkError, ObjectiveError
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.trees import Inputs
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
@@ -69,6 +70,22 @@ def test_a_network_that_does_not_run_is_an_error() -> None:
     network = Reading(nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 64)))
     with pytest.raises(NetworkError, match=r"does not run .*no attribute 'weight'"):
         verify_outputs(network, model, Inputs.of(X[:2]))
+
+
+class Large(nn.Conv2d):
+    """Another function of large images, which no small one shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(2 * x if x.shape[-1] > 20 else x, self.weight, self.bias)
+
+
+def test_plain_layers_that_are_another_function_are_an_error() -> None:
+    model = nn.Sequential(Large(3, 64, 3), Large(64, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    verify_plain(with_plain_layers(model), model, Inputs.of(torch.randn(2, 3, 12, 12)))
+    x = torch.randn(16, 3, 28, 28)
+    given = torch.utils.data.TensorDataset(x, Y)
+    with pytest.raises(NetworkError, match="the output of layer '0' differs; if the forward"):
+        rankNAS.search(model, (given, given), budget={"macs": 0.8}, n_trials=1)
 
 
 def test_costs_are_counted_again() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ X = torch.randn(96, 32, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(96) % 4
 
 
-def net(activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+def net(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Linear(32, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 4)]
     return nn.Sequential(*layers).eval()
@@ -111,6 +113,26 @@ def test_one_calibration_sample_corrects_no_statistics(
     assert torch.equal(network[1].running_var, model[1].running_var)  # type: ignore[arg-type]
 
 
+class OwnNorm(nn.Module):
+    """Running statistics outside PyTorch's batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x - self.running_mean
+        return y
+
+
+def test_statistics_that_are_not_corrected_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    searched(net(OwnNorm), n_trials=1)
+    assert "running statistics of 2 modules, such as '1', are kept" in caplog.text
+    caplog.clear()
+    searched(net(lambda: nn.BatchNorm1d(64)), n_trials=1)
+    assert "running statistics" not in caplog.text
+
+
 def test_a_trained_model_with_weight_norm_is_searched() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -137,6 +159,17 @@ def test_another_activation_with_the_same_weights_does_not_resume(tmp_path: Any)
         searched(net(nn.Tanh), storage=storage, resume=True, n_trials=7)
 
 
+def test_a_setting_that_outputs_hardly_show_does_not_resume(tmp_path: Any) -> None:
+    storage, tanh = f"sqlite:///{tmp_path}/study.db", partial(nn.GELU, "tanh")
+    x = X[:8]
+    torch.testing.assert_close(net(nn.GELU)(x), net(tanh)(x), atol=1e-3, rtol=0)
+    searched(net(nn.GELU), storage=storage)
+    compiled = torch.compile(net(nn.GELU), backend="eager")
+    assert len(searched(compiled, storage=storage, resume=True, n_trials=4).trials) == 4
+    with pytest.raises(StudyError, match=r"modules of the model differ \(GELU.*tanh.* instead of"):
+        searched(net(tanh), storage=storage, resume=True, n_trials=5)
+
+
 def test_a_study_from_before_outputs_were_kept_resumes(tmp_path: Any) -> None:
     import optuna
 
@@ -146,6 +179,6 @@ def test_a_study_from_before_outputs_were_kept_resumes(tmp_path: Any) -> None:
     searched(storage=storage)
     study = optuna.load_study(study_name="study", storage=storage)
     kept = dict(study.user_attrs[CONFIGURATION])
-    assert kept.pop("outputs")
+    assert kept.pop("outputs") and kept.pop("modules")
     study.set_user_attr(CONFIGURATION, kept)
     assert len(searched(storage=storage, resume=True, n_trials=4).trials) == 4

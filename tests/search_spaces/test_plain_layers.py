@@ -51,6 +51,17 @@ class Padded(nn.Conv2d):
         return super().forward(functional.pad(x, (0, 1, 0, 1)))
 
 
+class Same(nn.Conv2d):
+    """Padding computed from the size of the input, as TensorFlow does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = zip(x.shape[:-3:-1], self.kernel_size[::-1], self.stride[::-1], strict=True)
+        missing = [max(0, (-(-size // s) - 1) * s + k - size) for size, k, s in sizes]
+        ends = [end for pad in missing for end in (pad // 2, pad - pad // 2)]
+        x = functional.pad(x, ends) if any(ends) else x
+        return functional.conv2d(x, self.weight, self.bias, self.stride)
+
+
 class Activated(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(super().forward(x))
@@ -158,6 +169,9 @@ def test_plain_models_are_returned_as_they_are() -> None:
             for kind in (Activated, Routed, Hidden, Noisy, Counting, Remembering, Scaled)
         ),
         Padded(3, 3, 3),
+        Same(3, 3, 3),
+        Same(3, 3, 2, stride=(1, 4)),
+        Same(3, 3, (2, 1), stride=(4, 2)),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -172,6 +186,14 @@ def test_hooks_keep_a_layer() -> None:
     layer = Positive(6, 6)
     layer.register_forward_hook(lambda module, args, output: output + 1)
     assert with_plain_layers(layer) is layer
+
+
+def test_computed_padding_of_one_pixel_is_none() -> None:
+    layer = Same(3, 3, 1, stride=2)
+    plain = with_plain_layers(nn.Sequential(layer))[0]
+    assert type(plain) is nn.Conv2d and plain.weight is not layer.weight
+    x = torch.randn(1, 3, 7, 7)
+    assert torch.equal(plain(x), layer(x))
 
 
 def net() -> nn.Module:

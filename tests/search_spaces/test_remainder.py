@@ -181,6 +181,38 @@ def test_subclasses_are_their_base_unless_they_compute_something_else() -> None:
         compile_space(nn.Sequential(OwnConvolution(16, 16, 3)), torch.randn(1, 16, 5, 5))
 
 
+class Functional(nn.Module):
+    """Multiplies by the weights of layers in functions, of one as a view, and by a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.codes = nn.Embedding(10, 32)
+        self.bias_table = nn.Parameter(torch.zeros(5, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = nn.functional.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        x = (q @ k.T).softmax(-1) @ v @ self.proj.weight.T + self.bias_table[0]
+        return x @ self.codes.weight.T
+
+
+def test_products_in_functions_belong_to_the_weights() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), Functional(), nn.Linear(10, 4))
+    space = compile_space(model, torch.randn(6, 32))
+    found = {s.name: s for s in space.skipped}
+    costs = {name: skipped.cost.macs for name, skipped in found.items()}
+    assert costs == {
+        "1.qkv": 6 * 32 * 96,
+        "1.proj": 6 * 32 * 32,
+        "1.codes": 6 * 32 * 10,
+        "1": 2 * 6 * 6 * 32,
+        "2": 6 * 10 * 4,
+    }
+    reasons = {found[name].reason for name in ("1.qkv", "1.proj", "1.codes")}
+    assert reasons == {"its weight is used by '1' (Functional), outside its own call"}
+    whole(space)
+
+
 class Keeps(nn.Module):
     """Keeps a tensor with a graph, appends to a list, and changes its input in place."""
 

@@ -81,6 +81,18 @@ def test_what_has_no_layers_is_refused_by_name(make: Any, message: str) -> None:
     assert "\n" not in str(found.value)
 
 
+def test_a_part_that_is_sharded_is_refused_by_its_path() -> None:
+    model, part = nn.Sequential(small()), small()
+
+    class FullyShardedDataParallel(nn.Module):
+        """Another class of this name: a real one needs processes."""
+
+    part.linear = FullyShardedDataParallel()
+    model.append(part)
+    with pytest.raises(UsageError, match=r"layer '1\.linear' is sharded over processes \(FSDP\)"):
+        compile_space(model, X)
+
+
 def test_a_model_without_values_is_refused_before_the_search() -> None:
     with torch.device("meta"):
         model = small()
