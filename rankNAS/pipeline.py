@@ -157,6 +157,7 @@ def prepare(
             if settings.refine is None
             else Refiner(splits.training, task, settings.refine, seed, report),
             parts=PARTS if settings.early_stopping else (1.0,),
+            phases=phases,
         )
     context = SearchContext(
         factorisation, splits, evaluator, task, device, seed, report, phases, complete

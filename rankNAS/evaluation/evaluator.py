@@ -25,6 +25,7 @@ from rankNAS.evaluation.pruning import PruneCallback, check_pruning, part_ends
 from rankNAS.evaluation.verification import verify_costs
 from rankNAS.exceptions import ObjectiveError, RankNASError
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
+from rankNAS.phases import Phases
 from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.tasks.base import Sums, Task, added
@@ -62,6 +63,7 @@ class Evaluator:
             always skip it; pickled copies do not have it.
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
             the network is trained, of the validation samples otherwise.
+        phases: Takes the CPU seconds of refinements.
     """
 
     factorisation: Factorisation
@@ -81,6 +83,7 @@ class Evaluator:
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
     known: Sequence[Reference] | None = None
+    phases: Phases = field(default_factory=Phases)
 
     def __post_init__(self) -> None:
         self.backend = Backend(
@@ -109,7 +112,14 @@ class Evaluator:
             "validation": self.validation.placed(channels_last),
             "known": [reference.detached() for reference in self.backend.references],
         }
-        return {**state, **placed, "refiner": None, "low_memory": True, "timing": Timing()}
+        return {
+            **state,
+            **placed,
+            "refiner": None,
+            "low_memory": True,
+            "timing": Timing(),
+            "phases": Phases(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -208,7 +218,8 @@ class Evaluator:
         """
         network = self._untrained(allocation)
         if self.refiner is not None and trained:
-            network = self.refiner.refine(network, self.factorisation, self.device)
+            with self.phases.timed("refine"):
+                network = self.refiner.refine(network, self.factorisation, self.device)
         if self.recovery is None or not trained:
             return network
         return self._train(network, self.recovery)
