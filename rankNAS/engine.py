@@ -288,7 +288,12 @@ def run(
         study.evaluator.remember(trial.allocation, trial.metrics, final=final, screening=screening)
     problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
-        pruner = SuccessiveHalving(problem.objectives, problem.directions, metrics=problem.metrics)
+        pruner = SuccessiveHalving(
+            problem.objectives,
+            problem.directions,
+            metrics=problem.metrics,
+            divergence=problem.divergence if problem.ranked_by_divergence else None,
+        )
         pruner.learn(history)
     executor: Executor
     if workers is not None and workers.parallel:

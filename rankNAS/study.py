@@ -29,7 +29,7 @@ from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, Trial, rankings
 from rankNAS.strategies.problem import Problem
 from rankNAS.tasks.base import Task
 
@@ -168,7 +168,7 @@ class Study:
     def pareto_front(self) -> list[Trial]:
         """The Pareto front of the trials within the first budget, sorted by the first objective.
 
-        The best trial comes first.
+        The best trial is one of them.
         """
         return front(self.problem, self.history)
 
@@ -292,11 +292,16 @@ class Study:
 
 
 def front(problem: Problem, history: History) -> list[Trial]:
-    """The Pareto front of the trials within the budget, sorted by the first objective."""
+    """The Pareto front of the trials within the budget, sorted by the first objective.
+
+    With one objective, the trials of the best rank (`rankings`).
+    """
     trials = history.feasible(problem)
     if not trials:
         return []
-    values = [(problem.signs * t.values).tolist() for t in trials]
+    single = len(problem.objectives) == 1
+    signed = rankings(problem, trials) if single else problem.signs * [t.values for t in trials]
+    values = signed.tolist()
     keep = non_dominated(values)
     kept = [(v, t) for v, t, k in zip(values, trials, keep, strict=True) if k]
     return [t for _, t in sorted(kept, key=lambda pair: (-pair[0][0], pair[1].number))]

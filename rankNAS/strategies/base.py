@@ -11,7 +11,7 @@ import numpy as np
 
 from rankNAS.allocation import Allocation
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, Trial, rankings
 from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ class Strategy(ABC):
     def select(self, problem: Problem, history: History) -> Trial:
         """The solution of a problem: the best measured trial that meets its budgets.
 
-        By the first objective; ties go to the smaller loss, then to the earlier trial.
+        The trial of the best rank (`rankings`), with several objectives among those of the Pareto
+        front. Ties go to the smaller loss, then to the earlier trial.
 
         Raises:
             StudyError: No trial has succeeded yet.
@@ -133,10 +134,19 @@ class Strategy(ABC):
         trials = history.feasible(problem)
         if not trials:
             raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
-        sign = problem.signs[0]
-        return max(
-            trials, key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number)
-        )
+        ranks = (-rankings(problem, trials)[:, 0]).tolist()
+        losses = [t.metrics.get("loss", 0.0) for t in trials]
+        numbers = [t.number for t in trials]
+        order = sorted(range(len(trials)), key=lambda i: (ranks[i], losses[i], numbers[i]))
+        if len(problem.objectives) == 1:
+            return trials[order[0]]
+        values = problem.signs * [t.values for t in trials]
+
+        def on_front(i: int) -> bool:
+            better = (values >= values[i]).all(1) & (values > values[i]).any(1)
+            return not bool(better.any())
+
+        return next(trials[i] for i in order if on_front(i))
 
     @abstractmethod
     def propose(

@@ -16,7 +16,7 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -30,7 +30,7 @@ from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import Indices, decode, preference
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, rankings
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.one_shot.uniform import Uniform
 from rankNAS.strategies.problem import Array, Problem
@@ -153,18 +153,12 @@ def _tightened(problem: Problem, rng: np.random.Generator) -> list[Problem]:
 def _best(problem: Problem, history: History, count: int) -> list[Any]:
     """The trials of the largest value; with several objectives, those that are not dominated."""
     trials = history.feasible(problem)
-    values = _signed(problem, trials)
+    values = rankings(problem, trials)
     if values.shape[1] > 1:
         front = non_dominated(values)
         return [t for t, keep in zip(trials, front, strict=True) if keep]
     order = np.argsort(-values[:, 0], kind="stable")
     return [trials[i] for i in order[:count]]
-
-
-def _signed(problem: Problem, trials: Sequence[Trial]) -> Array:
-    """Values (trials, objectives), larger is better."""
-    signed: Array = np.array([t.values for t in trials]) * problem.signs
-    return signed
 
 
 def _features(problem: Problem, rows: Indices) -> Tensor:  # (P, L) -> (P, L), in [0, 1]
@@ -178,7 +172,7 @@ def _maximise(problem: Problem, history: History, pool: Indices, n: int, seed: i
     with deterministic(seed):
         trials = history.complete
         X = _features(problem, np.array([problem.indices(t.allocation) for t in trials]))
-        Y = torch.from_numpy(_signed(problem, trials))
+        Y = torch.from_numpy(rankings(problem, trials))
         met = torch.tensor([problem.meets(problem.indices(t.allocation)) for t in trials])
         candidates = _features(problem, pool)
         pending = [problem.indices(a) for a in history.pending]
