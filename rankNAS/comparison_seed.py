@@ -26,6 +26,7 @@ from rankNAS.engine import objectives_of, run_within
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.outputs import Reference, dense_reference, network_sums
 from rankNAS.exceptions import RankNASError
+from rankNAS.objectives import ObjectiveBase
 from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
 from rankNAS.reporting.rows import DENSE_MODEL, Key, Row
@@ -37,7 +38,7 @@ from rankNAS.strategies.binding import bind
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
-from rankNAS.tasks.base import Sums, summed
+from rankNAS.tasks.base import Sums, Task, summed
 from rankNAS.tasks.infer import resolve_task
 
 __all__ = ["SeedStudies", "seed_rows"]
@@ -65,14 +66,32 @@ def seed_rows(plan: Plan, seed: int, missing: set[Key]) -> Iterator[Row]:
     accepted = plan.accepted(refusals | later, missing)
     if not accepted:
         return
+    # All of them, so that a resumed comparison has the choices of a full one.
+    for names in plan.by_norm(accepted):
+        shared = {name: accepted[name] for name in names}
+        dense = (DENSE_MODEL, DENSE_MODEL, seed) in missing and names[0] == next(iter(accepted))
+        if dense or any(key[0] in shared for key in missing):
+            yield from _rows_of(plan, seed, model, task, objectives, shared, missing, dense)
+
+
+def _rows_of(
+    plan: Plan,
+    seed: int,
+    model: nn.Module,
+    task: Task,
+    objectives: Sequence[ObjectiveBase],
+    strategies: Mapping[str, Strategy],
+    missing: set[Key],
+    dense: bool,
+) -> Iterator[Row]:
+    """The missing rows of strategies that share their factors, and that of the dense model."""
     started, phases = time.perf_counter(), Phases()
     with limited_by(plan.deadline), phases.timed("prepare"):
         context, problems = prepare(
             model,
             plan.data,
             task,
-            # All of them, so that a resumed comparison has the choices of a full one.
-            strategies=list(accepted.values()),
+            strategies=list(strategies.values()),
             budgets=plan.budgets,
             objectives=objectives,
             settings=plan.settings,
@@ -84,13 +103,14 @@ def seed_rows(plan: Plan, seed: int, missing: set[Key]) -> Iterator[Row]:
             phases=phases,
         )
     if not context.complete:
-        yield from plan.late_rows(seed, accepted, missing)
+        late = plan.late_rows(seed, strategies, missing)
+        yield from (row for row in late if dense or row.strategy != DENSE_MODEL)
         return
     setup = time.perf_counter() - started, phases.total
     at = SeedStudies(plan, seed, model, context, problems, *setup)
-    if (DENSE_MODEL, DENSE_MODEL, seed) in missing:
+    if dense:
         yield at.dense_row()
-    for name, strategy in accepted.items():
+    for name, strategy in strategies.items():
         if any(key[0] == name for key in missing):
             yield from at.study(name, strategy, missing)
 
@@ -109,7 +129,7 @@ class _Tested:
 
 @dataclass(frozen=True)
 class SeedStudies:
-    """State shared by all strategies of a seed."""
+    """State shared by all strategies of a seed that decompose in one norm."""
 
     plan: Plan
     seed: int

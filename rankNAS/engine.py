@@ -131,6 +131,7 @@ def search(
     check_seed(seed)
     check_device(device)
     chosen = make_strategy(strategy)
+    settings = settings.of(chosen)
     for objective in objectives or ():
         make_objective(objective, None if task is None else make_task(task))
     budgets = check_budgets(budget)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankNAS.allocation import Allocation
+from rankNAS.allocation import Allocation, Choice
+from rankNAS.decompositions.norms import NormName
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.strategies.history import History, Trial, rankings
 from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rankNAS.evaluation.context import SearchContext
+    from rankNAS.search_spaces.base import Layer
     from rankNAS.strategies.spectra import LayerSpectra, SpectrumName
 
 __all__ = ["Request", "Strategy"]
@@ -44,14 +48,16 @@ class Strategy(ABC):
     the problem's space that meets its budgets. An empty list means there is nothing more to
     propose. A strategy must pickle, and is a frozen dataclass of its configuration.
 
-    More methods may be overridden: `check` refuses what the strategy cannot do, `bind` takes
-    spectra of the layers, and `probes` asks for measurements of allocations that need not meet
-    the budgets. A strategy that trains the network itself takes the whole search context through
-    `bind_context` instead of `bind`.
+    More methods may be overridden: `check` refuses what the strategy cannot do, `candidates` names
+    choices that must be offered, `bind` takes spectra of the layers, and `probes` asks for
+    measurements of allocations that need not meet the budgets. A strategy that trains the network
+    itself takes the whole search context through `bind_context` instead of `bind`.
 
     Attributes:
         name: As given to ``--strategy``.
-        operators: Whose choices it uses; None for all.
+        operators: Whose choices it uses; None for all. See `using`.
+        norm: The norm of the published method, in which the layers are decomposed unless the
+            settings name another one; None for the default.
         needs_latency: Whether it needs the problem's latency table, budgeted or not.
         needs_spectra: The spectra that `bind` receives: any of ``energy``, ``outputs`` and
             ``weight``, see `LayerSpectra`. `bind` is only called where there are some.
@@ -76,6 +82,7 @@ class Strategy(ABC):
 
     name: str
     operators: tuple[str, ...] | None = None
+    norm: NormName | None = None
     needs_latency: bool = False
     needs_spectra: tuple[SpectrumName, ...] = ()
     needs_context: bool = False
@@ -96,6 +103,25 @@ class Strategy(ABC):
 
     def check(self, request: Request) -> None:  # noqa: B027
         """Raise a UsageError if the strategy cannot do what is asked; called before any work."""
+
+    def using(self, operators: Sequence[str]) -> Strategy:
+        """The strategy with the operators that a user names, in place of those of its paper."""
+        configuration = getattr(self, "__dataclass_fields__", {})
+        if "operators" not in configuration:
+            return self
+        return replace(self, operators=tuple(operators))  # type: ignore[type-var]
+
+    def candidates(self, layer: Layer, weight: Tensor) -> Mapping[Choice, float]:
+        """Choices of a layer that the strategy needs, with the error in which it compares them.
+
+        Those that no other candidate beats in this error and in the costs are offered, and stay
+        whatever the errors of the study say. None are needed by default.
+
+        Args:
+            layer: Its name and shape, the operators and choices that it offers.
+            weight: Its weight, folded (g, o, c, kh, kw).
+        """
+        return {}
 
     def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with what it needs to know of the layers; called once a search.
