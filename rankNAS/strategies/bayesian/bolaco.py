@@ -26,8 +26,9 @@ from rankNAS.allocation import Allocation
 from rankNAS.budget import BUDGET_COSTS
 from rankNAS.exceptions import UsageError
 from rankNAS.strategies.base import Request, Strategy
-from rankNAS.strategies.bayesian.bo import FIT_ITERATIONS, deterministic
+from rankNAS.strategies.bayesian.bo import deterministic
 from rankNAS.strategies.bayesian.keep_ratios import KeepRatios
+from rankNAS.strategies.bayesian.surrogate import FIT_ITERATIONS
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Array, Problem
 
