@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -34,7 +35,7 @@ from rankNAS.reporting.significance import block_size
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
-from rankNAS.strategies.binding import bind
+from rankNAS.strategies.binding import bind, focused
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
@@ -138,7 +139,7 @@ class SeedStudies:
     problems: Sequence[Problem]
     setup_seconds: float
     setup_cpu_seconds: float
-    tested: dict[Allocation, _Tested] = field(default_factory=dict)
+    tested: dict[tuple[Allocation, str], _Tested] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -236,6 +237,8 @@ class SeedStudies:
         )
         dense = self.context.dense()
         context = replace(self.context, phases=phases)
+        with suppress(TimeLimitError), limited_by(self.plan.deadline):
+            context = focused(strategy, context, first)
         bound = bind(strategy, context)
         return Study(name, store, tuple(self.problems), bound, context, self.plan.data, dense)
 
@@ -250,9 +253,11 @@ class SeedStudies:
         return on_trial
 
     def _row(self, key: Key, study: Study, solution: Trial, seconds: tuple[float, float]) -> Row:
-        if solution.allocation not in self.tested:
-            self.tested[solution.allocation] = self._tested(study, solution.allocation)
-        tested = self.tested[solution.allocation]
+        # A strategy that trains its answer has a network of its own.
+        asked = solution.allocation, study.name if study.strategy.finishes else ""
+        if asked not in self.tested:
+            self.tested[asked] = self._tested(study, solution.allocation)
+        tested = self.tested[asked]
         if self.plan.block_sums is not None:
             for column, blocks in tested.blocks.items():
                 self.plan.block_sums.add(key, column, blocks, self.block_size)

@@ -142,10 +142,15 @@ class Study:
         return self.strategy.refits or self.evaluator.recovery is not None
 
     def metrics_of(self, chosen: Trial, network: nn.Module) -> dict[str, float]:
-        """The metrics of a trial's network: those of the trial, unless the network was refined."""
-        if self.evaluator.refiner is None:
+        """The metrics of a trial's network: of the trial, unless it was trained further."""
+        if not self._retrained:
             return dict(chosen.metrics)
         return self.evaluator.metrics_of(chosen.allocation, copied(network))
+
+    @property
+    def _retrained(self) -> bool:
+        """Whether returned networks are refined or trained after what trials measure."""
+        return self.evaluator.refiner is not None or self.strategy.finishes
 
     @property
     def best(self) -> Trial:
@@ -186,7 +191,11 @@ class Study:
         """The compressed network of an allocation (by default the best), as a plain module."""
         allocation = self.best.allocation if allocation is None else allocation
         with self.context.phases.timed("answer"):
-            return self.evaluator.network(allocation, trained=not self._stopgap(allocation)).cpu()
+            stopgap = self._stopgap(allocation) is not None
+            network = self.evaluator.network(allocation, trained=not stopgap)
+            if not stopgap:
+                network = self.strategy.finish(network, allocation, self.context)
+            return network.cpu()
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
         """The task's metrics on the test data, which the search never sees.
@@ -277,7 +286,7 @@ class Study:
         allocation = self.best.allocation if allocation is None else allocation
         network = self.materialise(allocation) if network is None else network
         found = self._stopgap(allocation) or self.history.found.get(allocation)
-        if self.evaluator.refiner is not None:  # no trial has measured this network
+        if self._retrained:  # no trial has measured this network
             metrics = self.evaluator.metrics_of(allocation, copied(network))
         elif found is not None and found.state == "complete" and not found.probe:
             metrics = dict(found.metrics)

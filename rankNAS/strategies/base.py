@@ -16,7 +16,7 @@ from rankNAS.strategies.history import History, Trial, rankings
 from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from rankNAS.evaluation.context import SearchContext
     from rankNAS.search_spaces.base import Layer
@@ -66,6 +66,9 @@ class Strategy(ABC):
         needs_losses: Whether it uses the second-order loss of every choice (`Problem.losses`),
             which takes a pass over the calibration samples.
         screens: Whether its probes are measured on a part of the samples, `Settings.screening`.
+        sensitive: So many of the validation samples, the most sensitive ones, are measured apart
+            too: metrics named ``NAME@sensitive``. See `sampled`.
+        finishes: Whether `finish` trains the returned network.
         refits: Evaluate proposals after sequential refitting
             (`rankNAS.compression.reconstruction`), if the settings have it. A trial then takes
             several times longer. Probes are never refitted.
@@ -89,6 +92,8 @@ class Strategy(ABC):
     endless: bool = False
     needs_losses: bool = False
     screens: bool = False
+    sensitive: int = 0
+    finishes: bool = False
     refits: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -147,6 +152,22 @@ class Strategy(ABC):
         they agree in the first layers.
         """
         return []
+
+    def sampled(self, problem: Problem, rng: np.random.Generator) -> list[Allocation]:
+        """Allocations over which the loss of the most sensitive samples varies most."""
+        return []
+
+    def finish(
+        self, network: nn.Module, allocation: Allocation, context: SearchContext
+    ) -> nn.Module:
+        """The network that is returned for an allocation, trained as the paper has it.
+
+        Args:
+            network: The network, refitted and trained as the settings say.
+            allocation: Its choices.
+            context: The data and the task.
+        """
+        return network
 
     def select(self, problem: Problem, history: History) -> Trial:
         """The solution of a problem: the best measured trial that meets its budgets.
