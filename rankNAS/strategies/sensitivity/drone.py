@@ -117,7 +117,8 @@ class Drone(Strategy):
             return _increase(problem, trial, dense) if trial.state == "complete" else np.inf
 
         try:
-            return Walks(table, rise, self.levels, self.walks).solution()
+            start = tuple(table.indices(Energy().solve(table)))
+            return Walks(table, rise, self.levels, self.walks, start).solution()
         except MissingError:
             if complete:
                 return None

@@ -51,17 +51,19 @@ class Walks:
         rise: Rise of the loss of an allocation over the dense network's; raises a `MissingError`.
         levels: Choices of a layer that may be measured.
         walks: Allowances, at most.
+        start: An allocation that meets the budgets; the first allowance is its rise.
     """
 
     problem: Problem
     rise: Callable[[Row], float]
     levels: int
     walks: int
+    start: Row = ()
 
     def solution(self) -> Row | None:
         """The allocation of the least allowance, scaled onto the budgets; None without one."""
         best, low, high = None, 0.0, 0.0
-        allowance = self.rise(self._cheapest()) / FACTOR
+        allowance = self.rise(self.start)
         if not 0 < allowance < np.inf:
             return None
         for _ in range(self.walks):
@@ -120,9 +122,6 @@ class Walks:
         limits = self.problem.limits
         total: Array = np.sum([self.problem.costs[n][j] / limits[n] for n in limits], axis=0)
         return total
-
-    def _cheapest(self) -> Row:
-        return tuple(int(np.argmin(self._cost(j))) for j in range(len(self.problem.errors)))
 
     def _used(self, row: Sequence[int]) -> float:
         found = self.problem.fractions(row)
