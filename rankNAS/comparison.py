@@ -1,4 +1,7 @@
-"""Comparison of strategies: per seed, all share the model, splits, factors and tables."""
+"""Comparison of strategies: per seed, all share the model and the splits.
+
+Those that decompose in one norm share the factors and tables too.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,8 @@ def compare(
             row's. None skips fine-tuning.
         training_samples: Size of the random subset for fine-tuning; None for all but the
             validation data.
-        settings: How candidates are built and measured.
+        settings: How candidates are built and measured. Without a norm, each method decomposes in
+            that of its paper.
         hardware: The hardware model, used if latency is budgeted or a strategy needs it.
         space: A space from `compile_space`; compiled here if not given.
         device: The device for evaluation and training.

@@ -110,6 +110,13 @@ class Plan:
         concerned = any(key[0] in (DENSE_MODEL, *accepted) for key in missing)
         return accepted if concerned else {}
 
+    def by_norm(self, strategies: Mapping[str, Strategy]) -> list[list[str]]:
+        """The names of the strategies that decompose in one norm, by norm."""
+        groups: dict[str | None, list[str]] = {}
+        for name, strategy in strategies.items():
+            groups.setdefault(self.settings.of(strategy).norm, []).append(name)
+        return list(groups.values())
+
     def refusals(self, objectives: Sequence[ObjectiveBase]) -> dict[str, str]:
         """Reasons, by name, of the strategies that cannot do what is asked."""
         asked = requests(self.data, self.budgets, objectives, self.settings)

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -26,6 +27,7 @@ from rankNAS.engine import objectives_of, run_within
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.outputs import Reference, dense_reference, network_sums
 from rankNAS.exceptions import RankNASError
+from rankNAS.objectives import ObjectiveBase
 from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
 from rankNAS.reporting.rows import DENSE_MODEL, Key, Row
@@ -33,11 +35,11 @@ from rankNAS.reporting.significance import block_size
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
-from rankNAS.strategies.binding import bind
+from rankNAS.strategies.binding import bind, focused
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
-from rankNAS.tasks.base import Sums, summed
+from rankNAS.tasks.base import Sums, Task, summed
 from rankNAS.tasks.infer import resolve_task
 
 __all__ = ["SeedStudies", "seed_rows"]
@@ -65,14 +67,32 @@ def seed_rows(plan: Plan, seed: int, missing: set[Key]) -> Iterator[Row]:
     accepted = plan.accepted(refusals | later, missing)
     if not accepted:
         return
+    # All of them, so that a resumed comparison has the choices of a full one.
+    for names in plan.by_norm(accepted):
+        shared = {name: accepted[name] for name in names}
+        dense = (DENSE_MODEL, DENSE_MODEL, seed) in missing and names[0] == next(iter(accepted))
+        if dense or any(key[0] in shared for key in missing):
+            yield from _rows_of(plan, seed, model, task, objectives, shared, missing, dense)
+
+
+def _rows_of(
+    plan: Plan,
+    seed: int,
+    model: nn.Module,
+    task: Task,
+    objectives: Sequence[ObjectiveBase],
+    strategies: Mapping[str, Strategy],
+    missing: set[Key],
+    dense: bool,
+) -> Iterator[Row]:
+    """The missing rows of strategies that share their factors, and that of the dense model."""
     started, phases = time.perf_counter(), Phases()
     with limited_by(plan.deadline), phases.timed("prepare"):
         context, problems = prepare(
             model,
             plan.data,
             task,
-            # All of them, so that a resumed comparison has the choices of a full one.
-            strategies=list(accepted.values()),
+            strategies=list(strategies.values()),
             budgets=plan.budgets,
             objectives=objectives,
             settings=plan.settings,
@@ -84,13 +104,14 @@ def seed_rows(plan: Plan, seed: int, missing: set[Key]) -> Iterator[Row]:
             phases=phases,
         )
     if not context.complete:
-        yield from plan.late_rows(seed, accepted, missing)
+        late = plan.late_rows(seed, strategies, missing)
+        yield from (row for row in late if dense or row.strategy != DENSE_MODEL)
         return
     setup = time.perf_counter() - started, phases.total
     at = SeedStudies(plan, seed, model, context, problems, *setup)
-    if (DENSE_MODEL, DENSE_MODEL, seed) in missing:
+    if dense:
         yield at.dense_row()
-    for name, strategy in accepted.items():
+    for name, strategy in strategies.items():
         if any(key[0] == name for key in missing):
             yield from at.study(name, strategy, missing)
 
@@ -109,7 +130,7 @@ class _Tested:
 
 @dataclass(frozen=True)
 class SeedStudies:
-    """State shared by all strategies of a seed."""
+    """State shared by all strategies of a seed that decompose in one norm."""
 
     plan: Plan
     seed: int
@@ -118,7 +139,7 @@ class SeedStudies:
     problems: Sequence[Problem]
     setup_seconds: float
     setup_cpu_seconds: float
-    tested: dict[Allocation, _Tested] = field(default_factory=dict)
+    tested: dict[tuple[Allocation, str], _Tested] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -216,6 +237,8 @@ class SeedStudies:
         )
         dense = self.context.dense()
         context = replace(self.context, phases=phases)
+        with suppress(TimeLimitError), limited_by(self.plan.deadline):
+            context = focused(strategy, context, first)
         bound = bind(strategy, context)
         return Study(name, store, tuple(self.problems), bound, context, self.plan.data, dense)
 
@@ -230,9 +253,11 @@ class SeedStudies:
         return on_trial
 
     def _row(self, key: Key, study: Study, solution: Trial, seconds: tuple[float, float]) -> Row:
-        if solution.allocation not in self.tested:
-            self.tested[solution.allocation] = self._tested(study, solution.allocation)
-        tested = self.tested[solution.allocation]
+        # A strategy that trains its answer has a network of its own.
+        asked = solution.allocation, study.name if study.strategy.finishes else ""
+        if asked not in self.tested:
+            self.tested[asked] = self._tested(study, solution.allocation)
+        tested = self.tested[asked]
         if self.plan.block_sums is not None:
             for column, blocks in tested.blocks.items():
                 self.plan.block_sums.add(key, column, blocks, self.block_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -31,7 +32,7 @@ from rankNAS.settings import Settings, check_device, check_seed, study_identity
 from rankNAS.storage.store import StudyStore, has_trials
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
-from rankNAS.strategies.binding import bind
+from rankNAS.strategies.binding import bind, focused
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
@@ -131,6 +132,7 @@ def search(
     check_seed(seed)
     check_device(device)
     chosen = make_strategy(strategy)
+    settings = settings.of(chosen)
     for objective in objectives or ():
         make_objective(objective, None if task is None else make_task(task))
     budgets = check_budgets(budget)
@@ -182,6 +184,9 @@ def search(
         if on_record is not None:
             on_record()
         _check_choices(problems[0], store)
+        if context.complete:
+            with suppress(TimeLimitError), limited_by(deadline):
+                context = focused(chosen, context, problems[0])
         bound = bind(chosen, context) if context.complete else chosen
         study = Study(name, store, problems, bound, context, loaded, context.dense())
     try:
@@ -288,7 +293,12 @@ def run(
         study.evaluator.remember(trial.allocation, trial.metrics, final=final, screening=screening)
     problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
-        pruner = SuccessiveHalving(problem.objectives, problem.directions, metrics=problem.metrics)
+        pruner = SuccessiveHalving(
+            problem.objectives,
+            problem.directions,
+            metrics=problem.metrics,
+            divergence=problem.divergence if problem.ranked_by_divergence else None,
+        )
         pruner.learn(history)
     executor: Executor
     if workers is not None and workers.parallel:

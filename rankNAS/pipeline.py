@@ -25,6 +25,7 @@ from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
 from rankNAS.evaluation.verification import verify_plain
+from rankNAS.exceptions import UsageError
 from rankNAS.fallback import uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.io.files import cache_folder
@@ -37,9 +38,10 @@ from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.policies import hardware_choices
 from rankNAS.search_spaces.wrappers import searchable
-from rankNAS.settings import Settings
+from rankNAS.settings import NORM, Settings
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.strategies.base import Request, Strategy
+from rankNAS.strategies.needed import needed_choices, with_choices
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem, check_reachable
 from rankNAS.tasks.base import Task
@@ -94,6 +96,7 @@ def prepare(
         DataError: The data does not fit the model.
     """
     report, phases = on_progress or silent, phases or Phases()
+    settings = _settled(settings, strategies)
     for strategy in strategies:
         for request in requests(data, budgets, objectives, settings):
             strategy.check(request)
@@ -109,17 +112,21 @@ def prepare(
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
-    check_reachable(space, budgets)
     costs = {name for budget in budgets for name in budget}
+    names = {*costs, *(o.name for o in objectives)}
+    exact = _exact(names)
+    needed = needed_choices(strategies, model, space, settings.policy, exact, settings.choices)
+    space = with_choices(space, needed)
+    check_reachable(space, budgets)
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
         # Without it nobody knows whether an answer meets a budget on latency.
         waited = limited_by(None) if "latency" in costs else suppress(TimeLimitError)
         with waited, phases.timed("time"):
             space, latency = _latency(model, space, example, settings, hardware, report, start)
-    names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
-    select = _selection(names, latency, settings.choices, needs, start)
+    kept = {n: {*found, *(a[n] for a in start)} for n, found in needed.items()}
+    select = _selection(exact, latency, "latency" in names, settings.choices, needs, kept)
     few = partial(uniform_space, budgets=budgets, latency=latency)
     factorisation, losses, complete = _factorised(
         model,
@@ -163,6 +170,17 @@ def prepare(
         factorisation, splits, evaluator, task, device, seed, report, phases, complete
     )
     return context, problems
+
+
+def _settled(settings: Settings, strategies: Sequence[Strategy]) -> Settings:
+    """The settings with the one norm of all strategies, if they name none."""
+    settled = {settings.of(strategy).norm: settings.of(strategy) for strategy in strategies}
+    if len(settled) > 1:
+        raise UsageError(
+            f"the strategies have different norms, {', '.join(map(str, settled))}; prepare them "
+            "one after the other, or give `norm`."
+        )
+    return next(iter(settled.values()), settings)
 
 
 def requests(
@@ -226,31 +244,31 @@ def _latency(
 
 
 def _selection(
-    names: set[str],
+    exact: Sequence[str],
     latency: LatencyTables | None,
+    timed: bool,
     most: int,
     needs: Sequence[tuple[tuple[str, ...] | None, bool]],
-    start: Sequence[Allocation],
+    stay: Mapping[str, set[Choice]],
 ) -> Select:
     """Select the choices of a layer that no other choice dominates in error and costs.
 
     Args:
-        names: Costs that budgets bound or objectives measure.
+        exact: Exact costs that budgets bound or objectives measure.
         latency: Latency tables, if any.
+        timed: Whether a budget bounds latency or an objective measures it.
         most: The largest number of choices to keep for each need.
         needs: By strategy, its operators (None for all), and whether it needs latency although no
             budget bounds it. Choices are selected for each need separately.
-        start: Allocations whose choices are kept.
+        stay: By layer, choices that are kept, whatever they cost.
     """
-    wanted = [LAYER_COSTS.get(name, name) for name in EXACT_COSTS if name in names]
-    exact = list(dict.fromkeys(wanted))  # of one layer, both counts are equal
 
     def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
-        kept = {allocation[layer.name] for allocation in start}
+        kept = set(stay[layer.name])
         for operators, needs_latency in needs:
             costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
             costs = costs or [[c["macs"] for c in layer.costs]]
-            if latency is not None and (needs_latency or "latency" in names):
+            if latency is not None and (needs_latency or timed):
                 costs.append(latency.seconds[layer.name].tolist())
             rows = [
                 i
@@ -263,6 +281,12 @@ def _selection(
         return [c for c in layer.choices if c in kept]
 
     return select
+
+
+def _exact(names: set[str]) -> list[str]:
+    """The costs of a layer among those that budgets bound or objectives measure."""
+    wanted = [LAYER_COSTS.get(name, name) for name in EXACT_COSTS if name in names]
+    return list(dict.fromkeys(wanted))  # of one layer, both counts are equal
 
 
 def _factorised(
@@ -288,6 +312,7 @@ def _factorised(
     statistics, or without any if they are not there yet.
     """
     statistics: dict[str, Statistics] = {}
+    norm = settings.norm or NORM
     centred = None if settings.batch_norm else False
 
     def on_layer(done: int, total: int) -> None:
@@ -301,7 +326,7 @@ def _factorised(
                 space,
                 samples,
                 task,
-                norm=settings.norm,
+                norm=norm,
                 seed=seed,
                 cache=cache_folder() / "calibration",
                 on_batch=lambda done, total: report("calibrate", done, total),
@@ -311,17 +336,17 @@ def _factorised(
                 model,
                 space,
                 statistics,
-                norm=settings.norm,
+                norm=norm,
                 centred=centred,
                 select=select,
                 on_layer=on_layer,
             )
     except TimeLimitError:
-        norm = settings.norm if statistics else "weight"
+        norm = norm if statistics else "weight"
         with phases.timed("answer"):
             found = factorise(model, few(space), statistics, norm=norm, centred=centred)
         return found, found.losses(), False
-    if settings.norm != "fisher" or not measure:
+    if norm != "fisher" or not measure:
         return found, found.losses(), True
     try:
         with phases.timed("losses"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = ["Settings", "check_device", "check_seed", "study_identity"]
 
 LARGEST_SEED = 2**32 - 1  # that all libraries take
 
+NORM: NormName = "fisher"  # of strategies without one of their own
 EXAMPLES = 4  # samples on which a study's model is recognised
 
 
@@ -35,7 +36,8 @@ class Settings:
     """How candidates are made and measured. A study keeps its settings.
 
     Args:
-        norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``.
+        norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``. None
+            is that of the strategy's paper, if it has one (`Strategy.norm`), else ``fisher``.
         calibration: Training samples for statistics and batch norms, at most.
         validation: Further training samples that metrics are measured on, at most.
         screening: Samples of either kind on which strategies that screen candidates measure them
@@ -65,7 +67,7 @@ class Settings:
         1024
     """
 
-    norm: NormName = "fisher"
+    norm: NormName | None = None
     calibration: int = 1024
     validation: int = 1024
     screening: int = 512
@@ -82,7 +84,7 @@ class Settings:
     refine: Refinement | None = None
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
+        if self.norm is not None and self.norm not in NORMS:
             raise UsageError(f"`norm` must be one of {', '.join(NORMS)}, got {self.norm!r}.")
         counts = (
             "calibration",
@@ -104,6 +106,10 @@ class Settings:
                 "early stopping compares trials after some of their epochs; let them train for "
                 "two or more, or leave it out."
             )
+
+    def of(self, strategy: Strategy) -> Settings:
+        """The settings with the norm of a strategy, if they name none."""
+        return self if self.norm is not None else replace(self, norm=strategy.norm or NORM)
 
 
 def check_seed(seed: object) -> None:

@@ -29,7 +29,7 @@ from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, Trial, rankings
 from rankNAS.strategies.problem import Problem
 from rankNAS.tasks.base import Task
 
@@ -142,10 +142,15 @@ class Study:
         return self.strategy.refits or self.evaluator.recovery is not None
 
     def metrics_of(self, chosen: Trial, network: nn.Module) -> dict[str, float]:
-        """The metrics of a trial's network: those of the trial, unless the network was refined."""
-        if self.evaluator.refiner is None:
+        """The metrics of a trial's network: of the trial, unless it was trained further."""
+        if not self._retrained:
             return dict(chosen.metrics)
         return self.evaluator.metrics_of(chosen.allocation, copied(network))
+
+    @property
+    def _retrained(self) -> bool:
+        """Whether returned networks are refined or trained after what trials measure."""
+        return self.evaluator.refiner is not None or self.strategy.finishes
 
     @property
     def best(self) -> Trial:
@@ -168,7 +173,7 @@ class Study:
     def pareto_front(self) -> list[Trial]:
         """The Pareto front of the trials within the first budget, sorted by the first objective.
 
-        The best trial comes first.
+        The best trial is one of them.
         """
         return front(self.problem, self.history)
 
@@ -186,7 +191,11 @@ class Study:
         """The compressed network of an allocation (by default the best), as a plain module."""
         allocation = self.best.allocation if allocation is None else allocation
         with self.context.phases.timed("answer"):
-            return self.evaluator.network(allocation, trained=not self._stopgap(allocation)).cpu()
+            stopgap = self._stopgap(allocation) is not None
+            network = self.evaluator.network(allocation, trained=not stopgap)
+            if not stopgap:
+                network = self.strategy.finish(network, allocation, self.context)
+            return network.cpu()
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
         """The task's metrics on the test data, which the search never sees.
@@ -277,7 +286,7 @@ class Study:
         allocation = self.best.allocation if allocation is None else allocation
         network = self.materialise(allocation) if network is None else network
         found = self._stopgap(allocation) or self.history.found.get(allocation)
-        if self.evaluator.refiner is not None:  # no trial has measured this network
+        if self._retrained:  # no trial has measured this network
             metrics = self.evaluator.metrics_of(allocation, copied(network))
         elif found is not None and found.state == "complete" and not found.probe:
             metrics = dict(found.metrics)
@@ -292,11 +301,16 @@ class Study:
 
 
 def front(problem: Problem, history: History) -> list[Trial]:
-    """The Pareto front of the trials within the budget, sorted by the first objective."""
+    """The Pareto front of the trials within the budget, sorted by the first objective.
+
+    With one objective, the trials of the best rank (`rankings`).
+    """
     trials = history.feasible(problem)
     if not trials:
         return []
-    values = [(problem.signs * t.values).tolist() for t in trials]
+    single = len(problem.objectives) == 1
+    signed = rankings(problem, trials) if single else problem.signs * [t.values for t in trials]
+    values = signed.tolist()
     keep = non_dominated(values)
     kept = [(v, t) for v, t, k in zip(values, trials, keep, strict=True) if k]
     return [t for _, t in sorted(kept, key=lambda pair: (-pair[0][0], pair[1].number))]

@@ -37,6 +37,8 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
 from rankNAS.search_spaces.zoo.external import wants_classes
 from rankNAS.settings import Settings, check_device
+from rankNAS.strategies import make_strategy
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.tables import check_reachable
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.classification import Classification
@@ -50,6 +52,7 @@ __all__ = [
     "load_named_data",
     "load_space",
     "load_task",
+    "named_strategy",
     "rank_policy",
     "training_config",
     "untrained_model",
@@ -124,10 +127,25 @@ def rank_policy(options: SpaceOptions) -> RankPolicy:
         UsageError: An operator is unknown, or an expression of ``--exclude`` is none.
     """
     check_patterns(options.exclude)
-    policy, names = RankPolicy(options.candidates, options.multiple_of), options.operators
-    if names is None:
-        return policy
-    return replace(policy, operators=tuple(filter(None, map(str.strip, names.split(",")))))
+    policy, operators = RankPolicy(options.candidates, options.multiple_of), _operators(options)
+    return policy if operators is None else replace(policy, operators=operators)
+
+
+def _operators(options: SpaceOptions) -> tuple[str, ...] | None:
+    """The operators that are given."""
+    if options.operators is None:
+        return None
+    return tuple(filter(None, map(str.strip, options.operators.split(","))))
+
+
+def named_strategy(name: str, options: SpaceOptions) -> Strategy:
+    """The strategy of a name, with the operators that the options give.
+
+    Raises:
+        UnknownNameError: There is no such strategy.
+    """
+    strategy, operators = make_strategy(name), _operators(options)
+    return strategy if operators is None else strategy.using(operators)
 
 
 def image_side(space: str, image_size: int | None) -> int:

@@ -188,6 +188,14 @@ class Backend:
             if factorisation is not self.factorisation:
                 self._write(self.factorisation.space.dense, self.factorisation)
 
+    def outputs(self) -> Iterator[tuple[Any, Any]]:
+        """The network's output for every validation batch, in order, with the batch."""
+        for number, part in enumerate(self.parts):
+            outputs = self._timed_outputs(number)
+            for batch in part:
+                yield next(outputs), batch
+            next(outputs, None)  # the end of the pass
+
     def sums(self) -> Iterator[Sums]:
         """The sums over the validation samples of each part."""
         for number, (part, reference) in enumerate(zip(self.parts, self.references, strict=True)):

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
@@ -61,6 +61,8 @@ class Evaluator:
         screened: Samples of either kind that screening uses; 0 for all.
         refiner: A block-wise refinement of returned networks, before any training. Evaluations
             always skip it; pickled copies do not have it.
+        sensitive: The first so many validation samples, whose metrics are named ``NAME@sensitive``
+            beside those of all; 0 for none.
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
             the network is trained, of the validation samples otherwise.
         phases: Takes the CPU seconds of refinements.
@@ -80,6 +82,7 @@ class Evaluator:
     recovery: Recovery | None = None
     screened: int = 0
     refiner: Refiner | None = None
+    sensitive: int = 0
     parts: Sequence[float] = (1.0,)
     timing: Timing = field(default_factory=Timing)
     known: Sequence[Reference] | None = None
@@ -91,7 +94,7 @@ class Evaluator:
             self.task,
             self.calibration,
             self.validation,
-            parts=self.parts if self.recovery is None else (1.0,),
+            parts=self._validation_parts(),
             batch_norm=self.batch_norm,
             batch_size=self.batch_size,
             device=self.device,
@@ -177,6 +180,15 @@ class Evaluator:
         self.backend.invalidate()
         self.__dict__.pop("_few", None)
 
+    def focused(self, order: Tensor, count: int) -> Evaluator:
+        """The evaluator with its validation samples in an order; the first few are `sensitive`."""
+        return replace(self, validation=self.validation.take(order), sensitive=count, known=None)
+
+    def _validation_parts(self) -> tuple[float, ...]:
+        parts = tuple(self.parts) if self.recovery is None else (1.0,)
+        share = self.sensitive / len(self.validation)
+        return tuple(sorted({*parts, share})) if 0 < share < 1 else parts
+
     @property
     def _screens(self) -> bool:
         return 0 < self.screened < max(len(self.calibration), len(self.validation))
@@ -200,6 +212,7 @@ class Evaluator:
             refiner=None,
             parts=(1.0,),
             screened=0,
+            sensitive=0,
         )
 
     def network(self, allocation: Allocation, *, trained: bool = True) -> nn.Module:
@@ -255,10 +268,11 @@ class Evaluator:
             return self._measure(allocation, sums, costs, lambda: copied(network))
         factors = self._factors(allocation, final)
         with self.backend.applying(allocation, factors):
-            sums = self._sums(costs, should_continue)
-            return self._measure(
+            sums, few = self._sums(costs, should_continue)
+            found = self._measure(
                 allocation, sums, costs, lambda: self.backend.build(allocation, factors)
             )
+            return {**found, **{f"{name}@sensitive": value for name, value in few.items()}}
 
     def _measure(
         self,
@@ -274,17 +288,25 @@ class Evaluator:
         measured = {o.name: o(candidate) for o in self.objectives if o.name not in costs}
         return {**metrics, **costs, **measured}
 
-    def _sums(self, costs: dict[str, float], should_continue: PruneCallback | None) -> Sums:
-        """The sums over all validation samples, unless the evaluation is pruned."""
+    def _sums(
+        self, costs: dict[str, float], should_continue: PruneCallback | None
+    ) -> tuple[Sums, dict[str, float]]:
+        """The sums over all validation samples, unless the evaluation is pruned.
+
+        Also the metrics of the sensitive ones.
+        """
         total: Sums = {}
-        seen = 0
+        few: dict[str, float] = {}
+        seen, asked = 0, part_ends(self.parts, len(self.validation))
         for part, sums in zip(self.backend.parts, self.backend.sums(), strict=True):
             total = added(total, sums)
             seen += sum(part.sizes)
-            if should_continue is not None and seen < len(self.validation):
+            if seen == self.sensitive:
+                few = self.task.finish(total)
+            if should_continue is not None and seen < len(self.validation) and seen in asked:
                 words = f"{seen} validation samples"
                 check_pruning(should_continue, seen, words, self.task.finish(total) | costs)
-        return total
+        return total, few
 
     def _trained_sums(
         self,

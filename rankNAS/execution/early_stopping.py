@@ -40,6 +40,8 @@ class SuccessiveHalving:
         directions: Their directions.
         reduction: The number of trials that reach a step per trial that continues.
         metrics: The metrics that are known at every step: those of the task.
+        divergence: The metric, to be small, that takes the place of the first objective, as
+            strategies rank trials; None compares the objectives themselves.
 
     Raises:
         UsageError: A reduction below 2, or no objective is known before the end.
@@ -54,6 +56,7 @@ class SuccessiveHalving:
     directions: Sequence[Direction]
     reduction: int = 3
     metrics: Sequence[str] = tuple(METRICS)
+    divergence: str | None = None
     _seen: dict[tuple[str, int], list[Array]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class SuccessiveHalving:
     def __call__(self, budget_key: str, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether to continue a trial, given its metrics at a step; the metrics are kept."""
         own = np.array([sign * metrics.get(n, 0.0) for n, sign in self._signs.items()])
+        if self.divergence is not None and self.objectives[0] in self._signs:
+            own[0] = -metrics.get(self.divergence, np.inf)
         others = self._seen.setdefault((budget_key, step), [])
         better = sum(bool((other > own).all()) for other in others)
         others.append(own)

@@ -95,7 +95,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "drone": (
         "rankNAS.strategies.sensitivity.drone:Drone",
-        "The smallest ranks whose measured loss increases stay within an equal share each.",
+        "The smallest ranks front to back within a total loss allowance, shared by time.",
     ),
     "strs": (
         "rankNAS.strategies.sensitivity.strs:Strs",
@@ -111,7 +111,7 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     ),
     "bo": (
         "rankNAS.strategies.bayesian.bo:BayesianOptimisation",
-        "Gaussian process and log expected improvement over allocations on the budget.",
+        "Gaussian process on the summed losses, log expected improvement, on the budget.",
     ),
     "bolaco": (
         "rankNAS.strategies.bayesian.bolaco:Bolaco",

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankNAS.allocation import Allocation
+from rankNAS.allocation import Allocation, Choice
+from rankNAS.decompositions.norms import NormName
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.strategies.history import History, Trial
+from rankNAS.strategies.history import History, Trial, rankings
 from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from rankNAS.evaluation.context import SearchContext
+    from rankNAS.search_spaces.base import Layer
     from rankNAS.strategies.spectra import LayerSpectra, SpectrumName
 
 __all__ = ["Request", "Strategy"]
@@ -44,14 +48,16 @@ class Strategy(ABC):
     the problem's space that meets its budgets. An empty list means there is nothing more to
     propose. A strategy must pickle, and is a frozen dataclass of its configuration.
 
-    More methods may be overridden: `check` refuses what the strategy cannot do, `bind` takes
-    spectra of the layers, and `probes` asks for measurements of allocations that need not meet
-    the budgets. A strategy that trains the network itself takes the whole search context through
-    `bind_context` instead of `bind`.
+    More methods may be overridden: `check` refuses what the strategy cannot do, `candidates` names
+    choices that must be offered, `bind` takes spectra of the layers, and `probes` asks for
+    measurements of allocations that need not meet the budgets. A strategy that trains the network
+    itself takes the whole search context through `bind_context` instead of `bind`.
 
     Attributes:
         name: As given to ``--strategy``.
-        operators: Whose choices it uses; None for all.
+        operators: Whose choices it uses; None for all. See `using`.
+        norm: The norm of the published method, in which the layers are decomposed unless the
+            settings name another one; None for the default.
         needs_latency: Whether it needs the problem's latency table, budgeted or not.
         needs_spectra: The spectra that `bind` receives: any of ``energy``, ``outputs`` and
             ``weight``, see `LayerSpectra`. `bind` is only called where there are some.
@@ -60,6 +66,9 @@ class Strategy(ABC):
         needs_losses: Whether it uses the second-order loss of every choice (`Problem.losses`),
             which takes a pass over the calibration samples.
         screens: Whether its probes are measured on a part of the samples, `Settings.screening`.
+        sensitive: So many of the validation samples, the most sensitive ones, are measured apart
+            too: metrics named ``NAME@sensitive``. See `sampled`.
+        finishes: Whether `finish` trains the returned network.
         refits: Evaluate proposals after sequential refitting
             (`rankNAS.compression.reconstruction`), if the settings have it. A trial then takes
             several times longer. Probes are never refitted.
@@ -76,12 +85,15 @@ class Strategy(ABC):
 
     name: str
     operators: tuple[str, ...] | None = None
+    norm: NormName | None = None
     needs_latency: bool = False
     needs_spectra: tuple[SpectrumName, ...] = ()
     needs_context: bool = False
     endless: bool = False
     needs_losses: bool = False
     screens: bool = False
+    sensitive: int = 0
+    finishes: bool = False
     refits: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -96,6 +108,25 @@ class Strategy(ABC):
 
     def check(self, request: Request) -> None:  # noqa: B027
         """Raise a UsageError if the strategy cannot do what is asked; called before any work."""
+
+    def using(self, operators: Sequence[str]) -> Strategy:
+        """The strategy with the operators that a user names, in place of those of its paper."""
+        configuration = getattr(self, "__dataclass_fields__", {})
+        if "operators" not in configuration:
+            return self
+        return replace(self, operators=tuple(operators))  # type: ignore[type-var]
+
+    def candidates(self, layer: Layer, weight: Tensor) -> Mapping[Choice, float]:
+        """Choices of a layer that the strategy needs, with the error in which it compares them.
+
+        Those that no other candidate beats in this error and in the costs are offered, and stay
+        whatever the errors of the study say. None are needed by default.
+
+        Args:
+            layer: Its name and shape, the operators and choices that it offers.
+            weight: Its weight, folded (g, o, c, kh, kw).
+        """
+        return {}
 
     def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with what it needs to know of the layers; called once a search.
@@ -122,10 +153,27 @@ class Strategy(ABC):
         """
         return []
 
+    def sampled(self, problem: Problem, rng: np.random.Generator) -> list[Allocation]:
+        """Allocations over which the loss of the most sensitive samples varies most."""
+        return []
+
+    def finish(
+        self, network: nn.Module, allocation: Allocation, context: SearchContext
+    ) -> nn.Module:
+        """The network that is returned for an allocation, trained as the paper has it.
+
+        Args:
+            network: The network, refitted and trained as the settings say.
+            allocation: Its choices.
+            context: The data and the task.
+        """
+        return network
+
     def select(self, problem: Problem, history: History) -> Trial:
         """The solution of a problem: the best measured trial that meets its budgets.
 
-        By the first objective; ties go to the smaller loss, then to the earlier trial.
+        The trial of the best rank (`rankings`), with several objectives among those of the Pareto
+        front. Ties go to the smaller loss, then to the earlier trial.
 
         Raises:
             StudyError: No trial has succeeded yet.
@@ -133,10 +181,19 @@ class Strategy(ABC):
         trials = history.feasible(problem)
         if not trials:
             raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
-        sign = problem.signs[0]
-        return max(
-            trials, key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number)
-        )
+        ranks = (-rankings(problem, trials)[:, 0]).tolist()
+        losses = [t.metrics.get("loss", 0.0) for t in trials]
+        numbers = [t.number for t in trials]
+        order = sorted(range(len(trials)), key=lambda i: (ranks[i], losses[i], numbers[i]))
+        if len(problem.objectives) == 1:
+            return trials[order[0]]
+        values = problem.signs * [t.values for t in trials]
+
+        def on_front(i: int) -> bool:
+            better = (values >= values[i]).all(1) & (values > values[i]).any(1)
+            return not bool(better.any())
+
+        return next(trials[i] for i in order if on_front(i))
 
     @abstractmethod
     def propose(

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+
 from rankNAS.allocation import Allocation
 from rankNAS.renamed import renamed
-from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.problem import Array, Problem
 
-__all__ = ["History", "Trial", "degradation"]
+__all__ = ["History", "Trial", "degradation", "rankings"]
 
 
 @renamed(target="budget_key")
@@ -150,6 +152,21 @@ def degradation(problem: Problem, trial: Trial) -> float:
     if problem.objectives[0] in problem.metrics and problem.divergence in trial.metrics:
         return trial.metrics[problem.divergence]
     return -float(problem.signs[0]) * trial.values[0]
+
+
+def rankings(problem: Problem, trials: Sequence[Trial]) -> Array:
+    """What trials are ranked by, (trials, objectives); larger is better.
+
+    Where the first objective is the main metric of the task, minus the divergence from the dense
+    model takes its place, if all trials have it: between two networks it is a paired difference
+    over the samples, whose error is far smaller than that of a share of correct predictions. Any
+    other objective is its own rank, up to its sign.
+    """
+    ranks: Array = np.array([t.values for t in trials], dtype=float)
+    ranks = ranks.reshape(len(trials), len(problem.objectives)) * problem.signs
+    if problem.ranked_by_divergence and all(problem.divergence in t.metrics for t in trials):
+        ranks[:, 0] = [-t.metrics[problem.divergence] for t in trials]
+    return ranks
 
 
 def _by_allocation(

@@ -39,7 +39,8 @@ class Problem:
         budget: By cost name, the fraction kept of the dense model's cost.
         objectives: Names of the objectives.
         directions: Their directions.
-        metrics: The metrics of the task, which are computed from predictions alone.
+        metrics: The metrics of the task, which are computed from predictions alone; the main one
+            first.
         divergence: The metric that compares a network's predictions with the dense model's.
         losses: Absolute second-order loss of each choice alone, one array a layer, in units that
             are comparable over layers; 0 for dense. Empty if unknown: `errors` stand for it.
@@ -86,6 +87,11 @@ class Problem:
     def absolute(self) -> tuple[Array, ...]:
         """The losses; the errors if they are unknown."""
         return self.losses or self.errors
+
+    @property
+    def ranked_by_divergence(self) -> bool:
+        """Whether trials are ranked by the divergence: the first objective is the main metric."""
+        return self.objectives[0] == self.metrics[0]
 
     @cached_property
     def signs(self) -> Array:

@@ -81,7 +81,7 @@ def main() -> None:
             )
             errors[norm] = 1 - study.test()["r2"]
         dense = 1 - study.measure(network, study.splits.test)["r2"]
-        ratio = errors[rankNAS.Settings().norm] / min(errors.values())
+        ratio = errors[rankNAS.Settings().norm or "fisher"] / min(errors.values())
         near, worst = near + (ratio <= 1.05), max(worst, ratio)
         cells = " | ".join(f"{errors[norm]:.4f}" for norm in NORMS)
         print(f"| {number}, {outputs} outputs | {dense:.4f} | {cells} | {ratio:.3f} |", flush=True)

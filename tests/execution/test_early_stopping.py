@@ -60,3 +60,14 @@ def test_objectives_that_are_measured_at_the_end_alone_are_refused() -> None:
         SuccessiveHalving(["latency"], ["minimize"])
     with pytest.raises(UsageError, match="at least 2"):
         SuccessiveHalving(["loss"], ["minimize"], reduction=1)
+
+
+def test_the_divergence_takes_the_place_of_the_first_objective() -> None:
+    names, directions = ["accuracy", "macs"], ["maximize", "minimize"]
+    pruner = SuccessiveHalving(names, directions, reduction=2, divergence="kl_divergence")
+    steps_ = [(0.5, 0.2), (0.9, 0.4), (0.1, 0.1)]  # accuracy and divergence disagree
+    found = [
+        pruner("macs<=0.5", 256, {"accuracy": a, "kl_divergence": d, "macs": 1.0 + d})
+        for a, d in steps_
+    ]
+    assert found == [True, False, True]

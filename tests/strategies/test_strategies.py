@@ -25,6 +25,7 @@ from rankNAS.strategies import (
     History,
     Problem,
     Random,
+    Solve,
     Strategy,
     Uniform,
     make_strategy,
@@ -314,9 +315,11 @@ def searched(strategy: Strategy, problem: Problem, trials: int, batch: int = 1) 
     return history
 
 
-def test_bo_starts_at_the_min_max_allocation() -> None:
+def test_bo_starts_at_the_least_sum_of_losses_and_the_min_max_allocation() -> None:
     problem = random_problem(8)
-    (first,) = BayesianOptimisation().propose(problem, History(), 1, rng())
+    problem = replace(problem, losses=tuple(e**2 * (1 + i) for i, e in enumerate(problem.errors)))
+    solved, *_, first = BayesianOptimisation().propose(problem, History(), 4, rng())
+    assert solved == Solve(form="absolute").solve(problem)
     (energy,) = Energy().propose(problem, History(), 1, rng())
 
     def worst(allocation: dict[str, Choice]) -> float:

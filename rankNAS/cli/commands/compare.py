@@ -19,6 +19,7 @@ from rankNAS.cli.loading import (
     load_named_data,
     load_space,
     load_task,
+    named_strategy,
     training_config,
     untrained_model,
 )
@@ -28,7 +29,7 @@ from rankNAS.cli.output import print_json, print_table, progress_display
 from rankNAS.cli.started import deadline_of
 from rankNAS.comparison import compare
 from rankNAS.engine import objectives_of
-from rankNAS.exceptions import StudyError
+from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import read_json, save_atomically
 from rankNAS.io.formats import BEFORE_TASKS
 from rankNAS.reporting.comparison import draw, markdown, noise_note, tables
@@ -36,7 +37,7 @@ from rankNAS.reporting.latex import latex
 from rankNAS.reporting.metrics import metric_text
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
 from rankNAS.reporting.significance import BlockSums, differences
-from rankNAS.strategies import STRATEGIES, make_strategy
+from rankNAS.strategies import STRATEGIES
 
 __all__ = ["run_compare"]
 
@@ -50,7 +51,7 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
     """Compare strategies; rows already in the folder are kept."""
     deadline = deadline_of(control.time_limit)
     settings = check_options(options)
-    names = _strategies(options.strategies)
+    strategies = {n: named_strategy(n, options) for n in _names(options.strategies)}
     folder = Path(options.out)
     check_writable(folder)
     earlier = _earlier(folder, options)
@@ -74,7 +75,7 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
             rows = compare(
                 lambda seed: load_model(options, data, task, settings, space, seed, progress),
                 data,
-                names,
+                strategies,
                 options.budgets,
                 range(options.seeds),
                 task=task,
@@ -99,10 +100,10 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
     _finish(rows, found, options, as_json=control.json)
 
 
-def _strategies(given: str) -> list[str]:
+def _names(given: str) -> list[str]:
     names = list(STRATEGIES) if given == "all" else [name.strip() for name in given.split(",")]
-    for name in names:
-        make_strategy(name)
+    if len(set(names)) < len(names):
+        raise UsageError(f"`--strategies` must have different names, got {', '.join(names)}.")
     return names
 
 
@@ -165,7 +166,8 @@ def _finish(
     """Write the summary, the differences and the figure of the rows, and print them."""
     folder = Path(options.out)
     about = (
-        f"{options.space} on {options.data}, norm {options.norm}, {options.seeds} seeds, "
+        f"{options.space} on {options.data}, norm {options.norm or 'of each method'}, "
+        f"{options.seeds} seeds, "
         f"{options.trials} trials a budget."
     )
     if options.finetune:

@@ -22,6 +22,7 @@ from rankNAS.cli.loading import (
     load_named_data,
     load_space,
     load_task,
+    named_strategy,
     untrained_model,
     workers_of,
 )
@@ -53,7 +54,7 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
 from rankNAS.storage.redaction import redacted, without_password
 from rankNAS.storage.store import study_names
-from rankNAS.strategies import make_strategy
+from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.history import Trial
 from rankNAS.study import Study
 from rankNAS.tasks.base import Task
@@ -68,7 +69,7 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
     if control.resume:
         _check_resumable(options)
     settings = check_options(options)
-    strategy = make_strategy(options.strategy)
+    strategy = named_strategy(options.strategy, options)
     check_writable(options.folder)
     start = start_allocations(options)
     with (
@@ -87,7 +88,7 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
             space.check(allocation)
         model = load_model(options, data, task, settings, space, options.seed, progress)
         arguments = _Arguments(
-            task, measured, settings, data, model, space, control.resume, start, deadline
+            task, measured, settings, data, model, space, strategy, control.resume, start, deadline
         )
         study = _search(options, arguments, progress)
         progress.say("testing the dense network and the compressed ones")
@@ -139,6 +140,7 @@ class _Arguments:
     data: Data
     model: nn.Module
     space: SearchSpace
+    strategy: Strategy
     resume: bool
     start: Sequence[Allocation]
     deadline: Deadline | None
@@ -155,7 +157,7 @@ def _search(options: SearchOptions, given: _Arguments, progress: ProgressDisplay
             task=given.task,
             objectives=given.objectives,
             budget=options.budgets,
-            strategy=options.strategy,
+            strategy=given.strategy,
             n_trials=options.trials,
             storage=options.storage_url,
             name=options.study or "",

@@ -41,7 +41,10 @@ class SpaceOptions(Options):
     )
     image_size: int | None = option(None, "Side of the input images in pixels.", MODEL, min=1)
     operators: str | None = option(
-        None, "Operators, comma-separated: svd,spatial_svd,tucker2,group_svd. Default: all.", RANKS
+        None,
+        "Operators, comma-separated: svd,spatial_svd,tucker2,group_svd. Default: all, or those of "
+        "the method.",
+        RANKS,
     )
     candidates: int = option(
         256, "Maximum number of choices per layer.", RANKS, min=1, hidden=True

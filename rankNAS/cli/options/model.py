@@ -91,8 +91,11 @@ class ModelOptions(SpaceOptions):
         0.5, "Weight of distillation from the dense model.", TRAINING, hidden=True
     )
     learning_rate: float = option(0.01, "Peak learning rate.", TRAINING, hidden=True)
-    norm: str = option(
-        "fisher", "Norm of the decomposition error: fisher, input, pooled or weight.", RANKS
+    norm: str | None = option(
+        None,
+        "Norm of the decomposition error: fisher, input, pooled or weight. Default: that of the "
+        "method, if it was published with one, else fisher.",
+        RANKS,
     )
     calibration: int = option(1024, "Training samples for layer statistics.", EVALUATION, min=1)
     validation: int = option(1024, "Training samples for the objectives.", EVALUATION, min=1)

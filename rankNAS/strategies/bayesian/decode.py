@@ -5,22 +5,35 @@ multiplier x error within the budgets, and then spends what is left on the layer
 off. With one budget this is exact; with several, each preference also draws a weighting of the
 costs, and only allocations that meet every budget are returned.
 
+An additive decoding minimises the sum of multiplier x error instead, by one Lagrange multiplier on
+the cost: each layer takes the choice at which a further saving does more harm than that. The same
+bisection does it, with the harm of a choice per cost that it saves in place of its error.
+
 Notation: P preferences, L layers, C the largest number of choices, K budgets.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from rankNAS.exceptions import BudgetError
 from rankNAS.solver.min_max import min_max
+from rankNAS.solver.min_sum import min_sum
 from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.problem import DENSE_INDEX, Problem
 
-__all__ = ["decode", "decode_best", "lowered", "lowered_by", "preference"]
+__all__ = [
+    "additive_preference",
+    "decode",
+    "decode_best",
+    "lowered",
+    "lowered_by",
+    "preference",
+]
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -32,7 +45,8 @@ class _Front:
     """Per layer the choices that are not dominated, from expensive to cheap, padded to C.
 
     Args:
-        errors: (L, C), increasing along C; padding is infinite.
+        errors: (L, C), increasing along C; padding is infinite. For an additive decoding, the
+            slopes of the lower convex hull: the rise of the error per cost saved by each step.
         costs: (K, L, C), relative to the limits.
         order: (L, C), the choice in the problem's tables.
         last: (L,), the position of the cheapest choice.
@@ -44,13 +58,16 @@ class _Front:
     last: Indices
 
 
-def decode(problem: Problem, multipliers: Array, rng: np.random.Generator) -> Indices:
+def decode(
+    problem: Problem, multipliers: Array, rng: np.random.Generator, *, additive: bool = False
+) -> Indices:
     """Allocations for preferences.
 
     Args:
         problem: Tables and budgets; without budgets everything is dense.
         multipliers: (P, L), positive.
         rng: Draws the weightings of several budgets.
+        additive: Minimise the sum of multiplier x error, in place of the largest one.
 
     Returns:
         Indices (at most P, L), one row per preference that can be met; never empty.
@@ -59,16 +76,16 @@ def decode(problem: Problem, multipliers: Array, rng: np.random.Generator) -> In
     if K == 0:
         return np.full((len(multipliers), len(problem.errors)), DENSE_INDEX)
     if K == 1:
-        return _decode(_front(problem, np.ones(1)), multipliers)
+        return _decode(_front(problem, np.ones(1), additive), multipliers)
     weightings = [*np.eye(K), np.full(K, 1 / K), *rng.dirichlet(np.ones(K), 4)]
     parts = np.array_split(multipliers, len(weightings))
     found = [
-        _decode(_front(problem, w), part)
+        _decode(_front(problem, w, additive), part)
         for w, part in zip(weightings, parts, strict=True)
         if len(part)
     ]
     rows = np.concatenate(found)
-    return rows if len(rows) else _exact(problem, multipliers[:1])
+    return rows if len(rows) else _exact(problem, multipliers[:1], additive)
 
 
 def decode_best(problem: Problem, multipliers: Array) -> Indices | None:  # (L,) -> (L,)
@@ -124,12 +141,35 @@ def preference(problem: Problem, indices: Indices) -> Array:  # (P, L) -> (P, L)
     return 1 / np.maximum(errors, 0.5 * smallest)
 
 
-def _front(problem: Problem, weighting: Array) -> _Front:
+def additive_preference(problem: Problem, indices: Indices) -> Array:  # (P, L) -> (P, L)
+    """Multipliers under which additive decoding gives about these allocations.
+
+    One over the slope at each layer's choice: the geometric mean of those on either side.
+    """
+    K = len(problem.limits)
+    front = _front(problem, np.full(K, 1 / max(K, 1)), True)
+    found = np.ones(indices.shape)
+    for i, errors in enumerate(problem.errors):
+        last = front.last[i]
+        if last > 0:
+            hull = errors[front.order[i, : last + 1]]
+            at = np.abs(errors[indices[:, i], np.newaxis] - hull).argmin(1)  # (P,)
+            slopes = np.append(front.errors[i, 1 : last + 1], 2 * front.errors[i, last])
+            below = np.append(slopes[0] / 2, slopes[:-1])
+            found[:, i] = 1 / np.sqrt(slopes[at] * below[at])
+    return found
+
+
+def _front(problem: Problem, weighting: Array, additive: bool = False) -> _Front:
     limits = np.array(list(problem.limits.values()))
     rows = []
     for i, errors in enumerate(problem.errors):
         costs = np.stack([table[i] for table in problem.budgeted()]) / limits[:, None]
-        rows.append((errors, costs, _non_dominated(errors, weighting @ costs)))
+        cost = weighting @ costs
+        keep = _non_dominated(errors, cost)
+        if additive:
+            keep, errors = _hull(errors, cost, keep)
+        rows.append((errors, costs, keep))
     L, C, K = len(rows), max(len(keep) for *_, keep in rows), len(limits)
     front = _Front(
         np.full((L, C), np.inf),
@@ -150,6 +190,25 @@ def _non_dominated(errors: Array, cost: Array) -> Indices:
     lowest = np.minimum.accumulate(np.concatenate([[np.inf], errors[order]]))[:-1]
     kept: Indices = order[errors[order] < lowest][::-1].copy()
     return kept
+
+
+def _hull(errors: Array, cost: Array, keep: Indices) -> tuple[Indices, Array]:
+    """The choices on the lower convex hull, and by choice the slope of the step to it."""
+    hull: list[int] = []
+    for j in keep.tolist():
+        while len(hull) > 1 and _slope(errors, cost, hull[-1], j) <= _slope(
+            errors, cost, hull[-2], hull[-1]
+        ):
+            hull.pop()
+        hull.append(j)
+    slopes = np.zeros(len(errors))
+    for before, after in pairwise(hull):
+        slopes[after] = _slope(errors, cost, before, after)
+    return np.array(hull, dtype=np.int64), slopes
+
+
+def _slope(errors: Array, cost: Array, before: int, after: int) -> float:
+    return float((errors[after] - errors[before]) / (cost[before] - cost[after]))
 
 
 def _decode(front: _Front, multipliers: Array) -> Indices:
@@ -202,8 +261,9 @@ def _spend(front: _Front, weighted: Array, positions: Indices) -> Indices:
     return positions
 
 
-def _exact(problem: Problem, multipliers: Array) -> Indices:
+def _exact(problem: Problem, multipliers: Array, additive: bool) -> Indices:
     """One preference by integer programming: the fallback when no weighting of costs works."""
     value = [w * e for w, e in zip(multipliers[0], problem.errors, strict=True)]
-    solution = min_max(value, problem.budgeted(), list(problem.limits.values()))
+    solve = min_sum if additive else min_max
+    solution = solve(value, problem.budgeted(), list(problem.limits.values()))
     return np.array([solution.indices], dtype=np.int64)

@@ -26,22 +26,26 @@ from typing import final
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from rankNAS import decompositions
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.base import Layer
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.one_shot.base import OneShot
 from rankNAS.strategies.one_shot.energy import Energy
 from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
-from rankNAS.strategies.spectra import LayerSpectra, channel_groups
+from rankNAS.strategies.spectra import LayerSpectra, channel_groups, spectral_errors
 
 __all__ = ["Alds", "Certificate", "Iteration", "bound", "iterate"]
 
 logger = logging.getLogger(__name__)
 Indices = npt.NDArray[np.int64]
 OPERATORS = ("svd", "group_svd")
+RANKS = 64  # of a number of groups, at most
 FIXED = (1, 3, 5, 7, 9)  # groups of the first starts; torchprune's, and 1: plain SVD everywhere
 
 
@@ -69,9 +73,11 @@ class Certificate:
 class Alds(OneShot):
     """The ranks and numbers of channel groups of the least worst spectral error, exactly.
 
-    The errors are those of the weight, without data, whatever the metric of the factors. Which
-    choices a layer has was decided in that metric; the solution is optimal among them. Before
-    `bind`, the square root of the problem's relative error stands in for the spectral error.
+    The errors are those of the weight, without data, whatever the norm of the factors, which is
+    ``weight`` too unless the settings name another one. Every number of groups and
+    up to 64 ranks of each are candidates (sections 3.1 and 3.2); those stay that no other beats in
+    the bound and in cost. Before `bind`, the square root of the problem's relative error stands in
+    for the spectral error.
 
     Args:
         sqrt_k: Use the bound of Theorem 1; False leaves out sqrt(k), as torchprune does, which
@@ -89,6 +95,7 @@ class Alds(OneShot):
         default_factory=dict, repr=False, hash=False
     )
     name = "alds"
+    norm = "weight"
     needs_spectra = ("weight",)
 
     def __post_init__(self) -> None:
@@ -97,6 +104,25 @@ class Alds(OneShot):
                 f"`operators` of 'alds' must be among {', '.join(OPERATORS)}, whose error its "
                 f"theorem bounds, got {self.operators}; 'energy' takes them all."
             )
+
+    def using(self, operators: Sequence[str]) -> Strategy:
+        """The strategy with those of a user's operators that the theorem bounds, if any."""
+        bounded = tuple(name for name in operators if name in OPERATORS)
+        return replace(self, operators=bounded) if bounded else self
+
+    def candidates(self, layer: Layer, weight: Tensor) -> Mapping[Choice, float]:
+        """The ranks of every number of groups, at most `RANKS` of each, with their bounds."""
+        offered = {choice.operator for choice in layer.choices}
+        found: dict[Choice, float] = {}
+        for name in self.operators or ():
+            if name in offered:
+                for family in decompositions.OPERATORS[name].families(layer.shape):
+                    step = -(-len(family) // RANKS)
+                    choices = [Choice(name, rank) for rank in family[step - 1 :: step]]
+                    k = channel_groups(choices[0]) or 1
+                    errors = bound(spectral_errors(weight, k), k, sqrt_k=self.sqrt_k)
+                    found |= {choice: float(errors[choice.rank[-1]]) for choice in choices}
+        return found
 
     def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
         """The strategy with the spectral error of every choice of every layer."""

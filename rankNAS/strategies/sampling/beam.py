@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 __all__ = ["Beam", "Outcome", "beam_search"]
 
 State = tuple[int, ...]
+Score = Literal["divergence", "loss", "objective"]
 NARROWINGS = 40  # halvings of a level that no single layer can reach
 
 
@@ -63,8 +64,10 @@ class Beam(Strategy):
         width: States that are lowered further on each level; 1 is greedy.
         step: What a level removes, in units of the mean layer's cost on that level: large steps
             early, small ones near the budget.
-        score: ``loss`` scores a share of correct predictions by the loss, which is the finer
-            measure; any other objective, and with ``objective`` this one too, is its own score.
+        score: ``divergence`` scores the main metric of the task by the divergence from the dense
+            network; ``loss`` scores shares of correct predictions by the loss, and so does
+            ``divergence`` where there is none. Any other objective, and with ``objective`` these
+            too, is its own score.
         children: Measure only so many children of a state, those of the least total relative
             error; None measures all, as published.
         operators: Whose choices are used; None for all.
@@ -75,7 +78,7 @@ class Beam(Strategy):
 
     width: int = 2
     step: float = 0.5
-    score: Literal["loss", "objective"] = "loss"
+    score: Score = "divergence"
     children: int | None = None
     operators: tuple[str, ...] | None = ("svd",)
     name = "beam"
@@ -87,8 +90,8 @@ class Beam(Strategy):
                 "`width` and `children` must be at least 1 and `step` in (0, 1]; "
                 f"got {self.width}, {self.children} and {self.step}."
             )
-        if self.score not in ("loss", "objective"):
-            raise UsageError(f"`score` must be 'loss' or 'objective', got {self.score!r}.")
+        if self.score not in get_args(Score):
+            raise UsageError(f"`score` must be one of {get_args(Score)}, got {self.score!r}.")
 
     def check(self, request: Request) -> None:
         if not request.budget:
@@ -134,8 +137,9 @@ class Beam(Strategy):
 
     def _scores(self, problem: Problem, history: History) -> Callable[[State], float | None]:
         """A state's score, larger is better: None if not measured, minus infinity if it failed."""
+        by_divergence = self.score == "divergence" and problem.ranked_by_divergence
         by_loss = (
-            self.score == "loss"
+            self.score != "objective"
             and problem.objectives[0] in problem.metrics
             and problem.directions[0] == "maximize"
         )
@@ -146,6 +150,8 @@ class Beam(Strategy):
                 return None
             if trial.state == "failed":
                 return -math.inf
+            if by_divergence and problem.divergence in trial.metrics:
+                return -trial.metrics[problem.divergence]
             if by_loss and "loss" in trial.metrics:
                 return -trial.metrics["loss"]
             return float(problem.signs[0]) * trial.values[0]

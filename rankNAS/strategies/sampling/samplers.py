@@ -26,7 +26,7 @@ from optuna.trial import TrialState, create_trial
 from rankNAS.allocation import Allocation
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.bayesian.decode import decode_best, lowered, lowered_by, preference
-from rankNAS.strategies.history import History
+from rankNAS.strategies.history import History, rankings
 from rankNAS.strategies.problem import Problem
 
 __all__ = ["Sampled"]
@@ -77,12 +77,14 @@ class Sampled(Strategy):
     def _study(
         self, problem: Problem, history: History, variables: Mapping[str, BaseDistribution]
     ) -> optuna.Study:
-        study = optuna.create_study(directions=list(problem.directions))
+        # The ranks are this study's values; what was asked for stays in the study on disk.
+        study = optuna.create_study(directions=["maximize"] * len(problem.objectives))
         complete = [t for t in history.candidates(problem) if t.state == "complete"]
-        for position, trial in enumerate(complete):
+        ranks = rankings(problem, complete).tolist()
+        for position, (trial, values) in enumerate(zip(complete, ranks, strict=True)):
             study.add_trial(
                 create_trial(
-                    values=list(trial.values),
+                    values=values,
                     params=_recovered(problem, trial.allocation),
                     distributions=dict(variables),
                     system_attrs=self._attributes(position),

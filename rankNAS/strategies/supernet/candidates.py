@@ -18,7 +18,7 @@ from rankNAS.solver.min_sum import min_sum
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 
-__all__ = ["coarse", "picked"]
+__all__ = ["coarse", "equal_ranks", "picked"]
 
 STEPS = 8  # candidates of a layer, if nothing else is asked for, up to its full rank
 SPENT = 0.9  # of a budget, by the argmax, for that to be the answer
@@ -51,34 +51,63 @@ def coarse(
             j for j, c in enumerate(choices) if operators is None or c.operator in operators
         ]
         cheapest = {min(allowed, key=cost.__getitem__, default=DENSE_INDEX) for cost in costs}
-        nearest = _equal_ranks(choices, shapes[name], operators, granularity)
+        nearest = _nearest(choices, shapes[name], operators, granularity)
         rows = sorted({DENSE_INDEX} | cheapest | nearest)
         found = pareto_filter(problem.errors[i][rows], [cost[rows] for cost in costs], len(rows))
         kept.append(sorted({DENSE_INDEX, *(rows[j] for j in found)}))
     return problem.restricted(kept)
 
 
-def _equal_ranks(
+def equal_ranks(
+    choices: Sequence[Choice],
+    shape: LayerShape,
+    operators: Sequence[str] | None,
+    granularity: int | None = None,
+) -> list[Choice]:
+    """The choices (r, r) for the multiples r, of the first operator that a layer offers.
+
+    Args:
+        choices: Those that it offers.
+        shape: Its shape.
+        operators: In order of preference; as for `coarse`.
+        granularity: As for `coarse`.
+    """
+    operator = _operator(choices, operators)
+    if operator is None:
+        return []
+    length = next(len(c.rank) for c in choices if c.operator == operator)
+    return [Choice(operator, (r,) * length) for r in _multiples(shape, granularity)]
+
+
+def _operator(choices: Sequence[Choice], operators: Sequence[str] | None) -> str | None:
+    offered = {c.operator for c in choices if c.rank}
+    order = operators or ("tucker2", "svd", *sorted(offered))
+    return next((name for name in order if name in offered), None)
+
+
+def _multiples(shape: LayerShape, granularity: int | None) -> range:
+    full = min(shape.outputs, shape.inputs) // shape.groups
+    step = granularity or max(1, round(full / STEPS))
+    return range(step, full + 1, step)
+
+
+def _nearest(
     choices: Sequence[Choice],
     shape: LayerShape,
     operators: Sequence[str] | None,
     granularity: int | None,
 ) -> set[int]:
     """Positions of the choices nearest to (r, r) for the multiples r, of one operator."""
-    offered = {c.operator for c in choices if c.rank}
-    order = operators or ("tucker2", "svd", *sorted(offered))
-    operator = next((name for name in order if name in offered), None)
+    operator = _operator(choices, operators)
     rows = [j for j, c in enumerate(choices) if c.operator == operator]
     if not rows:
         return set()
-    full = min(shape.outputs, shape.inputs) // shape.groups
-    step = granularity or max(1, round(full / STEPS))
 
     def distance(j: int, r: int) -> tuple[int, int, tuple[int, ...]]:
         rank = choices[j].rank
         return max(abs(x - r) for x in rank), max(rank) - min(rank), rank
 
-    return {min(rows, key=lambda j: distance(j, r)) for r in range(step, full + 1, step)}
+    return {min(rows, key=lambda j: distance(j, r)) for r in _multiples(shape, granularity)}
 
 
 def picked(problem: Problem, logits: Sequence[Tensor], *, within: bool = True) -> tuple[int, ...]:

@@ -33,14 +33,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, final, get_args
 
 import numpy as np
+from torch import Tensor
 
-from rankNAS.allocation import Allocation
+from rankNAS.allocation import Allocation, Choice
 from rankNAS.evaluation.context import SearchContext, silent
 from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.base import Layer
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.history import History
 from rankNAS.strategies.problem import Problem
-from rankNAS.strategies.supernet.candidates import coarse, picked
+from rankNAS.strategies.supernet.candidates import coarse, equal_ranks, picked
 from rankNAS.strategies.supernet.losses import Penalty
 from rankNAS.strategies.supernet.training import Training
 
@@ -59,8 +61,8 @@ class Haloc(Strategy):
         epochs: Rounds of logits and weights.
         steps: Batches of each in a round.
         batch_size: Samples a batch.
-        granularity: Ranks are multiples of this, as far as the space offers them; None takes an
-            eighth of each layer's smaller side.
+        granularity: Ranks are multiples of this; None takes an eighth of each layer's smaller
+            side.
         penalty: ``power`` or ``log``, see `penalised`.
         strength: The exponent of ``power``, or the factor of ``log`` (16 in ARS).
         learning_rate: Of the logits (AdamW).
@@ -112,6 +114,11 @@ class Haloc(Strategy):
                 f"strategy 'haloc' needs two batches of training data, {2 * self.batch_size} "
                 f"samples, but there are {training}; lower `batch_size` or give more data."
             )
+
+    def candidates(self, layer: Layer, weight: Tensor) -> Mapping[Choice, float]:
+        """Equal ranks in multiples of the granularity, of the first operator that is offered."""
+        ranks = equal_ranks(layer.choices, layer.shape, self.operators, self.granularity)
+        return {choice: -float(max(choice.rank)) for choice in ranks}
 
     def bind_context(self, context: SearchContext) -> Strategy:
         """The strategy with the model and the data that it trains on."""

@@ -14,7 +14,14 @@ from rankNAS.exceptions import BudgetError
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.bayesian import decode as decode_module
-from rankNAS.strategies.bayesian.decode import decode, decode_best, lowered, lowered_by, preference
+from rankNAS.strategies.bayesian.decode import (
+    additive_preference,
+    decode,
+    decode_best,
+    lowered,
+    lowered_by,
+    preference,
+)
 from rankNAS.strategies.problem import Problem
 from rankNAS.testing import random_problem
 
@@ -210,3 +217,53 @@ def test_a_budget_is_lowered_from_what_it_is_to_the_least(
         # the share of an allocation leaves its own cost, no more
         kept = problem.fractions(row.tolist())["macs"]
         assert lowered(problem, lowered_by(problem, row)).budget["macs"] == pytest.approx(kept)
+
+
+def total(problem: Problem, multipliers: np.ndarray, indices: np.ndarray) -> float:
+    pairs = zip(multipliers, problem.errors, indices, strict=True)
+    return sum(float(w * e[i]) for w, e, i in pairs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    problem=st.builds(
+        random_problem, st.integers(0, 10**6), layers=st.just(4), choices=st.integers(2, 6)
+    ),
+    seed=st.integers(0, 100),
+)
+def test_an_additive_decoding_is_optimal_at_the_cost_that_it_spends_before_upgrades(
+    problem: Problem, seed: int
+) -> None:
+    """Of all allocations, none has a smaller sum + lambda x cost for its own lambda; the budget
+    holds, and the sum is at most that of the exact optimum plus the harm of one step."""
+    multipliers = np.random.default_rng(seed).uniform(0.2, 5, 4)
+    (row,) = decode(problem, multipliers[np.newaxis], rng(), additive=True)
+    assert problem.meets(row.tolist())
+    everything = itertools.product(*(range(len(e)) for e in problem.errors))
+    best = min(total(problem, multipliers, r) for r in everything if problem.meets(r))
+    steps = [float(w * np.ptp(e)) for w, e in zip(multipliers, problem.errors, strict=True)]
+    assert best - 1e-12 <= total(problem, multipliers, row) <= best + max(steps) + 1e-12
+
+
+def test_an_additive_decoding_of_fine_choices_is_the_exact_optimum() -> None:
+    """Errors 1/c - 1 of costs c: the optimum gives layers costs in proportion to root w."""
+    kept = np.linspace(1, 0.01, 400)
+    problem = random_problem(0, layers=3, choices=400)
+    weights = np.array([[1.0, 4.0, 9.0]])
+    problem = replace(
+        problem,
+        errors=tuple(1 / kept - 1 for _ in range(3)),
+        costs={"macs": tuple(kept for _ in range(3))},
+        remainder_cost={"macs": 0.0},
+        budget={"macs": 0.5},
+    )
+    (row,) = decode(problem, weights, rng(), additive=True)
+    assert kept[row] == pytest.approx(1.5 * np.sqrt(weights[0]) / 6, abs=0.005)
+    again = decode(problem, additive_preference(problem, row[np.newaxis]), rng(), additive=True)
+    assert np.abs(again[0] - row).max() <= 2
+
+
+def test_an_additive_decoding_keeps_several_budgets() -> None:
+    problem = random_problem(2, layers=5, choices=8, budgets=2)
+    rows = decode(problem, np.exp(rng().normal(0, 1, (64, 5))), rng(), additive=True)
+    assert len(rows) and all(problem.meets(row.tolist()) for row in rows)

@@ -167,4 +167,6 @@ def test_the_best_form_is_the_one_of_the_least_degradation() -> None:
         for i, a in enumerate(solutions)
     )
     assert Solve().select(problem, History(trials)) is trials[-1]
-    assert Solve(form="absolute").select(problem, History(trials)) is trials[0]
+    own = replace(problem, objectives=("taste",))
+    assert Solve(form="absolute").select(own, History(trials)) is trials[0]
+    assert Solve(form="absolute").select(problem, History(trials)) is trials[-1]
