@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 
 from rankNAS.decompositions.norms import Target, factor_root
+from rankNAS.exceptions import RankNASError
 from rankNAS.threads import limited_threads
 
 __all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
 
 #: By type, relative to a feature's squared norm.
-JITTER = {torch.float64: (1e-8, 1e-6, 1e-4, 1e-2), torch.float32: (1e-6, 1e-5, 1e-4, 1e-2)}
-TOLERANCE = 1e-5  # of errors in single precision, relative to the energy
+JITTER = {torch.float64: (1e-8, 1e-6, 1e-4, 1e-2), torch.float32: (1e-6, 1e-4, 1e-2)}
+TOLERANCE = 1e-4  # of errors in single precision, relative to the energy
 SAMPLED, SIGNS = (0.1, 0.4, 0.7, 1.0), 8  # parts of the ranks, and sums of rows, in the check
+BLOCK = 384  # columns of a block of the Cholesky factorisation
 DEAD = 1e-13  # relative squared norm below which a direction is rounding noise
 
 
@@ -51,6 +53,7 @@ class NestedBasis:
         M: W C Phi^T L^-T, (g, o, K).
         HM: H M, (g, o, K).
         energy: ||H W C^1/2||_F^2.
+        jitter: Added to the diagonal of Phi C Phi^T, relative to a feature's squared norm.
     """
 
     basis: Tensor
@@ -60,6 +63,7 @@ class NestedBasis:
     M: Tensor
     HM: Tensor
     energy: float
+    jitter: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -123,27 +127,40 @@ def nested_basis(
         columns: Columns of W in each block, (b, w).
         image: Phi C (g, K, n), columns in the order of W, if it is known.
     """
-    found = _solved(target, basis, columns, image, target.precision)
-    if target.precision == torch.float64 or _difference(found, target) <= TOLERANCE:
-        return found
-    return _solved(target, basis, columns, image, torch.float64)
+    if target.precision == torch.float32 and not target.ill_conditioned:
+        found = _solved(target, basis, columns, image, torch.float32)
+        if found is not None and _difference(found, target) <= TOLERANCE:
+            return found
+        target.ill_conditioned.add(True)
+    found = _solved(target, basis, columns, image, torch.float64)
+    if found is None:
+        raise RankNASError("the second moment of a layer's inputs has large negative eigenvalues.")
+    return found
 
 
 def _solved(
     target: Target, basis: Tensor, columns: Tensor, image: Tensor | None, dtype: torch.dtype
-) -> NestedBasis:
-    """The nested basis, with the Gram matrix and its Cholesky factor of a type."""
+) -> NestedBasis | None:
+    """The nested basis, with the Gram matrix and its Cholesky factor of a type.
+
+    None if the matrix is too ill-conditioned for the type.
+    """
     gram, norms = _gram(target, basis, columns, image, dtype)
     alive = norms > 0
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
     cross = apply(basis, columns, target.WC.mT) * scale.unsqueeze(-1)  # (g, K, o)
     with limited_threads(gram.shape[-1]):
-        L = _cholesky(gram)
+        found = _cholesky(gram, max(target.jitters, default=0.0))
+        if found is None:
+            return None
+        L, jitter = found
+        if dtype == torch.float64:
+            target.jitters.add(jitter)
         # The cross moments of unit features are at most the root of the energy.
         unit = (target.energy**0.5) or 1.0
         M = torch.linalg.solve_triangular(L, (cross / unit).to(dtype), upper=False)
     M = (M.double() * unit).mT.contiguous()
-    return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy)
+    return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy, jitter)
 
 
 def apply(basis: Tensor, columns: Tensor, X: Tensor) -> Tensor:  # (g, n, m) -> (g, K, m)
@@ -188,27 +205,53 @@ def _gram(
     return gram, norms * unit
 
 
-def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal, is changed -> (g, K, K)
+def _cholesky(
+    gram: Tensor, known: float
+) -> tuple[Tensor, float] | None:  # (g, K, K), unit diagonal
     """Cholesky factor, with jitter for nearly dependent features.
 
     Without jitter their coefficients would be large and cancel, which float32 and training do not
     tolerate. The relative error grows by at most the jitter.
+
+    Args:
+        gram: The matrix.
+        known: A jitter that another basis of the layer needed; less is not tried.
     """
-    L: Tensor
     ladder = JITTER[gram.dtype]
-    L, info = torch.linalg.cholesky_ex(gram)
-    if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() >= ladder[0] ** 0.5:
-        return L
-    for jitter in ladder:  # the first suffices unless C is numerically singular
-        gram.diagonal(dim1=-2, dim2=-1).fill_(1 + jitter)
-        L, info = torch.linalg.cholesky_ex(gram)
-        if not info.any():
-            break
+    # Without jitter, pivots must be large; with it, the first suffices unless C is singular.
+    for jitter, least in ((0.0, ladder[0] ** 0.5), *((jitter, 0.0) for jitter in ladder)):
+        if jitter < known and known > ladder[0]:
+            continue
+        L = _factor(gram, jitter, least)
+        if L is not None:
+            return L, jitter
+    return None
+
+
+def _factor(gram: Tensor, jitter: float, least: float) -> Tensor | None:
+    """Cholesky factor of gram + jitter, by blocks; None at the first pivot of at most `least`.
+
+    Blocks use the speed of matrix products, which LAPACK's factorisation does not reach, and a
+    failure is found early.
+    """
+    K = gram.shape[-1]
+    L = torch.zeros_like(gram)
+    for start in range(0, K, BLOCK):
+        stop = min(start + BLOCK, K)
+        column = gram[:, start:, start:stop] - L[:, start:, :start] @ L[:, start:stop, :start].mT
+        size = stop - start
+        column[:, :size].diagonal(dim1=-2, dim2=-1).add_(jitter)
+        corner, info = torch.linalg.cholesky_ex(column[:, :size])
+        if info.any() or not corner.diagonal(dim1=-2, dim2=-1).amin() > least:
+            return None
+        L[:, start:stop, start:stop] = corner
+        below = torch.linalg.solve_triangular(corner.mT, column[:, size:], upper=True, left=False)
+        L[:, stop:, start:stop] = below
     return L
 
 
 def _difference(nested: NestedBasis, target: Target) -> float:
-    """The difference of the errors from their definition, relative to the energy.
+    """The rounding error of the errors, relative to the energy; jitter is allowed for.
 
     At some ranks the error is measured on random signed sums of the rows of H (W - What), whose
     mean square is the squared norm. The sums are the same on both sides.
@@ -228,7 +271,9 @@ def _difference(nested: NestedBasis, target: Target) -> float:
     right = D if C is None else (D.to(C.dtype) @ C).double() * unit
     measured = (right * D).sum(-1)  # (g, ranks signs)
     whole = (Z @ target.HWC.unsqueeze(1) * (Z @ target.HW.unsqueeze(1))).sum(-1).flatten(1)
-    difference = measured - whole + rows.flatten(1, 2).square().sum(-1)
+    units = torch.where(nested.scale > 0, 1 / nested.scale, 0.0).unsqueeze(1)
+    jitter = nested.jitter * (A * units).square().sum(-1)
+    difference = measured - whole + rows.flatten(1, 2).square().sum(-1) - jitter
     by_rank = difference.unflatten(1, (len(SAMPLED), SIGNS)).mean(2).sum(0)
     return float(by_rank.abs().max()) / (target.energy or 1.0)
 

@@ -16,7 +16,7 @@ correction of the mean error, it is their atomic feature mimicking: a PCA of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -102,6 +102,10 @@ class Target:
 
     weight: Tensor
     norm: ErrorNorm
+    #: Jitters that Cholesky factorisations of the layer needed in double precision.
+    jitters: set[float] = field(default_factory=set, init=False, repr=False)
+    #: Not empty once a Gram matrix of the layer was too ill-conditioned for single precision.
+    ill_conditioned: set[bool] = field(default_factory=set, init=False, repr=False)
 
     @cached_property
     def W(self) -> Tensor:
