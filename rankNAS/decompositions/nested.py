@@ -150,12 +150,10 @@ def _solved(
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
     cross = apply(basis, columns, target.WC.mT) * scale.unsqueeze(-1)  # (g, K, o)
     with limited_threads(gram.shape[-1]):
-        found = _cholesky(gram, max(target.jitters, default=0.0))
+        found = _cholesky(gram)
         if found is None:
             return None
         L, jitter = found
-        if dtype == torch.float64:
-            target.jitters.add(jitter)
         # The cross moments of unit features are at most the root of the energy.
         unit = (target.energy**0.5) or 1.0
         M = torch.linalg.solve_triangular(L, (cross / unit).to(dtype), upper=False)
@@ -205,23 +203,15 @@ def _gram(
     return gram, norms * unit
 
 
-def _cholesky(
-    gram: Tensor, known: float
-) -> tuple[Tensor, float] | None:  # (g, K, K), unit diagonal
+def _cholesky(gram: Tensor) -> tuple[Tensor, float] | None:  # (g, K, K), unit diagonal
     """Cholesky factor, with jitter for nearly dependent features.
 
     Without jitter their coefficients would be large and cancel, which float32 and training do not
     tolerate. The relative error grows by at most the jitter.
-
-    Args:
-        gram: The matrix.
-        known: A jitter that another basis of the layer needed; less is not tried.
     """
     ladder = JITTER[gram.dtype]
     # Without jitter, pivots must be large; with it, the first suffices unless C is singular.
     for jitter, least in ((0.0, ladder[0] ** 0.5), *((jitter, 0.0) for jitter in ladder)):
-        if jitter < known and known > ladder[0]:
-            continue
         L = _factor(gram, jitter, least)
         if L is not None:
             return L, jitter

@@ -102,8 +102,6 @@ class Target:
 
     weight: Tensor
     norm: ErrorNorm
-    #: Jitters that Cholesky factorisations of the layer needed in double precision.
-    jitters: set[float] = field(default_factory=set, init=False, repr=False)
     #: Not empty once a Gram matrix of the layer was too ill-conditioned for single precision.
     ill_conditioned: set[bool] = field(default_factory=set, init=False, repr=False)
 
