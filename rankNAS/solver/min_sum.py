@@ -38,7 +38,7 @@ Indices = npt.NDArray[np.int64]
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 PRECISION = 1e4  # largest scaled value; HiGHS proves optima to 1e-6 in absolute terms
 RESOLUTION = 1e-10  # of the largest value; HiGHS does not tell smaller differences from zero
-NODES = 5000  # branching nodes of a programme
+NODES = 100_000  # branching nodes of a programme, divided by the number of layers
 CORE = 5  # average number of choices per layer in the first programme
 
 
@@ -50,7 +50,7 @@ def min_sum(
     largest: float = np.inf,
     gap: float = 1e-4,
     seconds: float = np.inf,
-    nodes: int = NODES,
+    nodes: int | None = None,
 ) -> Solution:
     """The allocation of least total value (MCKP), by mixed-integer programming on a core.
 
@@ -74,6 +74,7 @@ def min_sum(
         RankNASError: No allocation was found within the limits.
     """
     deadline = time.monotonic() + seconds
+    nodes = nodes or 1 + NODES // max(1, len(value))
     kept = [
         _worthwhile(v, [cost[i] for cost in costs], largest) for i, v in enumerate(value)
     ]  # indices of choices, one array per layer

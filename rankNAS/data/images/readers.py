@@ -206,7 +206,7 @@ def read_parquet(folder: str, normalization: Normalization, image_size: int | No
 
 def _tensors_of(source: Source) -> dict[str, Tensor]:
     """Pixels and labels of images in memory, by split."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for split, images in zip(SPLITS, (source.train, source.test), strict=True):
         assert isinstance(images.fetch, StoredPixels)
         found |= {f"{split} pixels": images.fetch.pixels, f"{split} labels": images.targets}
