@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Target
 from rankNAS.decompositions.layer_view import LayerView
+from rankNAS.exceptions import RankNASError
 from rankNAS.search_spaces.base import Layer
 from rankNAS.threads import limited_threads
 
 __all__ = ["LayerFactors", "factorise_layer"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,22 @@ class LayerFactors:
 
 
 def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFactors:
-    """The factors of one layer for all its choices."""
+    """The factors of one layer for all its choices.
+
+    Raises:
+        RankNASError: The weight is not finite.
+    """
     shape = layer.shape
     view = LayerView(module, [""])
     weight = shape.fold(view.weight)
+    if not weight.isfinite().all():
+        raise RankNASError(
+            f"the weight of layer {layer.name!r} is not finite; look for NaN or infinity in the "
+            "checkpoint."
+        )
     target = Target(weight, norm)
+    if not weight.any():
+        logger.warning("the weight of layer %r is zero: all of its choices are exact.", layer.name)
     with limited_threads(max(shape.width, shape.outputs // shape.groups)):
         factors = {
             name: OPERATORS[name].factorise(shape, target, ranks)

@@ -22,6 +22,7 @@ from rankNAS.decompositions.nested import (
     diagonal_blocks,
     leading_rows,
     nested_basis,
+    row_map,
 )
 from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
@@ -104,8 +105,14 @@ class Svd(Operator):
 
     def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
         columns = torch.arange(shape.width, device=target.W.device).unsqueeze(0)
-        basis = leading_rows(target.HW, target.norm.C, max(r for (r,) in ranks))
-        return _two_stage(self, shape, {1: nested_basis(target, basis.unsqueeze(1), columns)})
+        R, image = max(r for (r,) in ranks), None
+        if target.W.shape[1] <= shape.width:
+            rows = row_map(target.HW, target.HWC, R)
+            basis, image = rows @ target.HW, rows @ target.HWC
+        else:
+            basis = leading_rows(target.HW, target.norm.C, R)
+        nested = nested_basis(target, basis.unsqueeze(1), columns, image)
+        return _two_stage(self, shape, {1: nested})
 
 
 @final
@@ -153,9 +160,8 @@ class SpatialSvd(Operator):
         index = torch.arange(shape.width, device=target.W.device).reshape(c * kh, kw)
         columns = index.T.contiguous()  # (kw, c kh)
         stacked = target.HW.unflatten(2, (c * kh, kw)).transpose(2, 3)
-        blocks = diagonal_blocks(target.norm.C, columns)
-        shared = None if blocks is None else blocks.mean(1)
-        basis = leading_rows(stacked.reshape(g, o * kw, c * kh), shared, max(r for (r,) in ranks))
+        stacked = stacked.reshape(g, o * kw, c * kh)
+        basis = leading_rows(stacked, target.column_moment, max(r for (r,) in ranks))
         basis = basis.unsqueeze(1).expand(-1, kw, -1, -1)
         return _two_stage(self, shape, {1: nested_basis(target, basis, columns)})
 

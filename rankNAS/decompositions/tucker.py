@@ -21,7 +21,6 @@ from torch import Tensor
 from rankNAS.decompositions.base import Factors, Operator, Rank
 from rankNAS.decompositions.nested import (
     NestedBasis,
-    diagonal_blocks,
     leading_rows,
     nested_basis,
 )
@@ -138,10 +137,8 @@ def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBa
     """Channel factor of rank R from the rows of T (g, rows, n), with its least-squares map."""
     s, c = columns.shape
     stacked = T[:, :, columns].transpose(1, 2).reshape(T.shape[0], -1, c)  # (g, s rows, c)
-    blocks = diagonal_blocks(target.norm.C, columns)
-    shared = None if blocks is None else blocks.mean(1)
     rank = min(R, *stacked.shape[-2:])
-    basis = leading_rows(stacked, shared, rank)
+    basis = leading_rows(stacked, target.channel_moment, rank)
     basis = torch.nn.functional.pad(basis, (0, 0, 0, R - rank))
     return nested_basis(target, basis.unsqueeze(1).expand(-1, s, -1, -1), columns)
 

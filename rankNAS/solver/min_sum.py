@@ -38,6 +38,7 @@ Indices = npt.NDArray[np.int64]
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 PRECISION = 1e4  # largest scaled value; HiGHS proves optima to 1e-6 in absolute terms
 RESOLUTION = 1e-10  # of the largest value; HiGHS does not tell smaller differences from zero
+NODES = 100_000  # branching nodes of a programme, divided by the number of layers
 CORE = 5  # average number of choices per layer in the first programme
 
 
@@ -48,7 +49,8 @@ def min_sum(
     *,
     largest: float = np.inf,
     gap: float = 1e-4,
-    seconds: float = 30.0,
+    seconds: float = np.inf,
+    nodes: int | None = None,
 ) -> Solution:
     """The allocation of least total value (MCKP), by mixed-integer programming on a core.
 
@@ -63,13 +65,16 @@ def min_sum(
         limits: One bound per budget.
         largest: Choices with a greater value are excluded.
         gap: Relative optimality gap at which the solver may stop.
-        seconds: Time limit; the best allocation so far is returned with its proven gap.
+        seconds: Time limit; the best allocation so far is returned with its proven gap. There is
+            none by default, so that the same tables always give the same allocation.
+        nodes: Limit on the branching nodes of each programme, with the same effect.
 
     Raises:
         BudgetError: No allocation meets the budgets.
-        RankNASError: No allocation was found in time.
+        RankNASError: No allocation was found within the limits.
     """
     deadline = time.monotonic() + seconds
+    nodes = nodes or 1 + NODES // max(1, len(value))
     kept = [
         _worthwhile(v, [cost[i] for cost in costs], largest) for i, v in enumerate(value)
     ]  # indices of choices, one array per layer
@@ -87,7 +92,7 @@ def min_sum(
         core = [k[e <= width] for k, e in zip(kept, extra, strict=True)]
         whole = width >= sizes[-1]
         try:
-            solved = _programme(value, costs, limits, core, gap, deadline)
+            solved = _programme(value, costs, limits, core, gap, deadline, nodes)
         except BudgetError:
             if whole:
                 raise
@@ -95,7 +100,11 @@ def min_sum(
             continue
         if solved is None:
             if best is None:
-                raise RankNASError(f"the solver found no allocation in {seconds:g} seconds.")
+                if not whole and np.isinf(seconds):
+                    width = 4 * width if width > 0 else float(sizes[-1])
+                    continue
+                limit = f"{seconds:g} seconds" if np.isfinite(seconds) else f"{nodes} nodes"
+                raise RankNASError(f"the solver found no allocation in {limit}.")
             return best
         indices, lower = solved
         # A choice outside the core adds at least the core's width to the bound.
@@ -148,8 +157,9 @@ def _programme(
     kept: Sequence[Indices],
     gap: float,
     deadline: float,
+    nodes: int,
 ) -> tuple[tuple[int, ...], float] | None:
-    """The best allocation among the kept choices, and a lower bound; None if out of time.
+    """The best allocation among the kept choices, and a lower bound; None at a limit.
 
     The variables are the steps from one choice of a layer to the next more expensive one. Each
     step requires the previous one, and the first is always taken. Branching on a step halves a
@@ -175,7 +185,8 @@ def _programme(
             bounds=Bounds(np.isin(np.arange(N), starts).astype(float), 1),
             options={
                 "mip_rel_gap": gap,
-                "time_limit": max(0.0, deadline - time.monotonic()),
+                "node_limit": nodes,
+                **_time_limit(deadline),
             },
         )
         if result.status == 2:
@@ -193,6 +204,11 @@ def _programme(
             if j + 1 < len(k):
                 again[i + j + 1] = -1
         constraints.append(LinearConstraint(again[np.newaxis], -np.inf, len(kept) - 1))
+
+
+def _time_limit(deadline: float) -> dict[str, float]:
+    """The solver's option for a deadline, if there is one."""
+    return {} if np.isinf(deadline) else {"time_limit": max(0.0, deadline - time.monotonic())}
 
 
 def _steps(table: Array, starts: Indices) -> Array:  # (..., N) -> (..., N)

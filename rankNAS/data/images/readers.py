@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.data.fingerprint import digest
+from rankNAS.data.images import cache
 from rankNAS.data.images.dataset import Images
 from rankNAS.data.images.decode import EncodedImage, ImageDecoder, StoredPixels
 from rankNAS.data.images.normalise import Normalization
@@ -29,6 +30,7 @@ EAGER_BYTES = 2 << 30
 
 #: The shorter side before the crop, relative to the crop; the usual value for ImageNet.
 FOLDER_MARGIN = 256 / 224
+SPLITS, WHAT = ("train", "test"), ("pixels", "labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +181,40 @@ def _file_parts(paths: Sequence[str], root: Path) -> Iterable[bytes]:
 def read_parquet(folder: str, normalization: Normalization, image_size: int | None) -> Source:
     """``train.parquet`` and ``test.parquet`` (or shards) with encoded images and labels.
 
-    With ``image_size``, the shorter side is resized to it and the centre is cropped.
+    With ``image_size``, the shorter side is resized to it and the centre is cropped. Decoded
+    images that fit into memory are kept on disk, see `rankNAS.data.images.cache`.
     """
     root = _folder(folder, "train.parquet and test.parquet in it")
+    files = [file for split in ("train", "test") for file in _parquet_files(root, split)]
+    shards = len(_parquet_files(root, "train"))
+    path = cache.entry(files, ["parquet", shards, image_size, EAGER_BYTES])
+    kept = cache.read(path)
+    if kept is not None and kept[0].keys() == {f"{s} {w}" for s in SPLITS for w in WHAT}:
+        tensors, texts = kept
+    else:
+        found = _decoded_parquet(root, normalization, image_size)
+        if not all(isinstance(images.fetch, StoredPixels) for images in (found.train, found.test)):
+            return found
+        tensors, texts = _tensors_of(found), {"content": found.content}
+        cache.write(path, tensors, texts)
+    train, test = (
+        Images(StoredPixels(tensors[f"{s} pixels"]), tensors[f"{s} labels"], normalization)
+        for s in SPLITS
+    )
+    return Source(train, test, True, texts["content"])
+
+
+def _tensors_of(source: Source) -> dict[str, Tensor]:
+    """Pixels and labels of images in memory, by split."""
+    found: dict[str, Tensor] = {}
+    for split, images in zip(SPLITS, (source.train, source.test), strict=True):
+        assert isinstance(images.fetch, StoredPixels)
+        found |= {f"{split} pixels": images.fetch.pixels, f"{split} labels": images.targets}
+    return found
+
+
+def _decoded_parquet(root: Path, normalization: Normalization, image_size: int | None) -> Source:
+    """The images of parquet files, decoded now if they fit into memory."""
     sets, contents = [], []
     expected = None
     for split in ("train", "test"):
