@@ -133,8 +133,9 @@ def nested_basis(
             return found
         target.ill_conditioned.add(True)
     found = _solved(target, basis, columns, image, torch.float64)
+    found = found or _solved(target.repaired, basis, columns, None, torch.float64)
     if found is None:
-        raise RankNASError("the second moment of a layer's inputs has large negative eigenvalues.")
+        raise RankNASError("the second moment of a layer's inputs has negative eigenvalues.")
     return found
 
 

@@ -16,7 +16,7 @@ correction of the mean error, it is their atomic feature mimicking: a PCA of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -145,6 +145,20 @@ class Target:
         """The type for Gram matrices: single for wide layers, unless the weight is double."""
         wide = self.W.shape[2] >= WIDE and self.weight.dtype != torch.float64
         return torch.float32 if wide else torch.float64
+
+    @cached_property
+    def repaired(self) -> Target:
+        """The target in a norm whose C is positive definite.
+
+        Rounding of a covariance that is small against the mean leaves negative eigenvalues.
+        """
+        C = self.norm.C
+        assert C is not None
+        with limited_threads(C.shape[-1]):
+            values, vectors = torch.linalg.eigh(C)
+        least = RIDGE * values.clamp_min(0).mean(-1, keepdim=True)
+        C = (vectors * torch.maximum(values, least).unsqueeze(-2)) @ vectors.mT
+        return Target(self.weight, replace(self.norm, C=C))
 
     def scaled_C(self, dtype: torch.dtype) -> tuple[Tensor | None, float]:
         """C divided by a number, in a type, and the number, which avoids under- and overflow."""
