@@ -174,7 +174,7 @@ def apply(basis: Tensor, columns: Tensor, X: Tensor) -> Tensor:  # (g, n, m) -> 
         return (basis[:, 0] @ X.reshape(g, w, -1)).reshape(g, R * b, -1)
     if not torch.equal(columns, order.reshape(b, w)):
         X = X[:, columns.flatten()]
-    by_block = basis @ X.reshape(g, b, w, -1)  # (g, b, R, m)
+    by_block = basis @ X.unflatten(1, (b, w))  # (g, b, R, m)
     return by_block.transpose(1, 2).reshape(g, R * b, -1)
 
 
@@ -183,7 +183,7 @@ def _gram(
 ) -> tuple[Tensor, Tensor]:
     """Phi C Phi^T for features of unit norm (g, K, K), and the squared norms (g, K) in float64.
 
-    Features are ordered by rank first.
+    Features are ordered by rank first. The matrix is complete only on and above its diagonal.
     """
     g, b, R, _ = basis.shape
     C, unit = target.scaled_C(dtype)
@@ -195,7 +195,7 @@ def _gram(
         gram = gram.reshape(g, R * b, R * b)
     else:
         found = apply(small, columns, C) if image is None else (image / unit).to(dtype)
-        gram = apply(small, columns, found.mT.contiguous())
+        gram = _upper(small, columns, found)
     norms = gram.diagonal(dim1=-2, dim2=-1).to(torch.float64, copy=True)
     alive = norms > 0
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms)).to(dtype)
@@ -204,8 +204,21 @@ def _gram(
     return gram, norms * unit
 
 
+def _upper(basis: Tensor, columns: Tensor, image: Tensor) -> Tensor:  # (g, K, n) -> (g, K, K)
+    """Phi image^T on and above the diagonal, by blocks; zero below them."""
+    g, b, R, _ = basis.shape
+    gram = image.new_zeros(g, R * b, R * b)
+    step = max(1, BLOCK // b, -(-R // 8))  # ranks of a block
+    for start in range(0, R, step):
+        stop = min(start + step, R)
+        rows = image[:, start * b : stop * b]
+        part = apply(basis[:, :, :stop], columns, rows.mT)
+        gram[:, : stop * b, start * b : stop * b] = part
+    return gram
+
+
 def _cholesky(gram: Tensor) -> tuple[Tensor, float] | None:  # (g, K, K), unit diagonal
-    """Cholesky factor, with jitter for nearly dependent features.
+    """Cholesky factor, with jitter for nearly dependent features; the matrix is overwritten.
 
     Without jitter their coefficients would be large and cancel, which float32 and training do not
     tolerate. The relative error grows by at most the jitter.
@@ -213,32 +226,33 @@ def _cholesky(gram: Tensor) -> tuple[Tensor, float] | None:  # (g, K, K), unit d
     ladder = JITTER[gram.dtype]
     # Without jitter, pivots must be large; with it, the first suffices unless C is singular.
     for jitter, least in ((0.0, ladder[0] ** 0.5), *((jitter, 0.0) for jitter in ladder)):
-        L = _factor(gram, jitter, least)
-        if L is not None:
-            return L, jitter
+        if _factor(gram, jitter, least):
+            return gram.tril_(), jitter
     return None
 
 
-def _factor(gram: Tensor, jitter: float, least: float) -> Tensor | None:
-    """Cholesky factor of gram + jitter, by blocks; None at the first pivot of at most `least`.
+def _factor(gram: Tensor, jitter: float, least: float) -> bool:
+    """Write the Cholesky factor of gram + jitter, by blocks; false at the first pivot <= `least`.
 
-    Blocks use the speed of matrix products, which LAPACK's factorisation does not reach, and a
-    failure is found early.
+    Only what lies above the unit diagonal is read, and only the rest is written, so that a
+    failure, which is found early, leaves the matrix for another attempt. Blocks use the speed of
+    matrix products, which LAPACK's factorisation does not reach.
     """
     K = gram.shape[-1]
-    L = torch.zeros_like(gram)
     for start in range(0, K, BLOCK):
         stop = min(start + BLOCK, K)
-        column = gram[:, start:, start:stop] - L[:, start:, :start] @ L[:, start:stop, :start].mT
-        size = stop - start
-        column[:, :size].diagonal(dim1=-2, dim2=-1).add_(jitter)
-        corner, info = torch.linalg.cholesky_ex(column[:, :size])
+        left, below = gram[:, start:stop, :start], gram[:, stop:, :start]  # of the factor
+        above = gram[:, start:stop, start:stop].triu(1)
+        corner = torch.baddbmm(above + above.mT, left, left.mT, alpha=-1)
+        corner.diagonal(dim1=-2, dim2=-1).add_(1 + jitter)
+        corner, info = torch.linalg.cholesky_ex(corner)
         if info.any() or not corner.diagonal(dim1=-2, dim2=-1).amin() > least:
-            return None
-        L[:, start:stop, start:stop] = corner
-        below = torch.linalg.solve_triangular(corner.mT, column[:, size:], upper=True, left=False)
-        L[:, stop:, start:stop] = below
-    return L
+            return False
+        gram[:, start:stop, start:stop] = corner + above
+        rest = torch.baddbmm(gram[:, start:stop, stop:], left, below.mT, alpha=-1)
+        rest = torch.linalg.solve_triangular(corner, rest, upper=False)
+        gram[:, stop:, start:stop] = rest.mT
+    return True
 
 
 def _difference(nested: NestedBasis, target: Target) -> float:
@@ -284,28 +298,28 @@ def leading_rows(
         R: Number of rows, at most ``min(rows, w)``.
     """
     if T.shape[-2] <= T.shape[-1]:
-        return row_map(T, T if C is None else T @ C, R) @ T
+        return row_map(T, T if C is None else T @ C, R)[1]
     N = T.mT @ T
-    root = torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
-    root = root if C is None else factor_root(C)  # root root^T = C
-    energy = root.mT @ N @ root
+    root = None if C is None else factor_root(C)  # root root^T = C
+    energy = N if root is None else root.mT @ N @ root
     with limited_threads(energy.shape[-1]):
         values, V = torch.linalg.eigh(energy)
-    rows = V.flip(-1)[..., :R].mT @ root.mT @ N
+    coefficients = V.flip(-1)[..., :R].mT
+    rows = (coefficients if root is None else coefficients @ root.mT) @ N
     unit: Tensor = torch.nn.functional.normalize(rows, dim=-1)
     kept: Tensor = unit * _alive(values, R).unsqueeze(-1)
     return kept
 
 
-def row_map(T: Tensor, TC: Tensor, R: int) -> Tensor:  # (…, rows, w) twice -> (…, R, rows)
-    """The map from the rows of T to the leading rows; see `leading_rows`. TC is T C."""
+def row_map(T: Tensor, TC: Tensor, R: int) -> tuple[Tensor, Tensor]:  # (…, rows, w) twice
+    """The map (…, R, rows) from the rows of T to the leading rows, and these; TC is T C."""
     energy = TC @ T.mT
     with limited_threads(energy.shape[-1]):
         values, U = torch.linalg.eigh(energy)
     coefficients = U.flip(-1)[..., :R].mT
-    norms = (coefficients @ T).norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    found: Tensor = coefficients / norms * _alive(values, R).unsqueeze(-1)
-    return found
+    rows = coefficients @ T
+    scale = _alive(values, R).unsqueeze(-1) / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return coefficients * scale, rows * scale
 
 
 def _alive(values: Tensor, R: int) -> Tensor:

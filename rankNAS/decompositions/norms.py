@@ -172,7 +172,7 @@ class Target:
         C = self.norm.C
         assert C is not None
         unit = float(C.diagonal(dim1=-2, dim2=-1).abs().max()) or 1.0
-        return (C / unit).float(), unit
+        return torch.div(C, unit, out=torch.empty_like(C, dtype=torch.float32)), unit
 
 
 def _block_mean(C: Tensor | None, positions: int) -> Tensor | None:
@@ -223,8 +223,9 @@ def ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
     """A second moment with a ridge: a small multiple of its mean diagonal."""
     scale = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     scale = torch.where(scale > 0, scale * RIDGE, torch.ones_like(scale))
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return A + scale[..., None, None] * eye
+    A = A.clone()
+    A.diagonal(dim1=-2, dim2=-1).add_(scale.unsqueeze(-1))
+    return A
 
 
 def factor_root(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)

@@ -107,8 +107,8 @@ class Svd(Operator):
         columns = torch.arange(shape.width, device=target.W.device).unsqueeze(0)
         R, image = max(r for (r,) in ranks), None
         if target.W.shape[1] <= shape.width:
-            rows = row_map(target.HW, target.HWC, R)
-            basis, image = rows @ target.HW, rows @ target.HWC
+            rows, basis = row_map(target.HW, target.HWC, R)
+            image = rows @ target.HWC
         else:
             basis = leading_rows(target.HW, target.norm.C, R)
         nested = nested_basis(target, basis.unsqueeze(1), columns, image)
