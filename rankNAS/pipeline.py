@@ -115,7 +115,9 @@ def prepare(
             space, latency = _latency(model, space, example, settings, hardware, report, start)
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
-    select = _selection(names, latency, settings.choices, needs, start)
+    select, screen = (
+        _selection(names, latency, most, needs, start) for most in (settings.choices, None)
+    )
     few = partial(uniform_space, budgets=budgets, latency=latency)
     factorisation, losses, complete = _factorised(
         model,
@@ -125,6 +127,7 @@ def prepare(
         settings,
         seed,
         select,
+        screen,
         report,
         phases,
         few,
@@ -223,7 +226,7 @@ def _latency(
 def _selection(
     names: set[str],
     latency: LatencyTables | None,
-    most: int,
+    most: int | None,
     needs: Sequence[tuple[tuple[str, ...] | None, bool]],
     start: Sequence[Allocation],
 ) -> Select:
@@ -232,7 +235,7 @@ def _selection(
     Args:
         names: Costs that budgets bound or objectives measure.
         latency: Latency tables, if any.
-        most: The largest number of choices to keep for each need.
+        most: The largest number of choices to keep for each need; None for no limit.
         needs: By strategy, its operators (None for all), and whether it needs latency although no
             budget bounds it. Choices are selected for each need separately.
         start: Allocations whose choices are kept.
@@ -253,7 +256,7 @@ def _selection(
                 if operators is None or c == DENSE or c.operator in operators
             ]
             columns = [[cost[i] for i in rows] for cost in costs]
-            found = pareto_filter([errors[i] for i in rows], columns, most)
+            found = pareto_filter([errors[i] for i in rows], columns, most or len(rows))
             kept |= {layer.choices[rows[i]] for i in found}
         return [c for c in layer.choices if c in kept]
 
@@ -268,6 +271,7 @@ def _factorised(
     settings: Settings,
     seed: int,
     select: Select,
+    screen: Select,
     report: Progress,
     phases: Phases,
     few: Callable[[SearchSpace], SearchSpace],
@@ -309,6 +313,7 @@ def _factorised(
                 norm=settings.norm,
                 centred=centred,
                 select=select,
+                screen=screen,
                 on_layer=on_layer,
             )
     except TimeLimitError:

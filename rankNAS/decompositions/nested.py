@@ -26,18 +26,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.norms import Target, factor_root
+from rankNAS.decompositions.norms import Target
 from rankNAS.exceptions import RankNASError
 from rankNAS.threads import limited_threads
 
-__all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
+__all__ = ["NestedBasis", "diagonal_blocks", "nested_basis"]
 
 #: By type, relative to a feature's squared norm.
 JITTER = {torch.float64: (1e-8, 1e-6, 1e-4, 1e-2), torch.float32: (1e-6, 1e-4, 1e-2)}
 TOLERANCE = 1e-4  # of errors in single precision, relative to the energy
 SAMPLED, SIGNS = (0.1, 0.4, 0.7, 1.0), 8  # parts of the ranks, and sums of rows, in the check
 BLOCK = 384  # columns of a block of the Cholesky factorisation
-DEAD = 1e-13  # relative squared norm below which a direction is rounding noise
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,11 @@ def apply(basis: Tensor, columns: Tensor, X: Tensor) -> Tensor:  # (g, n, m) -> 
     g, b, R, w = basis.shape
     order = torch.arange(b * w, device=X.device)
     if b > 1 and basis.stride(1) == 0 and torch.equal(columns, order.reshape(w, b).T):
-        return (basis[:, 0] @ X.reshape(g, w, -1)).reshape(g, R * b, -1)
+        shared: Tensor = basis[:, 0] @ X.reshape(g, w, -1)
+        return shared.reshape(g, R * b, -1)
     if not torch.equal(columns, order.reshape(b, w)):
         X = X[:, columns.flatten()]
-    by_block = basis @ X.unflatten(1, (b, w))  # (g, b, R, m)
+    by_block: Tensor = basis @ X.unflatten(1, (b, w))  # (g, b, R, m)
     return by_block.transpose(1, 2).reshape(g, R * b, -1)
 
 
@@ -281,51 +281,6 @@ def _difference(nested: NestedBasis, target: Target) -> float:
     difference = measured - whole + rows.flatten(1, 2).square().sum(-1) - jitter
     by_rank = difference.unflatten(1, (len(SAMPLED), SIGNS)).mean(2).sum(0)
     return float(by_rank.abs().max()) / (target.energy or 1.0)
-
-
-def leading_rows(
-    T: Tensor, C: Tensor | None, R: int
-) -> Tensor:  # (…, rows, w), (…, w, w) -> (…, R, w)
-    """Unit rows whose first r span the best rank-r row space of T, for every r <= R.
-
-    With T C^1/2 = U S V^T, these are the rows of U^T T. They are computed on the smaller side of T
-    without an inverse, so a singular C is allowed (the output-side form of DRONE). Rows beyond
-    the numerical rank are zero.
-
-    Args:
-        T: The matrix, already multiplied by H from the left.
-        C: The norm on its columns, or None for the identity.
-        R: Number of rows, at most ``min(rows, w)``.
-    """
-    if T.shape[-2] <= T.shape[-1]:
-        return row_map(T, T if C is None else T @ C, R)[1]
-    N = T.mT @ T
-    root = None if C is None else factor_root(C)  # root root^T = C
-    energy = N if root is None else root.mT @ N @ root
-    with limited_threads(energy.shape[-1]):
-        values, V = torch.linalg.eigh(energy)
-    coefficients = V.flip(-1)[..., :R].mT
-    rows = (coefficients if root is None else coefficients @ root.mT) @ N
-    unit: Tensor = torch.nn.functional.normalize(rows, dim=-1)
-    kept: Tensor = unit * _alive(values, R).unsqueeze(-1)
-    return kept
-
-
-def row_map(T: Tensor, TC: Tensor, R: int) -> tuple[Tensor, Tensor]:  # (…, rows, w) twice
-    """The map (…, R, rows) from the rows of T to the leading rows, and these; TC is T C."""
-    energy = TC @ T.mT
-    with limited_threads(energy.shape[-1]):
-        values, U = torch.linalg.eigh(energy)
-    coefficients = U.flip(-1)[..., :R].mT
-    rows = coefficients @ T
-    scale = _alive(values, R).unsqueeze(-1) / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return coefficients * scale, rows * scale
-
-
-def _alive(values: Tensor, R: int) -> Tensor:
-    """Mask of the R largest eigenvalues that are above rounding noise."""
-    values = values.flip(-1)[..., :R]
-    return values > DEAD * values[..., :1]
 
 
 def diagonal_blocks(C: Tensor | None, columns: Tensor) -> Tensor | None:

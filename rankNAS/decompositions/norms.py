@@ -130,6 +130,11 @@ class Target:
         """||H W C^1/2||_F^2, summed over the groups."""
         return float((self.HWC * self.HW).sum())
 
+    def relative(self, squares: Tensor) -> list[float]:
+        """Squared norms relative to the energy; zero if that is zero."""
+        found: list[float] = (squares / self.energy if self.energy else squares * 0).tolist()
+        return found
+
     @cached_property
     def column_moment(self) -> Tensor | None:
         """Mean over kw of the blocks of C for equal positions in kw, (g, c kh, c kh)."""

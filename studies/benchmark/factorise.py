@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,9 +47,8 @@ def measure(name: str, norm: NormName, everything: bool) -> tuple[dict[str, Any]
     statistics = made_up(model, space)
     with by_operator() as seconds:
         started = time.process_time()
-        found = factorise(
-            model, space, statistics, norm=norm, select=None if everything else front
-        )
+        kept = {} if everything else {"select": partial(front, most=CHOICES), "screen": front}
+        found = factorise(model, space, statistics, norm=norm, **kept)
         total = time.process_time() - started
     errors = {
         layer: {str(c): x.error(c) for c in x.layer.choices} for layer, x in found.layers.items()
@@ -56,9 +56,9 @@ def measure(name: str, norm: NormName, everything: bool) -> tuple[dict[str, Any]
     return {"layers": len(space.layers), "seconds": total, **seconds}, errors
 
 
-def front(layer: Layer, errors: Sequence[float]) -> list[Choice]:
-    """The choices that none dominates in error and multiply-accumulates."""
-    kept = pareto_filter(errors, [[cost.macs for cost in layer.costs]], CHOICES)
+def front(layer: Layer, errors: Sequence[float], most: int = 10**6) -> list[Choice]:
+    """The choices that none dominates in error and multiply-accumulates, at most some."""
+    kept = pareto_filter(errors, [[cost.macs for cost in layer.costs]], most)
     return [layer.choices[i] for i in kept]
 
 
