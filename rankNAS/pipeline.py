@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.curvature import second_order_losses
-from rankNAS.compression.factorisation import Factorisation, Select, factorise
+from rankNAS.compression.factorisation import Factorisation, Screen, Select, factorise
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
@@ -37,7 +37,7 @@ from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.policies import hardware_choices
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import Settings
-from rankNAS.solver.pareto import pareto_filter
+from rankNAS.solver.pareto import pareto_filter, pareto_screen
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem, check_reachable
@@ -115,9 +115,7 @@ def prepare(
             space, latency = _latency(model, space, example, settings, hardware, report, start)
     names = {*costs, *(o.name for o in objectives)}
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
-    select, screen = (
-        _selection(names, latency, most, needs, start) for most in (settings.choices, None)
-    )
+    select, screen = _selection(names, latency, settings.choices, needs, start)
     few = partial(uniform_space, budgets=budgets, latency=latency)
     factorisation, losses, complete = _factorised(
         model,
@@ -226,25 +224,28 @@ def _latency(
 def _selection(
     names: set[str],
     latency: LatencyTables | None,
-    most: int | None,
+    most: int,
     needs: Sequence[tuple[tuple[str, ...] | None, bool]],
     start: Sequence[Allocation],
-) -> Select:
+) -> tuple[Select, Screen]:
     """Select the choices of a layer that no other choice dominates in error and costs.
 
     Args:
         names: Costs that budgets bound or objectives measure.
         latency: Latency tables, if any.
-        most: The largest number of choices to keep for each need; None for no limit.
+        most: The largest number of choices to keep for each need.
         needs: By strategy, its operators (None for all), and whether it needs latency although no
             budget bounds it. Choices are selected for each need separately.
         start: Allocations whose choices are kept.
+
+    Returns:
+        The selection by errors, and the screen by estimates of them.
     """
     wanted = [LAYER_COSTS.get(name, name) for name in EXACT_COSTS if name in names]
     exact = list(dict.fromkeys(wanted))  # of one layer, both counts are equal
 
-    def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
-        kept = {allocation[layer.name] for allocation in start}
+    def tables(layer: Layer) -> Iterator[tuple[list[int], list[list[float]]]]:
+        """Positions of the choices of each need, and their costs."""
         for operators, needs_latency in needs:
             costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
             costs = costs or [[c["macs"] for c in layer.costs]]
@@ -255,12 +256,24 @@ def _selection(
                 for i, c in enumerate(layer.choices)
                 if operators is None or c == DENSE or c.operator in operators
             ]
-            columns = [[cost[i] for i in rows] for cost in costs]
-            found = pareto_filter([errors[i] for i in rows], columns, most or len(rows))
-            kept |= {layer.choices[rows[i]] for i in found}
+            yield rows, [[cost[i] for i in rows] for cost in costs]
+
+    def keep(
+        layer: Layer, found: Callable[..., list[int]], *errors: Sequence[float]
+    ) -> list[Choice]:
+        kept = {allocation[layer.name] for allocation in start}
+        for rows, costs in tables(layer):
+            chosen = found(*([column[i] for i in rows] for column in errors), costs)
+            kept |= {layer.choices[rows[i]] for i in chosen}
         return [c for c in layer.choices if c in kept]
 
-    return select
+    def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
+        return keep(layer, partial(pareto_filter, most=most), errors)
+
+    def screen(layer: Layer, errors: Sequence[float], estimates: Sequence[float]) -> list[Choice]:
+        return keep(layer, pareto_screen, errors, estimates)
+
+    return select, screen
 
 
 def _factorised(
@@ -271,7 +284,7 @@ def _factorised(
     settings: Settings,
     seed: int,
     select: Select,
-    screen: Select,
+    screen: Screen,
     report: Progress,
     phases: Phases,
     few: Callable[[SearchSpace], SearchSpace],

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
-from rankNAS.compression.factors import LayerFactors, Select, factorise_layer
+from rankNAS.compression.factors import LayerFactors, Screen, Select, factorise_layer
 from rankNAS.compression.surgery import LazyFactorised, shared_copy
 from rankNAS.copies import copied
 from rankNAS.decompositions import OPERATORS, NormName, Statistics, make_norm
@@ -21,7 +21,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 
-__all__ = ["Factorisation", "Select", "factorise", "skeleton"]
+__all__ = ["Factorisation", "Screen", "Select", "factorise", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def factorise(
     norm: NormName = "weight",
     centred: bool | None = None,
     select: Select | None = None,
-    screen: Select | None = None,
+    screen: Screen | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Factorisation:
     """The factors of every layer of a space, for all its choices.
@@ -114,9 +114,10 @@ def factorise(
         select: Receives a layer and the relative error of each of its choices, infinite for those
             that the screen removed; returns the choices to keep. The others are removed from the
             space, and their factors are freed at once.
-        screen: Receives a layer and errors of which some are estimates below them, or infinite if
-            nothing is known yet; returns the choices that may be of use. Factors that no such
-            choice needs may not be computed, and choices without factors are removed.
+        screen: Receives a layer, the errors that are known (infinite for the others) and estimates
+            that are at most the errors (infinite for the others); returns the choices with
+            estimates that may be of use. Factors that none of these needs may be left out, and
+            choices without factors are removed.
         on_layer: Called with (layers done, layers in total).
     """
     model = with_plain_layers(model)

@@ -17,10 +17,13 @@ from rankNAS.exceptions import RankNASError
 from rankNAS.search_spaces.base import Layer
 from rankNAS.threads import limited_threads
 
-__all__ = ["LayerFactors", "Select", "factorise_layer"]
+__all__ = ["LayerFactors", "Screen", "Select", "factorise_layer"]
 
 #: From a layer and the relative error of each of its choices, the choices to keep.
 Select = Callable[[Layer, Sequence[float]], Sequence[Choice]]
+#: From a layer, the relative error of each of its choices (infinite if unknown) and estimates that
+#: are at most the errors (infinite for the others), the choices with estimates that may be of use.
+Screen = Callable[[Layer, Sequence[float], Sequence[float]], Sequence[Choice]]
 logger = logging.getLogger(__name__)
 
 
@@ -112,7 +115,7 @@ class LayerFactors:
 
 
 def factorise_layer(
-    layer: Layer, module: nn.Module, norm: ErrorNorm, screen: Select | None = None
+    layer: Layer, module: nn.Module, norm: ErrorNorm, screen: Screen | None = None
 ) -> LayerFactors:
     """The factors of one layer for all its choices, or for those that pass a screen.
 
@@ -120,8 +123,7 @@ def factorise_layer(
         layer: The layer of the search space.
         module: Its module.
         norm: The error norm.
-        screen: Given errors of which some are estimates below them, or infinite, the choices that
-            may be of use. The others may be left out.
+        screen: Decides from estimates which choices may be of use; the others may be left out.
 
     Raises:
         RankNASError: The weight is not finite.
@@ -135,6 +137,8 @@ def factorise_layer(
             "checkpoint."
         )
     target = Target(weight, norm)
+    if target.energy < 0:  # rounding of a covariance that is small against the mean
+        target = target.repaired
     if not weight.any():
         logger.warning("the weight of layer %r is zero: all of its choices are exact.", layer.name)
     with limited_threads(max(shape.width, shape.outputs // shape.groups)):
@@ -145,7 +149,7 @@ def factorise_layer(
 
 
 def _factorised(
-    layer: Layer, target: Target, screen: Select | None
+    layer: Layer, target: Target, screen: Screen | None
 ) -> tuple[Layer, dict[str, Factors]]:
     """The factors by operator, and the layer with the choices that have factors.
 
@@ -164,7 +168,7 @@ def _factorised(
 
 
 def _wanted(
-    screen: Select,
+    screen: Screen,
     layer: Layer,
     name: str,
     errors: Mapping[Choice, float],
@@ -172,9 +176,11 @@ def _wanted(
     estimates: Mapping[Rank, float],
 ) -> Collection[Rank]:
     """The ranks of an operator that pass the screen; the other ones are removed from `kept`."""
-    known = {**errors, **{Choice(name, rank): error for rank, error in estimates.items()}}
-    chosen = screen(layer, [known.get(choice, math.inf) for choice in layer.choices])
-    useful = {c.rank for c in chosen if c.operator == name} & estimates.keys()
+    guessed = {Choice(name, rank): error for rank, error in estimates.items()}
+    known, guesses = (
+        [some.get(choice, math.inf) for choice in layer.choices] for some in (errors, guessed)
+    )
+    useful = {choice.rank for choice in screen(layer, known, guesses) if choice in guessed}
     kept.difference_update(estimates.keys() - useful)
     return useful
 

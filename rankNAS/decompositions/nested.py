@@ -33,7 +33,7 @@ from rankNAS.threads import limited_threads
 __all__ = ["NestedBasis", "diagonal_blocks", "nested_basis"]
 
 #: By type, relative to a feature's squared norm.
-JITTER = {torch.float64: (1e-8, 1e-6, 1e-4, 1e-2), torch.float32: (1e-6, 1e-4, 1e-2)}
+JITTER = {torch.float64: (1e-8, 1e-6, 1e-4, 1e-2), torch.float32: (1e-6, 1e-5, 1e-4)}
 TOLERANCE = 1e-4  # of errors in single precision, relative to the energy
 SAMPLED, SIGNS = (0.1, 0.4, 0.7, 1.0), 8  # parts of the ranks, and sums of rows, in the check
 BLOCK = 384  # columns of a block of the Cholesky factorisation
@@ -155,7 +155,7 @@ def _solved(
             return None
         L, jitter = found
         # The cross moments of unit features are at most the root of the energy.
-        unit = (target.energy**0.5) or 1.0
+        unit = max(target.energy, 0.0) ** 0.5 or 1.0
         M = torch.linalg.solve_triangular(L, (cross / unit).to(dtype), upper=False)
     M = (M.double() * unit).mT.contiguous()
     return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy, jitter)
@@ -256,7 +256,7 @@ def _factor(gram: Tensor, jitter: float, least: float) -> bool:
 
 
 def _difference(nested: NestedBasis, target: Target) -> float:
-    """The rounding error of the errors, relative to the energy; jitter is allowed for.
+    """The rounding error of the errors, or what jitter adds to them, relative to the energy.
 
     At some ranks the error is measured on random signed sums of the rows of H (W - What), whose
     mean square is the squared norm. The sums are the same on both sides.
@@ -279,8 +279,8 @@ def _difference(nested: NestedBasis, target: Target) -> float:
     units = torch.where(nested.scale > 0, 1 / nested.scale, 0.0).unsqueeze(1)
     jitter = nested.jitter * (A * units).square().sum(-1)
     difference = measured - whole + rows.flatten(1, 2).square().sum(-1) - jitter
-    by_rank = difference.unflatten(1, (len(SAMPLED), SIGNS)).mean(2).sum(0)
-    return float(by_rank.abs().max()) / (target.energy or 1.0)
+    by_rank = torch.stack([difference, jitter]).unflatten(2, (len(SAMPLED), SIGNS))
+    return float(by_rank.mean(3).sum(1).abs().max()) / (target.energy or 1.0)
 
 
 def diagonal_blocks(C: Tensor | None, columns: Tensor) -> Tensor | None:

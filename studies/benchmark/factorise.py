@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +30,7 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
-from rankNAS.solver.pareto import pareto_filter
+from rankNAS.solver.pareto import pareto_filter, pareto_screen
 
 SPACES = {"resnet20": 32, "vgg16_cifar": 32, "resnet50": 224}  # sides of the images
 CHOICES = 64  # kept by a layer, as in the default settings
@@ -47,7 +46,7 @@ def measure(name: str, norm: NormName, everything: bool) -> tuple[dict[str, Any]
     statistics = made_up(model, space)
     with by_operator() as seconds:
         started = time.process_time()
-        kept = {} if everything else {"select": partial(front, most=CHOICES), "screen": front}
+        kept: dict[str, Any] = {} if everything else {"select": front, "screen": screen}
         found = factorise(model, space, statistics, norm=norm, **kept)
         total = time.process_time() - started
     errors = {
@@ -56,9 +55,15 @@ def measure(name: str, norm: NormName, everything: bool) -> tuple[dict[str, Any]
     return {"layers": len(space.layers), "seconds": total, **seconds}, errors
 
 
-def front(layer: Layer, errors: Sequence[float], most: int = 10**6) -> list[Choice]:
-    """The choices that none dominates in error and multiply-accumulates, at most some."""
-    kept = pareto_filter(errors, [[cost.macs for cost in layer.costs]], most)
+def front(layer: Layer, errors: Sequence[float]) -> list[Choice]:
+    """The choices that none dominates in error and multiply-accumulates."""
+    kept = pareto_filter(errors, [[cost.macs for cost in layer.costs]], CHOICES)
+    return [layer.choices[i] for i in kept]
+
+
+def screen(layer: Layer, errors: Sequence[float], estimates: Sequence[float]) -> list[Choice]:
+    """The choices that may be on the front."""
+    kept = pareto_screen(errors, estimates, [[cost.macs for cost in layer.costs]])
     return [layer.choices[i] for i in kept]
 
 
