@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,12 +20,18 @@ from rankNAS.exceptions import DataError, WeightsError, WriteError
 from rankNAS.io.files import cache_folder
 from rankNAS.io.tensors import read_tensors, write_tensors
 
-__all__ = ["LIMIT", "entry", "read", "write"]
+__all__ = ["LIMIT", "allows", "entry", "read", "write"]
 
 logger = logging.getLogger(__name__)
 LIMIT = "RANKNAS_IMAGE_CACHE_GB"  #: The variable with the bound on all entries; 0 keeps none.
 DEFAULT_GB = 8.0
+STALE = 86_400  # seconds after which a temporary file belongs to no running process
 VERSION = "1"
+
+
+def allows(size: int) -> bool:
+    """Whether images of so many bytes are kept."""
+    return size <= _limit()
 
 
 def entry(files: Sequence[Path], options: Sequence[object]) -> Path:
@@ -70,7 +77,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
     A full disk or a folder that cannot be written is no error: the images are decoded again.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if size > _limit():
+    if not allows(size):
         return
     try:
         write_tensors(path, tensors, texts)
@@ -81,7 +88,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
 
 
 def _evict(newest: Path) -> None:
-    """Remove the oldest entries until all fit into the bound; the newest stays."""
+    """Remove the oldest entries until all fit into the bound; the newest stays.
+
+    Temporary files that killed processes left behind are removed after a day.
+    """
+    for path in newest.parent.glob("*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink(missing_ok=True)
     found = []
     for path in newest.parent.glob("*.safetensors"):
         with contextlib.suppress(OSError):  # another process removed it

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from image_sets import pixels, write_parquet
+from image_sets import fill_folder, pixels, write_parquet
 
 from rankNAS.data.base import Data
 from rankNAS.data.images import cache, readers
@@ -103,3 +106,62 @@ def test_no_entries_with_a_bound_of_zero(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(cache.LIMIT, "much")
     with pytest.raises(DataError, match="RANKNAS_IMAGE_CACHE_GB is 'much'; give gigabytes"):
         load_data(f"parquet:{folder}")
+
+
+def image_folder(folder: Path) -> Path:
+    root = folder.parent / "folder"
+    for split in ("train", "test"):
+        fill_folder(root / split, "abc", 3)
+    return root
+
+
+def test_image_folders_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder(folder)
+    monkeypatch.setenv(cache.LIMIT, "0")
+    on_access = load_data(f"imagefolder:{root}", image_size=8)
+    monkeypatch.delenv(cache.LIMIT)
+    first = load_data(f"imagefolder:{root}", image_size=8)
+    assert_equal(first, on_access)
+    assert len(entries(folder)) == 1
+    monkeypatch.setattr(readers, "ImageDecoder", None)
+    assert_equal(first, load_data(f"imagefolder:{root}", image_size=8, normalize=first.normalize))
+
+
+def test_image_folders_that_do_not_fit_are_decoded_on_access(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "EAGER_BYTES", 10)
+    found = load_data(f"imagefolder:{image_folder(folder)}", image_size=8)
+    assert not entries(folder) and found.train.batch()[0].shape == (9, 3, 8, 8)
+
+
+def _load(folder: Path) -> str:
+    return load_data(f"parquet:{folder}").fingerprint
+
+
+def test_processes_may_write_at_once(folder: Path) -> None:
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = set(pool.map(_load, [folder] * 8))
+    assert found == {_load(folder)}
+    assert [path.suffix for path in entries(folder)] == [".safetensors"]
+
+
+def test_temporary_files_of_killed_processes_go_after_a_day(folder: Path) -> None:
+    kept = folder.parent / "cache" / "images"
+    kept.mkdir(parents=True)
+    for name in ("old.tmp", "new.tmp"):
+        (kept / name).write_bytes(b"part")
+    os.utime(kept / "old.tmp", ns=(0, 0))
+    load_data(f"parquet:{folder}")
+    assert not (kept / "old.tmp").exists() and (kept / "new.tmp").exists()
+
+
+def test_a_full_disk_is_no_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("rankNAS.io.files._write_bytes", full)
+    assert len(load_data(f"parquet:{folder}").train) == 20
+    assert "could not be kept" in caplog.text and not entries(folder)
