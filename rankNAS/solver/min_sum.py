@@ -5,6 +5,7 @@ Notation as in `rankNAS.solver.tables`.
 References:
     Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack.
     Pisinger, European Journal of Operational Research 1995: the core algorithm.
+    Kelley, Journal of SIAM 1960: cutting planes.
     HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``: the integer solver.
 """
 
@@ -39,6 +40,9 @@ SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 PRECISION = 1e4  # largest scaled value; HiGHS proves optima to 1e-6 in absolute terms
 RESOLUTION = 1e-10  # of the largest value; HiGHS does not tell smaller differences from zero
 NODES = 100_000  # branching nodes of a programme, divided by the number of layers
+LARGE = 20_000  # choices beyond which cutting planes are faster than the linear programme
+CLOSE = 1e-7  # relative distance of the multipliers' bound to the best one
+PLANES = 300  # cutting planes of the multipliers
 CORE = 5  # average number of choices per layer in the first programme
 
 
@@ -138,7 +142,9 @@ def _relaxation(
     objective, rows, bounds, one = _matrices(value, costs, limits, kept)
     scale = float(np.abs(objective).max()) or 1.0
     multipliers = np.zeros(len(limits))
-    if limits and np.ptp(objective) > 0:
+    if limits and len(objective) > LARGE:
+        multipliers = _multipliers(objective, rows, bounds, kept)
+    elif limits and np.ptp(objective) > 0:
         result = linprog(
             objective / scale, A_ub=rows, b_ub=bounds, A_eq=one, b_eq=np.ones(len(kept))
         )
@@ -148,6 +154,39 @@ def _relaxation(
     parts = np.split(priced, np.cumsum([len(k) for k in kept])[:-1])
     bound = float(sum(p.min() for p in parts) - multipliers @ bounds)
     return bound, [p - p.min() for p in parts]
+
+
+def _multipliers(objective: Array, rows: Array, bounds: Array, kept: Sequence[Indices]) -> Array:
+    """Multipliers (K,) that nearly maximise the Lagrangian bound, by cutting planes."""
+    starts = np.cumsum([0, *(len(k) for k in kept)])[:-1]
+    K, layer = len(bounds), np.repeat(np.arange(len(starts)), [len(k) for k in kept])
+    spread = np.maximum.reduceat(objective, starts) - np.minimum.reduceat(objective, starts)
+    scale = box = float(spread.sum()) or 1.0
+    m = best = np.zeros(K)
+    most, planes, heights = -np.inf, list[Array](), list[float]()
+    for _ in range(PLANES):
+        priced = objective + m @ rows
+        least = np.flatnonzero(priced == np.minimum.reduceat(priced, starts)[layer])
+        chosen = least[np.searchsorted(least, starts)]
+        excess, height = rows[:, chosen].sum(1) - bounds, float(objective[chosen].sum())
+        if (found := height + float(m @ excess)) > most:
+            most, best = found, m
+        planes.append(np.append(-excess, 1.0))
+        heights.append(height / scale)
+        result = linprog(
+            np.append(np.zeros(K), -1.0),
+            A_ub=np.array(planes),
+            b_ub=np.array(heights),
+            bounds=[(0, box / scale)] * K + [(None, None)],
+        )
+        if result.status != 0:
+            break
+        m = np.maximum(result.x[:K], 0) * scale
+        if m.max() >= box * (1 - SLACK):
+            box *= 10
+        elif -result.fun * scale - most <= CLOSE * (abs(most) or 1.0):
+            break
+    return best
 
 
 def _programme(

@@ -130,13 +130,10 @@ class Strategy(ABC):
         Raises:
             StudyError: No trial has succeeded yet.
         """
-        trials = history.feasible(problem)
-        if not trials:
+        best = history.best(problem)
+        if best is None:
             raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
-        sign = problem.signs[0]
-        return max(
-            trials, key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number)
-        )
+        return best
 
     @abstractmethod
     def propose(

@@ -66,6 +66,7 @@ class History:
     def _with(self, later: History, trials: Sequence[Trial]) -> History:
         """Carry cached views to the extended history (amortised O(1) per trial)."""
         later.__dict__["_filtered"] = self._filtered
+        later.__dict__["_best"] = self._best
         if "_trials" in self.__dict__:
             added = {t.allocation: t for t in trials if not t.probe}
             later.__dict__["_trials"] = self._trials | added if added else self._trials
@@ -78,6 +79,10 @@ class History:
 
     @cached_property
     def _filtered(self) -> dict[int | str, tuple[Problem, int, tuple[Trial, ...]]]:
+        return {}
+
+    @cached_property
+    def _best(self) -> dict[int, tuple[Problem, int, Trial | None]]:
         return {}
 
     @cached_property
@@ -103,6 +108,24 @@ class History:
             return done and problem.meets(problem.indices(trial.allocation))
 
         return self._filter(id(problem), problem, wanted)
+
+    def best(self, problem: Problem) -> Trial | None:
+        """The best feasible trial: by the first objective, then the loss, then the number.
+
+        Only trials since the last call for the problem are looked at.
+        """
+        trials, sign = self.feasible(problem), problem.signs[0]
+        _, seen, best = self._best.get(id(problem), (problem, 0, None))
+        if seen > len(trials):  # of a later history
+            seen, best = 0, None
+        found = max(
+            (*((best,) if best else ()), *trials[seen:]),
+            key=lambda t: (sign * t.values[0], -t.metrics.get("loss", 0.0), -t.number),
+            default=None,
+        )
+        # The problem is kept too: as long as it lives, no other one has its id.
+        self._best[id(problem)] = (problem, len(trials), found)
+        return found
 
     def candidates(self, problem: Problem) -> tuple[Trial, ...]:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
@@ -153,9 +176,10 @@ def degradation(problem: Problem, trial: Trial) -> float:
 
 
 def _by_allocation(
-    known: Mapping[Allocation, Trial], trials: Sequence[Trial]
+    known: dict[Allocation, Trial], trials: Sequence[Trial]
 ) -> dict[Allocation, Trial]:
-    found = dict(known)
+    """The known trials and further ones; a trial comes before a probe."""
+    found = dict(known) if trials else known
     for trial in trials:
         earlier = found.get(trial.allocation)
         if earlier is None or not trial.probe or earlier.probe:

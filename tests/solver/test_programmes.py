@@ -326,3 +326,18 @@ def test_a_large_space_is_solved_in_seconds() -> None:
     total = min_sum(value, costs, limits)
     assert time.perf_counter() - start < 5
     assert total.gap <= 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cutting_planes_find_the_bound_of_the_linear_programme(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    value = [np.append(0, np.sort(rng.random(9))) for _ in range(40)]
+    costs = [[np.sort(rng.random(10))[::-1].copy() for _ in value] for _ in range(3)]
+    limits = [0.5 * sum(float(c[0]) for c in cost) for cost in costs]
+    expected = min_sum(value, costs, limits)
+    monkeypatch.setattr("rankNAS.solver.min_sum.LARGE", 0)
+    found = min_sum(value, costs, limits)
+    assert found.value == pytest.approx(expected.value, rel=2e-4)
+    assert found.gap <= 1e-4 and expected.gap <= 1e-4
