@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.curvature import second_order_losses
-from rankNAS.compression.factorisation import Factorisation, Select, factorise
+from rankNAS.compression.factorisation import Factorisation, Screen, Select, factorise
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples
@@ -39,7 +39,7 @@ from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.policies import hardware_choices
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import NORM, Settings
-from rankNAS.solver.pareto import pareto_filter
+from rankNAS.solver.pareto import pareto_filter, pareto_screen
 from rankNAS.strategies.base import Request, Strategy
 from rankNAS.strategies.needed import needed_choices, with_choices
 from rankNAS.strategies.problem import Problem
@@ -126,7 +126,7 @@ def prepare(
             space, latency = _latency(model, space, example, settings, hardware, report, start)
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     kept = {n: {*found, *(a[n] for a in start)} for n, found in needed.items()}
-    select = _selection(exact, latency, "latency" in names, settings.choices, needs, kept)
+    select, screen = _selection(exact, latency, "latency" in names, settings.choices, needs, kept)
     few = partial(uniform_space, budgets=budgets, latency=latency)
     factorisation, losses, complete = _factorised(
         model,
@@ -136,6 +136,7 @@ def prepare(
         settings,
         seed,
         select,
+        screen,
         report,
         phases,
         few,
@@ -250,7 +251,7 @@ def _selection(
     most: int,
     needs: Sequence[tuple[tuple[str, ...] | None, bool]],
     stay: Mapping[str, set[Choice]],
-) -> Select:
+) -> tuple[Select, Screen]:
     """Select the choices of a layer that no other choice dominates in error and costs.
 
     Args:
@@ -261,10 +262,13 @@ def _selection(
         needs: By strategy, its operators (None for all), and whether it needs latency although no
             budget bounds it. Choices are selected for each need separately.
         stay: By layer, choices that are kept, whatever they cost.
+
+    Returns:
+        The selection by errors, and the screen by estimates of them.
     """
 
-    def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
-        kept = set(stay[layer.name])
+    def tables(layer: Layer) -> Iterator[tuple[list[int], list[list[float]]]]:
+        """Positions of the choices of each need, and their costs."""
         for operators, needs_latency in needs:
             costs: list[Sequence[float]] = [[c[name] for c in layer.costs] for name in exact]
             costs = costs or [[c["macs"] for c in layer.costs]]
@@ -275,12 +279,24 @@ def _selection(
                 for i, c in enumerate(layer.choices)
                 if operators is None or c == DENSE or c.operator in operators
             ]
-            columns = [[cost[i] for i in rows] for cost in costs]
-            found = pareto_filter([errors[i] for i in rows], columns, most)
-            kept |= {layer.choices[rows[i]] for i in found}
+            yield rows, [[cost[i] for i in rows] for cost in costs]
+
+    def keep(
+        layer: Layer, found: Callable[..., list[int]], *errors: Sequence[float]
+    ) -> list[Choice]:
+        kept = set(stay[layer.name])
+        for rows, costs in tables(layer):
+            chosen = found(*([column[i] for i in rows] for column in errors), costs)
+            kept |= {layer.choices[rows[i]] for i in chosen}
         return [c for c in layer.choices if c in kept]
 
-    return select
+    def select(layer: Layer, errors: Sequence[float]) -> list[Choice]:
+        return keep(layer, partial(pareto_filter, most=most), errors)
+
+    def screen(layer: Layer, errors: Sequence[float], estimates: Sequence[float]) -> list[Choice]:
+        return keep(layer, pareto_screen, errors, estimates)
+
+    return select, screen
 
 
 def _exact(names: set[str]) -> list[str]:
@@ -297,6 +313,7 @@ def _factorised(
     settings: Settings,
     seed: int,
     select: Select,
+    screen: Screen,
     report: Progress,
     phases: Phases,
     few: Callable[[SearchSpace], SearchSpace],
@@ -339,6 +356,7 @@ def _factorised(
                 norm=norm,
                 centred=centred,
                 select=select,
+                screen=screen,
                 on_layer=on_layer,
             )
     except TimeLimitError:

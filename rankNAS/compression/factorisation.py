@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,19 +11,17 @@ from torch import nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
-from rankNAS.compression.factors import LayerFactors, factorise_layer
+from rankNAS.compression.factors import LayerFactors, Screen, Select, factorise_layer
 from rankNAS.compression.surgery import LazyFactorised, shared_copy
 from rankNAS.copies import copied
 from rankNAS.decompositions import OPERATORS, NormName, Statistics, make_norm
 from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.search_spaces.base import Layer, SearchSpace
+from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 
-__all__ = ["Factorisation", "Select", "factorise", "skeleton"]
-
-Select = Callable[[Layer, Sequence[float]], Sequence[Choice]]
+__all__ = ["Factorisation", "Screen", "Select", "factorise", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +98,7 @@ def factorise(
     norm: NormName = "weight",
     centred: bool | None = None,
     select: Select | None = None,
+    screen: Screen | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Factorisation:
     """The factors of every layer of a space, for all its choices.
@@ -111,8 +111,13 @@ def factorise(
         centred: Minimise the variance of the error and correct its mean: through the bias or,
             in layers without one, through a following batch norm that is re-estimated. The default
             is on for layers with a bias, and for all layers if the model has batch norms.
-        select: Receives a layer and the relative error of each of its choices; returns the choices
-            to keep. The others are removed from the space, and their factors are freed at once.
+        select: Receives a layer and the relative error of each of its choices, infinite for those
+            that the screen removed; returns the choices to keep. The others are removed from the
+            space, and their factors are freed at once.
+        screen: Receives a layer, the errors that are known (infinite for the others) and estimates
+            that are at most the errors (infinite for the others); returns the choices with
+            estimates that may be of use. Factors that none of these needs may be left out, and
+            choices without factors are removed.
         on_layer: Called with (layers done, layers in total).
     """
     model = with_plain_layers(model)
@@ -123,9 +128,11 @@ def factorise(
         has_bias = module.bias is not None
         layer_centred = centred_all or (centred is None and has_bias)
         layer_norm = make_norm(norm, (statistics or {}).get(name), centred=layer_centred)
-        found = factorise_layer(layer, module, layer_norm)
+        found = factorise_layer(layer, module, layer_norm, screen)
         if select is not None:
-            found = found.restrict(select(layer, found.errors()))
+            known = dict(zip(found.layer.choices, found.errors(), strict=True))
+            errors = [known.get(choice, math.inf) for choice in layer.choices]
+            found = found.restrict([c for c in select(layer, errors) if c in known])
         layers[name] = found
         if on_layer is not None:
             on_layer(done, len(space.layers))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Target
+from rankNAS.decompositions import OPERATORS, ErrorNorm, Factors, Rank, Target
 from rankNAS.decompositions.layer_view import LayerView
+from rankNAS.exceptions import RankNASError
 from rankNAS.search_spaces.base import Layer
 from rankNAS.threads import limited_threads
 
-__all__ = ["LayerFactors", "factorise_layer"]
+__all__ = ["LayerFactors", "Screen", "Select", "factorise_layer"]
+
+#: From a layer and the relative error of each of its choices, the choices to keep.
+Select = Callable[[Layer, Sequence[float]], Sequence[Choice]]
+#: From a layer, the relative error of each of its choices (infinite if unknown) and estimates that
+#: are at most the errors (infinite for the others), the choices with estimates that may be of use.
+Screen = Callable[[Layer, Sequence[float], Sequence[float]], Sequence[Choice]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,20 +114,75 @@ class LayerFactors:
         return (self.bias.double() + shift).to(self.bias.dtype)
 
 
-def factorise_layer(layer: Layer, module: nn.Module, norm: ErrorNorm) -> LayerFactors:
-    """The factors of one layer for all its choices."""
+def factorise_layer(
+    layer: Layer, module: nn.Module, norm: ErrorNorm, screen: Screen | None = None
+) -> LayerFactors:
+    """The factors of one layer for all its choices, or for those that pass a screen.
+
+    Args:
+        layer: The layer of the search space.
+        module: Its module.
+        norm: The error norm.
+        screen: Decides from estimates which choices may be of use; the others may be left out.
+
+    Raises:
+        RankNASError: The weight is not finite.
+    """
     shape = layer.shape
     view = LayerView(module, [""])
     weight = shape.fold(view.weight)
+    if not weight.isfinite().all():
+        raise RankNASError(
+            f"the weight of layer {layer.name!r} is not finite; look for NaN or infinity in the "
+            "checkpoint."
+        )
     target = Target(weight, norm)
+    if target.energy < 0:  # rounding of a covariance that is small against the mean
+        target = target.repaired
+    if not weight.any():
+        logger.warning("the weight of layer %r is zero: all of its choices are exact.", layer.name)
     with limited_threads(max(shape.width, shape.outputs // shape.groups)):
-        factors = {
-            name: OPERATORS[name].factorise(shape, target, ranks)
-            for name, ranks in ranks_by_operator(layer.choices).items()
-        }
+        layer, factors = _factorised(layer, target, screen)
         outputs = target.WC @ target.W.mT
     # C is as large as all factors together and no longer needed.
     return LayerFactors(layer, weight, view.bias, replace(norm, C=None), factors, outputs)
+
+
+def _factorised(
+    layer: Layer, target: Target, screen: Screen | None
+) -> tuple[Layer, dict[str, Factors]]:
+    """The factors by operator, and the layer with the choices that have factors.
+
+    Operators come in order: the estimates of one compete with the errors of those before it.
+    """
+    errors: dict[Choice, float] = {DENSE: 0.0}
+    factors = {}
+    for name, ranks in ranks_by_operator(layer.choices).items():
+        kept = set(ranks)
+        wanted = None if screen is None else partial(_wanted, screen, layer, name, errors, kept)
+        found = OPERATORS[name].factorise(layer.shape, target, ranks, wanted)
+        if kept:
+            factors[name] = found
+            errors |= {Choice(name, rank): found.error(rank) for rank in kept}
+    return layer.restrict(list(errors)), factors
+
+
+def _wanted(
+    screen: Screen,
+    layer: Layer,
+    name: str,
+    errors: Mapping[Choice, float],
+    kept: set[Rank],
+    estimates: Mapping[Rank, float],
+) -> Collection[Rank]:
+    """The ranks of an operator that pass the screen; the other ones are removed from `kept`."""
+    guessed = {Choice(name, rank): error for rank, error in estimates.items()}
+    known, guesses = (
+        [some.get(choice, math.inf) for choice in layer.choices] for some in (errors, guessed)
+    )
+    useful = {choice.rank for choice in screen(layer, known, guesses) if choice in guessed}
+    kept.difference_update(estimates.keys() - useful)
+    return useful
 
 
 def ranks_by_operator(choices: Iterable[Choice]) -> dict[str, list[tuple[int, ...]]]:

@@ -20,18 +20,23 @@ Notation: g groups of the layer, b blocks, w block width, R largest rank, K = R 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.norms import Target, matrix_root
+from rankNAS.decompositions.norms import Target
+from rankNAS.exceptions import RankNASError
 from rankNAS.threads import limited_threads
 
-__all__ = ["NestedBasis", "diagonal_blocks", "leading_rows", "nested_basis"]
+__all__ = ["NestedBasis", "diagonal_blocks", "nested_basis"]
 
-JITTER = (1e-8, 1e-6, 1e-4, 1e-2)  # relative to a feature's squared norm
-DEAD = 1e-13  # relative squared norm below which a direction is rounding noise
+#: By type, relative to a feature's squared norm.
+JITTER = {torch.float64: (1e-8, 1e-6, 1e-4, 1e-2), torch.float32: (1e-6, 1e-5, 1e-4)}
+TOLERANCE = 1e-4  # of errors in single precision, relative to the energy
+SAMPLED, SIGNS = (0.1, 0.4, 0.7, 1.0), 8  # parts of the ranks, and sums of rows, in the check
+BLOCK = 384  # columns of a block of the Cholesky factorisation
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class NestedBasis:
         basis: Phi by block, (g, b, R, w).
         columns: Columns of W in each block, (b, w).
         scale: Reciprocal norms of the features, (g, K); zero for dead ones.
-        L: Cholesky factor of Phi C Phi^T for features of unit norm, (g, K, K).
+        L: Cholesky factor of Phi C Phi^T for features of unit norm, (g, K, K), in single or double
+            precision.
         M: W C Phi^T L^-T, (g, o, K).
         HM: H M, (g, o, K).
         energy: ||H W C^1/2||_F^2.
+        jitter: Added to the diagonal of Phi C Phi^T, relative to a feature's squared norm.
     """
 
     basis: Tensor
@@ -55,6 +62,7 @@ class NestedBasis:
     M: Tensor
     HM: Tensor
     energy: float
+    jitter: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -88,8 +96,9 @@ class NestedBasis:
         """M L^-1: coefficients on the orthonormal features converted to the features Phi."""
         m = M.shape[-1]
         with limited_threads(m):
-            A = torch.linalg.solve_triangular(self.L[:, :m, :m], M, upper=False, left=False)
-        scaled: Tensor = A * self.scale[:, None, :m]
+            L = self.L[:, :m, :m]
+            A = torch.linalg.solve_triangular(L, M.to(L.dtype), upper=False, left=False)
+        scaled: Tensor = A.double() * self.scale[:, None, :m]
         return scaled
 
     def multiply(self, output_map: Tensor) -> Tensor:  # (g, o, rank b) -> (g, o, n)
@@ -102,92 +111,176 @@ class NestedBasis:
         return W
 
 
-def nested_basis(target: Target, basis: Tensor, columns: Tensor) -> NestedBasis:
+def nested_basis(
+    target: Target, basis: Tensor, columns: Tensor, image: Tensor | None = None
+) -> NestedBasis:
     """The nested least-squares solution for given features.
+
+    Wide layers are solved in single precision, see `Target.precision`. A sample of the errors is
+    compared with its definition; if they differ, the layer is solved again in double precision.
 
     Args:
         target: The weight and the norm.
         basis: Phi by block, (g, b, R, w); the scale of a row is arbitrary, dead rows are zero.
+            Blocks that share one basis should share its memory (`torch.Tensor.expand`).
         columns: Columns of W in each block, (b, w).
+        image: Phi C (g, K, n), columns in the order of W, if it is known.
     """
-    g, b, R, w = basis.shape
-    cross = torch.einsum("gobw,gbrw->gorb", target.WC[:, :, columns], basis).flatten(2)
-    gram = _gram(target.norm.C, basis, columns)
-    norms = gram.diagonal(dim1=-2, dim2=-1)
+    if target.precision == torch.float32 and not target.ill_conditioned:
+        found = _solved(target, basis, columns, image, torch.float32)
+        if found is not None and _difference(found, target) <= TOLERANCE:
+            return found
+        target.ill_conditioned.add(True)
+    found = _solved(target, basis, columns, image, torch.float64)
+    found = found or _solved(target.repaired, basis, columns, None, torch.float64)
+    if found is None:
+        raise RankNASError("the second moment of a layer's inputs has negative eigenvalues.")
+    return found
+
+
+def _solved(
+    target: Target, basis: Tensor, columns: Tensor, image: Tensor | None, dtype: torch.dtype
+) -> NestedBasis | None:
+    """The nested basis, with the Gram matrix and its Cholesky factor of a type.
+
+    None if the matrix is too ill-conditioned for the type.
+    """
+    gram, norms = _gram(target, basis, columns, image, dtype)
     alive = norms > 0
     scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms))
-    gram = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    gram.diagonal(dim1=-2, dim2=-1).copy_(torch.ones_like(norms))
-    with limited_threads(R * b):
-        L = _cholesky(gram)
-        M = torch.linalg.solve_triangular(
-            L.mT, cross * scale.unsqueeze(-2), upper=True, left=False
-        )  # (g, o, K)
-    return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy)
+    cross = apply(basis, columns, target.WC.mT) * scale.unsqueeze(-1)  # (g, K, o)
+    with limited_threads(gram.shape[-1]):
+        found = _cholesky(gram)
+        if found is None:
+            return None
+        L, jitter = found
+        # The cross moments of unit features are at most the root of the energy.
+        unit = max(target.energy, 0.0) ** 0.5 or 1.0
+        M = torch.linalg.solve_triangular(L, (cross / unit).to(dtype), upper=False)
+    M = (M.double() * unit).mT.contiguous()
+    return NestedBasis(basis, columns, scale, L, M, target.norm.left(M), target.energy, jitter)
 
 
-def _gram(C: Tensor | None, basis: Tensor, columns: Tensor) -> Tensor:  # (g, K, K)
-    """Phi C Phi^T, features ordered by rank first."""
+def apply(basis: Tensor, columns: Tensor, X: Tensor) -> Tensor:  # (g, n, m) -> (g, K, m)
+    """Phi X, features ordered by rank first, rows of X in the order of W's columns.
+
+    A basis that all blocks share is applied in one product if block is the last index of W's
+    columns. Otherwise the blocks' rows must lie together; X is copied if they do not.
+    """
     g, b, R, w = basis.shape
+    order = torch.arange(b * w, device=X.device)
+    if b > 1 and basis.stride(1) == 0 and torch.equal(columns, order.reshape(w, b).T):
+        shared: Tensor = basis[:, 0] @ X.reshape(g, w, -1)
+        return shared.reshape(g, R * b, -1)
+    if not torch.equal(columns, order.reshape(b, w)):
+        X = X[:, columns.flatten()]
+    by_block: Tensor = basis @ X.unflatten(1, (b, w))  # (g, b, R, m)
+    return by_block.transpose(1, 2).reshape(g, R * b, -1)
+
+
+def _gram(
+    target: Target, basis: Tensor, columns: Tensor, image: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Phi C Phi^T for features of unit norm (g, K, K), and the squared norms (g, K) in float64.
+
+    Features are ordered by rank first. The matrix is complete only on and above its diagonal.
+    """
+    g, b, R, _ = basis.shape
+    C, unit = target.scaled_C(dtype)
+    small = basis.to(dtype) if basis.stride(1) else basis[:, :1].to(dtype).expand_as(basis)
     if C is None:
-        gram = basis.new_zeros(g, R, b, R, b)
+        gram = small.new_zeros(g, R, b, R, b)
         for i in range(b):
-            gram[:, :, i, :, i] = basis[:, i] @ basis[:, i].mT
-        return gram.reshape(g, R * b, R * b)
-    half = (basis @ C[:, columns])[..., columns]  # (g, b, R, b, w)
-    return torch.einsum("gbrcw,gcsw->grbsc", half, basis).reshape(g, R * b, R * b)
+            gram[:, :, i, :, i] = small[:, i] @ small[:, i].mT
+        gram = gram.reshape(g, R * b, R * b)
+    else:
+        found = apply(small, columns, C) if image is None else (image / unit).to(dtype)
+        gram = _upper(small, columns, found)
+    norms = gram.diagonal(dim1=-2, dim2=-1).to(torch.float64, copy=True)
+    alive = norms > 0
+    scale = torch.where(alive, norms.clamp_min(1e-300).rsqrt(), torch.zeros_like(norms)).to(dtype)
+    gram.mul_(scale.unsqueeze(-1)).mul_(scale.unsqueeze(-2))
+    gram.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return gram, norms * unit
 
 
-def _cholesky(gram: Tensor) -> Tensor:  # (g, K, K), unit diagonal -> (g, K, K)
-    """Cholesky factor, with jitter for nearly dependent features.
+def _upper(basis: Tensor, columns: Tensor, image: Tensor) -> Tensor:  # (g, K, n) -> (g, K, K)
+    """Phi image^T on and above the diagonal, by blocks; zero below them."""
+    g, b, R, _ = basis.shape
+    gram = image.new_zeros(g, R * b, R * b)
+    step = max(1, BLOCK // b, -(-R // 8))  # ranks of a block
+    for start in range(0, R, step):
+        stop = min(start + step, R)
+        rows = image[:, start * b : stop * b]
+        part = apply(basis[:, :, :stop], columns, rows.mT)
+        gram[:, : stop * b, start * b : stop * b] = part
+    return gram
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, float] | None:  # (g, K, K), unit diagonal
+    """Cholesky factor, with jitter for nearly dependent features; the matrix is overwritten.
 
     Without jitter their coefficients would be large and cancel, which float32 and training do not
     tolerate. The relative error grows by at most the jitter.
     """
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    L: Tensor
-    L, info = torch.linalg.cholesky_ex(gram)
-    if not info.any() and L.diagonal(dim1=-2, dim2=-1).amin() >= JITTER[0] ** 0.5:
-        return L
-    for jitter in JITTER:  # the first suffices unless C is numerically singular
-        L, info = torch.linalg.cholesky_ex(gram + jitter * eye)
-        if not info.any():
-            break
-    return L
+    ladder = JITTER[gram.dtype]
+    # Without jitter, pivots must be large; with it, the first suffices unless C is singular.
+    for jitter, least in ((0.0, ladder[0] ** 0.5), *((jitter, 0.0) for jitter in ladder)):
+        if _factor(gram, jitter, least):
+            return gram.tril_(), jitter
+    return None
 
 
-def leading_rows(
-    T: Tensor, C: Tensor | None, R: int
-) -> Tensor:  # (…, rows, w), (…, w, w) -> (…, R, w)
-    """Unit rows whose first r span the best rank-r row space of T, for every r <= R.
+def _factor(gram: Tensor, jitter: float, least: float) -> bool:
+    """Write the Cholesky factor of gram + jitter, by blocks; false at the first pivot <= `least`.
 
-    With T C^1/2 = U S V^T, these are the rows of U^T T. They are computed on the smaller side of T
-    without an inverse, so a singular C is allowed (the output-side form of DRONE). Rows beyond
-    the numerical rank are zero.
-
-    Args:
-        T: The matrix, already multiplied by H from the left.
-        C: The norm on its columns, or None for the identity.
-        R: Number of rows, at most ``min(rows, w)``.
+    Only what lies above the unit diagonal is read, and only the rest is written, so that a
+    failure, which is found early, leaves the matrix for another attempt. Blocks use the speed of
+    matrix products, which LAPACK's factorisation does not reach.
     """
-    if T.shape[-2] <= T.shape[-1]:
-        energy = (T if C is None else T @ C) @ T.mT
-        with limited_threads(energy.shape[-1]):
-            values, U = torch.linalg.eigh(energy)
-        rows = U.flip(-1)[..., :R].mT @ T
-    else:
-        N = T.mT @ T
-        root = torch.eye(N.shape[-1], dtype=N.dtype, device=N.device)
-        root = root if C is None else matrix_root(C)
-        energy = root.mT @ N @ root
-        with limited_threads(energy.shape[-1]):
-            values, V = torch.linalg.eigh(energy)
-        rows = V.flip(-1)[..., :R].mT @ root.mT @ N
-    values = values.flip(-1)[..., :R]
-    alive = values > DEAD * values[..., :1]
-    unit: Tensor = torch.nn.functional.normalize(rows, dim=-1)
-    kept: Tensor = unit * alive.unsqueeze(-1)
-    return kept
+    K = gram.shape[-1]
+    for start in range(0, K, BLOCK):
+        stop = min(start + BLOCK, K)
+        left, below = gram[:, start:stop, :start], gram[:, stop:, :start]  # of the factor
+        above = gram[:, start:stop, start:stop].triu(1)
+        corner = torch.baddbmm(above + above.mT, left, left.mT, alpha=-1)
+        corner.diagonal(dim1=-2, dim2=-1).add_(1 + jitter)
+        corner, info = torch.linalg.cholesky_ex(corner)
+        if info.any() or not corner.diagonal(dim1=-2, dim2=-1).amin() > least:
+            return False
+        gram[:, start:stop, start:stop] = corner + above
+        rest = torch.baddbmm(gram[:, start:stop, stop:], left, below.mT, alpha=-1)
+        rest = torch.linalg.solve_triangular(corner, rest, upper=False)
+        gram[:, stop:, start:stop] = rest.mT
+    return True
+
+
+def _difference(nested: NestedBasis, target: Target) -> float:
+    """The rounding error of the errors, or what jitter adds to them, relative to the energy.
+
+    At some ranks the error is measured on random signed sums of the rows of H (W - What), whose
+    mean square is the squared norm. The sums are the same on both sides.
+    """
+    g, o, K = nested.HM.shape
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(SAMPLED), SIGNS, o), generator=generator)
+    Z = (2.0 * signs - 1).to(nested.HM)
+    kept = torch.arange(K, device=Z.device) < torch.tensor(
+        [[math.ceil(part * K / nested.blocks) * nested.blocks] for part in SAMPLED],
+        device=Z.device,
+    )  # (ranks, K)
+    rows = (Z @ nested.HM.unsqueeze(1)) * kept.unsqueeze(1)  # (g, ranks, signs, K)
+    A = nested.solve(rows.flatten(1, 2))
+    D = (Z @ target.HW.unsqueeze(1)).flatten(1, 2) - nested.multiply(A)
+    C, unit = target.scaled_C(target.precision)
+    right = D if C is None else (D.to(C.dtype) @ C).double() * unit
+    measured = (right * D).sum(-1)  # (g, ranks signs)
+    whole = (Z @ target.HWC.unsqueeze(1) * (Z @ target.HW.unsqueeze(1))).sum(-1).flatten(1)
+    units = torch.where(nested.scale > 0, 1 / nested.scale, 0.0).unsqueeze(1)
+    jitter = nested.jitter * (A * units).square().sum(-1)
+    difference = measured - whole + rows.flatten(1, 2).square().sum(-1) - jitter
+    by_rank = torch.stack([difference, jitter]).unflatten(2, (len(SAMPLED), SIGNS))
+    return float(by_rank.mean(3).sum(1).abs().max()) / (target.energy or 1.0)
 
 
 def diagonal_blocks(C: Tensor | None, columns: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ correction of the mean error, it is their atomic feature mimicking: a PCA of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -27,10 +27,20 @@ from rankNAS.exceptions import UsageError
 from rankNAS.renamed import renamed
 from rankNAS.threads import limited_threads
 
-__all__ = ["NORMS", "ErrorNorm", "NormName", "Statistics", "Target", "make_norm", "matrix_root"]
+__all__ = [
+    "NORMS",
+    "ErrorNorm",
+    "NormName",
+    "Statistics",
+    "Target",
+    "factor_root",
+    "make_norm",
+    "matrix_root",
+]
 
 NormName = Literal["weight", "input", "fisher", "pooled"]
 NORMS: tuple[NormName, ...] = get_args(NormName)
+WIDE = 1024  # columns from which single precision saves more than its check takes
 RIDGE = 1e-6  # relative to the mean diagonal; statistics of few samples are rank-deficient
 
 
@@ -92,6 +102,8 @@ class Target:
 
     weight: Tensor
     norm: ErrorNorm
+    #: Not empty once a Gram matrix of the layer was too ill-conditioned for single precision.
+    ill_conditioned: set[bool] = field(default_factory=set, init=False, repr=False)
 
     @cached_property
     def W(self) -> Tensor:
@@ -117,6 +129,65 @@ class Target:
     def energy(self) -> float:
         """||H W C^1/2||_F^2, summed over the groups."""
         return float((self.HWC * self.HW).sum())
+
+    def relative(self, squares: Tensor) -> list[float]:
+        """Squared norms relative to the energy; zero if that is zero."""
+        found: list[float] = (squares / self.energy if self.energy else squares * 0).tolist()
+        return found
+
+    @cached_property
+    def column_moment(self) -> Tensor | None:
+        """Mean over kw of the blocks of C for equal positions in kw, (g, c kh, c kh)."""
+        return _block_mean(self.norm.C, self.weight.shape[4])
+
+    @cached_property
+    def channel_moment(self) -> Tensor | None:
+        """Mean over kh and kw of the blocks of C for equal positions, (g, c, c)."""
+        return _block_mean(self.column_moment, self.weight.shape[3])
+
+    @cached_property
+    def precision(self) -> torch.dtype:
+        """The type for Gram matrices: single for wide layers, unless the weight is double."""
+        wide = self.W.shape[2] >= WIDE and self.weight.dtype != torch.float64
+        return torch.float32 if wide else torch.float64
+
+    @cached_property
+    def repaired(self) -> Target:
+        """The target in a norm whose C is positive definite.
+
+        Rounding of a covariance that is small against the mean leaves negative eigenvalues.
+        """
+        C = self.norm.C
+        assert C is not None
+        with limited_threads(C.shape[-1]):
+            values, vectors = torch.linalg.eigh(C)
+        least = RIDGE * values.clamp_min(0).mean(-1, keepdim=True)
+        C = (vectors * torch.maximum(values, least).unsqueeze(-2)) @ vectors.mT
+        return Target(self.weight, replace(self.norm, C=C))
+
+    def scaled_C(self, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+        """C divided by a number, in a type, and the number, which avoids under- and overflow."""
+        C = self.norm.C
+        if C is None or dtype == C.dtype:
+            return C, 1.0
+        return self._single
+
+    @cached_property
+    def _single(self) -> tuple[Tensor, float]:
+        C = self.norm.C
+        assert C is not None
+        unit = float(C.diagonal(dim1=-2, dim2=-1).abs().max()) or 1.0
+        return torch.div(C, unit, out=torch.empty_like(C, dtype=torch.float32)), unit
+
+
+def _block_mean(C: Tensor | None, positions: int) -> Tensor | None:
+    """Mean over the last index of rows and columns, where it is the same for both."""
+    if C is None or positions == 1:
+        return C
+    width = C.shape[-1] // positions
+    by_position = C.unflatten(2, (width, positions)).unflatten(1, (width, positions))
+    mean: Tensor = by_position.diagonal(dim1=2, dim2=4).mean(-1)
+    return mean
 
 
 def make_norm(
@@ -149,17 +220,27 @@ def make_norm(
     if name != "fisher":
         return ErrorNorm(C, None, mean)
     assert statistics.output_gradient_second_moment is not None
-    return ErrorNorm(
-        C, matrix_root(ridged(statistics.output_gradient_second_moment.double())), mean
-    )
+    G = ridged(statistics.output_gradient_second_moment.double())
+    return ErrorNorm(C, factor_root(G).mT, mean)
 
 
 def ridged(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
     """A second moment with a ridge: a small multiple of its mean diagonal."""
     scale = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     scale = torch.where(scale > 0, scale * RIDGE, torch.ones_like(scale))
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    return A + scale[..., None, None] * eye
+    A = A.clone()
+    A.diagonal(dim1=-2, dim2=-1).add_(scale.unsqueeze(-1))
+    return A
+
+
+def factor_root(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """A matrix B with B B^T = A, for a positive semi-definite A; its Cholesky factor if possible.
+
+    It takes a fraction of the time of the symmetric root.
+    """
+    with limited_threads(A.shape[-1]):
+        L, info = torch.linalg.cholesky_ex(A)
+    return matrix_root(A) if info.any() or not L.isfinite().all() else L
 
 
 def matrix_root(A: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)

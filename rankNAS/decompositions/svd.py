@@ -16,13 +16,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.nested import (
-    NestedBasis,
-    diagonal_blocks,
-    leading_rows,
-    nested_basis,
-)
+from rankNAS.decompositions.base import ALLOWANCE, Factors, Operator, Rank, Wanted
+from rankNAS.decompositions.leading import leading_rows, row_map
+from rankNAS.decompositions.nested import NestedBasis, diagonal_blocks, nested_basis
 from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
@@ -102,10 +98,22 @@ class Svd(Operator):
         first = replace(shape, outputs=inner, bias=False)
         return chain(first, pointwise(shape, inner, shape.outputs, shape.groups))
 
-    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
+    def factorise(
+        self,
+        shape: LayerShape,
+        target: Target,
+        ranks: Iterable[Rank],
+        wanted: Wanted | None = None,
+    ) -> Factors:
         columns = torch.arange(shape.width, device=target.W.device).unsqueeze(0)
-        basis = leading_rows(target.HW, target.norm.C, max(r for (r,) in ranks))
-        return _two_stage(self, shape, {1: nested_basis(target, basis.unsqueeze(1), columns)})
+        R, image = max(r for (r,) in ranks), None
+        if target.W.shape[1] <= shape.width:
+            rows, leading = row_map(target.HW, target.HWC, R)
+            image = rows @ target.HWC
+        else:
+            leading = leading_rows(target.HW, target.norm.C, R)
+        nested = nested_basis(target, leading.rows.unsqueeze(1), columns, image)
+        return _two_stage(self, shape, {1: nested})
 
 
 @final
@@ -148,15 +156,26 @@ class SpatialSvd(Operator):
             stage(0, shape.inputs, inner, False), stage(1, inner, shape.outputs, shape.bias)
         )
 
-    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
+    def factorise(
+        self,
+        shape: LayerShape,
+        target: Target,
+        ranks: Iterable[Rank],
+        wanted: Wanted | None = None,
+    ) -> Factors:
         g, o, c, kh, kw = target.weight.shape
         index = torch.arange(shape.width, device=target.W.device).reshape(c * kh, kw)
         columns = index.T.contiguous()  # (kw, c kh)
         stacked = target.HW.unflatten(2, (c * kh, kw)).transpose(2, 3)
-        blocks = diagonal_blocks(target.norm.C, columns)
-        shared = None if blocks is None else blocks.mean(1)
-        basis = leading_rows(stacked.reshape(g, o * kw, c * kh), shared, max(r for (r,) in ranks))
-        basis = basis.unsqueeze(1).expand(-1, kw, -1, -1)
+        stacked = stacked.reshape(g, o * kw, c * kh)
+        ranks = list(ranks)
+        leading = leading_rows(stacked, target.column_moment, max(r for (r,) in ranks))
+        if wanted is not None:
+            tails = target.relative(leading.tails)
+            ranks = list(wanted({(r,): ALLOWANCE * tails[r] for (r,) in ranks}))
+        if not ranks:
+            return _two_stage(self, shape, {})
+        basis = leading.rows[:, : max(r for (r,) in ranks)].unsqueeze(1).expand(-1, kw, -1, -1)
         return _two_stage(self, shape, {1: nested_basis(target, basis, columns)})
 
 
@@ -193,11 +212,22 @@ class GroupSvd(Operator):
         first = replace(shape, outputs=inner, groups=groups, bias=False)
         return chain(first, pointwise(shape, inner, shape.outputs, shape.groups))
 
-    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
-        bases = {}
+    def factorise(
+        self,
+        shape: LayerShape,
+        target: Target,
+        ranks: Iterable[Rank],
+        wanted: Wanted | None = None,
+    ) -> Factors:
+        bases, ranks = {}, list(ranks)
         for k, R in _largest((k, r) for k, r in ranks).items():
             columns = torch.arange(shape.width, device=target.W.device).reshape(k, -1)
             blocks = diagonal_blocks(target.norm.C, columns)
-            basis = leading_rows(target.HW[:, :, columns].transpose(1, 2), blocks, R)
-            bases[k] = nested_basis(target, basis, columns)
+            leading = leading_rows(target.HW[:, :, columns].transpose(1, 2), blocks, R)
+            if wanted is not None:
+                tails = target.relative(leading.tails)
+                kept = wanted({(j, r): ALLOWANCE * tails[r] for j, r in ranks if j == k})
+                R = max((r for _, r in kept), default=0)
+            if R:
+                bases[k] = nested_basis(target, leading.rows[:, :, :R], columns)
         return _two_stage(self, shape, bases)

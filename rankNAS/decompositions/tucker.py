@@ -18,13 +18,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rankNAS.decompositions.base import Factors, Operator, Rank
-from rankNAS.decompositions.nested import (
-    NestedBasis,
-    diagonal_blocks,
-    leading_rows,
-    nested_basis,
-)
+from rankNAS.decompositions.base import ALLOWANCE, Factors, Operator, Rank, Wanted
+from rankNAS.decompositions.leading import Leading, leading_rows
+from rankNAS.decompositions.nested import NestedBasis, nested_basis
 from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 from rankNAS.threads import limited_threads
@@ -114,12 +110,23 @@ class Tucker2(Operator):
             pointwise(shape, outer, shape.outputs, shape.groups),
         )
 
-    def factorise(self, shape: LayerShape, target: Target, ranks: Iterable[Rank]) -> Factors:
+    def factorise(
+        self,
+        shape: LayerShape,
+        target: Target,
+        ranks: Iterable[Rank],
+        wanted: Wanted | None = None,
+    ) -> Factors:
         ranks = list(ranks)
         index = torch.arange(shape.width, device=target.W.device)
         columns = index.reshape(target.weight.shape[2], -1).T.contiguous()  # (s, c)
-        nested = _input_basis(target, target.HW, columns, max(r_in for _, r_in in ranks))
-        U = _leading(target.HWC @ target.HW.mT)
+        leading = _inputs(target, target.HW, columns, max(r_in for _, r_in in ranks))
+        energies, U = _leading(target.HWC @ target.HW.mT)
+        if wanted is not None:
+            ranks = list(wanted(_estimates(target, leading, energies, ranks)))
+        nested = _input_basis(
+            target, leading, columns, max((r_in for _, r_in in ranks), default=1)
+        )
         refined = {
             rank: _refine(target, columns, nested, U, rank, self.sweeps)
             for rank in (ranks if self.sweeps else [])
@@ -127,23 +134,37 @@ class Tucker2(Operator):
         return TuckerFactors(self, shape, nested, target.norm.H, U, refined, _errors(nested, U))
 
 
-def _leading(energy: Tensor) -> Tensor:  # (g, o, o) -> (g, o, o)
-    """Eigenvectors by decreasing eigenvalue."""
+def _estimates(
+    target: Target, leading: Leading, energies: Tensor, ranks: Iterable[Rank]
+) -> dict[Rank, float]:
+    """Estimates below the errors: the tail of one unfolding, and for outputs a true bound."""
+    inputs = target.relative(leading.tails)
+    left = torch.nn.functional.pad(energies.clamp_min(0).sum(0).flip(0).cumsum(0), (1, 0))
+    outputs = target.relative(left.flip(0))
+    return {(o, i): max(outputs[o], ALLOWANCE * inputs[i]) for o, i in ranks}
+
+
+def _leading(energy: Tensor) -> tuple[Tensor, Tensor]:  # (g, o, o) -> (g, o), (g, o, o)
+    """Eigenvalues and eigenvectors by decreasing eigenvalue."""
     with limited_threads(energy.shape[-1]):
-        vectors: Tensor = torch.linalg.eigh(energy).eigenvectors
-    return vectors.flip(-1)
+        values, vectors = torch.linalg.eigh(energy)
+    return values.flip(-1), vectors.flip(-1)
 
 
-def _input_basis(target: Target, T: Tensor, columns: Tensor, R: int) -> NestedBasis:
-    """Channel factor of rank R from the rows of T (g, rows, n), with its least-squares map."""
-    s, c = columns.shape
+def _inputs(target: Target, T: Tensor, columns: Tensor, R: int) -> Leading:
+    """Channel factor of rank R from the rows of T (g, rows, n)."""
+    c = columns.shape[1]
     stacked = T[:, :, columns].transpose(1, 2).reshape(T.shape[0], -1, c)  # (g, s rows, c)
-    blocks = diagonal_blocks(target.norm.C, columns)
-    shared = None if blocks is None else blocks.mean(1)
     rank = min(R, *stacked.shape[-2:])
-    basis = leading_rows(stacked, shared, rank)
-    basis = torch.nn.functional.pad(basis, (0, 0, 0, R - rank))
-    return nested_basis(target, basis.unsqueeze(1).expand(-1, s, -1, -1), columns)
+    found = leading_rows(stacked, target.channel_moment, rank)
+    padded = torch.nn.functional.pad(found.rows, (0, 0, 0, R - rank))
+    return Leading(padded, torch.nn.functional.pad(found.tails, (0, R - rank)))
+
+
+def _input_basis(target: Target, leading: Leading, columns: Tensor, R: int) -> NestedBasis:
+    """The first R rows of a channel factor with their least-squares map."""
+    basis = leading.rows[:, :R].unsqueeze(1).expand(-1, len(columns), -1, -1)
+    return nested_basis(target, basis, columns)
 
 
 def _errors(nested: NestedBasis, U: Tensor) -> list[list[float]]:
@@ -171,9 +192,9 @@ def _refine(
         HM = best[1].HM[:, :, : r_in * nested.blocks]
         # If HM has fewer columns than r_out, H W determines the remaining directions.
         energy = HM @ HM.mT + TIE * target.HWC @ target.HW.mT
-        U = _leading(energy)
+        _, U = _leading(energy)
         projected = U[:, :, :r_out].mT @ target.HW
-        candidate = _input_basis(target, projected, columns, r_in)
+        candidate = _input_basis(target, _inputs(target, projected, columns, r_in), columns, r_in)
         error = _errors(candidate, U)[r_out][r_in]
         if error >= best[0]:
             error_u = _errors(best[1], U)[r_out][r_in]

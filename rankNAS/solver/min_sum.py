@@ -5,6 +5,7 @@ Notation as in `rankNAS.solver.tables`.
 References:
     Sinha and Zoltners, Operations Research 1979: the multiple-choice knapsack.
     Pisinger, European Journal of Operational Research 1995: the core algorithm.
+    Kelley, Journal of SIAM 1960: cutting planes.
     HiGHS (Huangfu and Hall, 2018), through ``scipy.optimize.milp``: the integer solver.
 """
 
@@ -38,6 +39,10 @@ Indices = npt.NDArray[np.int64]
 SHARPNESS = 1e3  # HiGHS meets constraints to 1e-6 in absolute terms
 PRECISION = 1e4  # largest scaled value; HiGHS proves optima to 1e-6 in absolute terms
 RESOLUTION = 1e-10  # of the largest value; HiGHS does not tell smaller differences from zero
+NODES = 100_000  # branching nodes of a programme, divided by the number of layers
+LARGE = 20_000  # choices beyond which cutting planes are faster than the linear programme
+CLOSE = 1e-7  # relative distance of the multipliers' bound to the best one
+PLANES = 300  # cutting planes of the multipliers
 CORE = 5  # average number of choices per layer in the first programme
 
 
@@ -48,7 +53,8 @@ def min_sum(
     *,
     largest: float = np.inf,
     gap: float = 1e-4,
-    seconds: float = 30.0,
+    seconds: float = np.inf,
+    nodes: int | None = None,
 ) -> Solution:
     """The allocation of least total value (MCKP), by mixed-integer programming on a core.
 
@@ -63,13 +69,16 @@ def min_sum(
         limits: One bound per budget.
         largest: Choices with a greater value are excluded.
         gap: Relative optimality gap at which the solver may stop.
-        seconds: Time limit; the best allocation so far is returned with its proven gap.
+        seconds: Time limit; the best allocation so far is returned with its proven gap. There is
+            none by default, so that the same tables always give the same allocation.
+        nodes: Limit on the branching nodes of each programme, with the same effect.
 
     Raises:
         BudgetError: No allocation meets the budgets.
-        RankNASError: No allocation was found in time.
+        RankNASError: No allocation was found within the limits.
     """
     deadline = time.monotonic() + seconds
+    nodes = nodes or 1 + NODES // max(1, len(value))
     kept = [
         _worthwhile(v, [cost[i] for cost in costs], largest) for i, v in enumerate(value)
     ]  # indices of choices, one array per layer
@@ -87,7 +96,7 @@ def min_sum(
         core = [k[e <= width] for k, e in zip(kept, extra, strict=True)]
         whole = width >= sizes[-1]
         try:
-            solved = _programme(value, costs, limits, core, gap, deadline)
+            solved = _programme(value, costs, limits, core, gap, deadline, nodes)
         except BudgetError:
             if whole:
                 raise
@@ -95,7 +104,11 @@ def min_sum(
             continue
         if solved is None:
             if best is None:
-                raise RankNASError(f"the solver found no allocation in {seconds:g} seconds.")
+                if not whole and np.isinf(seconds):
+                    width = 4 * width if width > 0 else float(sizes[-1])
+                    continue
+                limit = f"{seconds:g} seconds" if np.isfinite(seconds) else f"{nodes} nodes"
+                raise RankNASError(f"the solver found no allocation in {limit}.")
             return best
         indices, lower = solved
         # A choice outside the core adds at least the core's width to the bound.
@@ -129,7 +142,9 @@ def _relaxation(
     objective, rows, bounds, one = _matrices(value, costs, limits, kept)
     scale = float(np.abs(objective).max()) or 1.0
     multipliers = np.zeros(len(limits))
-    if limits and np.ptp(objective) > 0:
+    if limits and len(objective) > LARGE:
+        multipliers = _multipliers(objective, rows, bounds, kept)
+    elif limits and np.ptp(objective) > 0:
         result = linprog(
             objective / scale, A_ub=rows, b_ub=bounds, A_eq=one, b_eq=np.ones(len(kept))
         )
@@ -141,6 +156,39 @@ def _relaxation(
     return bound, [p - p.min() for p in parts]
 
 
+def _multipliers(objective: Array, rows: Array, bounds: Array, kept: Sequence[Indices]) -> Array:
+    """Multipliers (K,) that nearly maximise the Lagrangian bound, by cutting planes."""
+    starts = np.cumsum([0, *(len(k) for k in kept)])[:-1]
+    K, layer = len(bounds), np.repeat(np.arange(len(starts)), [len(k) for k in kept])
+    spread = np.maximum.reduceat(objective, starts) - np.minimum.reduceat(objective, starts)
+    scale = box = float(spread.sum()) or 1.0
+    m = best = np.zeros(K)
+    most, planes, heights = -np.inf, list[Array](), list[float]()
+    for _ in range(PLANES):
+        priced = objective + m @ rows
+        least = np.flatnonzero(priced == np.minimum.reduceat(priced, starts)[layer])
+        chosen = least[np.searchsorted(least, starts)]
+        excess, height = rows[:, chosen].sum(1) - bounds, float(objective[chosen].sum())
+        if (found := height + float(m @ excess)) > most:
+            most, best = found, m
+        planes.append(np.append(-excess, 1.0))
+        heights.append(height / scale)
+        result = linprog(
+            np.append(np.zeros(K), -1.0),
+            A_ub=np.array(planes),
+            b_ub=np.array(heights),
+            bounds=[(0, box / scale)] * K + [(None, None)],
+        )
+        if result.status != 0:
+            break
+        m = np.maximum(result.x[:K], 0) * scale
+        if m.max() >= box * (1 - SLACK):
+            box *= 10
+        elif -result.fun * scale - most <= CLOSE * (abs(most) or 1.0):
+            break
+    return best
+
+
 def _programme(
     value: Table,
     costs: Sequence[Table],
@@ -148,8 +196,9 @@ def _programme(
     kept: Sequence[Indices],
     gap: float,
     deadline: float,
+    nodes: int,
 ) -> tuple[tuple[int, ...], float] | None:
-    """The best allocation among the kept choices, and a lower bound; None if out of time.
+    """The best allocation among the kept choices, and a lower bound; None at a limit.
 
     The variables are the steps from one choice of a layer to the next more expensive one. Each
     step requires the previous one, and the first is always taken. Branching on a step halves a
@@ -175,7 +224,8 @@ def _programme(
             bounds=Bounds(np.isin(np.arange(N), starts).astype(float), 1),
             options={
                 "mip_rel_gap": gap,
-                "time_limit": max(0.0, deadline - time.monotonic()),
+                "node_limit": nodes,
+                **_time_limit(deadline),
             },
         )
         if result.status == 2:
@@ -193,6 +243,11 @@ def _programme(
             if j + 1 < len(k):
                 again[i + j + 1] = -1
         constraints.append(LinearConstraint(again[np.newaxis], -np.inf, len(kept) - 1))
+
+
+def _time_limit(deadline: float) -> dict[str, float]:
+    """The solver's option for a deadline, if there is one."""
+    return {} if np.isinf(deadline) else {"time_limit": max(0.0, deadline - time.monotonic())}
 
 
 def _steps(table: Array, starts: Indices) -> Array:  # (..., N) -> (..., N)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["hypervolume", "non_dominated", "pareto_filter"]
+__all__ = ["hypervolume", "non_dominated", "pareto_filter", "pareto_screen"]
 
 Array = npt.NDArray[np.float64]
 
@@ -73,6 +73,29 @@ def pareto_filter(errors: npt.ArrayLike, costs: Sequence[npt.ArrayLike], most: i
     if len(front) > most:
         front = front[np.linspace(0, len(front) - 1, most).round().astype(int)]
     return [int(i) for i in front]
+
+
+def pareto_screen(
+    errors: npt.ArrayLike, estimates: npt.ArrayLike, costs: Sequence[npt.ArrayLike]
+) -> list[int]:
+    """The choices with an estimated error that no choice with a known error dominates.
+
+    Args:
+        errors: Error of each choice, infinite where it is not known.
+        estimates: For some choices a number that is at most the error, infinite for the others.
+        costs: One sequence per relevant cost.
+
+    >>> inf = float("inf")
+    >>> pareto_screen([0.0, 0.2, inf, inf], [inf, inf, 0.3, 0.1], costs=[[9, 4, 5, 6]])
+    [3]
+    """
+    known, guessed = (np.asarray(column, dtype=float) for column in (errors, estimates))
+    rows, others = np.flatnonzero(np.isfinite(guessed)), np.flatnonzero(np.isfinite(known))
+    dominates = known[others, None] <= guessed[rows]
+    for cost in costs:
+        column = np.asarray(cost, dtype=float)
+        dominates &= column[others, None] <= column[rows]
+    return [int(i) for i in rows[~dominates.any(0)]]
 
 
 def _first_of_equals(columns: Array) -> npt.NDArray[np.bool_]:

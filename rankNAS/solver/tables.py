@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rankNAS.exceptions import BudgetError
 
-__all__ = ["SLACK", "Solution", "Table", "infeasible", "least_cost", "meets", "total"]
+__all__ = ["SLACK", "Array", "Solution", "Table", "infeasible", "least_cost", "meets", "total"]
 
 Array = npt.NDArray[np.float64]
 Table = Sequence[Array]  # one array of C_l values per layer

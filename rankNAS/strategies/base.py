@@ -178,15 +178,16 @@ class Strategy(ABC):
         Raises:
             StudyError: No trial has succeeded yet.
         """
-        trials = history.feasible(problem)
-        if not trials:
+        best = history.best(problem)
+        if best is None:
             raise StudyError(f"no trial of the study has succeeded yet for {problem.budget_key}.")
+        if len(problem.objectives) == 1:
+            return best
+        trials = history.feasible(problem)
         ranks = (-rankings(problem, trials)[:, 0]).tolist()
         losses = [t.metrics.get("loss", 0.0) for t in trials]
         numbers = [t.number for t in trials]
         order = sorted(range(len(trials)), key=lambda i: (ranks[i], losses[i], numbers[i]))
-        if len(problem.objectives) == 1:
-            return trials[order[0]]
         values = problem.signs * [t.values for t in trials]
 
         def on_front(i: int) -> bool:

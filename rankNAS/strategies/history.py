@@ -14,7 +14,7 @@ from rankNAS.allocation import Allocation
 from rankNAS.renamed import renamed
 from rankNAS.strategies.problem import Array, Problem
 
-__all__ = ["History", "Trial", "degradation", "rankings"]
+__all__ = ["History", "Trial", "degradation", "objective_values", "rankings"]
 
 
 @renamed(target="budget_key")
@@ -68,6 +68,7 @@ class History:
     def _with(self, later: History, trials: Sequence[Trial]) -> History:
         """Carry cached views to the extended history (amortised O(1) per trial)."""
         later.__dict__["_filtered"] = self._filtered
+        later.__dict__["_best"] = self._best
         if "_trials" in self.__dict__:
             added = {t.allocation: t for t in trials if not t.probe}
             later.__dict__["_trials"] = self._trials | added if added else self._trials
@@ -80,6 +81,10 @@ class History:
 
     @cached_property
     def _filtered(self) -> dict[int | str, tuple[Problem, int, tuple[Trial, ...]]]:
+        return {}
+
+    @cached_property
+    def _best(self) -> dict[int, tuple[Problem, int, Trial | None, bool]]:
         return {}
 
     @cached_property
@@ -105,6 +110,28 @@ class History:
             return done and problem.meets(problem.indices(trial.allocation))
 
         return self._filter(id(problem), problem, wanted)
+
+    def best(self, problem: Problem) -> Trial | None:
+        """The best feasible trial: by its first rank, then the loss, then the number.
+
+        Only trials since the last call for the problem are looked at.
+        """
+        trials = self.feasible(problem)
+        _, seen, best, paired = self._best.get(id(problem), (problem, 0, None, True))
+        if seen > len(trials):  # of a later history
+            seen, best, paired = 0, None, True
+        if paired and not all(problem.divergence in t.metrics for t in trials[seen:]):
+            seen, best, paired = 0, None, False  # all are ranked otherwise from now on
+        new = (*((best,) if best else ()), *trials[seen:])
+        ranks = (rankings if paired else objective_values)(problem, new)[:, 0].tolist()
+        keys = [
+            (rank, -t.metrics.get("loss", 0.0), -t.number)
+            for rank, t in zip(ranks, new, strict=True)
+        ]
+        found = new[max(range(len(new)), key=keys.__getitem__)] if new else None
+        # The problem is kept too: as long as it lives, no other one has its id.
+        self._best[id(problem)] = (problem, len(trials), found, paired)
+        return found
 
     def candidates(self, problem: Problem) -> tuple[Trial, ...]:
         """The trials, failed ones too, that were proposed for a problem's budgets."""
@@ -162,17 +189,23 @@ def rankings(problem: Problem, trials: Sequence[Trial]) -> Array:
     over the samples, whose error is far smaller than that of a share of correct predictions. Any
     other objective is its own rank, up to its sign.
     """
-    ranks: Array = np.array([t.values for t in trials], dtype=float)
-    ranks = ranks.reshape(len(trials), len(problem.objectives)) * problem.signs
+    ranks = objective_values(problem, trials)
     if problem.ranked_by_divergence and all(problem.divergence in t.metrics for t in trials):
         ranks[:, 0] = [-t.metrics[problem.divergence] for t in trials]
     return ranks
 
 
+def objective_values(problem: Problem, trials: Sequence[Trial]) -> Array:
+    """The objectives of trials, (trials, objectives), with signs so that larger is better."""
+    values: Array = np.array([t.values for t in trials], dtype=float)
+    return values.reshape(len(trials), len(problem.objectives)) * problem.signs
+
+
 def _by_allocation(
-    known: Mapping[Allocation, Trial], trials: Sequence[Trial]
+    known: dict[Allocation, Trial], trials: Sequence[Trial]
 ) -> dict[Allocation, Trial]:
-    found = dict(known)
+    """The known trials and further ones; a trial comes before a probe."""
+    found = dict(known) if trials else known
     for trial in trials:
         earlier = found.get(trial.allocation)
         if earlier is None or not trial.probe or earlier.probe:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,8 +16,9 @@ from rankNAS.compression.surgery import changeable_copy
 from rankNAS.decompositions import OPERATORS
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import separate_attention
-from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.solver.pareto import pareto_filter, pareto_screen
 
 
 @pytest.mark.parametrize("norm", ["weight", "input", "fisher", "pooled"])
@@ -249,3 +250,36 @@ def test_nested_paths(build: Callable[[nn.Module, Allocation], nn.Module]) -> No
 
 def _space(model: nn.Module) -> SearchSpace:
     return compile_space(model, torch.randn(1, 16), min_weights=1)
+
+
+@pytest.mark.parametrize("norm", ["weight", "fisher"])
+def test_a_screen_spares_factors_and_keeps_the_front(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.Flatten()
+    ).append(nn.Linear(24 * 36, 5))
+    with torch.no_grad():
+        model[2].weight.mul_(torch.arange(1, 17).pow(-1.0).reshape(1, -1, 1, 1))
+    x = torch.randn(20, 8, 6, 6)
+    space = compile_space(model, x[:1], min_weights=1)
+    statistics = calibrate(model, space, x, norm=norm)
+
+    def front(layer: Layer, errors: Sequence[float]) -> list[Choice]:
+        kept = pareto_filter(errors, [[cost.macs for cost in layer.costs]], len(errors))
+        return [layer.choices[i] for i in kept]
+
+    def screen(layer: Layer, errors: Sequence[float], guesses: Sequence[float]) -> list[Choice]:
+        kept = pareto_screen(errors, guesses, [[cost.macs for cost in layer.costs]])
+        return [layer.choices[i] for i in kept]
+
+    every = factorise(model, space, statistics, norm=norm, select=front)
+    found = factorise(model, space, statistics, norm=norm, select=front, screen=screen)
+    for name, layer in every.space.layers.items():
+        assert found.space.layers[name].choices == layer.choices
+        assert found.errors()[name] == pytest.approx(every.errors()[name], abs=1e-9)
+    # Without a selection, what remains shows what was spared.
+    screened = factorise(model, space, statistics, norm=norm, screen=screen)
+    assert len(screened.space.layers["2"]) < len(space.layers["2"])
+    for name, layer in screened.space.layers.items():
+        assert all(error < 1 for error in screened.errors()[name])
+        screened.layers[name].folded(layer.choices[-1])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankNAS.decompositions import ErrorNorm, LayerShape, Target, make_norm
-from rankNAS.decompositions.nested import diagonal_blocks, leading_rows, nested_basis
+from rankNAS.decompositions.leading import leading_rows
+from rankNAS.decompositions.nested import diagonal_blocks, nested_basis
 from rankNAS.testing import definition_of_error, random_statistics
 
 
@@ -117,7 +118,7 @@ def test_leading_rows_span_the_best_row_spaces(rows: int, width: int, weighted: 
     T = normal(0, rows, width)
     root = normal(1, width, width) if weighted else torch.eye(width).double()
     C = root @ root.mT
-    basis = leading_rows(T, C if weighted else None, min(rows, width))
+    basis = leading_rows(T, C if weighted else None, min(rows, width)).rows
     torch.testing.assert_close(basis.norm(dim=-1), torch.ones(len(basis)).double())
     values = torch.linalg.svdvals(T @ root)
     for r in range(1, len(basis) + 1):
@@ -129,7 +130,7 @@ def test_leading_rows_span_the_best_row_spaces(rows: int, width: int, weighted: 
 def test_leading_rows_beyond_the_numerical_rank_are_zero() -> None:
     T = normal(0, 5, 2) @ normal(1, 2, 6)
     for matrix in (T, T.mT.contiguous()):
-        basis = leading_rows(matrix, None, 5)
+        basis = leading_rows(matrix, None, 5).rows
         assert (basis[:2].norm(dim=-1) > 0.99).all()
         assert (basis[2:] == 0).all()
 

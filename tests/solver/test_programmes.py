@@ -243,6 +243,39 @@ def test_an_allowed_gap_is_reported_and_kept() -> None:
     assert loose.value * (1 - loose.gap) <= exact.value + 1e-9
 
 
+@settings(max_examples=100, deadline=None)
+@given(case=cases())
+def test_the_gap_of_undecided_bounds_is_honest(case: Case) -> None:
+    """Without integer programmes, multipliers and rounding alone decide each bound."""
+    feasible = case.feasible()
+    if not feasible:
+        return
+    best = min(map(case.worst, feasible))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankNAS.solver.min_max.EXACT", 0)
+        try:
+            solution = min_max(case.value, case.costs, case.limits)
+        except BudgetError:  # not even the loosest bound was decided
+            return
+    assert case.meets(solution.indices)
+    assert solution.value >= best >= solution.value - solution.gap * abs(solution.value) - 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_a_limit_on_the_nodes_gives_an_honest_gap(case: Case) -> None:
+    feasible = case.feasible()
+    if not feasible:
+        return
+    try:
+        solution = min_sum(case.value, case.costs, case.limits, gap=0, nodes=1)
+    except RankNASError:
+        return
+    best = min(case.total(case.value, indices) for indices in feasible)
+    assert case.meets(solution.indices)
+    assert solution.value * (1 - solution.gap) <= best + 1e-9
+
+
 def test_out_of_time_without_an_allocation_is_an_error() -> None:
     rng = np.random.default_rng(0)
     value = [rng.uniform(size=40) for _ in range(60)]
@@ -293,3 +326,18 @@ def test_a_large_space_is_solved_in_seconds() -> None:
     total = min_sum(value, costs, limits)
     assert time.perf_counter() - start < 5
     assert total.gap <= 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cutting_planes_find_the_bound_of_the_linear_programme(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    value = [np.append(0, np.sort(rng.random(9))) for _ in range(40)]
+    costs = [[np.sort(rng.random(10))[::-1].copy() for _ in value] for _ in range(3)]
+    limits = [0.5 * sum(float(c[0]) for c in cost) for cost in costs]
+    expected = min_sum(value, costs, limits)
+    monkeypatch.setattr("rankNAS.solver.min_sum.LARGE", 0)
+    found = min_sum(value, costs, limits)
+    assert found.value == pytest.approx(expected.value, rel=2e-4)
+    assert found.gap <= 1e-4 and expected.gap <= 1e-4

@@ -43,6 +43,11 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return inputs[0], targets[0]
 
     @property
+    def fetch(self) -> Callable[[Tensor], Tensor]:
+        """From row numbers (n,) to pixels (n, 3, H, W)."""
+        return self._fetch
+
+    @property
     def targets(self) -> Tensor:
         """All labels, int64 (len,); computed without decoding images."""
         return self._labels[self._rows]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.data.fingerprint import digest
+from rankNAS.data.images import cache
 from rankNAS.data.images.dataset import Images
 from rankNAS.data.images.decode import EncodedImage, ImageDecoder, StoredPixels
 from rankNAS.data.images.normalise import Normalization
@@ -29,6 +30,7 @@ EAGER_BYTES = 2 << 30
 
 #: The shorter side before the crop, relative to the crop; the usual value for ImageNet.
 FOLDER_MARGIN = 256 / 224
+SPLITS, WHAT = ("train", "test"), ("pixels", "labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,10 @@ def read_cifar10(folder: str, normalization: Normalization, image_size: int | No
 
 
 def read_imagefolder(folder: str, normalization: Normalization, image_size: int | None) -> Source:
-    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``), resized and cropped to 224."""
+    """``train/<class>/*`` and ``test/<class>/*`` (or ``val``), resized and cropped to 224.
+
+    Images that fit into memory are decoded once and kept on disk, see `rankNAS.data.images.cache`.
+    """
     root = _folder(folder, "train/<class> and test/<class> in it")
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if not (root / "train").is_dir() or not tests:
@@ -115,11 +120,45 @@ def read_imagefolder(folder: str, normalization: Normalization, image_size: int 
         )
     train, classes = _folder_images(root / "train", None)
     test, _ = _folder_images(root / tests[0], classes)
+    parts, side = {"train": train, "test": test}, image_size or 224
+    sizes = [len(found) * 3 * side**2 for found in parts.values()]
+    if max(sizes) > EAGER_BYTES or not cache.allows(sum(sizes)):
+        return _folder_source(root, parts, normalization, side, eager=False)
+    labels = [[label for _, label in found] for found in parts.values()]
+    return _kept(
+        [Path(image.name) for found in parts.values() for image, _ in found],
+        ["imagefolder", labels, side],
+        lambda: _decoded_folder(root, parts, normalization, side),
+        normalization,
+    )
+
+
+def _decoded_folder(
+    root: Path,
+    parts: dict[str, list[tuple[EncodedImage, int]]],
+    normalization: Normalization,
+    side: int,
+) -> Source:
+    """The images of a folder, decoded now; on access if one of them cannot be decoded."""
+    try:
+        return _folder_source(root, parts, normalization, side, eager=True)
+    except DataError:  # a search may never read that image
+        return _folder_source(root, parts, normalization, side, eager=False)
+
+
+def _folder_source(
+    root: Path,
+    parts: dict[str, list[tuple[EncodedImage, int]]],
+    normalization: Normalization,
+    side: int,
+    eager: bool,
+) -> Source:
+    """The images of a folder, decoded now or on access."""
     sets, contents = [], []
-    for split, found in (("train", train), ("test", test)):
+    for split, found in parts.items():
         labels = _labels([label for _, label in found], lambda row: f"image {row}", split)
-        fetch = ImageDecoder([image for image, _ in found], image_size or 224, FOLDER_MARGIN)
-        sets.append(Images(fetch, labels, normalization))
+        decoder = ImageDecoder([image for image, _ in found], side, FOLDER_MARGIN)
+        sets.append(Images(decoder.in_memory() if eager else decoder, labels, normalization))
         contents += [digest(_file_parts([image.name for image, _ in found], root))]
         contents += [str(labels.tolist())]
     return Source(sets[0], sets[1], True, digest(part.encode() for part in contents))
@@ -179,9 +218,59 @@ def _file_parts(paths: Sequence[str], root: Path) -> Iterable[bytes]:
 def read_parquet(folder: str, normalization: Normalization, image_size: int | None) -> Source:
     """``train.parquet`` and ``test.parquet`` (or shards) with encoded images and labels.
 
-    With ``image_size``, the shorter side is resized to it and the centre is cropped.
+    With ``image_size``, the shorter side is resized to it and the centre is cropped. Decoded
+    images that fit into memory are kept on disk, see `rankNAS.data.images.cache`.
     """
     root = _folder(folder, "train.parquet and test.parquet in it")
+    files = [file for split in ("train", "test") for file in _parquet_files(root, split)]
+    shards = len(_parquet_files(root, "train"))
+    options = ["parquet", shards, image_size, EAGER_BYTES]
+    return _kept(
+        files,
+        options,
+        lambda: _decoded_parquet(root, normalization, image_size),
+        normalization,
+    )
+
+
+def _kept(
+    files: Sequence[Path],
+    options: Sequence[object],
+    decode: Callable[[], Source],
+    normalization: Normalization,
+) -> Source:
+    """The images that are kept on disk for these files and options, or else decoded and kept.
+
+    Images that do not fit into memory are not kept.
+    """
+    path = cache.entry(files, options)
+    kept = cache.read(path)
+    if kept is not None and kept[0].keys() == {f"{s} {w}" for s in SPLITS for w in WHAT}:
+        tensors, texts = kept
+    else:
+        found = decode()
+        if not all(isinstance(images.fetch, StoredPixels) for images in (found.train, found.test)):
+            return found
+        tensors, texts = _tensors_of(found), {"content": found.content}
+        cache.write(path, tensors, texts)
+    train, test = (
+        Images(StoredPixels(tensors[f"{s} pixels"]), tensors[f"{s} labels"], normalization)
+        for s in SPLITS
+    )
+    return Source(train, test, True, texts["content"])
+
+
+def _tensors_of(source: Source) -> dict[str, Tensor]:
+    """Pixels and labels of images in memory, by split."""
+    found: dict[str, Tensor] = {}
+    for split, images in zip(SPLITS, (source.train, source.test), strict=True):
+        assert isinstance(images.fetch, StoredPixels)
+        found |= {f"{split} pixels": images.fetch.pixels, f"{split} labels": images.targets}
+    return found
+
+
+def _decoded_parquet(root: Path, normalization: Normalization, image_size: int | None) -> Source:
+    """The images of parquet files, decoded now if they fit into memory."""
     sets, contents = [], []
     expected = None
     for split in ("train", "test"):
