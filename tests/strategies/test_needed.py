@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,22 @@ def test_bolaco_measures_its_samples_and_trains_its_answer() -> None:
     assert study.metrics_of(study.best, trained)["loss"] != least.metrics["loss"]
     untrained = replace(strategy, epochs=0)
     assert untrained.finish(plain, least.allocation, study.context) is plain
+
+
+@pytest.mark.parametrize("strategy", [Bolaco(epochs=1, samples=64, sensitive=16), Drone(walks=2)])
+def test_a_resumed_search_gives_the_same_answer(strategy: Strategy, tmp_path: Path) -> None:
+    """The samples, the norm and the walks follow from the arguments and the record alone."""
+    options: dict[str, Any] = {
+        "budget": {"macs": 0.5},
+        "strategy": strategy,
+        "settings": SETTINGS,
+    }
+    whole = rankNAS.search(convolutions(), data(), n_trials=4, **options)
+    storage = f"sqlite:///{tmp_path}/study.db"
+    for n_trials, resume in ((1, False), (4, True)):
+        study = rankNAS.search(
+            convolutions(), data(), n_trials=n_trials, storage=storage, resume=resume, **options
+        )
+    found = [[(t.allocation, t.metrics) for t in s.trials] for s in (whole, study)]
+    assert found[0] == found[1]
+    assert whole.best.allocation == study.best.allocation
