@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +23,8 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 
 __all__ = ["Factorisation", "Screen", "Select", "factorise", "skeleton"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,15 @@ def factorise(
         module = model.get_submodule(name)
         has_bias = module.bias is not None
         layer_centred = centred_all or (centred is None and has_bias)
-        layer_norm = make_norm(norm, (statistics or {}).get(name), centred=layer_centred)
+        known = (statistics or {}).get(name)
+        if norm != "weight" and known is not None and not known.input_second_moment.any():
+            logger.warning("the inputs of layer %r are zero for all calibration data.", name)
+        layer_norm = make_norm(norm, known, centred=layer_centred)
         found = factorise_layer(layer, module, layer_norm, screen)
         if select is not None:
-            known = dict(zip(found.layer.choices, found.errors(), strict=True))
-            errors = [known.get(choice, math.inf) for choice in layer.choices]
-            found = found.restrict([c for c in select(layer, errors) if c in known])
+            computed = dict(zip(found.layer.choices, found.errors(), strict=True))
+            errors = [computed.get(choice, math.inf) for choice in layer.choices]
+            found = found.restrict([c for c in select(layer, errors) if c in computed])
         layers[name] = found
         if on_layer is not None:
             on_layer(done, len(space.layers))

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
+from rankNAS import Settings, search
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Svd, Target, make_norm
@@ -56,6 +58,30 @@ def test_factors_and_errors_are_finite(
     assert found.materialise(allocation)(x).isfinite().all()
     if spoil == "zero" or (spoil == "dead" and norm == "weight"):
         assert "is zero" in caplog.text
+    if spoil == "dead" and norm != "weight":
+        assert "the inputs of layer '2' are zero" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["solve", "auto"])
+@pytest.mark.parametrize("spoil", ["zero", "repeated", "dead", "empty"])
+def test_a_search_returns_a_finite_network(spoil: str, strategy: str) -> None:
+    model, x = network(spoil)
+    x = x.repeat(8, 1, 1, 1)
+    with torch.no_grad():
+        data = TensorDataset(x, model(x).argmax(1))
+    study = search(
+        model,
+        (data, data),
+        budget={"macs": 0.6},
+        strategy=strategy,
+        n_trials=2,
+        space=compile_space(model, x[:1], min_weights=1),
+        settings=Settings(calibration=32, validation=32),
+    )
+    assert study.best.metrics["macs"] <= 0.6 * study.dense["macs"]
+    assert all(math.isfinite(value) for value in study.best.metrics.values())
+    if spoil != "empty":
+        assert study.best.metrics["accuracy"] == study.dense["accuracy"]
 
 
 def test_a_weight_that_is_not_finite_is_named() -> None:
