@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import DENSE, Choice
@@ -37,8 +38,10 @@ class LayerFactors:
         bias: The dense bias (outputs,), or None.
         norm: The error norm, without C.
         factors: Factors by operator name.
-        outputs: The second moment W C W^T of the layer's outputs, (g, o, o); C is the identity in
-            the norm ``weight``.
+        energy: ||H W C^1/2||_F^2, to which errors are relative; C is the identity in the norm
+            ``weight``.
+        moment: A symmetric matrix (g, m, m), m = min(o, i), with the eigenvalues of the second
+            moment W C W^T of the layer's outputs; further ones are zero.
     """
 
     layer: Layer
@@ -46,7 +49,8 @@ class LayerFactors:
     bias: Tensor | None
     norm: ErrorNorm
     factors: dict[str, Factors]
-    outputs: Tensor
+    energy: float
+    moment: Tensor
 
     def error(self, choice: Choice) -> float:
         """Relative error of a choice in the norm; 0 for dense."""
@@ -62,11 +66,8 @@ class LayerFactors:
         Args:
             batch: Samples in the inputs that the layer's calls were counted for.
         """
-        outputs, H = self.outputs.double(), self.norm.H
-        energy = outputs if H is None else H @ outputs @ H.mT
-        total = float(energy.diagonal(dim1=-2, dim2=-1).sum())
         positions = sum(math.prod(call) for call in self.layer.shape.output_calls()) / batch
-        return [0.5 * positions * total * error for error in self.errors()]
+        return [0.5 * positions * self.energy * error for error in self.errors()]
 
     def restrict(self, keep: Sequence[Choice]) -> LayerFactors:
         """The factors of a subset of the choices; the others are freed."""
@@ -143,9 +144,19 @@ def factorise_layer(
         logger.warning("the weight of layer %r is zero: all of its choices are exact.", layer.name)
     with limited_threads(max(shape.width, shape.outputs // shape.groups)):
         layer, factors = _factorised(layer, target, screen)
-        outputs = target.WC @ target.W.mT
+        moment = _moment(target)
     # C is as large as all factors together and no longer needed.
-    return LayerFactors(layer, weight, view.bias, replace(norm, C=None), factors, outputs)
+    norm = replace(norm, C=None)
+    return LayerFactors(layer, weight, view.bias, norm, factors, target.energy, moment)
+
+
+def _moment(target: Target) -> Tensor:
+    """W C W^T, or R C R^T with W = QR, which is smaller if W has more rows than columns."""
+    W = target.W
+    if W.shape[-2] <= W.shape[-1]:
+        return target.WC @ W.mT
+    R = torch.linalg.qr(W, mode="r").R
+    return target.norm.right(R) @ R.mT
 
 
 def _factorised(

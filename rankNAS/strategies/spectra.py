@@ -30,7 +30,6 @@ __all__ = [
     "LayerSpectra",
     "SpectrumName",
     "channel_groups",
-    "energy",
     "make_spectra",
     "output_spectrum",
     "spectral_errors",
@@ -81,29 +80,27 @@ def _of(found: LayerFactors, needed: Sequence[SpectrumName]) -> LayerSpectra:
     groups = {channel_groups(c) for c in found.layer.choices} - {None}
     return LayerSpectra(
         found.layer,
-        energy(found) if "energy" in needed else None,
-        tuple(output_spectrum(found.outputs).tolist()) if "outputs" in needed else (),
+        found.energy if "energy" in needed else None,
+        tuple(output_spectrum(found.moment, found.weight.shape[1]).tolist())
+        if "outputs" in needed
+        else (),
         {k: tuple(spectral_errors(found.weight, k).tolist()) for k in groups if k is not None}
         if "weight" in needed
         else {},
     )
 
 
-def energy(layer: LayerFactors) -> float:
-    """||H W C^1/2||_F^2 of a layer."""
-    left = layer.norm.left
-    squared = left(left(layer.outputs).mT)  # H W C W^T H^T
-    return float(squared.diagonal(dim1=-2, dim2=-1).sum())
-
-
-def output_spectrum(outputs: Tensor) -> Array:
+def output_spectrum(moment: Tensor, outputs: int) -> Array:
     """Eigenvalues (o,) of the covariance of a layer's outputs, largest first.
 
     Args:
-        outputs: (g, o, o); the eigenvalues of the groups, which share their rank, are summed.
+        moment: A matrix (g, m, m) with the eigenvalues of the covariance that are not zero; those
+            of the groups, which share their rank, are summed.
+        outputs: Outputs of a group, o.
     """
-    values = torch.linalg.eigvalsh(outputs.double()).clamp_min(0).flip(-1).sum(0)
-    spectrum: Array = values.cpu().numpy()
+    values = torch.linalg.eigvalsh(moment.double()).clamp_min(0).flip(-1).sum(0)
+    spectrum: Array = np.zeros(outputs)
+    spectrum[: len(values)] = values.cpu().numpy()
     return spectrum
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import factorise, skeleton
+from rankNAS.compression.factors import _moment
 from rankNAS.compression.surgery import changeable_copy
-from rankNAS.decompositions import OPERATORS
+from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.attention import separate_attention
 from rankNAS.search_spaces.base import Layer, SearchSpace
@@ -283,3 +284,21 @@ def test_a_screen_spares_factors_and_keeps_the_front(norm: Any) -> None:
     for name, layer in screened.space.layers.items():
         assert all(error < 1 for error in screened.errors()[name])
         screened.layers[name].folded(layer.choices[-1])
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12)])
+def test_the_moment_has_the_eigenvalues_of_the_outputs(shape: tuple[int, int]) -> None:
+    outputs, inputs = shape
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=False).double()
+    X = torch.randn(200, inputs, generator=generator, dtype=torch.float64)
+    target = Target(
+        layer.weight.detach()[None, :, :, None, None], ErrorNorm(C=(X.mT @ X / 200)[None])
+    )
+    moment = _moment(target)
+    assert moment.shape[-1] == min(shape)
+    Y = X @ layer.weight.detach().mT
+    expected = torch.linalg.eigvalsh(Y.mT @ Y / 200).flip(-1)
+    found = torch.linalg.eigvalsh(moment[0]).flip(-1)
+    torch.testing.assert_close(found, expected[: len(found)])
+    assert target.energy == pytest.approx(float(expected.sum()))
