@@ -155,7 +155,7 @@ def _moment(target: Target) -> Tensor:
     W = target.W
     if W.shape[-2] <= W.shape[-1]:
         return target.WC @ W.mT
-    R = torch.linalg.qr(W, mode="r").R
+    R: Tensor = torch.linalg.qr(W, mode="r").R
     return target.norm.right(R) @ R.mT
 
 
