@@ -43,6 +43,7 @@ __all__ = ["second_order_losses"]
 BATCH = 128  # samples per pass
 PATCHES = 1 << 24  # elements of the patches that are made at a time
 CHANGES = 1 << 28  # elements of all changes D that are kept; beyond it, fewer choices are measured
+DIRECT = 2  # positions up to which changes meet the inputs first, without gradients of samples
 LARGEST_SCALE = 30.0  # of an output that a choice all but removes
 FEWEST = 8  # measured choices of a layer; the others are interpolated
 
@@ -167,6 +168,11 @@ class _Along:
         P = patches(shape, x)  # (g, N T, n)
         P = P.reshape(shape.groups, count, -1, shape.width)
         G = gradient.permute(2, 0, 3, 1)  # (g, N, o, T)
+        if P.shape[2] <= DIRECT:
+            centred = P if self._mean is None else P - self._mean[:, None, None, :]
+            changes = self._changes @ centred.flatten(1, 2).mT  # (choices, g, o, N T)
+            weighted = (changes * G.transpose(1, 2).flatten(2)).sum((1, 2))
+            return weighted.reshape(len(weighted), count, -1).sum(-1)
         found = G @ P
         if self._mean is not None:
             found = found - G.sum(-1, keepdim=True) * self._mean[:, None, None, :]

@@ -70,8 +70,9 @@ def test_losses_are_those_of_the_gradients_of_single_samples(
     model, x = Net().eval(), torch.randn(7, 2, 7, 7)
     found = factors(model, x, centred=False)
     expected = brute_force(found, x)
-    for elements in (1 << 24, 200):  # all samples at once, and one by one
-        monkeypatch.setattr(curvature, "PATCHES", elements)
+    for elements, direct in ((1 << 24, 0), (200, 0), (1 << 24, 99), (200, 99)):
+        monkeypatch.setattr(curvature, "PATCHES", elements)  # all samples at once; one by one
+        monkeypatch.setattr(curvature, "DIRECT", direct)  # by gradients of samples, or without
         losses = second_order_losses(found, Samples.of(x), TASK)
         assert list(losses) == ["conv", "grouped", "twice", "head"]
         for name in losses:
@@ -132,6 +133,20 @@ def test_a_batch_norm_gives_outputs_their_variance_back() -> None:
     assert sum(corrected) != pytest.approx(sum(plain), rel=1e-3)
     linear = [second_order_losses(found, Samples.of(x), TASK, g)["3"] for g in (None, statistics)]
     assert linear[0] == linear[1]  # no batch norm follows it
+
+
+def test_both_orders_of_the_products_agree_on_centred_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(6)
+    model, x = Net().eval(), torch.randn(9, 2, 7, 7)
+    found = factors(model, x, centred=True)
+    both = []
+    for direct in (0, 99):
+        monkeypatch.setattr(curvature, "DIRECT", direct)
+        both.append(second_order_losses(found, Samples.of(x), TASK))
+    for name, losses in both[0].items():
+        assert losses == pytest.approx(both[1][name], rel=1e-4, abs=1e-12)
 
 
 def test_few_measured_choices_are_interpolated(monkeypatch: pytest.MonkeyPatch) -> None:
