@@ -13,7 +13,8 @@ from torch import nn
 from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.curvature import second_order_losses
-from rankNAS.compression.factorisation import Factorisation, Screen, Select, factorise
+from rankNAS.compression.factorisation import Factorisation, factorise
+from rankNAS.compression.factors import Screen, Select
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.samples import Samples

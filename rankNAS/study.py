@@ -29,7 +29,7 @@ from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
-from rankNAS.strategies.history import History, Trial, rankings
+from rankNAS.strategies.history import History, Trial, objective_values, rankings
 from rankNAS.strategies.problem import Problem
 from rankNAS.tasks.base import Task
 
@@ -308,9 +308,8 @@ def front(problem: Problem, history: History) -> list[Trial]:
     trials = history.feasible(problem)
     if not trials:
         return []
-    single = len(problem.objectives) == 1
-    signed = rankings(problem, trials) if single else problem.signs * [t.values for t in trials]
-    values = signed.tolist()
+    ranked = rankings if len(problem.objectives) == 1 else objective_values
+    values = ranked(problem, trials).tolist()
     keep = non_dominated(values)
     kept = [(v, t) for v, t, k in zip(values, trials, keep, strict=True) if k]
     return [t for _, t in sorted(kept, key=lambda pair: (-pair[0][0], pair[1].number))]

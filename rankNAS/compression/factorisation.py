@@ -22,7 +22,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 
-__all__ = ["Factorisation", "Screen", "Select", "factorise", "skeleton"]
+__all__ = ["Factorisation", "factorise", "skeleton"]
 
 logger = logging.getLogger(__name__)
 

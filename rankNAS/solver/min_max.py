@@ -12,7 +12,7 @@ from scipy.optimize import linprog
 
 from rankNAS.exceptions import BudgetError
 from rankNAS.solver.min_sum import min_sum
-from rankNAS.solver.tables import SLACK, Array, Solution, Table, least_cost
+from rankNAS.solver.tables import SLACK, Array, Solution, Table, least_cost, least_of_each
 
 __all__ = ["min_max"]
 
@@ -78,17 +78,16 @@ def _feasible(
     value: Table, costs: Sequence[Table], limits: Sequence[float], threshold: float
 ) -> bool | None:
     """Whether choices of at most this value can meet all budgets; None if it is not decided."""
-    allowed = [v <= threshold for v in value]
-    for cost, limit in zip(costs, limits, strict=True):
-        if least_cost([c[a] for c, a in zip(cost, allowed, strict=True)]) > limit * (1 + SLACK):
+    narrowed = _narrowed(value, costs, threshold)
+    for cost, limit in zip(narrowed, limits, strict=True):
+        if least_cost(cost) > limit * (1 + SLACK):
             return False
     if len(limits) < 2:
         return True
-    narrowed = _narrowed(value, costs, threshold)
     found = _relaxed(narrowed, limits)
     if found is not None or len(value) > EXACT:
         return found
-    zero = [np.zeros(int(a.sum())) for a in allowed]
+    zero = [np.zeros(len(c)) for c in narrowed[0]]
     try:
         min_sum(zero, narrowed, limits)
     except BudgetError:
@@ -112,10 +111,7 @@ def _relaxed(costs: Sequence[Table], limits: Sequence[float]) -> bool | None:
     m, planes = np.full(K, 1 / K), []
     for _ in range(PLANES):
         priced = m @ rows
-        least = np.minimum.reduceat(priced, starts)
-        layer = np.repeat(least, np.diff([*starts, priced.size]))
-        first = np.flatnonzero(priced == layer)
-        chosen = first[np.searchsorted(first, starts)]
+        chosen = least_of_each(priced, starts)
         excess = rows[:, chosen].sum(1) - bounds
         if (excess <= slack).all():
             return True

@@ -29,6 +29,7 @@ from rankNAS.solver.tables import (
     Table,
     infeasible,
     least_cost,
+    least_of_each,
     meets,
     total,
 )
@@ -159,15 +160,14 @@ def _relaxation(
 def _multipliers(objective: Array, rows: Array, bounds: Array, kept: Sequence[Indices]) -> Array:
     """Multipliers (K,) that nearly maximise the Lagrangian bound, by cutting planes."""
     starts = np.cumsum([0, *(len(k) for k in kept)])[:-1]
-    K, layer = len(bounds), np.repeat(np.arange(len(starts)), [len(k) for k in kept])
+    K = len(bounds)
     spread = np.maximum.reduceat(objective, starts) - np.minimum.reduceat(objective, starts)
     scale = box = float(spread.sum()) or 1.0
     m = best = np.zeros(K)
     most, planes, heights = -np.inf, list[Array](), list[float]()
     for _ in range(PLANES):
         priced = objective + m @ rows
-        least = np.flatnonzero(priced == np.minimum.reduceat(priced, starts)[layer])
-        chosen = least[np.searchsorted(least, starts)]
+        chosen = least_of_each(priced, starts)
         excess, height = rows[:, chosen].sum(1) - bounds, float(objective[chosen].sum())
         if (found := height + float(m @ excess)) > most:
             most, best = found, m

@@ -14,7 +14,17 @@ import numpy.typing as npt
 
 from rankNAS.exceptions import BudgetError
 
-__all__ = ["SLACK", "Array", "Solution", "Table", "infeasible", "least_cost", "meets", "total"]
+__all__ = [
+    "SLACK",
+    "Array",
+    "Solution",
+    "Table",
+    "infeasible",
+    "least_cost",
+    "least_of_each",
+    "meets",
+    "total",
+]
 
 Array = npt.NDArray[np.float64]
 Table = Sequence[Array]  # one array of C_l values per layer
@@ -61,3 +71,15 @@ def infeasible(costs: Sequence[Table], limits: Sequence[float]) -> BudgetError:
         for cost, limit in zip(costs, limits, strict=True)
     )
     return BudgetError(f"no allocation meets the budgets; the least possible costs are {least}.")
+
+
+def least_of_each(values: Array, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Position of the first least value of each layer, in tables that are joined.
+
+    >>> least_of_each(np.array([3.0, 1.0, 1.0, 5.0, 4.0]), np.array([0, 3])).tolist()
+    [1, 4]
+    """
+    layers = np.repeat(np.minimum.reduceat(values, starts), np.diff([*starts, values.size]))
+    least = np.flatnonzero(values == layers)
+    found: npt.NDArray[np.int64] = least[np.searchsorted(least, starts)]
+    return found

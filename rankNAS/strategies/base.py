@@ -12,7 +12,8 @@ import numpy as np
 from rankNAS.allocation import Allocation, Choice
 from rankNAS.decompositions.norms import NormName
 from rankNAS.exceptions import StudyError, UsageError
-from rankNAS.strategies.history import History, Trial, rankings
+from rankNAS.solver.pareto import non_dominated
+from rankNAS.strategies.history import History, Trial, objective_values, rankings
 from rankNAS.strategies.problem import Problem
 
 if TYPE_CHECKING:
@@ -187,14 +188,8 @@ class Strategy(ABC):
         ranks = (-rankings(problem, trials)[:, 0]).tolist()
         losses = [t.metrics.get("loss", 0.0) for t in trials]
         numbers = [t.number for t in trials]
-        order = sorted(range(len(trials)), key=lambda i: (ranks[i], losses[i], numbers[i]))
-        values = problem.signs * [t.values for t in trials]
-
-        def on_front(i: int) -> bool:
-            better = (values >= values[i]).all(1) & (values > values[i]).any(1)
-            return not bool(better.any())
-
-        return next(trials[i] for i in order if on_front(i))
+        on_front = np.flatnonzero(non_dominated(objective_values(problem, trials))).tolist()
+        return trials[min(on_front, key=lambda i: (ranks[i], losses[i], numbers[i]))]
 
     @abstractmethod
     def propose(

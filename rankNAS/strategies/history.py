@@ -14,7 +14,14 @@ from rankNAS.allocation import Allocation
 from rankNAS.renamed import renamed
 from rankNAS.strategies.problem import Array, Problem
 
-__all__ = ["History", "Trial", "degradation", "objective_values", "rankings"]
+__all__ = [
+    "History",
+    "Trial",
+    "by_divergence",
+    "degradation",
+    "objective_values",
+    "rankings",
+]
 
 
 @renamed(target="budget_key")
@@ -120,7 +127,7 @@ class History:
         _, seen, best, paired = self._best.get(id(problem), (problem, 0, None, True))
         if seen > len(trials):  # of a later history
             seen, best, paired = 0, None, True
-        if paired and not all(problem.divergence in t.metrics for t in trials[seen:]):
+        if paired and not by_divergence(problem, trials[seen:]):
             seen, best, paired = 0, None, False  # all are ranked otherwise from now on
         new = (*((best,) if best else ()), *trials[seen:])
         ranks = (rankings if paired else objective_values)(problem, new)[:, 0].tolist()
@@ -190,9 +197,14 @@ def rankings(problem: Problem, trials: Sequence[Trial]) -> Array:
     other objective is its own rank, up to its sign.
     """
     ranks = objective_values(problem, trials)
-    if problem.ranked_by_divergence and all(problem.divergence in t.metrics for t in trials):
+    if by_divergence(problem, trials):
         ranks[:, 0] = [-t.metrics[problem.divergence] for t in trials]
     return ranks
+
+
+def by_divergence(problem: Problem, trials: Sequence[Trial]) -> bool:
+    """Whether the divergence takes the place of the first objective in the ranks of trials."""
+    return problem.ranked_by_divergence and all(problem.divergence in t.metrics for t in trials)
 
 
 def objective_values(problem: Problem, trials: Sequence[Trial]) -> Array:

@@ -100,9 +100,9 @@ def _evict(newest: Path) -> None:
     for path in newest.parent.glob("*.safetensors"):
         with contextlib.suppress(OSError):  # another process removed it
             found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    total = sum(size for _, size, _ in found)
+    total, limit = sum(size for _, size, _ in found), _limit()
     for _, size, path in sorted(found):
-        if total <= _limit():
+        if total <= limit:
             return
         if path != newest:
             with contextlib.suppress(OSError):  # in use, on Windows

@@ -222,12 +222,10 @@ def read_parquet(folder: str, normalization: Normalization, image_size: int | No
     images that fit into memory are kept on disk, see `rankNAS.data.images.cache`.
     """
     root = _folder(folder, "train.parquet and test.parquet in it")
-    files = [file for split in ("train", "test") for file in _parquet_files(root, split)]
-    shards = len(_parquet_files(root, "train"))
-    options = ["parquet", shards, image_size, EAGER_BYTES]
+    files = {split: _parquet_files(root, split) for split in SPLITS}
     return _kept(
-        files,
-        options,
+        [*files["train"], *files["test"]],
+        ["parquet", len(files["train"]), image_size, EAGER_BYTES],
         lambda: _decoded_parquet(root, normalization, image_size),
         normalization,
     )

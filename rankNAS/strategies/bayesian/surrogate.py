@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rankNAS.strategies.history import Trial, rankings
+from rankNAS.strategies.history import Trial, by_divergence, rankings
 from rankNAS.strategies.problem import Array, Problem
 
 __all__ = ["Inputs", "acquisition", "equal_shares", "standardised", "summed_losses"]
@@ -121,18 +121,16 @@ def standardised(
         rows: The same as indices.
     """
     ranks = rankings(problem, trials)
-    by_divergence = problem.ranked_by_divergence and all(
-        problem.divergence in t.metrics for t in trials
-    )
+    compared = by_divergence(problem, trials)
     targets, priors = [], []
     for j, name in enumerate(problem.objectives):
         y, prior = ranks[:, j], _linear(problem, ranks[:, j], rows)
-        if j == 0 and by_divergence:
+        if j == 0 and compared:
             y, prior = -_logarithm(-y)(-y), _of_divergence(problem, rows)
         elif name in problem.costs:
             prior = _of_cost(problem, name, float(problem.signs[j]))
         left = y - prior(rows)
-        least = LEAST if j == 0 and by_divergence else EXACT * float(y.std())
+        least = LEAST if j == 0 and compared else EXACT * float(y.std())
         unit = max(float(left.std()), least) or 1.0
         targets.append((y - y.mean()) / unit)
         priors.append(_affine(prior, float(left.mean() - y.mean()), unit))

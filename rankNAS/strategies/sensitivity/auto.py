@@ -177,9 +177,7 @@ class Auto(Strategy):
         """What is screened before any sample."""
         yield problem.allocation(regression.optimum(problem))
         budgeted, limits = problem.budgeted(), list(problem.limits.values())
-        losses = self._losses(problem, history)
-        for share in SHARES:
-            table = mixed(problem, losses, share)
+        for table in self._tables(problem, history):
             yield problem.allocation(min_sum(table, budgeted, limits, gap=GAP).indices)
 
     def _widened(
@@ -222,12 +220,16 @@ class Auto(Strategy):
             return sensitivity_tables(problem, history, self.errors) or problem.absolute
         return problem.absolute
 
+    def _tables(self, problem: Problem, history: History) -> list[tuple[Array, ...]]:
+        """The means of losses and errors that are compared; the losses come first."""
+        losses = self._losses(problem, history)
+        return [mixed(problem, losses, share) for share in SHARES]
+
     def _table(
         self, problem: Problem, history: History, trials: Sequence[Trial]
     ) -> tuple[Array, ...]:
         """The mean of losses and errors that explains the screened trials of a budget best."""
-        losses = self._losses(problem, history)
-        tables = [mixed(problem, losses, share) for share in SHARES]
+        tables = self._tables(problem, history)
         own = [t for t in trials if t.budget_key == problem.budget_key]
         if len(own) < len(SHARES):
             return tables[0]
