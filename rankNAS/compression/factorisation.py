@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from torch import nn
 
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
+from rankNAS.compression.degenerate import DegenerateLayers
 from rankNAS.compression.factors import LayerFactors, Screen, Select, factorise_layer
 from rankNAS.compression.surgery import LazyFactorised, shared_copy
 from rankNAS.copies import copied
@@ -23,8 +23,6 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 
 __all__ = ["Factorisation", "factorise", "skeleton"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,15 @@ def factorise(
     """
     model = with_plain_layers(model)
     centred_all = has_batch_norm(model) if centred is None else centred
-    layers = {}
+    layers, degenerate = {}, DegenerateLayers()
     for done, (name, layer) in enumerate(space.layers.items(), 1):
         module = model.get_submodule(name)
         has_bias = module.bias is not None
         layer_centred = centred_all or (centred is None and has_bias)
         known = (statistics or {}).get(name)
-        if norm != "weight" and known is not None and not known.input_second_moment.any():
-            logger.warning("the inputs of layer %r are zero for all calibration data.", name)
         layer_norm = make_norm(norm, known, centred=layer_centred)
         found = factorise_layer(layer, module, layer_norm, screen)
+        degenerate.add(layer, found.weight, None if norm == "weight" else known)
         if select is not None:
             computed = dict(zip(found.layer.choices, found.errors(), strict=True))
             errors = [computed.get(choice, math.inf) for choice in layer.choices]
@@ -142,6 +139,7 @@ def factorise(
         layers[name] = found
         if on_layer is not None:
             on_layer(done, len(space.layers))
+    degenerate.warn()
     space = replace(space, layers={name: found.layer for name, found in layers.items()})
     return Factorisation(model, space, layers)
 

@@ -27,7 +27,7 @@ from rankNAS.trees import named_tensors
 
 __all__ = ["attempt", "main"]
 
-MEMORY = 16 << 30  # bytes
+MEMORY = 20 << 30  # bytes
 BUDGET = 0.6
 SAMPLES = 16
 SEED = 0
