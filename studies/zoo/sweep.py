@@ -116,8 +116,8 @@ def summary(rows: Sequence[Row]) -> str:
     lines += ["", f"Under {LOW} of the MACs:", ""]
     lines += [f"- {_title(r)}, {float(r['macs_covered']):.3f}: {r['dense']}" for r in low]
     for outcome in ("refused", "failed"):
-        lines += ["", f"{outcome.capitalize()}:", ""]
-        lines += [f"- {_title(r)}: {r['message']}" for r in rows if r["outcome"] == outcome]
+        found = [f"- {_title(r)}: {r['message']}" for r in rows if r["outcome"] == outcome]
+        lines += ["", f"{outcome.capitalize()}:", "", *found] if found else []
     return "\n".join(lines)
 
 
