@@ -98,7 +98,7 @@ def searched(variant: str, seed: int, data: Data, weights: str) -> Iterator[dict
             row = {
                 "variant": variant,
                 "seed": seed,
-                "budget": problem.budget_key.removeprefix("macs<="),
+                "budget": float(problem.budget_key.removeprefix("macs<=")),
                 "divergence": found["kl_divergence"],
                 "accuracy": found["accuracy"],
                 "cpu_seconds": seconds[problem.budget_key],
