@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from rankNAS.copies import copied
 from rankNAS.decompositions.shapes import hf_class
 from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.experts import separate_experts
 
 __all__ = ["overrides_forward", "with_plain_layers"]
 
@@ -36,8 +37,8 @@ MARGINS = (2, 5)  # by which a probe is larger than the kernel, at least
 def with_plain_layers(model: nn.Module) -> nn.Module:
     """The model without wrappers, with plain layers wherever these are the same function.
 
-    It is a copy if anything is replaced. ``nn.MultiheadAttention`` becomes four linear layers. A
-    layer that computes its weight becomes one that holds it, which training then changes directly.
+    It is a copy if anything is replaced. ``nn.MultiheadAttention`` becomes four linear layers, and
+    the matrices of fused experts become layers. A layer that computes its weight becomes one that holds it, which training then changes directly.
 
     Raises:
         UsageError: The model is no tree of modules with weights; see `unwrapped`.
@@ -53,7 +54,7 @@ def with_plain_layers(model: nn.Module) -> nn.Module:
           (0): Linear(in_features=3, out_features=2, bias=True)
         ), True)
     """
-    model = separate_attention(model)
+    model = separate_experts(separate_attention(model))
     operations = {name: op for name, m in model.named_modules() if (op := _operation(m))}
     if not operations:
         return model

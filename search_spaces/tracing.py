@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankNAS.copies import evaluating
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.experts import balanced_routing
 from rankNAS.trees import Inputs, is_batched, sample_count, tensors, type_difference
 
 __all__ = ["Trace", "in_words", "is_decomposable", "shape_of", "trace"]
@@ -55,6 +56,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
 
     Raises:
         UsageError: The model does not run on the inputs.
+
+    Every expert of a mixture counts with an equal share of the tokens.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     recorder = _Recorder(model, counter)
@@ -66,6 +69,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             recorder.attached(),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
+            balanced_routing(),
             counter,
             recorder,
         ):
