@@ -8,10 +8,10 @@ follow from shapes, so a model on the ``meta`` device compiles too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
@@ -20,6 +20,7 @@ from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.plain_layers import overrides_forward, with_plain_layers
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
 from rankNAS.search_spaces.remainder import Remainder
+from rankNAS.search_spaces.roles import RoleRequest, find_roles
 from rankNAS.search_spaces.substitution import needed_in_place
 from rankNAS.search_spaces.tracing import Trace, is_decomposable, shape_of, trace
 from rankNAS.search_spaces.wrappers import unwrapped
@@ -45,7 +46,8 @@ def compile_space(
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or
             `Inputs`, on the model's device (``meta`` included). Costs refer to exactly this input.
         policy: Policy for the candidate ranks.
-        exclude: Regular expressions; a layer whose path matches one of them stays dense.
+        exclude: Regular expressions; a layer whose path matches one of them stays dense. With
+            ``role:`` in front, a role, such as ``role:k`` for key projections.
         keep_output_dense: Keep the last layer of the forward pass dense.
         min_weights: Keep layers with fewer weights dense.
 
@@ -93,10 +95,11 @@ def compile_space(
 
 
 def check_patterns(exclude: Sequence[str]) -> None:
-    """Raise a UsageError unless all texts are regular expressions."""
+    """Raise a UsageError unless all texts are regular expressions or ask for a role."""
     for pattern in exclude:
         try:
-            re.compile(pattern)
+            if RoleRequest.of(pattern) is None:
+                re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
                 f"`exclude` {pattern[:100]!r} is no regular expression ({error}); give one such "
@@ -135,7 +138,12 @@ class _Compiler:
         self.groups = sorted(
             _tied(model), key=lambda names: min(order.get(n, len(order)) for n in names)
         )
-        self._output = next(reversed(traced.calls), None) if keep_output_dense else None
+        last = next(reversed(traced.calls), None)
+        self._output = last if keep_output_dense else None
+        self._sites, self._roles = (
+            traced.sites,
+            find_roles(_linear_shapes(model, traced.calls), traced.sites, last),
+        )
         self.reasons: dict[str, str] = {}  # by the first name of a group that stays dense
 
     def layers(self, policy: RankPolicy) -> dict[str, Layer]:
@@ -151,7 +159,9 @@ class _Compiler:
                 if len(choices) == 1:
                     reason = "no rank costs less than the dense layer"
                 else:
-                    found[names[0]] = Layer(names[0], tuple(names[1:]), shape, choices, costs)
+                    name, roles = names[0], self._roles.get(names[0], ())
+                    site = self._sites.get(name, "")
+                    found[name] = Layer(name, tuple(names[1:]), shape, choices, costs, roles, site)
             if reason is not None:
                 self.reasons[names[0]] = reason
         return found
@@ -166,7 +176,7 @@ class _Compiler:
         reader = next((self._readers[name] for name in names if name in self._readers), "")
         checks: list[tuple[str, Callable[[], bool]]] = [
             ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
-            ("excluded", lambda: any(re.search(e, n) for e in self._exclude for n in names)),
+            ("excluded", lambda: any(self._excludes(e, n) for e in self._exclude for n in names)),
             ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
             ("its class overrides forward", lambda: any(map(overrides_forward, modules))),
             (
@@ -187,6 +197,13 @@ class _Compiler:
             ),
         ]
         return next((reason for reason, applies in checks if applies()), None)
+
+    def _excludes(self, text: str, name: str) -> bool:
+        """Whether an expression or a role is that of a layer."""
+        request = RoleRequest.of(text)
+        if request is None:
+            return re.search(text, name) is not None
+        return request.role in self._roles.get(name, ())
 
     def _unsuitable(self, names: list[str], shape: LayerShape) -> str | None:
         """Why a layer of this shape and with these uses of its weight stays dense, or None."""
@@ -216,6 +233,17 @@ def _tied(model: nn.Module) -> list[list[str]]:
             weight = module._parameters.get("weight")  # a property if parametrised
             groups.setdefault(id(module if weight is None else weight), []).append(name)
     return list(groups.values())
+
+
+def _linear_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, LayerShape]:
+    """The shapes of linear layers."""
+    modules = {name: model.get_submodule(name) for name in names}
+    return {
+        name: LayerShape.of(module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) or is_hf_conv1d(module)
+        if isinstance(module.weight, Tensor) and module.weight.dim() == 2
+    }
 
 
 def _dtype(module: nn.Module) -> str:

@@ -73,9 +73,7 @@ class SeparateExperts(nn.Module):
         self.activation = _without_weights(fused)
         self.train(fused.training)
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs for each token.
 
         Args:
@@ -85,7 +83,7 @@ class SeparateExperts(nn.Module):
         """
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(x)
-        for number, tokens, weights in self._routes(len(x), top_k_index, top_k_weights):
+        for number, tokens, weights in self._routes(top_k_index, top_k_weights):
             y = self._expert(number, x[tokens]) * weights.unsqueeze(-1)
             total.index_add_(0, tokens, y.to(total.dtype))
         return total.reshape(hidden_states.shape)
@@ -102,12 +100,10 @@ class SeparateExperts(nn.Module):
         found: Tensor = expert.down_proj(h)
         return found
 
-    def _routes(
-        self, count: int, index: Tensor, weights: Tensor
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _routes(self, index: Tensor, weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Expert, tokens (n,) and weights (n,) of every expert that is chosen."""
         if _balanced.get():
-            yield from self._equal_shares(count, index, weights)
+            yield from self._equal_shares(index, weights)
             return
         for number in range(self.count):
             tokens, places = torch.where(index == number)
@@ -115,13 +111,13 @@ class SeparateExperts(nn.Module):
                 yield number, tokens, weights[tokens, places]
 
     def _equal_shares(
-        self, count: int, index: Tensor, weights: Tensor
+        self, index: Tensor, weights: Tensor
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The chosen places of all tokens, dealt out in turn."""
         places = torch.arange(index.numel(), device=index.device)
         for number in range(self.count):
             own = places[number :: self.count]
-            yield number, own % count, weights.flatten()[own]
+            yield number, own // index.shape[-1], weights.flatten()[own]
 
 
 def separate_experts(model: nn.Module) -> nn.Module:
@@ -137,7 +133,7 @@ def separate_experts(model: nn.Module) -> nn.Module:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts as ``transformers`` fuses them, without more in their path."""
+    """Whether a module holds experts as ``transformers`` fuses them, and nothing else."""
     own = module._parameters
     down = own.get(DOWN)
     wanted = own.get(GATED if getattr(module, "has_gate", False) else UNGATED)
@@ -155,9 +151,7 @@ def is_fused_experts(module: nn.Module) -> bool:
     )
 
 
-def _projections(
-    fused: Any, number: int
-) -> tuple[nn.Linear | None, nn.Linear, nn.Linear]:
+def _projections(fused: Any, number: int) -> tuple[nn.Linear | None, nn.Linear, nn.Linear]:
     """Gate, up and down of one expert."""
     turn = fused.is_transposed
     down = _linear(fused, DOWN, number, turn)

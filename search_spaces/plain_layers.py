@@ -38,7 +38,8 @@ def with_plain_layers(model: nn.Module) -> nn.Module:
     """The model without wrappers, with plain layers wherever these are the same function.
 
     It is a copy if anything is replaced. ``nn.MultiheadAttention`` becomes four linear layers, and
-    the matrices of fused experts become layers. A layer that computes its weight becomes one that holds it, which training then changes directly.
+    the matrices of fused experts become layers. A layer that computes its weight becomes one that
+    holds it, which training then changes directly.
 
     Raises:
         UsageError: The model is no tree of modules with weights; see `unwrapped`.

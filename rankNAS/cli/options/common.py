@@ -51,7 +51,9 @@ class SpaceOptions(Options):
     )
     multiple_of: int = option(1, "Ranks are multiples of this number.", RANKS, min=1, hidden=True)
     exclude: list[str] = option(
-        [], "Regular expression of layers that stay dense. Repeatable.", RANKS
+        [],
+        "Layers that stay dense: a regular expression, or a role such as role:k. Repeatable.",
+        RANKS,
     )
 
 
