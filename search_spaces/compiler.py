@@ -19,13 +19,14 @@ from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.plain_layers import overrides_forward, with_plain_layers
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
+from rankNAS.search_spaces.projections import fused_projections, split_projections
 from rankNAS.search_spaces.remainder import Remainder
 from rankNAS.search_spaces.roles import RoleRequest, find_roles
 from rankNAS.search_spaces.substitution import needed_in_place
 from rankNAS.search_spaces.tracing import Trace, is_decomposable, shape_of, trace
 from rankNAS.search_spaces.wrappers import unwrapped
 
-__all__ = ["check_patterns", "compile_space", "count_macs"]
+__all__ = ["check_patterns", "compile_space", "count_macs", "prepared_model"]
 
 MIN_WEIGHTS = 1024  # smaller layers stay dense
 
@@ -71,10 +72,11 @@ def compile_space(
         1024
     """
     check_patterns(exclude)
-    model = with_plain_layers(model)
+    policy = policy or RankPolicy()
+    model = prepared_model(model, example_inputs, policy)
     traced = trace(model, example_inputs)
     compiler = _Compiler(model, traced, exclude, keep_output_dense, min_weights)
-    found = compiler.layers(policy or RankPolicy())
+    found = compiler.layers(policy)
     candidates = {name: layer.paths for name, layer in found.items()}
     needed = needed_in_place(model, candidates, traced.calls, example_inputs)
     layers = {name: layer for name, layer in found.items() if name not in needed}
@@ -92,6 +94,26 @@ def compile_space(
     return SearchSpace(
         layers, (*skipped, *others), _rest(model, layers, traced.total), shape_of(example_inputs)
     )
+
+
+def prepared_model(model: nn.Module, example_inputs: Any, policy: RankPolicy) -> nn.Module:
+    """The model whose layers a space is made of: plain layers, and split ones if a policy says so.
+
+    Args:
+        model: The model.
+        example_inputs: See `compile_space`.
+        policy: Says whether fused projections are split.
+    """
+    model = with_plain_layers(model)
+    sizes = fused_projections(model) if policy.split_fused else {}
+    if not sizes:
+        return model
+    traced = trace(model, example_inputs)
+    compiler = _Compiler(model, traced, (), False, 0)
+    alone = {names[0] for names in compiler.groups if len(names) == 1}
+    usable = {p: [p] for p in sizes if p in alone and compiler.unsupported([p]) is None}
+    needed = needed_in_place(model, usable, traced.calls, example_inputs)
+    return split_projections(model, usable.keys() - needed.keys())
 
 
 def check_patterns(exclude: Sequence[str]) -> None:
@@ -150,7 +172,7 @@ class _Compiler:
         """The groups that can be decomposed; `reasons` has the others."""
         found: dict[str, Layer] = {}
         for names in self.groups:
-            reason = self._unsupported(names)
+            reason = self.unsupported(names)
             if reason is None:
                 shape = self._shape(names)
                 reason = self._unsuitable(names, shape)
@@ -170,7 +192,7 @@ class _Compiler:
         calls = tuple(call for name in names for call in self._calls.get(name, ()))
         return LayerShape.of(self._model.get_submodule(names[0]), calls)
 
-    def _unsupported(self, names: list[str]) -> str | None:
+    def unsupported(self, names: list[str]) -> str | None:
         """Why modules cannot be replaced, whatever their shape, or None."""
         modules = [self._model.get_submodule(name) for name in names]
         reader = next((self._readers[name] for name in names if name in self._readers), "")

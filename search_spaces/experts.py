@@ -8,7 +8,7 @@ expert (two if the experts have no gate).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -120,12 +120,22 @@ class SeparateExperts(nn.Module):
             yield number, own // index.shape[-1], weights.flatten()[own]
 
 
-def separate_experts(model: nn.Module) -> nn.Module:
+def separate_experts(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     """The model with the matrices of fused experts as layers; a copy if it has any.
 
     The weights of the experts stay those of the model; everything else is copied.
+
+    Args:
+        model: The model.
+        names: Layers or weights that the result must have; fused experts without any of them
+            stay fused.
     """
-    separate = {id(m): SeparateExperts(m) for m in model.modules() if is_fused_experts(m)}
+    separate = {
+        id(module): SeparateExperts(module)
+        for path, module in model.named_modules()
+        if is_fused_experts(module)
+        and (names is None or any(name.startswith(f"{path}.0.") for name in names))
+    }
     if not separate:
         return model
     found: nn.Module = separate.get(id(model)) or copied(model, separate)

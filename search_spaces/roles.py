@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UnknownNameError
 
-__all__ = ["ROLES", "RoleRequest", "find_roles"]
+__all__ = ["ROLES", "RoleRequest", "find_roles", "role_of"]
 
 ROLES: dict[str, str] = {
     "q": "query projection of attention",
@@ -64,6 +64,8 @@ ENDS: tuple[tuple[str, str], ...] = (
     (r"to_out\.\d+$", "o"),
     (r"intermediate\.dense$", "fc1"),
     (r"(mlp|ffn|feed_forward)\.c_proj$", "fc2"),
+    (r"(gate_up_proj|w12)\.gate$", "gate"),
+    (r"(gate_up_proj|w12)\.up$", "up"),
     (r"DenseReluDense\.wo$", "fc2"),
     (r"(layer\.\d+|layers?|ffn)\.output\.dense$", "fc2"),
     (r"decoder$", "head"),
@@ -91,6 +93,14 @@ class RoleRequest:
         return cls(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else None
 
 
+def role_of(path: str) -> str | None:
+    """The role of a layer by its path alone; None if the path does not tell."""
+    for pattern, role in ENDS:
+        if re.search(pattern, path):
+            return role
+    return LAST.get(_last(path))
+
+
 def find_roles(
     shapes: Mapping[str, LayerShape], sites: Mapping[str, str], output: str | None
 ) -> dict[str, tuple[str, ...]]:
@@ -108,7 +118,7 @@ def find_roles(
         {'h.0.attn.q_proj': ('q',), 'h.0.mlp.experts.3.down_proj': ('expert', 'down')}
     """
     linear = {name: shape for name, shape in shapes.items() if not shape.kernel}
-    by_name = {name: role for name in linear if (role := _by_name(name))}
+    by_name = {name: role for name in linear if (role := role_of(name))}
     if any(role == "gate" for role in by_name.values()) or "wo" in {_last(n) for n in linear}:
         by_name |= _feed_forward_outputs(linear, by_name)
     found = _by_flow(linear, sites) | by_name
@@ -121,13 +131,6 @@ def find_roles(
         if inside or own:
             roles[name] = (*inside, *own)
     return roles
-
-
-def _by_name(path: str) -> str | None:
-    for pattern, role in ENDS:
-        if re.search(pattern, path):
-            return role
-    return LAST.get(_last(path))
 
 
 def _feed_forward_outputs(

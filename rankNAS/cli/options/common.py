@@ -49,6 +49,9 @@ class SpaceOptions(Options):
     candidates: int = option(
         256, "Maximum number of choices per layer.", RANKS, min=1, hidden=True
     )
+    split_fused: bool = option(
+        False, "Split layers that hold query, key and value, or gate and up.", RANKS, hidden=True
+    )
     multiple_of: int = option(1, "Ranks are multiples of this number.", RANKS, min=1, hidden=True)
     exclude: list[str] = option(
         [],
