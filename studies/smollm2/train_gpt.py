@@ -93,7 +93,7 @@ def texts(path: Path) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def nats(model: GPT2LMHeadModel, text: Tensor, windows: int = 64) -> float:
     """The mean loss on the first windows of a text, without overlap."""
-    model.eval()
+    model.train(False)
     batch = text[: windows * CONTEXT].view(-1, CONTEXT).long()
     losses = [model(input_ids=part, labels=part).loss * len(part) for part in batch.split(16)]
     return float(sum(losses) / len(batch))
