@@ -35,8 +35,7 @@ from rankNAS.phases import Phases
 from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.base import Layer, SearchSpace
-from rankNAS.search_spaces.compiler import compile_space
-from rankNAS.search_spaces.plain_layers import with_plain_layers
+from rankNAS.search_spaces.compiler import compile_space, prepared_model
 from rankNAS.search_spaces.policies import hardware_choices
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import NORM, Settings
@@ -106,8 +105,8 @@ def prepare(
     )
     recovery = _recovery(splits, task, settings, seed)
     given = searchable(model)
-    model = with_plain_layers(given)
     example = task.inputs_of(splits.calibration.example(1, device))
+    model = prepared_model(given, example, settings.policy)
     verify_plain(model, given, example)
     model = copied(model).to(device).eval()
     space = space or compile_space(model, example, policy=settings.policy)

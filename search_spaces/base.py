@@ -24,6 +24,8 @@ class Layer(Mapping[Choice, Cost]):
         shape: Its shape, with the input sizes of every call in one forward pass.
         choices: The first choice is dense; no other is.
         costs: The cost of each choice, all calls together.
+        roles: What it is in a transformer, such as ``q``; see `rankNAS.search_spaces.roles`.
+        site: The first layer of those in a row with the same input; empty if unknown.
 
     Raises:
         UsageError: The first choice is not dense, or another one is.
@@ -34,6 +36,8 @@ class Layer(Mapping[Choice, Cost]):
     shape: LayerShape
     choices: tuple[Choice, ...]
     costs: tuple[Cost, ...]
+    roles: tuple[str, ...] = ()
+    site: str = ""
 
     def __post_init__(self) -> None:
         if self.choices[:1] != (DENSE,) or self.choices.count(DENSE) > 1:

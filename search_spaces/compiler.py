@@ -8,10 +8,10 @@ follow from shapes, so a model on the ``meta`` device compiles too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from rankNAS.decompositions.shapes import Cost, LayerShape, is_hf_conv1d
@@ -19,12 +19,14 @@ from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.plain_layers import overrides_forward, with_plain_layers
 from rankNAS.search_spaces.policies import RankPolicy, candidate_choices
+from rankNAS.search_spaces.projections import fused_projections, split_projections
 from rankNAS.search_spaces.remainder import Remainder
+from rankNAS.search_spaces.roles import RoleRequest, find_roles
 from rankNAS.search_spaces.substitution import needed_in_place
 from rankNAS.search_spaces.tracing import Trace, is_decomposable, shape_of, trace
 from rankNAS.search_spaces.wrappers import unwrapped
 
-__all__ = ["check_patterns", "compile_space", "count_macs"]
+__all__ = ["check_patterns", "compile_space", "count_macs", "prepared_model"]
 
 MIN_WEIGHTS = 1024  # smaller layers stay dense
 
@@ -45,7 +47,8 @@ def compile_space(
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or
             `Inputs`, on the model's device (``meta`` included). Costs refer to exactly this input.
         policy: Policy for the candidate ranks.
-        exclude: Regular expressions; a layer whose path matches one of them stays dense.
+        exclude: Regular expressions; a layer whose path matches one of them stays dense. With
+            ``role:`` in front, a role, such as ``role:k`` for key projections.
         keep_output_dense: Keep the last layer of the forward pass dense.
         min_weights: Keep layers with fewer weights dense.
 
@@ -69,10 +72,11 @@ def compile_space(
         1024
     """
     check_patterns(exclude)
-    model = with_plain_layers(model)
+    policy = policy or RankPolicy()
+    model = prepared_model(model, example_inputs, policy)
     traced = trace(model, example_inputs)
     compiler = _Compiler(model, traced, exclude, keep_output_dense, min_weights)
-    found = compiler.layers(policy or RankPolicy())
+    found = compiler.layers(policy)
     candidates = {name: layer.paths for name, layer in found.items()}
     needed = needed_in_place(model, candidates, traced.calls, example_inputs)
     layers = {name: layer for name, layer in found.items() if name not in needed}
@@ -92,11 +96,32 @@ def compile_space(
     )
 
 
+def prepared_model(model: nn.Module, example_inputs: Any, policy: RankPolicy) -> nn.Module:
+    """The model whose layers a space is made of: plain layers, and split ones if a policy says so.
+
+    Args:
+        model: The model.
+        example_inputs: See `compile_space`.
+        policy: Says whether fused projections are split.
+    """
+    model = with_plain_layers(model)
+    sizes = fused_projections(model) if policy.split_fused else {}
+    if not sizes:
+        return model
+    traced = trace(model, example_inputs)
+    compiler = _Compiler(model, traced, (), False, 0)
+    alone = {names[0] for names in compiler.groups if len(names) == 1}
+    usable = {p: [p] for p in sizes if p in alone and compiler.unsupported([p]) is None}
+    needed = needed_in_place(model, usable, traced.calls, example_inputs)
+    return split_projections(model, usable.keys() - needed.keys())
+
+
 def check_patterns(exclude: Sequence[str]) -> None:
-    """Raise a UsageError unless all texts are regular expressions."""
+    """Raise a UsageError unless all texts are regular expressions or ask for a role."""
     for pattern in exclude:
         try:
-            re.compile(pattern)
+            if RoleRequest.of(pattern) is None:
+                re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise UsageError(
                 f"`exclude` {pattern[:100]!r} is no regular expression ({error}); give one such "
@@ -135,14 +160,19 @@ class _Compiler:
         self.groups = sorted(
             _tied(model), key=lambda names: min(order.get(n, len(order)) for n in names)
         )
-        self._output = next(reversed(traced.calls), None) if keep_output_dense else None
+        last = next(reversed(traced.calls), None)
+        self._output = last if keep_output_dense else None
+        self._sites, self._roles = (
+            traced.sites,
+            find_roles(_linear_shapes(model, traced.calls), traced.sites, last),
+        )
         self.reasons: dict[str, str] = {}  # by the first name of a group that stays dense
 
     def layers(self, policy: RankPolicy) -> dict[str, Layer]:
         """The groups that can be decomposed; `reasons` has the others."""
         found: dict[str, Layer] = {}
         for names in self.groups:
-            reason = self._unsupported(names)
+            reason = self.unsupported(names)
             if reason is None:
                 shape = self._shape(names)
                 reason = self._unsuitable(names, shape)
@@ -151,7 +181,9 @@ class _Compiler:
                 if len(choices) == 1:
                     reason = "no rank costs less than the dense layer"
                 else:
-                    found[names[0]] = Layer(names[0], tuple(names[1:]), shape, choices, costs)
+                    name, roles = names[0], self._roles.get(names[0], ())
+                    site = self._sites.get(name, "")
+                    found[name] = Layer(name, tuple(names[1:]), shape, choices, costs, roles, site)
             if reason is not None:
                 self.reasons[names[0]] = reason
         return found
@@ -160,13 +192,13 @@ class _Compiler:
         calls = tuple(call for name in names for call in self._calls.get(name, ()))
         return LayerShape.of(self._model.get_submodule(names[0]), calls)
 
-    def _unsupported(self, names: list[str]) -> str | None:
+    def unsupported(self, names: list[str]) -> str | None:
         """Why modules cannot be replaced, whatever their shape, or None."""
         modules = [self._model.get_submodule(name) for name in names]
         reader = next((self._readers[name] for name in names if name in self._readers), "")
         checks: list[tuple[str, Callable[[], bool]]] = [
             ("the model itself: wrap it in nn.Sequential", lambda: "" in names),
-            ("excluded", lambda: any(re.search(e, n) for e in self._exclude for n in names)),
+            ("excluded", lambda: any(self._excludes(e, n) for e in self._exclude for n in names)),
             ("its weight is parametrised", lambda: any(map(_is_computed, modules))),
             ("its class overrides forward", lambda: any(map(overrides_forward, modules))),
             (
@@ -187,6 +219,13 @@ class _Compiler:
             ),
         ]
         return next((reason for reason, applies in checks if applies()), None)
+
+    def _excludes(self, text: str, name: str) -> bool:
+        """Whether an expression or a role is that of a layer."""
+        request = RoleRequest.of(text)
+        if request is None:
+            return re.search(text, name) is not None
+        return request.role in self._roles.get(name, ())
 
     def _unsuitable(self, names: list[str], shape: LayerShape) -> str | None:
         """Why a layer of this shape and with these uses of its weight stays dense, or None."""
@@ -216,6 +255,17 @@ def _tied(model: nn.Module) -> list[list[str]]:
             weight = module._parameters.get("weight")  # a property if parametrised
             groups.setdefault(id(module if weight is None else weight), []).append(name)
     return list(groups.values())
+
+
+def _linear_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, LayerShape]:
+    """The shapes of linear layers."""
+    modules = {name: model.get_submodule(name) for name in names}
+    return {
+        name: LayerShape.of(module)
+        for name, module in modules.items()
+        if isinstance(module, nn.Linear) or is_hf_conv1d(module)
+        if isinstance(module.weight, Tensor) and module.weight.dim() == 2
+    }
 
 
 def _dtype(module: nn.Module) -> str:

@@ -9,6 +9,7 @@ once, and a plain layer with the weight and the bias that the operation received
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from rankNAS.copies import copied
 from rankNAS.decompositions.shapes import hf_class
 from rankNAS.search_spaces.attention import separate_attention
+from rankNAS.search_spaces.experts import separate_experts
+from rankNAS.search_spaces.projections import fused_projections, split_projections
 
 __all__ = ["overrides_forward", "with_plain_layers"]
 
@@ -33,11 +36,18 @@ ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups
 MARGINS = (2, 5)  # by which a probe is larger than the kernel, at least
 
 
-def with_plain_layers(model: nn.Module) -> nn.Module:
+def with_plain_layers(model: nn.Module, names: Iterable[str] | None = None) -> nn.Module:
     """The model without wrappers, with plain layers wherever these are the same function.
 
-    It is a copy if anything is replaced. ``nn.MultiheadAttention`` becomes four linear layers. A
-    layer that computes its weight becomes one that holds it, which training then changes directly.
+    It is a copy if anything is replaced. ``nn.MultiheadAttention`` becomes four linear layers, and
+    the matrices of fused experts become layers. A layer that computes its weight becomes one that
+    holds it, which training then changes directly.
+
+    Args:
+        model: The model.
+        names: Layers or weights that the result must have. Fused experts stay fused, and fused
+            projections are split, if these names say so. By default, experts are separated and
+            projections stay as they are.
 
     Raises:
         UsageError: The model is no tree of modules with weights; see `unwrapped`.
@@ -54,6 +64,15 @@ def with_plain_layers(model: nn.Module) -> nn.Module:
         ), True)
     """
     model = separate_attention(model)
+    if names is None:
+        model = separate_experts(model)
+    else:
+        names = set(names)
+        model = separate_experts(model, names)
+        split = {
+            path for path, parts in fused_projections(model).items() if _has(names, path, parts)
+        }
+        model = split_projections(model, split)
     operations = {name: op for name, m in model.named_modules() if (op := _operation(m))}
     if not operations:
         return model
@@ -68,6 +87,12 @@ def with_plain_layers(model: nn.Module) -> nn.Module:
             if module in plain:
                 setattr(parent, child, plain[module])
     return network
+
+
+def _has(names: Collection[str], path: str, parts: Iterable[str]) -> bool:
+    """Whether some names are those of parts of a module, or lie inside one."""
+    inside = tuple(f"{path}.{part}." for part in parts)
+    return any(f"{name}.".startswith(inside) for name in names)
 
 
 def overrides_forward(module: nn.Module) -> bool:

@@ -51,6 +51,8 @@ class RankPolicy:
             of the family takes at most (1 + tolerance) times as long. None keeps all. See
             `latency_pareto_ranks`.
         require_speedup: With known latencies, drop choices that are not faster than dense.
+        split_fused: Split layers that hold query, key and value, or gate and up, so that each
+            has a rank of its own.
 
     Raises:
         UsageError: A number is below one, a tolerance negative, or a cost or operator unknown.
@@ -68,6 +70,7 @@ class RankPolicy:
     operators: tuple[str, ...] = tuple(OPERATORS)
     latency_tolerance: float | None = None
     require_speedup: bool = False
+    split_fused: bool = False
 
     def __post_init__(self) -> None:
         for name in ("candidates", "multiple_of"):

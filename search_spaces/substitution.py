@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rankNAS.copies import evaluating
+from rankNAS.search_spaces.experts import balanced_routing
 from rankNAS.search_spaces.tracing import in_words
 from rankNAS.trees import Inputs
 
@@ -43,7 +44,8 @@ def needed_in_place(
         return {}
     watch = _Watch(model, layers)
     try:
-        with evaluating(model), torch.random.fork_rng(devices=[]), watch.standing_in():
+        watched = watch.standing_in()
+        with evaluating(model), torch.random.fork_rng(devices=[]), balanced_routing(), watched:
             Inputs.of(example_inputs).copied().run(model)
     except Exception as error:
         if watch.reasons:  # the next pass runs without the layers found here

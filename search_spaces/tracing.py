@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rankNAS.copies import evaluating
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.exceptions import UsageError
+from rankNAS.search_spaces.experts import balanced_routing
 from rankNAS.trees import Inputs, is_batched, sample_count, tensors, type_difference
 
 __all__ = ["Trace", "in_words", "is_decomposable", "shape_of", "trace"]
@@ -38,11 +39,13 @@ class Trace:
             modules inside it.
         readers: By path of a module, another module, in words, that multiplies by its weight.
             These products count as those of the weight's module.
+        sites: By layer name, the first of the layers in a row that receive the same tensor.
     """
 
     calls: dict[str, list[tuple[int, ...]]]
     macs: dict[str, int]
     readers: dict[str, str]
+    sites: dict[str, str]
 
     @property
     def total(self) -> int:
@@ -55,6 +58,8 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
 
     Raises:
         UsageError: The model does not run on the inputs.
+
+    Every expert of a mixture counts with an equal share of the tokens.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     recorder = _Recorder(model, counter)
@@ -66,6 +71,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             recorder.attached(),
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),
+            balanced_routing(),
             counter,
             recorder,
         ):
@@ -117,6 +123,8 @@ class _Recorder(TorchFunctionMode):
         self._known: defaultdict[str, int] = defaultdict(int)
         self._calls: dict[str, list[tuple[int, ...]]] = {}
         self._readers: dict[str, str] = {}
+        self._sites: dict[str, str] = {}
+        self._last: tuple[str, Any] = ("", None)  # a layer and its input
         self._owners: defaultdict[int, list[str]] = defaultdict(list)  # of each weight
         for name, module in self._modules.items():
             for parameter in module._parameters.values():
@@ -158,7 +166,8 @@ class _Recorder(TorchFunctionMode):
         self._assign()
         macs = {name: flops // 2 for name, flops in self._flops.items()}
         macs = {name: count for name, count in (macs | self._known).items() if count}
-        return Trace(self._calls, macs, self._readers)
+        self._last = "", None
+        return Trace(self._calls, macs, self._readers, self._sites)
 
     def _hooks(self, name: str) -> tuple[Any, Any]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,6 +178,9 @@ class _Recorder(TorchFunctionMode):
                 calls = self._calls.setdefault(name, [])
                 if isinstance(given[0], Tensor):  # anything else is for a forward of its own
                     calls.append(_call(module, given[0]))
+                    if given[0] is not self._last[1]:
+                        self._last = self._sites.get(name, name), given[0]
+                    self._sites.setdefault(name, self._last[0])
             elif (macs := _macs(module, given)) is not None:
                 self._known[name] += macs
 

@@ -27,10 +27,10 @@ def describe_layers(
 
     Returns:
         By name of the layer: ``macs`` of the dense layer and ``best_macs`` of the choice, the
-        layer's ``shape`` in words, the chosen ``operator`` and ``rank``, the ``break_even_rank``
-        and the ``full_rank`` (see `rank_limits`; None for a dense layer), and ``full_macs``, the
-        MACs at full rank. If latency was predicted, also ``predicted_latency`` and
-        ``best_predicted_latency``, in seconds.
+        layer's ``shape`` in words, its ``roles`` in a transformer, the chosen ``operator`` and
+        ``rank``, the ``break_even_rank`` and the ``full_rank`` (see `rank_limits`; None for a
+        dense layer), and ``full_macs``, the MACs at full rank. If latency was predicted, also
+        ``predicted_latency`` and ``best_predicted_latency``, in seconds.
     """
     seconds = problem.costs.get("latency")
     indices = problem.indices(allocation)
@@ -41,6 +41,7 @@ def describe_layers(
             "macs": layer.costs[0].macs,
             "best_macs": layer[choice].macs,
             "shape": _words(layer.shape),
+            "roles": list(layer.roles),
             "operator": choice.operator,
             "rank": list(choice.rank),
             **_limits(layer.shape, choice),

@@ -127,7 +127,8 @@ def rank_policy(options: SpaceOptions) -> RankPolicy:
         UsageError: An operator is unknown, or an expression of ``--exclude`` is none.
     """
     check_patterns(options.exclude)
-    policy, operators = RankPolicy(options.candidates, options.multiple_of), _operators(options)
+    policy = RankPolicy(options.candidates, options.multiple_of, split_fused=options.split_fused)
+    operators = _operators(options)
     return policy if operators is None else replace(policy, operators=operators)
 
 

@@ -76,7 +76,7 @@ def calibrate(
     """
     if norm == "weight":
         return {}
-    model = with_plain_layers(model)
+    model = with_plain_layers(model, space.layers)
     device = device_of(model)
     pooled = norm == "pooled"
     groups = max(1, len(samples) // POOLED) if pooled else None

@@ -121,7 +121,7 @@ def factorise(
             choices without factors are removed.
         on_layer: Called with (layers done, layers in total).
     """
-    model = with_plain_layers(model)
+    model = with_plain_layers(model, space.layers)
     centred_all = has_batch_norm(model) if centred is None else centred
     layers, degenerate = {}, DegenerateLayers()
     for done, (name, layer) in enumerate(space.layers.items(), 1):
@@ -153,7 +153,7 @@ def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:
         UsageError: The allocation names a layer that is not in the model, or an unknown
             operator.
     """
-    model = with_plain_layers(model)
+    model = with_plain_layers(model, allocation)
     for name, choice in allocation.items():
         if choice == DENSE:
             continue

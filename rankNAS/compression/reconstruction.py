@@ -33,6 +33,7 @@ from rankNAS.compression.surgery import changeable_copy, shared_copy
 from rankNAS.compression.walks import walk_through
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
+from rankNAS.tasks.base import at_least_float32
 from rankNAS.tasks.feeding import InputSource, input_batches
 from rankNAS.threads import limited_threads
 
@@ -169,6 +170,9 @@ class SequentialRefit:
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Compressed patches and dense outputs at the same positions, by batch."""
         layer = self._factorisation.space.layers[names[0]]
+        if "expert" in layer.roles:
+            yield from self._own_outputs(names, inputs)
+            return
         most = positions(layer, self._batches.samples)
         dense = [self._dense.of(name) for name in names]
         for number, (x, *outputs) in enumerate(zip(inputs, *dense, strict=True)):
@@ -177,6 +181,19 @@ class SequentialRefit:
                 continue
             x = counted(layer.shape, x, self._batches.mask(number))
             yield patches(layer.shape, x, draw(self._seed, number), most), called
+
+    def _own_outputs(
+        self, names: list[str], inputs: Iterator[Tensor | None]
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Compressed patches and the outputs that the dense layers would have on them, by batch.
+
+        An expert of the compressed network receives other tokens than that of the dense one.
+        """
+        layers = [self._factorisation.layers[name] for name in names]
+        for x in inputs:
+            if x is not None:
+                P = patches(layers[0].layer.shape, at_least_float32(x))
+                yield P, [P @ found.weight.flatten(2).to(P.dtype).mT for found in layers]
 
     def _model(
         self, layers: Mapping[str, LayerFactors], allocation: Mapping[str, Choice]

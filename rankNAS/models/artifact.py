@@ -120,7 +120,8 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     state |= {name: state[kept] for name, kept in shared.items()}
     if model_factory is None:
         check_sizes(model, state, str(path))
-    dense = with_plain_layers(_dense(model, path, model_factory))
+    names = {*allocation, *state}
+    dense = with_plain_layers(_dense(model, path, model_factory), names)
     check_choices(dense, allocation, str(path))
     network = _filled(skeleton(dense, allocation), state, path)
     load_state(network, state, source=str(path))

@@ -335,7 +335,8 @@ def _trial_hover(result: Document, trial: Document) -> str:
 
 def _layer_hover(solution: Document, name: str, layer: Document) -> str:
     label = solution["best"]["allocation"][name]
-    lines = [f"<b>{escape(name)}</b>", escape(str(layer.get("shape", ""))), escape(label)]
+    lines = [f"<b>{escape(name)}</b>", escape(" ".join(layer.get("roles", ())))]
+    lines += [escape(str(layer.get("shape", ""))), escape(label)]
     for title, key in (("break-even rank", "break_even_rank"), ("full rank", "full_rank")):
         if layer.get(key):
             lines.append(f"{title} {'x'.join(map(str, layer[key]))}")

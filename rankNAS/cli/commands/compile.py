@@ -36,25 +36,28 @@ def run_compile(options: CompileOptions) -> None:
 
 
 def _print_space(name: str, space: SearchSpace) -> None:
-    shares = space.shares
+    shares, roles = space.shares, any(layer.roles for layer in space.layers.values())
     rows: list[tuple[str, ...]] = []
     for layer in space.layers.values():
         dense, least = layer.costs[0], min(cost.macs for cost in layer.costs)
         rows.append(
             (
                 layer.name,
+                *([" ".join(layer.roles)] if roles else []),
                 _shape(layer),
                 *_amounts(dense, shares[layer.name]),
                 f"{100 * least / dense.macs:.1f} %",
                 ", ".join(f"{k} {v}" for k, v in _counts(layer).items()),
             )
         )
-    rows += _skipped_rows(space)
+    rows += [(name, *([""] if roles else []), *cells) for name, *cells in _skipped_rows(space)]
     columns = (
-        *("layer", "shape", "MACs", "%", "params", "%"),
+        *("layer", *(["role"] if roles else []), "shape", "MACs", "%", "params", "%"),
         *("least MACs", "choices, or why dense"),
     )
-    print_table(f"{name} at {'x'.join(map(str, space.input_shape))}", columns, rows, left=2)
+    print_table(
+        f"{name} at {'x'.join(map(str, space.input_shape))}", columns, rows, left=3 if roles else 2
+    )
     total, layers = space.dense_cost, space.costs(space.dense)
     least = space.remainder_cost.macs + sum(
         min(c.macs for c in x.costs) for x in space.layers.values()
@@ -121,6 +124,7 @@ def _document(name: str, space: SearchSpace) -> dict[str, Any]:
             }
             for layer in space.layers.values()
         },
+        "roles": {layer.name: layer.roles for layer in space.layers.values() if layer.roles},
         "dense": {s.name: s.reason for s in space.skipped},
         "shares": space.shares,
     }

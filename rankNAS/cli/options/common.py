@@ -49,9 +49,14 @@ class SpaceOptions(Options):
     candidates: int = option(
         256, "Maximum number of choices per layer.", RANKS, min=1, hidden=True
     )
+    split_fused: bool = option(
+        False, "Split layers that hold query, key and value, or gate and up.", RANKS, hidden=True
+    )
     multiple_of: int = option(1, "Ranks are multiples of this number.", RANKS, min=1, hidden=True)
     exclude: list[str] = option(
-        [], "Regular expression of layers that stay dense. Repeatable.", RANKS
+        [],
+        "Layers that stay dense: a regular expression, or a role such as role:k. Repeatable.",
+        RANKS,
     )
 
 

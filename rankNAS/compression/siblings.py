@@ -1,0 +1,92 @@
+"""Statistics of experts that saw few tokens: shrinkage towards the other experts of the block."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from rankNAS.decompositions.norms import Statistics
+from rankNAS.search_spaces.base import Layer
+
+__all__ = ["shrunk_towards_siblings"]
+
+logger = logging.getLogger(__name__)
+NUMBER = re.compile(r"(^|\.)experts\.\d+(?=\.)")
+NAMED = 3  # layers that the warning names
+FEW = 1.0  # tokens per input below which an expert is named
+
+
+def shrunk_towards_siblings(
+    layers: Mapping[str, Layer], statistics: Mapping[str, Statistics], tokens: Mapping[str, int]
+) -> dict[str, Statistics]:
+    """The statistics, with those of experts mixed with the mean of their block.
+
+    An expert with n tokens and m inputs gets the weight n / (n + m), the mean of all experts of
+    the block with the same role m / (n + m), as if it had seen m tokens of the mean.
+
+    Args:
+        layers: The layers.
+        statistics: Their statistics, of any kind for those without tokens.
+        tokens: The number of tokens that each layer saw.
+    """
+    found, few = dict(statistics), []
+    for names in _siblings(layers):
+        total = sum(tokens[name] for name in names)
+        if not total:
+            continue
+        shares = {name: tokens[name] / total for name in names if tokens[name]}
+        mean = _mixed({name: statistics[name] for name in shares}, shares)
+        for name in names:
+            inputs = layers[name].shape.inputs
+            if tokens[name] < FEW * inputs:
+                few.append(f"{name!r} ({tokens[name]} tokens)")
+            own = tokens[name] / (tokens[name] + inputs)
+            both = {"own": statistics[name], "mean": mean}
+            found[name] = _mixed(both, {"own": own, "mean": 1 - own}) if own else mean
+    if few:
+        more = len(few) - NAMED
+        logger.warning(
+            "some experts saw few tokens, so their statistics lean on those of their siblings: "
+            "%s; give more calibration data.",
+            ", ".join(few[:NAMED]) + (f" and {more} more layers" if more > 0 else ""),
+        )
+    return found
+
+
+def _siblings(layers: Mapping[str, Layer]) -> list[list[str]]:
+    """The layers of the experts of one block with the same place in their expert."""
+    groups: dict[tuple[str, int, int], list[str]] = {}
+    for name, layer in layers.items():
+        if "expert" in layer.roles and NUMBER.search(name):
+            place = NUMBER.sub(r"\1experts", name)
+            key = place, layer.shape.inputs, layer.shape.outputs
+            groups.setdefault(key, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _mixed(parts: Mapping[str, Statistics], shares: Mapping[str, float]) -> Statistics:
+    """The weighted sum of statistics; shares add up to one."""
+
+    def total(tensors: Mapping[str, Tensor]) -> Tensor:
+        sums = [shares[name] * tensor for name, tensor in tensors.items()]
+        result = sums[0]
+        for tensor in sums[1:]:
+            result = result + tensor
+        return result
+
+    first = next(iter(parts.values()))
+    gradients = {
+        name: part.output_gradient_second_moment
+        for name, part in parts.items()
+        if part.output_gradient_second_moment is not None
+    }
+    return replace(
+        first,
+        input_second_moment=total({n: p.input_second_moment for n, p in parts.items()}),
+        mean=total({n: p.mean for n, p in parts.items()}),
+        output_gradient_second_moment=total(gradients) if len(gradients) == len(parts) else None,
+    )

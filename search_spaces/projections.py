@@ -1,0 +1,141 @@
+"""Fused projections as separate layers: query, key and value, or gate and up.
+
+Each part then has a rank of its own. The parts of a fused layer share the first factor of a
+decomposition; separate ones do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.copies import copied
+from rankNAS.decompositions.layer_view import LayerView
+from rankNAS.decompositions.shapes import is_hf_conv1d
+from rankNAS.search_spaces.roles import role_of
+
+__all__ = ["SplitProjection", "fused_projections", "split_projections"]
+
+PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+#: Classes whose layer has the rows of each head together: its query, its key, its value.
+BY_HEADS = ("GPTNeoX", "Bloom")
+
+
+class SplitProjection(nn.Module):
+    """Layers with the same input whose outputs are joined.
+
+    Args:
+        parts: The layers by role, in order.
+        order: Which of their outputs, one part after the other, each joined output is; None if
+            they are only concatenated.
+
+    Example:
+        >>> both = SplitProjection({"gate": nn.Linear(4, 6), "up": nn.Linear(4, 6)})
+        >>> both(torch.zeros(2, 4)).shape
+        torch.Size([2, 12])
+    """
+
+    order: Tensor | None
+
+    def __init__(self, parts: Mapping[str, nn.Module], order: Tensor | None = None) -> None:
+        super().__init__()
+        self._names = tuple(parts)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The joined outputs (..., outputs)."""
+        joined = torch.cat([self.get_submodule(name)(x) for name in self._names], -1)
+        return joined if self.order is None else joined[..., self.order]
+
+
+def split_projections(model: nn.Module, paths: Collection[str]) -> nn.Module:
+    """A copy of the model in which fused projections are split; the model itself without paths.
+
+    Args:
+        model: The model.
+        paths: Some of those that `fused_projections` finds.
+    """
+    if not paths:
+        return model
+    sizes = fused_projections(model)
+    network = copied(model)
+    for path in paths:
+        view = LayerView(network, [path])
+        parent = network.get_submodule(path.rpartition(".")[0])
+        view.replace(_split(view, sizes[path], parent))
+    return network
+
+
+def fused_projections(model: nn.Module) -> dict[str, dict[str, int]]:
+    """By path of a fused projection, the number of outputs of each part."""
+    found = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Linear) and not is_hf_conv1d(module):
+            continue
+        weight: Any = LayerView(module, [""]).weight
+        sizes = _sizes(model, path, role_of(path), *weight.shape)
+        if sizes is not None:
+            found[path] = sizes
+    return found
+
+
+def _sizes(
+    model: nn.Module, path: str, role: str | None, outputs: int, inputs: int
+) -> dict[str, int] | None:
+    """The outputs of each part; None if the layer is not fused, or its parts are not known."""
+    if role == "gate_up":
+        return {"gate": outputs // 2, "up": outputs // 2} if outputs % 2 == 0 else None
+    if role != "qkv":
+        return None
+    parent = path.rpartition(".")[0]
+    after = [
+        LayerView(module, [""]).weight.shape[1]
+        for name, module in model.get_submodule(parent).named_modules()
+        if (isinstance(module, nn.Linear) or is_hf_conv1d(module))
+        and role_of(f"{parent}.{name}") == "o"
+    ]
+    queries = int(after[0]) if len(after) == 1 else inputs
+    keys, rest = divmod(outputs - queries, 2)
+    by_heads = path.endswith("query_key_value")
+    if (
+        rest
+        or not 0 < keys <= queries
+        or (by_heads and (keys != queries or not _heads(model, path)))
+    ):
+        return None
+    return {"q": queries, "k": keys, "v": keys}
+
+
+def _heads(model: nn.Module, path: str) -> int:
+    """The heads of a fused projection with the rows of each head together; 0 if unknown."""
+    parent: Any = model.get_submodule(path.rpartition(".")[0])
+    if not type(parent).__name__.startswith(BY_HEADS):
+        return 0
+    size = getattr(parent, "head_size", None) or getattr(parent, "head_dim", None) or 0
+    rows = len(LayerView(model, [path]).weight)
+    return rows // (3 * size) if size and rows % (3 * size) == 0 else 0
+
+
+def _split(view: LayerView, sizes: Mapping[str, int], parent: nn.Module) -> SplitProjection:
+    """The parts of a layer, with copies of its rows."""
+    model, rows = view.modules[0], torch.arange(sum(sizes.values()))
+    by_heads = type(parent).__name__.startswith(BY_HEADS)
+    if by_heads:
+        size: Any = getattr(parent, "head_size", None) or parent.head_dim
+        rows = rows.unflatten(0, (-1, 3, int(size))).transpose(0, 1).flatten()
+    parts = {}
+    for name, own in zip(sizes, rows.split(list(sizes.values())), strict=True):
+        bias = None if view.bias is None else view.bias[own].clone()
+        part = nn.Linear(view.weight.shape[1], len(own), bias is not None, device="meta")
+        trained = view.parameter.requires_grad
+        part.weight = nn.Parameter(view.weight[own].clone(), trained)
+        if bias is not None:
+            part.bias = nn.Parameter(bias, trained)
+        parts[name] = part
+    found = SplitProjection(parts, rows.argsort() if by_heads else None)
+    return found.train(model.training)
