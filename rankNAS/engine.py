@@ -173,7 +173,7 @@ def search(
                 chosen,
                 measured,
                 budgets,
-                settings,
+                settings.sized(loaded),
                 seed,
                 len(context.factorisation.space.layers),
             ),

@@ -101,9 +101,8 @@ def prepare(
     for strategy in strategies:
         for request in requests(data, budgets, objectives, settings):
             strategy.check(request)
-    splits = split(
-        data, calibration=settings.calibration, validation=settings.validation, seed=seed
-    )
+    sizes = settings.sizes(data)
+    splits = split(data, calibration=sizes.calibration, validation=sizes.validation, seed=seed)
     recovery = _recovery(splits, task, settings, seed)
     given = searchable(model)
     model = with_plain_layers(given)
@@ -157,11 +156,11 @@ def prepare(
             objectives,
             extra_costs=None if latency is None else partial(_predicted, latency),
             batch_norm=settings.batch_norm,
-            batch_size=settings.batch_size,
+            batch_size=sizes.batch_size,
             device=device,
             sequential=settings.sequential,
             recovery=recovery,
-            screened=settings.screening,
+            screened=sizes.screening,
             refiner=None
             if settings.refine is None
             else Refiner(splits.training, task, settings.refine, seed, report),
@@ -193,7 +192,7 @@ def requests(
 ) -> list[Request]:
     """One request to a strategy for each budget; known before any work is done."""
     names = [o.name for o in objectives]
-    training = len(data.train) - held_out(len(data.train), settings.validation)
+    training = len(data.train) - held_out(data, settings.sizes(data).validation)
     return [Request(b, names, training) for b in budgets]
 
 

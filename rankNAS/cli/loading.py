@@ -279,9 +279,8 @@ def load_model(
         return model
     # An inferred task follows from the data and the model, which identify a training.
     named = "" if options.task is None else f"-{task.identity}"
-    splits = split(
-        data, calibration=settings.calibration, validation=settings.validation, seed=seed
-    )
+    sizes = settings.sizes(data)
+    splits = split(data, calibration=sizes.calibration, validation=sizes.validation, seed=seed)
     config = default_config(space.dense_cost.macs, len(splits.training))
     if not isinstance(task, Classification):  # whose losses are bounded in practice
         config = replace(config, clip=CLIP)
