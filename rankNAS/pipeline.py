@@ -46,6 +46,7 @@ from rankNAS.strategies.needed import needed_choices, with_choices
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem, check_reachable
 from rankNAS.tasks.base import Task
+from rankNAS.tasks.text import warn_of_targets
 from rankNAS.trees import Inputs
 
 __all__ = ["prepare", "requests"]
@@ -109,6 +110,7 @@ def prepare(
     example = task.inputs_of(splits.calibration.example(1, device))
     verify_plain(model, given, example)
     model = copied(model).to(device).eval()
+    warn_of_targets(model, task, splits.calibration)
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)

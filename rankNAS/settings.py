@@ -53,8 +53,8 @@ class Settings:
     Args:
         norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``. None
             is that of the strategy's paper, if it has one (`Strategy.norm`), else ``fisher``.
-        calibration: Training samples for statistics and batch norms, at most. None, here and below,
-            is a number by the size of a sample; see `sizes`.
+        calibration: Training samples for statistics and batch norms, at most. None, here and
+            below, is a number by the size of a sample; see `sizes`.
         validation: Further training samples that metrics are measured on, at most; those of the
             validation set if the data have one.
         screening: Samples of either kind on which strategies that screen candidates measure them

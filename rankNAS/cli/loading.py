@@ -17,11 +17,14 @@ from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.data.base import Data
 from rankNAS.data.labels import count_classes
-from rankNAS.data.loading import load_data
+from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import PASS, affordable_samples
 from rankNAS.data.splits import split
+from rankNAS.data.text.loading import is_text
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
+from rankNAS.model_data import load_data_of
 from rankNAS.models.weights import (
     load_weights,
     pretrained_weights,
@@ -45,6 +48,7 @@ from rankNAS.tasks.classification import Classification
 from rankNAS.tasks.infer import make_task, resolve_task
 
 __all__ = [
+    "affordable_training",
     "check_options",
     "check_writable",
     "image_side",
@@ -197,9 +201,16 @@ def load_named_data(options: ModelOptions) -> Data:
     """
     normalize = options.normalize
     of_file = options.weights not in (None, "pretrained")
-    if normalize is None and of_file and not is_plugin(options.data):
+    if normalize is None and of_file and not (is_plugin(options.data) or is_text(options.data)):
         normalize = recorded_normalization(str(options.weights))
-    data = load_data(options.data, normalize=normalize, image_size=options.image_size)
+    data = load_data_of(
+        options.space,
+        options.data,
+        normalize=normalize,
+        image_size=options.image_size,
+        context=options.context,
+        stride=options.stride,
+    )
     if data.num_classes is None and (not is_plugin(options.space) or wants_classes(options.space)):
         return replace(data, num_classes=_counted(data))
     return data
@@ -296,6 +307,14 @@ def load_model(
         device=options.device,
         on_step=lambda step, total, loss: progress.stage("train", step, total, f"loss {loss:.3f}"),
     )
+
+
+def affordable_training(config: TrainingConfig | None, samples: Samples) -> TrainingConfig | None:
+    """The configuration with smaller batches where samples are sequences of many tokens."""
+    if config is None:
+        return None
+    size = max(2, affordable_samples(config.batch_size, samples, 2 * PASS))
+    return replace(config, batch_size=size)
 
 
 def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:

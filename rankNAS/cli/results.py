@@ -14,7 +14,7 @@ from torch import nn
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
-from rankNAS.cli.loading import training_config
+from rankNAS.cli.loading import affordable_training, training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
@@ -111,7 +111,7 @@ def _solution(
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
-    config = training_config(options, options.finetune)
+    config = affordable_training(training_config(options, options.finetune), study.splits.training)
     if config is not None:
         try:
             tuning = study.context.recovery(config).config

@@ -73,7 +73,9 @@ def load_data(
     """
     text = {"tokenizer": tokenizer, "context": context, "stride": stride}
     if isinstance(source, str) and is_text(source):
-        _refuse(source, {"--normalize": normalize, "--image-size": image_size}, "text has no images")
+        _refuse(
+            source, {"--normalize": normalize, "--image-size": image_size}, "text has no images"
+        )
         return load_text(source, tokenizer=tokenizer, context=context, stride=stride)
     _refuse(source, text, "only language data such as text:DIR has windows of tokens")
     if isinstance(source, str) and not is_plugin(source):

@@ -16,6 +16,7 @@ from torch import nn
 from rankNAS.allocation import Allocation
 from rankNAS.cli.interrupts import interruptible
 from rankNAS.cli.loading import (
+    affordable_training,
     check_options,
     check_writable,
     load_model,
@@ -78,6 +79,8 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         redirect_stdout(sys.stderr),  # what the user's own code prints; stdout is for results
     ):
         data = load_named_data(options)
+        recovery = affordable_training(settings.recovery, data.train)
+        settings = replace(settings, recovery=recovery)
         untrained = untrained_model(options, data)
         task = load_task(options, data, untrained, progress)
         measured = objectives_of(options.objective or None, task)

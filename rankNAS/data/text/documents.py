@@ -168,9 +168,7 @@ def _stored(folder: Path, field: str) -> dict[str, Sequence[str]]:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            f"datasets:{folder} needs datasets: pip install 'ranknas[hf]'"
-        ) from error
+        raise UsageError(f"datasets:{folder} needs datasets: pip install 'ranknas[hf]'") from error
     try:
         found: Any = datasets.load_from_disk(str(folder))
     except Exception as error:  # the libraries behind it raise errors of any kind
@@ -181,7 +179,7 @@ def _stored(folder: Path, field: str) -> dict[str, Sequence[str]]:
     if not isinstance(found, Mapping):
         divided = _divided(Documents(_column(found, field, str(folder)), False, str(folder)))
         return {part: documents.texts for part, documents in divided.items()}
-    parts = {}
+    parts: dict[str, Sequence[str]] = {}
     for part, names in PARTS.items():
         name = next((name for name in names if name in found), None)
         if name is not None:

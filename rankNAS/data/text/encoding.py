@@ -43,7 +43,9 @@ def encoded(documents: Documents, tokenizer: Tokenizer, *, lines: bool = False) 
     """
     path: Path | None = None
     if sum(map(len, documents.texts)) >= LONG:
-        path = cache_folder() / "tokens" / f"{content_key(documents, tokenizer, lines)}.safetensors"
+        path = (
+            cache_folder() / "tokens" / f"{content_key(documents, tokenizer, lines)}.safetensors"
+        )
         kept = cache.read(path, "the tokens of a text")
         if kept is not None:
             tensors, _ = kept

@@ -180,7 +180,9 @@ def _of_arrays(
 ) -> Data:
     """The data of stored windows, each cut into windows of `context` if that is smaller."""
     if stride is not None:
-        raise DataError(f"{source} has windows of its own, so a stride has no effect; leave it out.")
+        raise DataError(
+            f"{source} has windows of its own, so a stride has no effect; leave it out."
+        )
     arrays = read_arrays(parsed.path)
     stored = next(iter(arrays.values())).shape[1]
     length = stored if context is None else context

@@ -81,8 +81,9 @@ def load_tokenizer(folder: str) -> Tokenizer:
     path, _, query = folder.partition("?")
     key, _, file = query.partition("=")
     if query and (key != "gguf_file" or not file):
-        raise UsageError(f"the tokenizer {folder!r} takes no {query!r}; give FOLDER, or "
-                         "FOLDER?gguf_file=FILE.")
+        raise UsageError(
+            f"the tokenizer {folder!r} takes no {query!r}; give FOLDER, or FOLDER?gguf_file=FILE."
+        )
     if not os.path.isdir(path):
         raise UsageError(
             f"there is no folder {path!r} with a tokenizer; give a Hugging Face folder, or "
