@@ -282,6 +282,8 @@ def load_model(
     The training excludes the validation data of a search with this seed.
     """
     model = untrained_model(options, data, seed)
+    if options.weights == "pretrained" and is_plugin(options.space):
+        return model  # with the weights that its function gives it
     if options.weights == "pretrained":
         model.load_state_dict(pretrained_weights(options.space, data.num_classes or 0))
         return model

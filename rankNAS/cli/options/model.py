@@ -81,7 +81,8 @@ class ModelOptions(SpaceOptions):
     )
     weights: str | None = option(
         None,
-        "Weights: a safetensors or state-dict file, or 'pretrained'. Default: train first.",
+        "Weights: a safetensors or state-dict file, or 'pretrained' (those of a file.py:factory "
+        "are its own). Default: train first.",
         MODEL,
     )
     trials: int = option(
