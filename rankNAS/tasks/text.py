@@ -24,6 +24,7 @@ __all__ = ["check_text", "config_number", "target_losses", "warn_of_targets"]
 logger = logging.getLogger(__name__)
 #: Names in the configurations of models for the largest number of tokens of a window.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+CHANCE = 1.0  # nats above the loss of a guess, before it is worth a word
 MARGIN = 0.5  # nats by which another position of the targets is better before it is worth a word
 
 
@@ -89,6 +90,7 @@ def warn_of_targets(model: nn.Module, task: Task, samples: Samples) -> None:
     """Warn if a causal model predicts a token at another position than that of its target.
 
     Labels that are not shifted, or shifted twice, otherwise give a perplexity that means nothing.
+    So does the tokenizer of another model, which shows in a loss above that of a guess.
 
     Args:
         model: The trained dense model.
@@ -97,25 +99,37 @@ def warn_of_targets(model: nn.Module, task: Task, samples: Samples) -> None:
     """
     if not isinstance(task, CausalLanguageModelling):
         return
-    losses = target_losses(model, task, samples.example(1, device_of(model)))
+    losses, classes = target_losses(model, task, samples.example(1, device_of(model)))
     if not losses:
         return
     best = min(losses, key=lambda move: losses[move])
     if losses[best] + MARGIN < losses[0]:
         logger.warning(
-            "%s predicts the token %s its target best: a loss of %.2f nats there, and of %.2f at "
-            "the targets. Labels may be unshifted, or shifted twice, or the model may be a masked "
-            "one; check them, or give no labels.",
+            "%s has a loss of %.2f nats at its targets, and of %.2f at those %d position%s %s: the "
+            "labels may be unshifted, or shifted twice, or the model may be a masked one; check "
+            "them, or give data without labels.",
             type(model).__name__,
-            f"{abs(best)} {'before' if best < 0 else 'after'}",
-            losses[best],
             losses[0],
+            losses[best],
+            abs(best),
+            "s" * (abs(best) > 1),
+            "before" if best < 0 else "after",
+        )
+    elif losses[0] > math.log(classes) + CHANCE:
+        logger.warning(
+            "%s has a loss of %.2f nats, more than that of a guess among its %d tokens; check that "
+            "its weights are trained and that the tokenizer is its own.",
+            type(model).__name__,
+            losses[0],
+            classes,
         )
 
 
 @torch.no_grad()
-def target_losses(model: nn.Module, task: CausalLanguageModelling, batch: Any) -> dict[int, float]:
-    """The mean loss in nats with the targets moved by -2, -1, 0 and 1 positions.
+def target_losses(
+    model: nn.Module, task: CausalLanguageModelling, batch: Any
+) -> tuple[dict[int, float], int]:
+    """The mean loss in nats with the targets moved by -2 to 1 positions, and the classes.
 
     Two back is where labels belong that the data shift once and the task once more. A position
     without a target is left out.
@@ -132,7 +146,7 @@ def target_losses(model: nn.Module, task: CausalLanguageModelling, batch: Any) -
         if len(counts[0]):
             loss = functional.cross_entropy(z[counts].float(), y[counts])
             found[move] = float(loss)
-    return found if 0 in found and math.isfinite(found[0]) else {}
+    return found if 0 in found and math.isfinite(found[0]) else {}, logits.shape[-1]
 
 
 def _moved(logits: Tensor, targets: Tensor, by: int) -> tuple[Tensor, Tensor]:
