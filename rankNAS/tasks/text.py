@@ -105,9 +105,9 @@ def warn_of_targets(model: nn.Module, task: Task, samples: Samples) -> None:
     best = min(losses, key=lambda move: losses[move])
     if losses[best] + MARGIN < losses[0]:
         logger.warning(
-            "%s has a loss of %.2f nats at its targets, and of %.2f at those %d position%s %s: the "
-            "labels may be unshifted, or shifted twice, or the model may be a masked one; check "
-            "them, or give data without labels.",
+            "%s has a loss of %.2f nats at its targets, and of %.2f at those %d position%s %s: "
+            "the labels may be unshifted, or shifted twice, or the model may be a masked one; "
+            "check them, or give data without labels.",
             type(model).__name__,
             losses[0],
             losses[best],
@@ -117,8 +117,8 @@ def warn_of_targets(model: nn.Module, task: Task, samples: Samples) -> None:
         )
     elif losses[0] > math.log(classes) + CHANCE:
         logger.warning(
-            "%s has a loss of %.2f nats, more than that of a guess among its %d tokens; check that "
-            "its weights are trained and that the tokenizer is its own.",
+            "%s has a loss of %.2f nats, more than that of a guess among its %d tokens; check "
+            "that its weights are trained and that the tokenizer is its own.",
             type(model).__name__,
             losses[0],
             classes,

@@ -162,7 +162,8 @@ def test_the_position_of_labels(
     model, loaded = Bigram(), load_data((items, None))
     found = resolve_task(task or "causal_lm", model, loaded)
     assert isinstance(found, CausalLanguageModelling)
-    losses = target_losses(model, found, loaded.train.example(4))
+    losses, classes = target_losses(model, found, loaded.train.example(4))
+    assert classes == 32
     assert min(losses, key=lambda move: losses[move]) == best
     with caplog.at_level(logging.WARNING):
         warn_of_targets(model, found, loaded.train)
@@ -190,3 +191,11 @@ def test_another_tokenizer_of_a_folder(tmp_path: Path) -> None:
         DataError, match=r"words' has 20 token ids, .* 19 rows; give the tokenizer"
     ):
         resolve_task(None, tiny_llama(19), data)
+
+
+def test_a_loss_above_that_of_a_guess_is_warned_about(
+    data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Bigram(256, step=77)
+    warn_of_targets(model, resolve_task(None, model, data), data.train)
+    assert "more than that of a guess among its 256 tokens; check" in caplog.text
