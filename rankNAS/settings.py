@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rankNAS.data.base import Data
-from rankNAS.data.sizes import PASS, tokens_of
+from rankNAS.data.sizes import PASS, affordable_samples, tokens_of
 from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
@@ -28,7 +28,7 @@ __all__ = ["Settings", "Sizes", "check_device", "check_seed", "study_identity"]
 LARGEST_SEED = 2**32 - 1  # that all libraries take
 
 NORM: NormName = "fisher"  # of strategies without one of their own
-EXAMPLES = 4  # samples on which a study's model is recognised
+EXAMPLES = 4  # samples on which a study's model is recognised, or fewer if they are long texts
 
 
 class Sizes(NamedTuple):
@@ -219,7 +219,8 @@ def _outputs(model: nn.Module, task: Task, data: Data) -> Sketches:
 
     Empty, which agrees with everything, if the outputs differ from pass to pass.
     """
-    inputs = task.inputs_of(data.train.example(EXAMPLES))
+    count = affordable_samples(EXAMPLES, data.train)
+    inputs = task.inputs_of(data.train.example(count))
     outputs = fixed_pass(model, inputs)
     sketches = Sketches.of(outputs, tolerance(model, outputs))
     again = Sketches.of(fixed_pass(model, inputs), sketches.rounding)

@@ -297,6 +297,7 @@ def load_model(
     config = default_config(space.dense_cost.macs, len(splits.training))
     if not isinstance(task, Classification):  # whose losses are bounded in practice
         config = replace(config, clip=CLIP)
+    config = affordable_training(config, splits.training)
     return trained_model(
         options.space,
         model,
@@ -311,10 +312,8 @@ def load_model(
     )
 
 
-def affordable_training(config: TrainingConfig | None, samples: Samples) -> TrainingConfig | None:
+def affordable_training(config: TrainingConfig, samples: Samples) -> TrainingConfig:
     """The configuration with smaller batches where samples are sequences of many tokens."""
-    if config is None:
-        return None
     size = max(2, affordable_samples(config.batch_size, samples, 2 * PASS))
     return replace(config, batch_size=size)
 

@@ -111,8 +111,9 @@ def _solution(
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
-    config = affordable_training(training_config(options, options.finetune), study.splits.training)
+    config = training_config(options, options.finetune)
     if config is not None:
+        config = affordable_training(config, study.splits.training)
         try:
             tuning = study.context.recovery(config).config
             tuned = _finetune(tuning, study, model, network, progress, deadline)

@@ -131,7 +131,12 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         output, changed = _run(model, task.inputs_of(batch))
         task = replace(task, changes_inputs=changed or task.changes_inputs)
     first = Samples.of(iter([batch]))  # also where the others are not in memory
-    for where, samples in (("train", first), ("train", data.train), ("test", data.test)):
+    for where, samples in (
+        ("train", first),
+        ("train", data.train),
+        ("valid", data.valid),
+        ("test", data.test),
+    ):
         if samples is not None:
             task.check(samples, where, output)
     task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use

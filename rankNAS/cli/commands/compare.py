@@ -61,7 +61,9 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
     sums = BlockSums(folder / SUMS)
     with progress_display(control.quiet) as progress:
         data = load_named_data(options)
-        training = affordable_training(training_config(options, options.finetune), data.train)
+        training = training_config(options, options.finetune)
+        if training is not None:
+            training = affordable_training(training, data.train)
         untrained = untrained_model(options, data)
         task = load_task(options, data, untrained, progress)
         objectives = objectives_of(options.objective or None, task)

@@ -79,8 +79,9 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         redirect_stdout(sys.stderr),  # what the user's own code prints; stdout is for results
     ):
         data = load_named_data(options)
-        recovery = affordable_training(settings.recovery, data.train)
-        settings = replace(settings, recovery=recovery)
+        if settings.recovery is not None:
+            recovery = affordable_training(settings.recovery, data.train)
+            settings = replace(settings, recovery=recovery)
         untrained = untrained_model(options, data)
         task = load_task(options, data, untrained, progress)
         measured = objectives_of(options.objective or None, task)
