@@ -15,7 +15,7 @@ from rankNAS.plugins import is_plugin
 from rankNAS.search_spaces.zoo import build_model
 from rankNAS.tasks.text import POSITIONS, config_number
 
-__all__ = ["FOLDER", "load_data_of", "trained_by_name"]
+__all__ = ["FOLDER", "context_of", "load_data_of", "trained_by_name"]
 
 #: Imported when a network is a folder.
 CONTEXT_LENGTH = "rankNAS.search_spaces.zoo.huggingface:context_length"
@@ -48,7 +48,7 @@ def load_data_of(
     if not is_text(source):
         return load_data(source, context=context, stride=stride, **options)
     folder = _folder(model)
-    most = _most(model)
+    most = context_of(model)
     if most is not None and context is not None and context > most:
         raise DataError(
             f"the context of {context} tokens is longer than that of the model, {most}; give "
@@ -72,16 +72,16 @@ def trained_by_name(name: str, data: Data) -> nn.Module:
     return build_model(name, num_classes=data.num_classes, input_shape=data.input_shape).eval()
 
 
-def _folder(model: str | nn.Module) -> str | None:
-    """The folder of ``hf:FOLDER``, perhaps with ``?gguf_file=FILE``; None for other models."""
-    named = isinstance(model, str) and model.startswith(FOLDER)
-    return str(model).removeprefix(FOLDER) if named else None
-
-
-def _most(model: str | nn.Module) -> int | None:
+def context_of(model: str | nn.Module) -> int | None:
     """The number of tokens that a model takes; None if it does not say so."""
     folder = _folder(model)
     if folder is not None:
         found: int | None = load(CONTEXT_LENGTH)(folder)
         return found
     return config_number(getattr(model, "config", None), *POSITIONS)
+
+
+def _folder(model: str | nn.Module) -> str | None:
+    """The folder of ``hf:FOLDER``, perhaps with ``?gguf_file=FILE``; None for other models."""
+    named = isinstance(model, str) and model.startswith(FOLDER)
+    return str(model).removeprefix(FOLDER) if named else None

@@ -65,8 +65,8 @@ def tiny_llama(vocabulary: int = 256, positions: int = 64, seed: int = 0) -> Any
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=32,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

@@ -24,7 +24,7 @@ from rankNAS.data.text.loading import is_text
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
-from rankNAS.model_data import load_data_of
+from rankNAS.model_data import context_of, load_data_of
 from rankNAS.models.weights import (
     load_weights,
     pretrained_weights,
@@ -60,6 +60,7 @@ __all__ = [
     "rank_policy",
     "training_config",
     "untrained_model",
+    "within_context",
     "workers_of",
 ]
 
@@ -214,6 +215,16 @@ def load_named_data(options: ModelOptions) -> Data:
     if data.num_classes is None and (not is_plugin(options.space) or wants_classes(options.space)):
         return replace(data, num_classes=_counted(data))
     return data
+
+
+def within_context(options: ModelOptions, data: Data, model: nn.Module) -> Data:
+    """The data in windows that a model takes, where the options leave their length open."""
+    most = context_of(model)
+    if data.text is None or options.context is not None or most is None:
+        return data
+    if data.text.context <= most:
+        return data
+    return load_data_of(model, options.data, stride=options.stride)
 
 
 def _counted(data: Data) -> int | None:

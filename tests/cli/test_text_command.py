@@ -89,6 +89,22 @@ def test_options_in_a_file(run: Run) -> None:
     assert code == 2 and "less than one window of 100000" in error
 
 
+def test_windows_are_as_long_as_the_model_takes(run: Run, place: Path) -> None:
+    source_code = (
+        "from language import tiny_llama\n\ndef make():\n    return tiny_llama(positions=48)\n"
+    )
+    (place / "llama.py").write_text(source_code)
+    text_folder(place / "long", 700)
+    named = ["--space", f"{place}/llama.py:make"]
+    few = ["--calibration", "8", "--validation", "8"]
+    code, printed, error = run(
+        *named, *few, "--study", "l", "--json", data=f"text:{place}/long?tokenizer=bytes"
+    )
+    assert code == 0, error
+    assert json.loads(printed)["dense"]["test_perplexity"] > 1
+    assert read_options(Path("ranknas-studies/l")).context is None
+
+
 @pytest.mark.parametrize(
     ("more", "data", "said"),
     [

@@ -23,6 +23,7 @@ from rankNAS.cli.loading import (
     named_strategy,
     training_config,
     untrained_model,
+    within_context,
 )
 from rankNAS.cli.options.compare import CompareControl, CompareOptions
 from rankNAS.cli.options.stored import current_options, write_options
@@ -65,6 +66,7 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
         if training is not None:
             training = affordable_training(training, data.train)
         untrained = untrained_model(options, data)
+        data = within_context(options, data, untrained)
         task = load_task(options, data, untrained, progress)
         objectives = objectives_of(options.objective or None, task)
         space = load_space(options, data, untrained, task, settings)

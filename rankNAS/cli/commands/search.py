@@ -25,6 +25,7 @@ from rankNAS.cli.loading import (
     load_task,
     named_strategy,
     untrained_model,
+    within_context,
     workers_of,
 )
 from rankNAS.cli.options.command import reproduction
@@ -83,6 +84,7 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
             recovery = affordable_training(settings.recovery, data.train)
             settings = replace(settings, recovery=recovery)
         untrained = untrained_model(options, data)
+        data = within_context(options, data, untrained)
         task = load_task(options, data, untrained, progress)
         measured = objectives_of(options.objective or None, task)
         for request in requests(data, options.budgets, measured, settings):

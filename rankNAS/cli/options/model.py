@@ -66,6 +66,7 @@ class ModelOptions(SpaceOptions):
         "tokens count. Default: the context.",
         MODEL,
         min=1,
+        hidden=True,
     )
     task: str | None = option(
         None,

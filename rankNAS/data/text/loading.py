@@ -66,7 +66,7 @@ def load_text(
     parsed = _Source.of(source)
     _check(context, stride)
     if parsed.kind == "tokens":
-        return _of_arrays(source, parsed, tokenizer, context, stride)
+        return _of_arrays(source, parsed, context, stride)
     given = parsed.options.get("tokenizer", tokenizer)
     if given is None:
         raise UsageError(
@@ -174,7 +174,6 @@ def _padded(
 def _of_arrays(
     source: str,
     parsed: _Source,
-    tokenizer: str | Tokenizer | None,
     context: int | None,
     stride: int | None,
 ) -> Data:
