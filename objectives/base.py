@@ -15,6 +15,7 @@ from torch import nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import affordable_samples
 from rankNAS.exceptions import ObjectiveError, UsageError
 from rankNAS.renamed import renamed_exports
 from rankNAS.tasks.base import Direction, Task
@@ -37,7 +38,8 @@ class EvaluationResult:
         samples: The validation samples.
         build: Builds the compressed network in evaluation mode; called on demand.
         device: The device of the network.
-        batch_size: Samples per batch of `batches`.
+        batch_size: Samples per batch of `batches`, at most; fewer if they are sequences of many
+            tokens.
     """
 
     allocation: Allocation
@@ -59,7 +61,8 @@ class EvaluationResult:
 
     def batches(self) -> Iterator[Any]:
         """The validation samples in batches, each a copy."""
-        batches = self.samples.batches(self.batch_size, device=self.device)
+        size = affordable_samples(self.batch_size, self.samples)
+        batches = self.samples.batches(size, device=self.device)
         return (tree_map(torch.clone, batch) for batch in batches)
 
     def example(self, count: int) -> Inputs:

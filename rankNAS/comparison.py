@@ -15,11 +15,12 @@ from torch import nn
 from rankNAS.budget import check_budgets
 from rankNAS.comparison_plan import Plan
 from rankNAS.comparison_seed import seed_rows
-from rankNAS.data.loading import DataSource, load_data
+from rankNAS.data.loading import DataSource
 from rankNAS.deadline import Deadline
 from rankNAS.evaluation.context import Progress, silent
 from rankNAS.exceptions import UsageError
 from rankNAS.hw_models import HardwareModel
+from rankNAS.model_data import load_data_of
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
@@ -115,7 +116,7 @@ def compare(
         check_seed(seed)
     plan = Plan(
         model=model,
-        data=load_data(data),
+        data=load_data_of(model if isinstance(model, nn.Module) else "", data),
         strategies=_named(strategies),
         budgets=check_budgets(budgets),
         task=task,

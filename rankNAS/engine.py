@@ -14,7 +14,7 @@ from torch import nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.budget import BUDGET_COSTS, check_budgets
-from rankNAS.data.loading import DataSource, load_data
+from rankNAS.data.loading import DataSource
 from rankNAS.deadline import Deadline, TimeLimitError, limited_by
 from rankNAS.evaluation.context import Progress
 from rankNAS.exceptions import RankNASError, UsageError
@@ -23,6 +23,7 @@ from rankNAS.execution.parallel import Parallel, Workers
 from rankNAS.execution.scheduler import Executor, Serial, schedule
 from rankNAS.fallback import uniform_trial
 from rankNAS.hw_models import HardwareModel
+from rankNAS.model_data import load_data_of, trained_by_name
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def search(
-    model: nn.Module,
+    model: nn.Module | str,
     data: DataSource,
     *,
     task: str | Task | None = None,
@@ -71,7 +72,8 @@ def search(
     """Search the ranks of a trained model.
 
     Args:
-        model: The dense model; it is not changed.
+        model: The dense model, which is not changed; or the name ``hf:FOLDER`` or
+            ``path/to/file.py:factory`` of a trained one.
         data: A source (see `load_data`), a `Data`, a training and a test set, or one set alone,
             labelled or not.
         task: What the model is for: a name (see `rankNAS.tasks.TASKS`) or a `Task`; found from the
@@ -138,7 +140,9 @@ def search(
     budgets = check_budgets(budget)
     if n_trials < 1:
         raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
-    loaded = load_data(data)
+    loaded = load_data_of(model, data)
+    if isinstance(model, str):
+        model = trained_by_name(model, loaded)
     model = searchable(model)
     resolved = resolve_task(task, model, loaded)
     measured = objectives_of(objectives, resolved)
@@ -173,7 +177,7 @@ def search(
                 chosen,
                 measured,
                 budgets,
-                settings,
+                settings.sized(loaded),
                 seed,
                 len(context.factorisation.space.layers),
             ),

@@ -45,6 +45,7 @@ from rankNAS.strategies.needed import needed_choices, with_choices
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem, check_reachable
 from rankNAS.tasks.base import Task
+from rankNAS.tasks.text import warn_of_targets
 from rankNAS.trees import Inputs
 
 __all__ = ["prepare", "requests"]
@@ -100,15 +101,15 @@ def prepare(
     for strategy in strategies:
         for request in requests(data, budgets, objectives, settings):
             strategy.check(request)
-    splits = split(
-        data, calibration=settings.calibration, validation=settings.validation, seed=seed
-    )
+    sizes = settings.sizes(data)
+    splits = split(data, calibration=sizes.calibration, validation=sizes.validation, seed=seed)
     recovery = _recovery(splits, task, settings, seed)
     given = searchable(model)
     example = task.inputs_of(splits.calibration.example(1, device))
     model = prepared_model(given, example, settings.policy)
     verify_plain(model, given, example)
     model = copied(model).to(device).eval()
+    warn_of_targets(model, task, splits.calibration)
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
@@ -156,11 +157,11 @@ def prepare(
             objectives,
             extra_costs=None if latency is None else partial(_predicted, latency),
             batch_norm=settings.batch_norm,
-            batch_size=settings.batch_size,
+            batch_size=sizes.batch_size,
             device=device,
             sequential=settings.sequential,
             recovery=recovery,
-            screened=settings.screening,
+            screened=sizes.screening,
             refiner=None
             if settings.refine is None
             else Refiner(splits.training, task, settings.refine, seed, report),
@@ -192,7 +193,7 @@ def requests(
 ) -> list[Request]:
     """One request to a strategy for each budget; known before any work is done."""
     names = [o.name for o in objectives]
-    training = len(data.train) - held_out(len(data.train), settings.validation)
+    training = len(data.train) - held_out(data, settings.sizes(data).validation)
     return [Request(b, names, training) for b in budgets]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from rankNAS.data.base import Data
+from rankNAS.data.sizes import PASS, affordable_samples, tokens_of
 from rankNAS.decompositions.norms import NORMS, NormName
 from rankNAS.exceptions import UsageError
 from rankNAS.io.fingerprints import fingerprint
@@ -22,12 +23,26 @@ from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.strategies.base import Strategy
 from rankNAS.tasks.base import Task
 
-__all__ = ["Settings", "check_device", "check_seed", "study_identity"]
+__all__ = ["Settings", "Sizes", "check_device", "check_seed", "study_identity"]
 
 LARGEST_SEED = 2**32 - 1  # that all libraries take
 
 NORM: NormName = "fisher"  # of strategies without one of their own
-EXAMPLES = 4  # samples on which a study's model is recognised
+EXAMPLES = 4  # samples on which a study's model is recognised, or fewer if they are long texts
+
+
+class Sizes(NamedTuple):
+    """Numbers of samples; see `Settings`."""
+
+    calibration: int
+    validation: int
+    screening: int
+    batch_size: int
+
+
+#: The largest numbers of samples, and of tokens for language data, if nobody states any.
+SAMPLES = Sizes(1024, 1024, 512, 256)
+TOKENS = Sizes(32 * 1024, 16 * 1024, 8 * 1024, PASS)
 
 
 @renamed(metric="norm")
@@ -38,8 +53,10 @@ class Settings:
     Args:
         norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``. None
             is that of the strategy's paper, if it has one (`Strategy.norm`), else ``fisher``.
-        calibration: Training samples for statistics and batch norms, at most.
-        validation: Further training samples that metrics are measured on, at most.
+        calibration: Training samples for statistics and batch norms, at most. None, here and
+            below, is a number by the size of a sample; see `sizes`.
+        validation: Further training samples that metrics are measured on, at most; those of the
+            validation set if the data have one.
         screening: Samples of either kind on which strategies that screen candidates measure them
             before the best few are refitted, at most.
         batch_norm: Correct batch-norm statistics after truncation.
@@ -63,19 +80,19 @@ class Settings:
         UsageError: An unknown norm, or a number below one.
 
     Example:
-        >>> Settings(norm="input", policy=RankPolicy(multiple_of=8)).validation
-        1024
+        >>> Settings(norm="input", policy=RankPolicy(multiple_of=8), validation=256).validation
+        256
     """
 
     norm: NormName | None = None
-    calibration: int = 1024
-    validation: int = 1024
-    screening: int = 512
+    calibration: int | None = None
+    validation: int | None = None
+    screening: int | None = None
     batch_norm: bool = True
     sequential: bool = True
     policy: RankPolicy = RankPolicy()
     choices: int = 64
-    batch_size: int = 256
+    batch_size: int | None = None
     latency_batch: int = 1
     strict_hardware: bool = False
     early_stopping: bool = False
@@ -95,8 +112,9 @@ class Settings:
             "latency_batch",
         )
         for name in (*counts, "recovery_samples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"`{name}` must be at least 1, got {value}.")
         if self.refine is not None and not isinstance(self.refine, Refinement):
             raise UsageError(
                 f"`refine` must be a Refinement of rankNAS.recovery or None, got {self.refine!r}."
@@ -110,6 +128,28 @@ class Settings:
     def of(self, strategy: Strategy) -> Settings:
         """The settings with the norm of a strategy, if they name none."""
         return self if self.norm is not None else replace(self, norm=strategy.norm or NORM)
+
+    def sizes(self, data: Data) -> Sizes:
+        """The numbers of samples; those that are None by the size of a sample.
+
+        For language data they are numbers of tokens (`TOKENS`), so that 32 windows of 1,024
+        tokens are used for calibration and 16 for validation.
+        """
+        tokens = tokens_of(data.train)
+        chosen = [
+            given if given is not None else max(1, min(most, most_tokens // tokens))
+            for given, most, most_tokens in zip(
+                (self.calibration, self.validation, self.screening, self.batch_size),
+                SAMPLES,
+                TOKENS,
+                strict=True,
+            )
+        ]
+        return Sizes(*chosen)
+
+    def sized(self, data: Data) -> Settings:
+        """The settings with all numbers of samples stated."""
+        return replace(self, **self.sizes(data)._asdict())
 
 
 def check_seed(seed: object) -> None:
@@ -179,7 +219,8 @@ def _outputs(model: nn.Module, task: Task, data: Data) -> Sketches:
 
     Empty, which agrees with everything, if the outputs differ from pass to pass.
     """
-    inputs = task.inputs_of(data.train.example(EXAMPLES))
+    count = affordable_samples(EXAMPLES, data.train)
+    inputs = task.inputs_of(data.train.example(count))
     outputs = fixed_pass(model, inputs)
     sketches = Sketches.of(outputs, tolerance(model, outputs))
     again = Sketches.of(fixed_pass(model, inputs), sketches.rounding)

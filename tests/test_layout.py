@@ -27,7 +27,10 @@ LEVELS = [
     {"compression", "recovery", "objectives"},
     {"hw_models", "models", "evaluation"},
     {"strategies"},
-    {"storage", "study", "testing", "settings", "fallback", "pipeline", "reporting"},
+    {
+        *("storage", "study", "testing", "settings", "fallback", "pipeline", "reporting"),
+        "model_data",
+    },
     {"execution"},
     {"engine"},
     {"comparison", "comparison_plan", "comparison_seed", "compressor"},

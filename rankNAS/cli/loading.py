@@ -17,11 +17,14 @@ from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.data.base import Data
 from rankNAS.data.labels import count_classes
-from rankNAS.data.loading import load_data
+from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import PASS, affordable_samples
 from rankNAS.data.splits import split
+from rankNAS.data.text.loading import is_text
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.execution.parallel import Workers
 from rankNAS.hw_models import make_hardware
+from rankNAS.model_data import context_of, load_data_of
 from rankNAS.models.weights import (
     load_weights,
     pretrained_weights,
@@ -45,6 +48,7 @@ from rankNAS.tasks.classification import Classification
 from rankNAS.tasks.infer import make_task, resolve_task
 
 __all__ = [
+    "affordable_training",
     "check_options",
     "check_writable",
     "image_side",
@@ -56,6 +60,7 @@ __all__ = [
     "rank_policy",
     "training_config",
     "untrained_model",
+    "within_context",
     "workers_of",
 ]
 
@@ -198,12 +203,29 @@ def load_named_data(options: ModelOptions) -> Data:
     """
     normalize = options.normalize
     of_file = options.weights not in (None, "pretrained")
-    if normalize is None and of_file and not is_plugin(options.data):
+    if normalize is None and of_file and not (is_plugin(options.data) or is_text(options.data)):
         normalize = recorded_normalization(str(options.weights))
-    data = load_data(options.data, normalize=normalize, image_size=options.image_size)
+    data = load_data_of(
+        options.space,
+        options.data,
+        normalize=normalize,
+        image_size=options.image_size,
+        context=options.context,
+        stride=options.stride,
+    )
     if data.num_classes is None and (not is_plugin(options.space) or wants_classes(options.space)):
         return replace(data, num_classes=_counted(data))
     return data
+
+
+def within_context(options: ModelOptions, data: Data, model: nn.Module) -> Data:
+    """The data in windows that a model takes, where the options leave their length open."""
+    most = context_of(model)
+    if data.text is None or options.context is not None or most is None:
+        return data
+    if data.text.context <= most:
+        return data
+    return load_data_of(model, options.data, stride=options.stride)
 
 
 def _counted(data: Data) -> int | None:
@@ -272,6 +294,8 @@ def load_model(
     The training excludes the validation data of a search with this seed.
     """
     model = untrained_model(options, data, seed)
+    if options.weights == "pretrained" and is_plugin(options.space):
+        return model  # with the weights that its function gives it
     if options.weights == "pretrained":
         model.load_state_dict(pretrained_weights(options.space, data.num_classes or 0))
         return model
@@ -280,12 +304,12 @@ def load_model(
         return model
     # An inferred task follows from the data and the model, which identify a training.
     named = "" if options.task is None else f"-{task.identity}"
-    splits = split(
-        data, calibration=settings.calibration, validation=settings.validation, seed=seed
-    )
+    sizes = settings.sizes(data)
+    splits = split(data, calibration=sizes.calibration, validation=sizes.validation, seed=seed)
     config = default_config(space.dense_cost.macs, len(splits.training))
     if not isinstance(task, Classification):  # whose losses are bounded in practice
         config = replace(config, clip=CLIP)
+    config = affordable_training(config, splits.training)
     return trained_model(
         options.space,
         model,
@@ -298,6 +322,12 @@ def load_model(
         device=options.device,
         on_step=lambda step, total, loss: progress.stage("train", step, total, f"loss {loss:.3f}"),
     )
+
+
+def affordable_training(config: TrainingConfig, samples: Samples) -> TrainingConfig:
+    """The configuration with smaller batches where samples are sequences of many tokens."""
+    size = max(2, affordable_samples(config.batch_size, samples, 2 * PASS))
+    return replace(config, batch_size=size)
 
 
 def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:

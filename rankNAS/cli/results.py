@@ -14,7 +14,7 @@ from torch import nn
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
-from rankNAS.cli.loading import training_config
+from rankNAS.cli.loading import affordable_training, training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
@@ -113,6 +113,7 @@ def _solution(
     }
     config = training_config(options, options.finetune)
     if config is not None:
+        config = affordable_training(config, study.splits.training)
         try:
             tuning = study.context.recovery(config).config
             tuned = _finetune(tuning, study, model, network, progress, deadline)

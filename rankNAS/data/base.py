@@ -7,7 +7,24 @@ from dataclasses import dataclass
 from rankNAS.data.images.augment import Augmentation
 from rankNAS.data.samples import Samples
 
-__all__ = ["Data"]
+__all__ = ["Data", "TextForm"]
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """The form of language data.
+
+    Attributes:
+        context: The tokens of a window.
+        largest: The largest token id in the data.
+        vocabulary: The number of token ids of the tokenizer; None without one.
+        tokenizer: The name of the tokenizer; None without one.
+    """
+
+    context: int
+    largest: int
+    vocabulary: int | None = None
+    tokenizer: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +42,8 @@ class Data:
         fingerprint: A key (hex) of content and preprocessing, identical on all machines.
         normalize: Mean and std in use, in the form that ``load_data`` accepts; None if unknown.
         flip: Whether a mirrored input keeps its target.
+        valid: Samples for validation, of the same form; None takes them from the training set.
+        text: The form of language data from a source by name; None for other data.
 
     Example:
         >>> import torch
@@ -44,11 +63,14 @@ class Data:
     fingerprint: str
     normalize: str | None = None
     flip: bool = False
+    valid: Samples | None = None
+    text: TextForm | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "train", Samples.of(self.train, where="train"))
-        if self.test is not None:
-            object.__setattr__(self, "test", Samples.of(self.test, where="test"))
+        for name in ("test", "valid"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Samples.of(given, where=name))
 
     @property
     def augmentation(self) -> Augmentation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,12 +15,20 @@ from torch import Tensor
 from rankNAS.exceptions import DataError
 from rankNAS.trees import map_children, named_tensors
 
-__all__ = ["Batch", "Collate", "as_tensors", "shapes_of", "stacked"]
+__all__ = ["Batch", "Batched", "Collate", "as_tensors", "shapes_of", "stacked"]
 
 #: Any container of tensors that have one sample along axis 0; only the task reads it.
 Batch: TypeAlias = Any
 #: Makes a batch of a list of items.
 Collate: TypeAlias = Callable[[list[Any]], Batch]
+
+
+class Batched(ABC):
+    """A data set of items of equal shape that makes whole batches faster than item by item."""
+
+    @abstractmethod
+    def batch(self, indices: Tensor, device: str | torch.device = "cpu") -> Batch:
+        """Items ``indices`` (n,) as a batch on a device."""
 
 
 def as_tensors(value: Any, where: str) -> Any:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ from rankNAS.data.images.normalise import parse_normalization
 from rankNAS.data.images.readers import READERS
 from rankNAS.data.labels import stored_labels
 from rankNAS.data.samples import Samples, Source
+from rankNAS.data.text.loading import FORMS, is_text, load_text
+from rankNAS.data.text.tokenizers import Tokenizer
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError
 from rankNAS.plugins import is_plugin, load_callable, neighbours_of
 from rankNAS.trees import named_tensors
@@ -35,11 +38,16 @@ def load_data(
     *,
     normalize: str | None = None,
     image_size: int | None = None,
+    tokenizer: str | Tokenizer | None = None,
+    context: int | None = None,
+    stride: int | None = None,
 ) -> Data:
     """The data for a name, or the given data after checks.
 
     Args:
         source: One of ``digits``, ``parquet:DIR``, ``imagefolder:DIR``, ``cifar10:DIR``,
+            ``text:PATH``, ``jsonl:PATH``, ``tokens:DIR``, ``datasets:DIR`` (language data, see
+            `rankNAS.data.text.loading.load_text`),
             ``path/to/file.py:factory`` (a function that returns one of the following); or
             a tuple of training and test data; or training data alone, labelled or not; or a
             ``Data``, which is returned unchanged. For the forms of data see `Samples.of`.
@@ -47,6 +55,11 @@ def load_data(
             three separated by ``/``) or ``m,m,m,s,s,s``, for pixels in [0, 1].
         image_size: Height and width of resized images; by default 32 for digits, 224 for image
             folders and the size of the images otherwise.
+        tokenizer: For language data whose source names none: a Hugging Face folder, ``bytes``, or
+            an object like `rankNAS.data.text.tokenizers.Tokenizer`.
+        context: For language data: the tokens of a window; 1,024 by default.
+        stride: For language data: validation and test windows begin so many tokens after each
+            other, and only what is new in each counts; by default windows do not overlap.
 
     Raises:
         DataError: The data or the options are invalid.
@@ -58,6 +71,13 @@ def load_data(
         >>> data.input_shape, data.num_classes
         ((3, 32, 32), 10)
     """
+    text = {"tokenizer": tokenizer, "context": context, "stride": stride}
+    if isinstance(source, str) and is_text(source):
+        _refuse(
+            source, {"--normalize": normalize, "--image-size": image_size}, "text has no images"
+        )
+        return load_text(source, tokenizer=tokenizer, context=context, stride=stride)
+    _refuse(source, text, "only language data such as text:DIR has windows of tokens")
     if isinstance(source, str) and not is_plugin(source):
         return _read(source, normalize, image_size)
     if normalize is not None or image_size is not None:
@@ -70,11 +90,19 @@ def load_data(
     return source if isinstance(source, Data) else _from_source("datasets", source)
 
 
+def _refuse(source: object, given: Mapping[str, object], why: str) -> None:
+    """Raise a DataError for options that a source does not take."""
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        named = source if isinstance(source, str) else "a given dataset"
+        raise DataError(f"{named} takes no {' and no '.join(names)}: {why}; leave it out.")
+
+
 def _read(source: str, normalize: str | None, image_size: int | None) -> Data:
     """Images from a reader."""
     kind, colon, folder = source.partition(":")
     if kind not in READERS or bool(colon) == (kind == "digits"):
-        raise UnknownNameError("data source", source, SOURCES)
+        raise UnknownNameError("data source", source, SOURCES, f"Of text: {', '.join(FORMS)}.")
     if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
         raise DataError(f"the image size is {image_size!r}; give a positive integer, such as 32.")
     normalization = parse_normalization(normalize)

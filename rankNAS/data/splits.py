@@ -46,8 +46,10 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
 
     Args:
         data: The data; its test set is unchanged.
-        calibration: Largest number of calibration items; never over 40 % of the training set.
-        validation: Largest number of validation items; never over 20 % of the training set.
+        calibration: Largest number of calibration items; never over 40 % of the training set,
+            unless there is a validation set.
+        validation: Largest number of validation items; never over 20 % of the training set, or
+            all of the validation set.
         seed: Equal seeds select equal items on every machine.
 
     Raises:
@@ -59,11 +61,19 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
             f"{calibration} calibration and {validation} validation items were asked for; "
             "both must be at least 1."
         )
+    order = permutation(size, seed)
+    if data.valid is not None:
+        return Splits(
+            training=data.train,
+            calibration=data.train.take(order[: min(calibration, size)]).kept(KEPT),
+            validation=data.valid.subsample(validation, seed).kept(KEPT),
+            test=data.test,
+            augmentation=data.augmentation,
+        )
     if size < 5:
         raise DataError(f"{data.name} has {size} training items; at least 5 are needed to split.")
-    validated = held_out(size, validation)
+    validated = held_out(data, validation)
     end = validated + min(calibration, size * CALIBRATION_PERCENT // 100)
-    order = permutation(size, seed)
     return Splits(
         training=data.train.take(order[validated:].sort().values),
         calibration=data.train.take(order[validated:end]).kept(KEPT),
@@ -73,6 +83,8 @@ def split(data: Data, *, calibration: int = 1024, validation: int = 1024, seed: 
     )
 
 
-def held_out(size: int, validation: int) -> int:
-    """The number of validation items that `split` takes from ``size`` training items."""
-    return min(validation, size * VALIDATION_PERCENT // 100)
+def held_out(data: Data, validation: int) -> int:
+    """The number of validation items that `split` takes from the training set."""
+    if data.valid is not None:
+        return 0
+    return min(validation, len(data.train) * VALIDATION_PERCENT // 100)

@@ -19,8 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from rankNAS.data.images.dataset import Images
-from rankNAS.data.items import Batch, Collate, as_tensors, shapes_of, stacked
+from rankNAS.data.items import Batch, Batched, Collate, as_tensors, shapes_of, stacked
 from rankNAS.exceptions import DataError, RankNASError, shortened
 from rankNAS.trees import count_bytes, map_children, named_tensors, rows, size_of, to_device
 
@@ -81,7 +80,7 @@ class _Items(Store):
         return _grouped(order, self._shape)
 
     def gather(self, wanted: Tensor, device: str | torch.device) -> Batch:
-        if isinstance(self.source, Images):
+        if isinstance(self.source, Batched):
             return self.source.batch(wanted, device)
         if self._collate is None:
             return to_device(self._stacked(wanted.tolist()), device)
@@ -109,7 +108,7 @@ class _Items(Store):
 
     def _alike(self, order: Tensor) -> bool:
         """Whether the items have equal shapes: all in memory, or else 8 evenly spaced ones."""
-        if isinstance(self.source, Images):
+        if isinstance(self.source, Batched):
             return True
         chosen = order
         if not isinstance(self.source, list) and len(order) > 8:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.data.samples import BatchSequence, Samples
+from rankNAS.data.sizes import affordable_samples
 from rankNAS.tasks.base import Task
 from rankNAS.trees import Inputs, size_of
 
@@ -67,7 +68,8 @@ def input_batches(
 
     Args:
         source: The samples.
-        batch_size: Samples per batch, at most.
+        batch_size: Samples per batch, at most; fewer if they are sequences of many tokens, whose
+            logits would fill the memory.
         task: Reads the inputs of a batch.
         device: Where batches are moved to.
         even: Make batches whose sizes differ by 1 at most; see `Samples.batches`.
@@ -77,5 +79,6 @@ def input_batches(
     if isinstance(source, InputBatches):
         return source
     samples = Samples.of(source)
+    batch_size = affordable_samples(batch_size, samples)
     batches = samples.batched(batch_size, device=device, even=even, count=count, place=place)
     return InputBatches(batches, task)

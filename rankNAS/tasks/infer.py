@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.copies import evaluating
-from rankNAS.data.base import Data
+from rankNAS.data.base import Data, TextForm
 from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
 from rankNAS.lazy import load
@@ -24,6 +24,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
+from rankNAS.tasks.text import check_text
 from rankNAS.trees import (
     Inputs,
     count_bytes,
@@ -92,12 +93,14 @@ def infer_task(model: nn.Module, batch: Any) -> Task:
     return _inferred(model, batch)[0]
 
 
-def _inferred(model: nn.Module, batch: Any) -> tuple[Task, Any]:
-    """The task, and the model's output for the batch."""
+def _inferred(model: nn.Module, batch: Any, text: TextForm | None = None) -> tuple[Task, Any]:
+    """The task, and the model's output for the batch, which may be of language data."""
     layout = Layout.of(batch, model)
     targets = layout.target_of(batch)
     output, changed = _run(model, layout.inputs_of(batch))
-    if targets is None:
+    if text is not None and _continues(model, output, text):
+        task: Task = CausalLanguageModelling().bound(batch, model)
+    elif targets is None:
         task = _unlabelled(model, output, layout, batch)
     else:
         found = _labelled(model, output, targets, layout.inputs_of(batch))
@@ -119,15 +122,21 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         UnknownNameError: There is no such task.
     """
     given = None if given is None else make_task(given)
+    check_text(model, data)
     batch = examples(model, data.train, given)
     if given is None:
-        task, output = _inferred(model, batch)
+        task, output = _inferred(model, batch, data.text)
     else:
         task = given.bound(batch, model)
         output, changed = _run(model, task.inputs_of(batch))
         task = replace(task, changes_inputs=changed or task.changes_inputs)
     first = Samples.of(iter([batch]))  # also where the others are not in memory
-    for where, samples in (("train", first), ("train", data.train), ("test", data.test)):
+    for where, samples in (
+        ("train", first),
+        ("train", data.train),
+        ("valid", data.valid),
+        ("test", data.test),
+    ):
         if samples is not None:
             task.check(samples, where, output)
     task.predict(output, batch).sums(None)  # raises an error for a target or metric of no use
@@ -211,10 +220,19 @@ def _shapes(inputs: Inputs) -> str:
     return " and ".join(str(tuple(tensor.shape[1:])) for tensor in tensors(inputs))
 
 
+def _continues(model: nn.Module, output: Any, text: TextForm) -> bool:
+    """Whether a model gives logits for each token of a text, and is no masked model."""
+    logits = one_tensor(output)
+    if logits is None or logits.dim() != 3 or "Masked" in type(model).__name__:
+        return False
+    return logits.shape[1] == text.context and text.largest < logits.shape[2]
+
+
 def _unlabelled(model: nn.Module, output: Any, layout: Layout, batch: Any) -> Task:
     logits = one_tensor(output)
     name = type(model).__name__
-    if logits is not None and logits.dim() == 3 and "CausalLM" in name:
+    causal = "CausalLM" in name or "LMHead" in name
+    if logits is not None and logits.dim() == 3 and causal:
         return CausalLanguageModelling(layout=layout)
     by_kl = not isinstance(output, Tensor) and named_logits(output) is not None
     return Matching(by="kl" if by_kl else "distance", layout=layout)

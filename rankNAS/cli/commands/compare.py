@@ -13,6 +13,7 @@ import pandas as pd
 import typer
 
 from rankNAS.cli.loading import (
+    affordable_training,
     check_options,
     check_writable,
     load_model,
@@ -22,6 +23,7 @@ from rankNAS.cli.loading import (
     named_strategy,
     training_config,
     untrained_model,
+    within_context,
 )
 from rankNAS.cli.options.compare import CompareControl, CompareOptions
 from rankNAS.cli.options.stored import current_options, write_options
@@ -43,6 +45,7 @@ __all__ = ["run_compare"]
 
 #: Folder of the sums of metrics over blocks of test items, for the intervals of a later session.
 SUMS = "test-sums"
+IMAGES = 1024  # samples by default, unless they are text
 #: Options that a resumed comparison may change; all others must stay equal.
 MAY_CHANGE = ("strategies", "seeds", "out", "device")
 
@@ -60,7 +63,10 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
     with progress_display(control.quiet) as progress:
         data = load_named_data(options)
         training = training_config(options, options.finetune)
+        if training is not None:
+            training = affordable_training(training, data.train)
         untrained = untrained_model(options, data)
+        data = within_context(options, data, untrained)
         task = load_task(options, data, untrained, progress)
         objectives = objectives_of(options.objective or None, task)
         space = load_space(options, data, untrained, task, settings)
@@ -130,6 +136,9 @@ def _earlier(folder: Path, options: CompareOptions) -> pd.DataFrame:
     if "task" not in found and not given["objective"]:
         # The file states the default of its time.
         given["objective"] = BEFORE_TASKS["metrics"][:1]
+    for name in ("calibration", "validation"):  # files of before text state the default for images
+        if given[name] is None and found.get(name) == IMAGES:
+            given[name] = IMAGES
     # Options newer than the file had the effect of their defaults.
     stored = CompareOptions().to_json() | found
     for name in sorted({*stored, *given} - set(MAY_CHANGE)):

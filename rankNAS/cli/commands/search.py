@@ -16,6 +16,7 @@ from torch import nn
 from rankNAS.allocation import Allocation
 from rankNAS.cli.interrupts import interruptible
 from rankNAS.cli.loading import (
+    affordable_training,
     check_options,
     check_writable,
     load_model,
@@ -24,6 +25,7 @@ from rankNAS.cli.loading import (
     load_task,
     named_strategy,
     untrained_model,
+    within_context,
     workers_of,
 )
 from rankNAS.cli.options.command import reproduction
@@ -78,7 +80,11 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         redirect_stdout(sys.stderr),  # what the user's own code prints; stdout is for results
     ):
         data = load_named_data(options)
+        if settings.recovery is not None:
+            recovery = affordable_training(settings.recovery, data.train)
+            settings = replace(settings, recovery=recovery)
         untrained = untrained_model(options, data)
+        data = within_context(options, data, untrained)
         task = load_task(options, data, untrained, progress)
         measured = objectives_of(options.objective or None, task)
         for request in requests(data, options.budgets, measured, settings):

@@ -49,8 +49,24 @@ class ModelOptions(SpaceOptions):
     )
     data: str = option(
         "digits",
-        "Data: digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory.",
+        "Data: digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory; of text: "
+        "text:PATH, jsonl:PATH?field=text, tokens:DIR or datasets:DIR, perhaps with "
+        "?tokenizer=FOLDER and pack=no.",
         MODEL,
+    )
+    context: int | None = option(
+        None,
+        "Tokens of a window of text. Default: 1024, or as many as the model takes.",
+        MODEL,
+        min=2,
+    )
+    stride: int | None = option(
+        None,
+        "Begin the windows of validation and test text so many tokens after each other; only new "
+        "tokens count. Default: the context.",
+        MODEL,
+        min=1,
+        hidden=True,
     )
     task: str | None = option(
         None,
@@ -66,7 +82,8 @@ class ModelOptions(SpaceOptions):
     )
     weights: str | None = option(
         None,
-        "Weights: a safetensors or state-dict file, or 'pretrained'. Default: train first.",
+        "Weights: a safetensors or state-dict file, or 'pretrained' (those of a file.py:factory "
+        "are its own). Default: train first.",
         MODEL,
     )
     trials: int = option(
@@ -97,8 +114,19 @@ class ModelOptions(SpaceOptions):
         "method, if it was published with one, else fisher.",
         RANKS,
     )
-    calibration: int = option(1024, "Training samples for layer statistics.", EVALUATION, min=1)
-    validation: int = option(1024, "Training samples for the objectives.", EVALUATION, min=1)
+    calibration: int | None = option(
+        None,
+        "Training samples for layer statistics. Default: 1024, or 32768 tokens of text.",
+        EVALUATION,
+        min=1,
+    )
+    validation: int | None = option(
+        None,
+        "Samples for the objectives, from the validation data, else from the training data. "
+        "Default: 1024, or 16384 tokens of text.",
+        EVALUATION,
+        min=1,
+    )
     batch_norm: bool = option(
         True,
         "Correct batch-norm statistics after truncation.",

@@ -42,6 +42,7 @@ class SearchOptions(ModelOptions):
         None,
         "Evaluate this allocation first: a file such as best.json, or the best of a study.",
         SEARCH,
+        hidden=True,
     )
     storage: str | None = option(
         None,

@@ -27,6 +27,7 @@ LIMIT = "RANKNAS_IMAGE_CACHE_GB"  #: The variable with the bound on all entries;
 DEFAULT_GB = 8.0
 STALE = 86_400  # seconds after which a temporary file belongs to no running process
 VERSION = "1"
+IMAGES = "the decoded images"
 
 
 def allows(size: int) -> bool:
@@ -57,24 +58,37 @@ def entry(files: Sequence[Path], options: Sequence[object]) -> Path:
     return _folder() / f"{digest(part.encode() for part in parts)[:32]}.safetensors"
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The tensors, mapped from the file, and the texts of an entry; None if absent or damaged."""
+def read(path: Path, what: str = IMAGES) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors, mapped from the file, and the texts of an entry; None if absent or damaged.
+
+    Args:
+        path: The entry.
+        what: What it holds, for messages.
+    """
     if _limit() == 0 or not path.exists():
         return None
     try:
         found = read_tensors(path)
     except WeightsError as error:
-        logger.warning("the decoded images %s are unreadable and are made again: %s", path, error)
+        logger.warning("%s (%s) are unreadable and are made again: %s", what, path, error)
         return None
     with contextlib.suppress(OSError):  # a folder that cannot be written
         os.utime(path)
     return found
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str], what: str = IMAGES
+) -> None:
     """Keep an entry, and remove the least recently used ones beyond the bound.
 
-    A full disk or a folder that cannot be written is no error: the images are decoded again.
+    A full disk or a folder that cannot be written is no error: the entry is made again.
+
+    Args:
+        path: The entry.
+        tensors: Tensors by name.
+        texts: Texts by name.
+        what: What it holds, for messages.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if not allows(size):
@@ -82,7 +96,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
     try:
         write_tensors(path, tensors, texts)
     except WriteError as error:
-        logger.warning("the decoded images could not be kept: %s", error)
+        logger.warning("%s could not be kept: %s", what, error)
         return
     _evict(path)
 

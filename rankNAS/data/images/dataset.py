@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rankNAS.data.images.normalise import Normalization
+from rankNAS.data.items import Batched
 
 __all__ = ["Images"]
 
 
-class Images(Dataset[tuple[Tensor, Tensor]]):
+class Images(Batched, Dataset[tuple[Tensor, Tensor]]):
     """Labelled images; items are (float32 (3, H, W), int64 scalar), normalised.
 
     Args:
