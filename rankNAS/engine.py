@@ -28,6 +28,7 @@ from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.wrappers import searchable
+from rankNAS.search_spaces.zoo.huggingface import named_model
 from rankNAS.settings import Settings, check_device, check_seed, study_identity
 from rankNAS.storage.store import StudyStore, has_trials
 from rankNAS.strategies import make_strategy
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def search(
-    model: nn.Module,
+    model: nn.Module | str,
     data: DataSource,
     *,
     task: str | Task | None = None,
@@ -71,7 +72,8 @@ def search(
     """Search the ranks of a trained model.
 
     Args:
-        model: The dense model; it is not changed.
+        model: The dense model; it is not changed. Or ``hf:FOLDER``, the model of a folder for
+            ``transformers``.
         data: A source (see `load_data`), a `Data`, a training and a test set, or one set alone,
             labelled or not.
         task: What the model is for: a name (see `rankNAS.tasks.TASKS`) or a `Task`; found from the
@@ -139,7 +141,7 @@ def search(
     if n_trials < 1:
         raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
     loaded = load_data(data)
-    model = searchable(model)
+    model = searchable(named_model(model))
     resolved = resolve_task(task, model, loaded)
     measured = objectives_of(objectives, resolved)
     if settings.early_stopping:

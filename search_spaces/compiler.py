@@ -23,6 +23,7 @@ from rankNAS.search_spaces.remainder import Remainder
 from rankNAS.search_spaces.substitution import needed_in_place
 from rankNAS.search_spaces.tracing import Trace, is_decomposable, shape_of, trace
 from rankNAS.search_spaces.wrappers import unwrapped
+from rankNAS.search_spaces.zoo.huggingface import named_model
 
 __all__ = ["check_patterns", "compile_space", "count_macs"]
 
@@ -30,7 +31,7 @@ MIN_WEIGHTS = 1024  # smaller layers stay dense
 
 
 def compile_space(
-    model: nn.Module,
+    model: nn.Module | str,
     example_inputs: Any,
     *,
     policy: RankPolicy | None = None,
@@ -41,7 +42,8 @@ def compile_space(
     """The search space of a model.
 
     Args:
-        model: Any module; ``nn.MultiheadAttention`` is treated as four linear layers.
+        model: Any module; ``nn.MultiheadAttention`` is treated as four linear layers. Or
+            ``hf:FOLDER``, the model of a folder for ``transformers``.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or
             `Inputs`, on the model's device (``meta`` included). Costs refer to exactly this input.
         policy: Policy for the candidate ranks.
@@ -69,7 +71,7 @@ def compile_space(
         1024
     """
     check_patterns(exclude)
-    model = with_plain_layers(model)
+    model = with_plain_layers(named_model(model))
     traced = trace(model, example_inputs)
     compiler = _Compiler(model, traced, exclude, keep_output_dense, min_weights)
     found = compiler.layers(policy or RankPolicy())
