@@ -2,8 +2,9 @@
 
 The file contains no code. Loading builds the dense model by name, from the configuration of a
 model of ``transformers`` or by the caller's factory, inserts empty decomposed layers according to
-the allocation, and fills in the weights. The file also holds a few outputs on fixed inputs, so that another function of the same weights is noticed.
-Every entry is held against bounds before anything is allocated for it.
+the allocation, and fills in the weights. The file also holds a few outputs on fixed inputs,
+so that another function of the same weights is noticed. Every entry is held against bounds before
+anything is allocated for it.
 """
 
 from __future__ import annotations

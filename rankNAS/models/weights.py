@@ -106,7 +106,7 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
     """
     state, expected = check_shapes(model, content, source=source), model.state_dict()
-    for name, tensor in state.items():
+    for name in state:
         if not is_lazy(expected[name]) and expected[name].is_meta:
             raise WeightsError(
                 f"{name} of the model is on the meta device, which holds no values; call "

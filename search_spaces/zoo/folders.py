@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder: its name with options, and checks that name what is wrong."""
+"""Hugging Face folders: their names with options, and checks of their files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankNAS.exceptions import UsageError, WeightsError, shortened
 from rankNAS.io.files import read_json
 from rankNAS.io.tensors import damaged
 
-__all__ = ["COMPRESSED", "CONFIG", "FolderSpec", "check_config", "check_weights"]
+__all__ = ["COMPRESSED", "CONFIG", "DTYPES", "FolderSpec", "check_config", "check_weights"]
 
 CONFIG = "config.json"
 COMPRESSED = "ranknas"  # the entry of a configuration that holds an allocation

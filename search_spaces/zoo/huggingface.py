@@ -1,4 +1,4 @@
-"""Networks of Hugging Face folders, ``hf:FOLDER``. Nothing is fetched, and no code of a folder runs.
+"""Networks of Hugging Face folders, ``hf:FOLDER``. No code of a folder runs, nothing is fetched.
 
 `transformers` maps the tensors of safetensors files into memory if the wanted data type is that of
 the file. Such weights cost no memory until they are read, and the system can drop them again.
@@ -215,17 +215,16 @@ def library(needed_by: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UsageError(
-            f"`{needed_by}` needs transformers: pip install 'ranknas[hf]'"
-        ) from error
+        raise UsageError(f"`{needed_by}` needs transformers: pip install 'ranknas[hf]'") from error
     return transformers
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Context in which ``transformers`` shows no progress and reports errors only."""
-    from transformers.utils import logging
+    from transformers.utils import logging as module
 
+    logging: Any = module
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -267,4 +266,3 @@ def _check_complete(found: dict[str, Any], spec: FolderSpec) -> None:
 
 def _others(found: list[Any]) -> str:
     return f" ({len(found) - 1} more)" if len(found) > 1 else ""
-

@@ -9,7 +9,7 @@ from rankNAS.decompositions.shapes import LayerShape
 __all__ = ["MODULE", "module_text", "stage_arguments"]
 
 MODULE = "modeling_ranknas"
-CODE = '''"""{model} with low-rank layers, made by RankNAS. It needs torch and transformers alone."""
+CODE = '''"""{model} with low-rank layers, made by RankNAS. It needs transformers alone."""
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x):
         blocks = x.reshape(-1, self.groups, self.weight.shape[2]).transpose(0, 1)
-        y = torch.bmm(blocks, self.weight.transpose(1, 2)).transpose(0, 1).reshape(*x.shape[:-1], -1)
+        y = torch.bmm(blocks, self.weight.transpose(1, 2)).transpose(0, 1)
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

@@ -1,4 +1,4 @@
-"""The files of a written folder: shards with an index, and copies from the dense model's folder."""
+"""The files of a written folder: shards with an index, and copies from the source folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from rankNAS.exceptions import UsageError
-from rankNAS.io.files import save_atomically, save_bytes
+from rankNAS.io.files import read_json, save_atomically, save_bytes
 from rankNAS.io.tensors import write_tensors
+from rankNAS.search_spaces.zoo.folders import COMPRESSED, CONFIG
 
-__all__ = ["Source", "new_folder", "parse_size", "write_shards", "write_text"]
+__all__ = [
+    "MARKER",
+    "Source",
+    "new_folder",
+    "parse_size",
+    "write_object",
+    "write_shards",
+    "write_text",
+]
 
+MARKER = "ranknas.json"  # in folders whose other files say nothing of RankNAS
 INDEX = "model.safetensors.index.json"
 #: Tokenizers and processors of inputs, and the terms of use; names as `fnmatch` takes them.
 COPIED = (
@@ -50,9 +62,7 @@ class Source:
         found = {path.name: path for pattern in COPIED for path in self.folder.glob(pattern)}
         for name, path in found.items():
             if path.is_file():
-                save_atomically(
-                    place / name, lambda temporary, path=path: _copy(path, temporary)
-                )
+                save_atomically(place / name, partial(_copy, path))
         if not any(re.match(r"tokenizer|vocab|.*processor", name) for name in found):
             return [f"no tokenizer: {str(self.folder)!r} has none"]
         return []
@@ -75,17 +85,16 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def new_folder(folder: Path, marker: str) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """Context with a temporary folder that takes the place of another when it is complete.
 
     Args:
         folder: The folder; it must be empty or missing, or from an earlier export.
-        marker: The text in its ``config.json`` or ``adapter_config.json`` that says so.
 
     Raises:
         UsageError: The folder has other files.
     """
-    if os.path.lexists(folder) and not _is_replaceable(folder, marker):
+    if os.path.lexists(folder) and not _is_replaceable(folder):
         raise UsageError(
             f"{str(folder)!r} exists and is no earlier export; give a new or empty folder."
         )
@@ -122,14 +131,19 @@ def write_shards(folder: Path, state: Mapping[str, Tensor], most: int) -> None:
     if len(shards) == 1:
         write_tensors(folder / "model.safetensors", shards[0], COMMON)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_tensors(folder / file, shard, COMMON)
         places |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_object(folder / INDEX, index)
+
+
+def write_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -142,15 +156,13 @@ def _copy(path: Path, temporary: Path) -> None:
         shutil.copyfileobj(source, target)
 
 
-def _is_replaceable(folder: Path, marker: str) -> bool:
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or from an earlier export."""
     if not folder.is_dir():
         return False
-    if not any(folder.iterdir()):
+    if not any(folder.iterdir()) or (folder / MARKER).is_file():
         return True
-    for name in ("config.json", "adapter_config.json"):
-        try:
-            if f'"{marker}"' in (folder / name).read_text("utf-8"):
-                return True
-        except (OSError, ValueError):
-            continue
-    return False
+    try:
+        return COMPRESSED in read_json(folder / CONFIG)
+    except (OSError, ValueError, TypeError):
+        return False

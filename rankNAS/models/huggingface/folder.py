@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,20 @@ from rankNAS.exceptions import RankNASError, UsageError, WeightsError
 from rankNAS.io.files import read_json
 from rankNAS.models.huggingface.code import MODULE, module_text, stage_arguments
 from rankNAS.models.huggingface.description import configured, described
-from rankNAS.models.huggingface.files import Source, new_folder, write_shards, write_text
+from rankNAS.models.huggingface.files import (
+    Source,
+    new_folder,
+    write_object,
+    write_shards,
+    write_text,
+)
 from rankNAS.models.huggingface.rebuilding import rebuilt
 from rankNAS.models.weight_files import read_weights
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.zoo.folders import COMPRESSED, CONFIG
 from rankNAS.search_spaces.zoo.huggingface import empty_model
 
-__all__ = ["Dense", "load_folder", "write_folder"]
+__all__ = ["GENERATION", "Dense", "load_folder", "network_state", "write_folder"]
 
 FORMAT = 1
 GENERATION = "generation_config.json"
@@ -115,7 +121,7 @@ def write_folder(
         WriteError: The folder cannot be written.
     """
     dense = Dense.of(network)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {
             "paths": dense.paths(name),
             "stages": [stage_arguments(stage) for stage in dense.stages(name, allocation)],
@@ -123,27 +129,13 @@ def write_folder(
         for name, choice in allocation.items()
         if choice != DENSE
     ]
-    state = _state(network, dense, layers)
-    kind = f"ranknas_{dense.description['config']['model_type']}"
-    config = dense.description["config"] | {
-        "model_type": kind,
-        "architectures": [f"RankNAS{dense.kind.__name__}"],
-        "auto_map": {"AutoConfig": f"{MODULE}.RankNASConfig"}
-        | {name: f"{MODULE}.RankNAS{dense.kind.__name__}" for name in dense.automatic},
-        COMPRESSED: {
-            "format": FORMAT,
-            "class": dense.kind.__name__,
-            "model_type": dense.description["config"]["model_type"],
-            "buffers": dense.description["buffers"],
-            "allocation": allocation.labels(),
-            "layers": layers,
-        },
-    }
-    with new_folder(folder, COMPRESSED) as place:
-        write_text(place / CONFIG, _json_text(config))
-        if dense.description["generation"] is not None:
-            write_text(place / GENERATION, _json_text(dense.description["generation"]))
-        code = module_text(type(dense.config).__name__, dense.kind.__name__, kind)
+    state = network_state(network, dense, [path for layer in layers for path in layer["paths"]])
+    config = _configuration(dense, allocation, layers)
+    with new_folder(folder) as place:
+        write_object(place / CONFIG, config)
+        if (generation := dense.description["generation"]) is not None:
+            write_object(place / GENERATION, generation)
+        code = module_text(type(dense.config).__name__, dense.kind.__name__, config["model_type"])
         write_text(place / f"{MODULE}.py", code)
         write_text(place / "README.md", card)
         missing = source.copy_to(place)
@@ -181,9 +173,44 @@ def load_folder(folder: Path) -> nn.Module:
     return rebuilt(description, Allocation.from_json(json.dumps(labels)), state, str(folder))
 
 
-def _state(network: nn.Module, dense: Dense, layers: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of a network, each tied weight once; the names are checked."""
-    replaced = tuple(f"{path}." for layer in layers for path in layer["paths"])
+def _configuration(
+    dense: Dense, allocation: Allocation, layers: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The configuration of a written folder.
+
+    Its kind of model is one that ``transformers`` does not have: the class of the dense model
+    would load it with random weights in place of the decomposed ones, and only warn.
+    """
+    own, name = dense.description["config"], dense.kind.__name__
+    classes = dict.fromkeys(dense.automatic, f"{MODULE}.RankNAS{name}")
+    found: dict[str, Any] = own | {
+        "model_type": f"ranknas_{own['model_type']}",
+        "architectures": [f"RankNAS{name}"],
+        "auto_map": {"AutoConfig": f"{MODULE}.RankNASConfig"} | classes,
+        COMPRESSED: {
+            "format": FORMAT,
+            "class": name,
+            "model_type": own["model_type"],
+            "buffers": dense.description["buffers"],
+            "allocation": allocation.labels(),
+            "layers": layers,
+        },
+    }
+    return found
+
+
+def network_state(network: nn.Module, dense: Dense, paths: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of a network by name, each weight that is tied in the dense model once.
+
+    Args:
+        network: The network.
+        dense: Its dense model.
+        paths: All paths of decomposed layers.
+
+    Raises:
+        RankNASError: Another layer of the network has other names than in the dense model.
+    """
+    replaced = tuple(f"{path}." for path in paths)
     own = {name: x.detach() for name, x in network.state_dict().items()}
     rest = {n: x for n, x in own.items() if not n.startswith(replaced)}
     tied: dict[int, str] = {}
@@ -202,10 +229,6 @@ def _state(network: nn.Module, dense: Dense, layers: list[dict[str, Any]]) -> di
         for name, tensor in own.items()
         if wanted.get(name, name) == name or tensor.data_ptr() != own[wanted[name]].data_ptr()
     }
-
-
-def _json_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _hollow_model(config: Any, kind: Any) -> nn.Module:
     """A model whose parameters are on the meta device and whose buffers have their values."""
     owner = threading.get_ident()
 
-    def emptied(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:
+    def emptied(module: nn.Module, name: str, parameter: Any) -> Any:
         if threading.get_ident() != owner or parameter is None or parameter.is_meta:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
