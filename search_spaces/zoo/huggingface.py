@@ -6,6 +6,7 @@ the file. Such weights cost no memory until they are read, and the system can dr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -172,11 +173,14 @@ def empty_model(config: Any, kind: Any) -> nn.Module:
         kind: Its class, from `model_class`.
     """
     with quiet(), torch.device("meta"):
-        model: nn.Module = kind._from_config(config)
-    return model.eval()
+        model: Any = kind._from_config(copy.deepcopy(config))
+    # Some models look for it in the last tokens, and the meta device has no values.
+    model.config.pad_token_id = None
+    network: nn.Module = model.eval()
+    return network
 
 
-def example_inputs(model: Any, image_size: int | None = None) -> dict[str, Tensor]:
+def example_inputs(model: Any, image_size: int | None = None) -> dict[str, Any]:
     """Arguments of one sample for a model of ``transformers``, from its configuration.
 
     A text has 1,024 tokens, or as many as the model takes.
@@ -201,9 +205,12 @@ def example_inputs(model: Any, image_size: int | None = None) -> dict[str, Tenso
         )
     length = min(WINDOW, _context(config) or WINDOW)
     tokens = torch.zeros(1, length, dtype=torch.int64, device=model.device)
+    found: dict[str, Any] = {name: tokens}
     if getattr(config, "is_encoder_decoder", False):
-        return {name: tokens, "decoder_input_ids": tokens.clone()}
-    return {name: tokens}
+        found["decoder_input_ids"] = tokens.clone()
+    if tokens.is_meta and getattr(config, "use_cache", False):
+        found["use_cache"] = True  # without a cache, the values of positions are compared
+    return found
 
 
 def library(needed_by: str) -> Any:
