@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankNAS.exceptions import UsageError, WeightsError, shortened
 from rankNAS.search_spaces.zoo.folders import FolderSpec, check_config, check_weights

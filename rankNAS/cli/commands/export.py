@@ -147,6 +147,7 @@ def _export_folder(
         dense=found.result["dense"],
         measured=found.solution.get("finetuned") or found.solution["best"],
         command=reproduction(read_options(found.folder)),
+        dtype=options.dtype,
     )
 
 

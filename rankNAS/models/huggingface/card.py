@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankNAS.allocation import DENSE, Allocation
-from rankNAS.decompositions.shapes import COSTS
+from rankNAS.decompositions.shapes import EXACT_COSTS
 
 __all__ = ["card_text"]
 
 FOLDER = """```python
-from transformers import AutoTokenizer, {auto}
+from transformers import {auto}
 
 model = {auto}.from_pretrained("FOLDER", trust_remote_code=True)
 ```
@@ -38,6 +38,7 @@ def card_text(
     dense: Mapping[str, Any],
     measured: Mapping[str, Any],
     command: str,
+    dtype: str | None = None,
 ) -> str:
     """The text of a model card.
 
@@ -49,7 +50,9 @@ def card_text(
         dense: Numbers of the dense model by name.
         measured: The same of the network.
         command: The command that made the network.
+        dtype: The data type that the weights were converted to; None if they were not.
     """
+    stored = f" The weights are stored as {dtype}, and were measured before." if dtype else ""
     decomposed = sum(choice != DENSE for choice in allocation.values())
     loading = (FOLDER if form == "hf" else ADAPTERS).format(auto=auto)
     return f"""---
@@ -64,7 +67,7 @@ RankNAS chose their ranks.
 
 {_table(dense, measured)}
 
-Names with `test_` are of the test data; the others are of validation data, or counted.
+Names with `test_` are of the test data; the others are of validation data, or counted.{stored}
 
 ## Loading
 
@@ -84,7 +87,7 @@ def _table(dense: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
         own = dense.get(name)
         if not isinstance(value, int | float) or not isinstance(own, int | float):
             continue
-        kept = f"{100 * value / own:.1f} %" if name in COSTS and own else ""
+        kept = f"{100 * value / own:.1f} %" if name in EXACT_COSTS and own else ""
         rows.append(f"| {name} | {_text(own)} | {_text(value)} | {kept} |")
     return "\n".join(rows)
 

@@ -49,9 +49,11 @@ def described(network: nn.Module) -> dict[str, Any] | None:
         return None
     own: Any = network
     generation = own.generation_config if own.can_generate() else None
+    name, config = type(network).__name__, json.loads(text_of(own.config))
+    dtype = config.get("dtype") or str(own.dtype).removeprefix("torch.")
     return {
-        "class": type(network).__name__,
-        "config": json.loads(text_of(own.config)),
+        "class": name,
+        "config": config | {"architectures": [name], "dtype": dtype},
         "generation": None if generation is None else json.loads(text_of(generation)),
         "buffers": dict(_buffer_types(network)),
     }

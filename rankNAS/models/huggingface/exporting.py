@@ -35,6 +35,7 @@ def export_folder(
     dense: Mapping[str, Any],
     measured: Mapping[str, Any],
     command: str,
+    dtype: str | None = None,
 ) -> tuple[float | None, list[str]]:
     """Write a network as a folder.
 
@@ -48,6 +49,7 @@ def export_folder(
         dense: Numbers of the dense model, for the model card.
         measured: The same of the network.
         command: The command that made the network.
+        dtype: The data type that its weights were converted to, for the model card.
 
     Returns:
         The largest absolute difference between the outputs of the loaded folder and of the
@@ -61,7 +63,7 @@ def export_folder(
     model = Dense.of(network)
     auto = (model.automatic or ["AutoModel"])[0]
     name = model.kind.__name__
-    card = card_text(format, name, auto, allocation, dense, measured, command)
+    card = card_text(format, name, auto, allocation, dense, measured, command, dtype)
     missing = FOLDERS[format](network, allocation, folder, source, card)
     if format != "hf" or inputs is None:
         return None, missing
