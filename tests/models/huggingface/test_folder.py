@@ -186,7 +186,7 @@ def test_damaged_folders(tmp_path: Path) -> None:
         ({"model_type": "ranknas_llama"}, "has no model"),
         ({"allocation": {"model.layers.9.mlp.up_proj": "svd:4"}}, "no layer"),
         ({"allocation": {"model.layers.1.mlp.up_proj": "svd:999999"}}, "a rank must be"),
-        ({"allocation": {}}, "does not fit"),
+        ({"allocation": {}}, "belongs to another model"),
     ):
         path.write_text(json.dumps(config | {"ranknas": config["ranknas"] | ranknas}))
         with pytest.raises(UsageError, match=message):
