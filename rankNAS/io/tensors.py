@@ -20,7 +20,7 @@ from rankNAS.exceptions import WeightsError
 from rankNAS.io.files import save_atomically, save_bytes
 from rankNAS.io.fingerprints import fingerprint
 
-__all__ = ["CHECKSUM", "damaged", "encoded", "read_tensors", "write_tensors"]
+__all__ = ["CHECKSUM", "TYPES", "damaged", "encoded", "read_tensors", "write_tensors"]
 
 CHECKSUM = "ranknas:sha256"
 ALIGNMENT = 8  # bytes
