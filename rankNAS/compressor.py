@@ -16,6 +16,7 @@ from rankNAS.engine import search
 from rankNAS.exceptions import UsageError
 from rankNAS.models import artifact
 from rankNAS.search_spaces.wrappers import innermost
+from rankNAS.search_spaces.zoo.huggingface import named_model
 from rankNAS.settings import Settings
 from rankNAS.strategies.base import Strategy
 from rankNAS.tasks.base import Task
@@ -46,7 +47,7 @@ class Compression:
 
 
 def compress(
-    model: nn.Module,
+    model: nn.Module | str,
     data: DataSource,
     *,
     budget: float | Mapping[str, float],
@@ -61,7 +62,8 @@ def compress(
     """A compressed copy of a trained model.
 
     Args:
-        model: The dense model; it is not changed.
+        model: The dense model; it is not changed. Or ``hf:FOLDER``, the model of a folder for
+            ``transformers``.
         data: A pair of training and test data, or one set alone, labelled or not. For the forms of
             data see `rankNAS.load_data`.
         budget: The fraction kept of the MACs, or by cost name the fraction kept.
@@ -89,6 +91,7 @@ def compress(
         >>> small.ranknas.costs["macs"] <= 0.5 * small.ranknas.dense["macs"]
         True
     """
+    model = named_model(model)
     home = device_of(model)
     study = search(
         model,

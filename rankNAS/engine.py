@@ -72,8 +72,9 @@ def search(
     """Search the ranks of a trained model.
 
     Args:
-        model: The dense model, which is not changed; or the name ``hf:FOLDER`` or
-            ``path/to/file.py:factory`` of a trained one.
+        model: The dense model, which is not changed; or ``hf:FOLDER``, the model of a folder for
+            ``transformers``; or ``path/to/file.py:factory``, a function that returns a trained
+            model.
         data: A source (see `load_data`), a `Data`, a training and a test set, or one set alone,
             labelled or not.
         task: What the model is for: a name (see `rankNAS.tasks.TASKS`) or a `Task`; found from the

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ __all__ = [
     "tree_map",
     "type_difference",
     "with_size",
+    "without_cache",
     "same_tensors",
 ]
 
@@ -68,8 +70,9 @@ class Inputs(NamedTuple):
         return cls((given,), {})
 
     def run(self, model: nn.Module) -> Any:
-        """The model's output."""
-        return model(*self.args, **self.kwargs)
+        """The model's output; a model of ``transformers`` keeps no cache of keys and values."""
+        with without_cache(model):
+            return model(*self.args, **self.kwargs)
 
     def copied(self) -> Inputs:
         """The arguments with their own tensors and containers, for a model that changes them."""
@@ -80,6 +83,23 @@ class Inputs(NamedTuple):
     def first(self) -> Any:
         """The first argument; None if there are no arguments."""
         return next(iter((*self.args, *self.kwargs.values())), None)
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Context in which a model of ``transformers`` keeps no keys and values for later tokens.
+
+    Its configuration ends as it was.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", None) is not True:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
 
 
 def tree_map(function: Callable[[Tensor], Any], tree: Any) -> Any:

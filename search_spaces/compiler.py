@@ -25,6 +25,7 @@ from rankNAS.search_spaces.roles import RoleRequest, find_roles
 from rankNAS.search_spaces.substitution import needed_in_place
 from rankNAS.search_spaces.tracing import Trace, is_decomposable, shape_of, trace
 from rankNAS.search_spaces.wrappers import unwrapped
+from rankNAS.search_spaces.zoo.huggingface import named_model
 
 __all__ = ["check_patterns", "compile_space", "count_macs", "prepared_model"]
 
@@ -32,7 +33,7 @@ MIN_WEIGHTS = 1024  # smaller layers stay dense
 
 
 def compile_space(
-    model: nn.Module,
+    model: nn.Module | str,
     example_inputs: Any,
     *,
     policy: RankPolicy | None = None,
@@ -43,7 +44,8 @@ def compile_space(
     """The search space of a model.
 
     Args:
-        model: Any module; ``nn.MultiheadAttention`` is treated as four linear layers.
+        model: Any module; ``nn.MultiheadAttention`` is treated as four linear layers. Or
+            ``hf:FOLDER``, the model of a folder for ``transformers``.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments, or
             `Inputs`, on the model's device (``meta`` included). Costs refer to exactly this input.
         policy: Policy for the candidate ranks.
@@ -73,7 +75,7 @@ def compile_space(
     """
     check_patterns(exclude)
     policy = policy or RankPolicy()
-    model = prepared_model(model, example_inputs, policy)
+    model = prepared_model(named_model(model), example_inputs, policy)
     traced = trace(model, example_inputs)
     compiler = _Compiler(model, traced, exclude, keep_output_dense, min_weights)
     found = compiler.layers(policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,3 +135,23 @@ def test_device_of() -> None:
     assert device_of(nn.Linear(2, 2, device="meta")).type == "meta"
     assert device_of(nn.BatchNorm1d(2, affine=False)).type == "cpu"
     assert device_of(nn.ReLU()).type == "cpu"
+
+
+def test_models_of_transformers_keep_no_cache_in_a_pass() -> None:
+    class Model(nn.Module):
+        def __init__(self, use_cache: object) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(use_cache=use_cache)
+
+        def forward(self, x: Tensor) -> object:
+            if x.sum() > 0:
+                raise ValueError
+            return self.config.use_cache
+
+    model = Model(True)
+    assert Inputs.of(torch.zeros(1)).run(model) is False and model.config.use_cache is True
+    with pytest.raises(ValueError):
+        Inputs.of(torch.ones(1)).run(model)
+    assert model.config.use_cache is True
+    for kept in (False, None, "later"):
+        assert Inputs.of(torch.zeros(1)).run(Model(kept)) is kept

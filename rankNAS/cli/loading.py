@@ -39,6 +39,7 @@ from rankNAS.search_spaces.compiler import check_patterns, compile_space
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo import CATALOGUE, build_model, family
 from rankNAS.search_spaces.zoo.external import wants_classes
+from rankNAS.search_spaces.zoo.huggingface import is_huggingface
 from rankNAS.settings import Settings, check_device
 from rankNAS.strategies import make_strategy
 from rankNAS.strategies.base import Strategy
@@ -213,7 +214,7 @@ def load_named_data(options: ModelOptions) -> Data:
         context=options.context,
         stride=options.stride,
     )
-    if data.num_classes is None and (not is_plugin(options.space) or wants_classes(options.space)):
+    if data.num_classes is None and _needs_classes(options.space):
         return replace(data, num_classes=_counted(data))
     return data
 
@@ -226,6 +227,13 @@ def within_context(options: ModelOptions, data: Data, model: nn.Module) -> Data:
     if data.text.context <= most:
         return data
     return load_data_of(model, options.data, stride=options.stride)
+
+
+def _needs_classes(space: str) -> bool:
+    """Whether a network is built for a number of classes."""
+    if is_plugin(space):
+        return wants_classes(space)
+    return not is_huggingface(space)
 
 
 def _counted(data: Data) -> int | None:
@@ -258,7 +266,7 @@ def load_task(
     """
     task = resolve_task(options.task, model, data)
     progress.say(f"task: {task.describe()}")
-    if options.weights is None and not task.labelled:
+    if options.weights is None and not task.labelled and not is_huggingface(options.space):
         raise UsageError(
             f"the task is {task.describe()}, which has no labels to train the network with; give "
             "its trained weights with --weights."
@@ -289,7 +297,7 @@ def load_model(
     seed: int,
     progress: ProgressDisplay,
 ) -> nn.Module:
-    """The dense model, with the weights named by the options or trained with a seed.
+    """The dense model, with the weights named by the options, of its folder, or trained.
 
     The training excludes the validation data of a search with this seed.
     """
@@ -301,6 +309,8 @@ def load_model(
         return model
     if options.weights is not None:
         load_weights(model, options.weights)
+        return model
+    if is_huggingface(options.space):
         return model
     # An inferred task follows from the data and the model, which identify a training.
     named = "" if options.task is None else f"-{task.identity}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,12 +17,26 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rankNAS.exceptions import WeightsError
-from rankNAS.io.files import save_bytes
+from rankNAS.io.files import save_atomically, save_bytes
 from rankNAS.io.fingerprints import fingerprint
 
-__all__ = ["CHECKSUM", "damaged", "encoded", "read_tensors", "write_tensors"]
+__all__ = ["CHECKSUM", "TYPES", "damaged", "encoded", "read_tensors", "write_tensors"]
 
 CHECKSUM = "ranknas:sha256"
+ALIGNMENT = 8  # bytes
+#: The names of data types in the format.
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
@@ -44,12 +59,37 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with a checksum, atomically.
+    """Write a safetensors file with a checksum, atomically and without a copy of the tensors.
 
     Raises:
         WriteError: The file cannot be written; an earlier file is intact.
     """
-    save_bytes(path, encoded(tensors, metadata))
+    if any(tensor.dtype not in TYPES for tensor in tensors.values()):
+        save_bytes(path, encoded(tensors, metadata))
+        return
+    given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    texts = {name: text for name, text in (metadata or {}).items() if name != CHECKSUM}
+    texts[CHECKSUM] = _checksum(given, texts)
+    save_atomically(path, lambda temporary: _stream(temporary, given, texts))
+
+
+def _stream(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    """Write a safetensors file: the length of the header, the header, and the tensors in turn."""
+    # Wide types come first, so that every tensor begins at a multiple of the size of its type.
+    ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
+    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        kind = TYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            if tensor.numel():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_tensors(

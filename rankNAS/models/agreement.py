@@ -24,6 +24,7 @@ __all__ = ["Modules", "Sketches", "fixed_pass", "relative_difference", "toleranc
 ROUNDING = 4.0  # tolerance in units of the square root of the machine epsilon
 TENSOR_CORES = 2.0**-10  # epsilon of the products of a GPU, which may round float32 to TF32
 VALUES = 32  # of a tensor that a sketch keeps
+CHUNK = 1 << 22  # values that are widened at a time
 
 
 @torch.no_grad()
@@ -202,11 +203,21 @@ def _settings(module: nn.Module) -> str:
 
 
 def _sketch(tensor: Tensor) -> dict[str, Any]:
-    flat = tensor.detach().double().flatten().cpu()
-    places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), VALUES)).long()
-    finite = flat[flat.isfinite()]
+    flat = tensor.detach().flatten()
+    last = max(0, len(flat) - 1)
+    places = torch.linspace(0, last, min(len(flat), VALUES)).long()
+    values = flat[places.clamp(max=last).to(flat.device)].double()  # float32 may round up
     return {
         "shape": list(tensor.shape),
-        "norm": float(f"{float(finite.norm()):.9g}"),
-        "values": [float(f"{value:.9g}") for value in flat[places].tolist()],
+        "norm": float(f"{_norm(flat):.9g}"),
+        "values": [float(f"{value:.9g}") for value in values.tolist()],
     }
+
+
+def _norm(flat: Tensor) -> float:
+    """The norm of the finite values, in double precision and little memory."""
+    squares = 0.0
+    for part in flat.split(CHUNK):
+        wide = part.double()
+        squares += float(wide[wide.isfinite()].square().sum())
+    return math.sqrt(squares)

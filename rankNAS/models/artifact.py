@@ -1,9 +1,10 @@
 """A compressed network as one safetensors file, with metadata to rebuild it.
 
-The file contains no code. Loading builds the dense model by name (or by the caller's factory),
-inserts empty decomposed layers according to the allocation, and fills in the weights. The file
-also holds a few outputs on fixed inputs, so that another function of the same weights is noticed.
-Every entry is held against bounds before anything is allocated for it.
+The file contains no code. Loading builds the dense model by name, from the configuration of a
+model of ``transformers`` or by the caller's factory, inserts empty decomposed layers according to
+the allocation, and fills in the weights. The file also holds a few outputs on fixed inputs,
+so that another function of the same weights is noticed. Every entry is held against bounds before
+anything is allocated for it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ from rankNAS.exceptions import StudyError, UsageError, WeightsError
 from rankNAS.io.formats import FORMAT, current_format, upgraded
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.models.bounds import check_choices, check_sizes
+from rankNAS.models.huggingface.description import described
+from rankNAS.models.huggingface.folder import load_folder
+from rankNAS.models.huggingface.rebuilding import rebuilt
 from rankNAS.models.inputs import InputSpec
 from rankNAS.models.sketches import CHECK, compare, sketched
 from rankNAS.models.weights import check_shapes, load_state
 from rankNAS.plugins import is_plugin
 from rankNAS.search_spaces.plain_layers import with_plain_layers
+from rankNAS.search_spaces.zoo.huggingface import is_huggingface
 
 __all__ = ["load", "read_inputs", "read_metadata", "save"]
+
+TRANSFORMERS = "transformers"  # the entry of a description that `described` makes
 
 
 def save(
@@ -50,7 +57,8 @@ def save(
         model: Description of the dense model: ``space``, with ``num_classes`` and
             ``input_shape`` (None if it has none), without which `load` needs a factory; and
             ``inputs``, the form of its arguments (`InputSpec.to_json`), for exports. With either,
-            the file also holds outputs, which `load` compares.
+            the file also holds outputs, which `load` compares. A model of ``transformers`` is
+            described by its configuration and needs no factory.
         metrics: Measured metrics, stored for the reader.
 
     Raises:
@@ -66,12 +74,14 @@ def save(
         else:
             first[key] = name
             tensors[name] = tensor.detach().cpu().contiguous()
-    described = dict(model or {})
-    check = sketched(network, _spec(described))
+    recipe = dict(model or {})
+    if (configuration := described(network)) is not None:
+        recipe[TRANSFORMERS] = configuration
+    check = sketched(network, _spec(recipe))
     metadata = {
         FORMAT: str(current_format("network")),
         "allocation": allocation.to_json(),
-        "model": json.dumps(described),
+        "model": json.dumps(recipe),
         "metrics": json.dumps(dict(metrics or {})),
         "shared": json.dumps(shared),
     }
@@ -86,9 +96,10 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     """The network of a file written by `save`, in evaluation mode.
 
     Args:
-        path: The file.
+        path: The file; or a folder written by ``ranknas export --format hf``, whose code does not
+            run.
         model_factory: Returns the dense model with any weights; not needed for built-in
-            spaces.
+            spaces and models of ``transformers``.
 
     Raises:
         WeightsError: The file is missing or damaged, its weights do not fit the model, or the
@@ -114,10 +125,29 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
         True
     """
     path = Path(path)
+    if model_factory is None and os.path.isdir(path):
+        return load_folder(path)
     metadata = read_metadata(path)
     state, _ = read_tensors(path)
     allocation, model, shared = _described(path, metadata, state)
     state |= {name: state[kept] for name, kept in shared.items()}
+    if model_factory is None and TRANSFORMERS in model:
+        network = rebuilt(model[TRANSFORMERS], allocation, state, str(path))
+    else:
+        network = _rebuilt(model, allocation, state, path, model_factory)
+    if CHECK in metadata:
+        compare(network, metadata[CHECK], _spec(model), str(path))
+    return network
+
+
+def _rebuilt(
+    model: Mapping[str, Any],
+    allocation: Allocation,
+    state: Mapping[str, Tensor],
+    path: Path,
+    model_factory: Callable[[], nn.Module] | None,
+) -> nn.Module:
+    """The network of a built-in space, or of the caller's factory."""
     if model_factory is None:
         check_sizes(model, state, str(path))
     names = {*allocation, *state}
@@ -125,10 +155,7 @@ def load(path: Path | str, model_factory: Callable[[], nn.Module] | None = None)
     check_choices(dense, allocation, str(path))
     network = _filled(skeleton(dense, allocation), state, path)
     load_state(network, state, source=str(path))
-    network.eval()
-    if CHECK in metadata:
-        compare(network, metadata[CHECK], _spec(model), str(path))
-    return network
+    return network.eval()
 
 
 def read_inputs(path: Path | str) -> InputSpec | None:
@@ -221,7 +248,7 @@ def _is_recipe(model: Mapping[str, Any]) -> bool:
     space, classes, shape = (model.get(k) for k in ("space", "num_classes", "input_shape"))
     if not isinstance(space, str):
         return False
-    if is_plugin(space):
+    if is_plugin(space) or is_huggingface(space):
         classes, shape = 0 if classes is None else classes, [] if shape is None else shape
     return (
         isinstance(classes, int)
@@ -246,7 +273,7 @@ def _dense(
         return dense
     from rankNAS.search_spaces.zoo import build_model
 
-    if "space" not in model or is_plugin(model["space"]):
+    if "space" not in model or is_plugin(model["space"]) or is_huggingface(model["space"]):
         raise UsageError(
             f"{str(path)!r} was made from a model of your own; give the function that builds it: "
             "load(path, model_factory)."

@@ -16,6 +16,7 @@ from rankNAS.decompositions import OPERATORS
 from rankNAS.decompositions.shapes import LayerShape, is_hf_conv1d
 from rankNAS.exceptions import UsageError, WeightsError
 from rankNAS.plugins import is_plugin
+from rankNAS.search_spaces.zoo.huggingface import is_huggingface
 
 __all__ = ["check_choices", "check_sizes"]
 
@@ -31,7 +32,7 @@ def check_sizes(model: Mapping[str, Any], state: Mapping[str, Tensor], source: s
         state: The tensors of the file.
         source: The file's name in messages.
     """
-    if "space" not in model or is_plugin(model["space"]):
+    if "space" not in model or is_plugin(model["space"]) or is_huggingface(model["space"]):
         return  # the caller's factory does not read them
     classes, shape = model["num_classes"], model["input_shape"]
     if not 1 <= classes or all(classes not in tensor.shape for tensor in state.values()):

@@ -28,9 +28,10 @@ from rankNAS.trees import (
     tensors,
     tree_map,
     with_size,
+    without_cache,
 )
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "compared", "export"]
 
 TOLERANCE = 1e-3  # relative to the largest output; a larger difference refuses the export
 
@@ -68,12 +69,13 @@ def export(
     if format not in FORMATS:
         raise UnknownNameError("format", format, FORMATS)
     network, given = network.eval(), _example(inputs, batch)
-    with torch.no_grad():
-        expected = tensors(given.copied().run(network))
-    save_atomically(path, lambda temporary: _WRITERS[format](network, temporary, given))
-    with torch.no_grad():
-        found = tensors(_READERS[format](network, path, given))
-    return _compared(found, expected, path)
+    with without_cache(network):
+        with torch.no_grad():
+            expected = tensors(given.copied().run(network))
+        save_atomically(path, lambda temporary: _WRITERS[format](network, temporary, given))
+        with torch.no_grad():
+            found = tensors(_READERS[format](network, path, given))
+    return compared(found, expected, path)
 
 
 def _example(inputs: Any, batch: int) -> Inputs:
@@ -92,7 +94,7 @@ def _example(inputs: Any, batch: int) -> Inputs:
     return found
 
 
-def _compared(found: Sequence[Tensor], expected: Sequence[Tensor], path: Path) -> float:
+def compared(found: Sequence[Tensor], expected: Sequence[Tensor], path: Path) -> float:
     """The largest difference; raises a RankNASError if one of the tensors differs."""
     shapes = [[tuple(x.shape) for x in each] for each in (found, expected)]
     if not expected or shapes[0] != shapes[1]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_shapes",
+    "check_values",
     "load_state",
     "load_weights",
     "peek_metadata",
@@ -105,22 +106,35 @@ def load_state(model: nn.Module, content: object, *, source: str) -> None:
         WeightsError: A name is missing or unexpected, a shape differs or a value is not finite.
     """
     state, expected = check_shapes(model, content, source=source), model.state_dict()
-    for name, tensor in state.items():
+    for name in state:
         if not is_lazy(expected[name]) and expected[name].is_meta:
             raise WeightsError(
                 f"{name} of the model is on the meta device, which holds no values; call "
                 "model.to_empty(device='cpu') first."
             )
-        if not _is_plausible(tensor, expected[name]):
-            raise WeightsError(
-                f"{source} holds a value that is not finite in {name}; the training that wrote it "
-                "diverged, so use an earlier checkpoint."
-            )
+    check_values(model, state, source=source)
     # Some modules refuse a state without the version of its format, which files may lack.
     versions = {**getattr(expected, "_metadata", {}), **getattr(state, "_metadata", {})}
     versioned = OrderedDict(state)
     vars(versioned)["_metadata"] = versions
     model.load_state_dict(versioned)
+
+
+def check_values(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Raise a WeightsError if a tensor for a model holds a value that is not finite.
+
+    Args:
+        model: The network, perhaps on the ``meta`` device.
+        state: A tensor for each name of its state dict.
+        source: The name of the file in the message.
+    """
+    expected = model.state_dict()
+    for name, tensor in state.items():
+        if not _is_plausible(tensor, expected[name]):
+            raise WeightsError(
+                f"{source} holds a value that is not finite in {name}; the training that wrote it "
+                "diverged, so use an earlier checkpoint."
+            )
 
 
 def _is_plausible(values: Tensor, own: Tensor) -> bool:
@@ -134,7 +148,9 @@ def _is_plausible(values: Tensor, own: Tensor) -> bool:
     finite = wide.isfinite()
     if finite.all():
         return True
-    return not is_lazy(own) and bool((finite | (wide.isinf() & (wide == own.to(wide)))).all())
+    if is_lazy(own) or own.is_meta:
+        return False
+    return bool((finite | (wide.isinf() & (wide == own.to(wide)))).all())
 
 
 def check_shapes(model: nn.Module, content: object, *, source: str) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ CATALOGUE: dict[str, tuple[str, str]] = {
 }
 
 _GENERAL_FORMS = (
-    "Other forms: torchvision:NAME, timm:NAME, or path/to/file.py:factory for your own network."
+    "Other forms: torchvision:NAME, timm:NAME, hf:FOLDER for a model of transformers, or "
+    "path/to/file.py:factory for your own network."
 )
 
 
@@ -72,22 +73,26 @@ SPACES: Mapping[str, SpaceEntry] = Catalogue(CATALOGUE, _entry)
 def build_model(
     spec: str, *, num_classes: int | None, input_shape: tuple[int, ...] | None
 ) -> nn.Module:
-    """The network that ``spec`` names, with random weights.
+    """The network that ``spec`` names, with random weights; that of a folder has its own.
 
     Args:
-        spec: A key of ``SPACES``, ``torchvision:NAME``, ``timm:NAME`` or
+        spec: A key of ``SPACES``, ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER`` or
             ``path/to/file.py:factory``.
-        num_classes: The number of logits; None if unknown, for a network of a file.
+        num_classes: The number of logits; None if unknown, for a network of a file or a folder.
         input_shape: The shape of one input, (channels, height, width) for images; None if there is
-            no single one, for a network of a file.
+            no single one, for a network of a file or a folder.
 
     Raises:
         UnknownNameError: There is no such network.
         UsageError: The network does not accept inputs of this shape, its classes are unknown, or
             the form of ``spec`` needs a package that is not installed.
+        WeightsError: The weights in a folder are missing or damaged.
     """
     from rankNAS.search_spaces.zoo.external import file_model, timm_model, torchvision_factory
+    from rankNAS.search_spaces.zoo.huggingface import PREFIX, huggingface_model, is_huggingface
 
+    if is_huggingface(spec):
+        return huggingface_model(spec.removeprefix(PREFIX))
     if spec.rpartition(":")[0].endswith(".py"):
         return file_model(spec, num_classes, input_shape)
     form, colon, name = spec.partition(":")

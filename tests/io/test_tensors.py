@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rankNAS.exceptions import WeightsError
-from rankNAS.io.tensors import CHECKSUM, read_tensors, write_tensors
+from rankNAS.io.tensors import CHECKSUM, TYPES, encoded, read_tensors, write_tensors
 
 TENSORS = {
     "b": torch.tensor([[1.0, -2.0], [3.5, 0.0]]),
@@ -40,6 +40,18 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert same(tensors, TENSORS)
     assert metadata.pop(CHECKSUM) and metadata == METADATA
     assert same(load_file(tmp_path / "a.safetensors"), TENSORS)  # for other programs too
+
+
+def test_every_type_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
+    kinds = [*TYPES, torch.float8_e4m3fn]
+    tensors = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds}
+    write_tensors(tmp_path / "a", tensors, METADATA)
+    (tmp_path / "b").write_bytes(encoded(tensors, METADATA))
+    for name in ("a", "b"):
+        found = load_file(tmp_path / name)
+        assert {n: t.dtype for n, t in found.items()} == {str(k): k for k in kinds}
+        assert all(tensor.float().eq(1).all() for tensor in found.values())
+    assert read_tensors(tmp_path / "a")[1] == read_tensors(tmp_path / "b")[1]
 
 
 def test_the_checksum_is_of_contents_in_any_order(tmp_path: Path) -> None:

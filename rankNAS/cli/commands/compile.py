@@ -13,9 +13,20 @@ from rankNAS.cli.loading import image_side, rank_policy
 from rankNAS.cli.options.profile import CompileOptions
 from rankNAS.cli.output import number, print_json, print_table
 from rankNAS.decompositions.shapes import COSTS, Cost
+from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import Layer, SearchSpace, Skipped
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.search_spaces.zoo.folders import FolderSpec
+from rankNAS.search_spaces.zoo.huggingface import (
+    PREFIX,
+    empty_model,
+    example_inputs,
+    huggingface_model,
+    is_huggingface,
+    model_class,
+    read_config,
+)
 
 __all__ = ["run_compile"]
 
@@ -23,16 +34,38 @@ __all__ = ["run_compile"]
 def run_compile(options: CompileOptions) -> None:
     """Compile a space on the meta device and print it."""
     policy = rank_policy(options)
-    size = image_side(options.space, options.image_size)
-    shape = (3, size, size)
-    with torch.device("meta"):
-        model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
-        example = torch.zeros(1, *shape)
-    compiled = compile_space(model, example, policy=policy, exclude=options.exclude)
+    given: dict[str, Any] = {"policy": policy, "exclude": options.exclude}
+    if is_huggingface(options.space):
+        compiled = compiled_folder(options.space, options.image_size, **given)
+    else:
+        size = image_side(options.space, options.image_size)
+        shape = (3, size, size)
+        with torch.device("meta"):
+            model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
+            example = torch.zeros(1, *shape)
+        compiled = compile_space(model, example, **given)
     if options.json:
         print_json(_document(options.space, compiled))
     else:
         _print_space(options.space, compiled)
+
+
+def compiled_folder(spec: str, image_size: int | None, **given: Any) -> SearchSpace:
+    """The space of ``hf:FOLDER`` for inputs that its configuration describes.
+
+    Args:
+        spec: The name of the space.
+        image_size: As for `example_inputs`.
+        given: Further arguments of `compile_space`.
+    """
+    folder = spec.removeprefix(PREFIX)
+    config = read_config(folder)
+    empty = empty_model(config, model_class(config, FolderSpec.parse(folder)))
+    try:
+        return compile_space(empty, example_inputs(empty, image_size), **given)
+    except UsageError:  # experts, for example, do not run on the meta device
+        model = huggingface_model(folder)
+        return compile_space(model, example_inputs(model, image_size), **given)
 
 
 def _print_space(name: str, space: SearchSpace) -> None:

@@ -26,6 +26,7 @@ def run_spaces(options: JsonOptions) -> None:
     rows += [
         ("torchvision:NAME", "torchvision", "any torchvision model"),
         ("timm:NAME", "timm", "any timm model (extra `hf`)"),
+        ("hf:FOLDER", "transformers", "a folder for transformers, with weights (extra `hf`)"),
         ("path/to/file.py:factory", "yours", "a function that returns a module"),
     ]
     _print("Search spaces", ("name", "family", "description"), rows, options)

@@ -37,6 +37,7 @@ from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.zoo import build_model
+from rankNAS.search_spaces.zoo.huggingface import example_inputs, is_huggingface
 from rankNAS.settings import check_device
 from rankNAS.tasks import METRICS
 
@@ -58,7 +59,9 @@ def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
     shape = (3, size, size)
     model = build_model(options.space, num_classes=options.num_classes, input_shape=shape)
     model = with_plain_layers(model).to(options.device).eval()
-    inputs = torch.randn(1, *shape, device=options.device)
+    inputs: Any = torch.randn(1, *shape, device=options.device)
+    if is_huggingface(options.space):
+        inputs = example_inputs(model, options.image_size)
     space = compile_space(model, inputs, policy=policy, exclude=options.exclude)
     space = space.at_batch(options.batch)
     allocations = _allocations(options, space)

@@ -36,7 +36,8 @@ class SpaceOptions(Options):
 
     space: str = option(
         "resnet18",
-        "Network: a built-in space, torchvision:NAME, timm:NAME or path/to/file.py:factory.",
+        "Network: a built-in space, torchvision:NAME, timm:NAME, hf:FOLDER or "
+        "path/to/file.py:factory.",
         MODEL,
     )
     image_size: int | None = option(None, "Side of the input images in pixels.", MODEL, min=1)

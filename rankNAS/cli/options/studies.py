@@ -21,10 +21,31 @@ class ShowOptions(JsonOptions, StudyOptions):
 class ExportOptions(JsonOptions, StudyOptions):
     """A network to export."""
 
-    format: str = option("safetensors", "File format: safetensors, onnx or pt2.", OUTPUT)
-    output: str | None = option(None, "File to write.", OUTPUT)
+    format: str = option(
+        "safetensors",
+        "Format: safetensors, onnx or pt2 (a file); hf (a folder for transformers); peft (a base "
+        "as large as the dense model with zeros in place of decomposed weights, and LoRA adapters "
+        "that are the factors: for training them; operator svd alone).",
+        OUTPUT,
+    )
+    output: str | None = option(
+        None,
+        "File or folder to write. For hf and peft, --out names it too if it has no such study.",
+        OUTPUT,
+    )
+    dtype: str | None = option(
+        None,
+        "Type of the stored weights: float32, bfloat16, float16 or float64. Default: as they are.",
+        OUTPUT,
+    )
+    shard_size: str = option(
+        "5GB", "Largest size of a safetensors shard, for hf and peft.", OUTPUT
+    )
     space: str | None = option(
-        None, "file.py:factory of the model, for a study of a model of your own.", MODEL
+        None,
+        "file.py:factory of the model, for a study of a model of your own; or hf:FOLDER with the "
+        "tokenizer to copy, if the study's folder has moved.",
+        MODEL,
     )
     budget: list[str] = option(
         [], "Budget whose network is exported. Default: the study's first.", GOAL

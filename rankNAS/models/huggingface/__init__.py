@@ -1,0 +1,1 @@
+"""Networks of ``transformers``: described in files, rebuilt from there, and written as folders."""
