@@ -23,7 +23,7 @@ from rankNAS.execution.parallel import Parallel, Workers
 from rankNAS.execution.scheduler import Executor, Serial, schedule
 from rankNAS.fallback import uniform_trial
 from rankNAS.hw_models import HardwareModel
-from rankNAS.model_data import load_data_of, trained_by_name
+from rankNAS.model_data import load_data_of
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 def search(
-    model: nn.Module | str,
+    model: nn.Module,
     data: DataSource,
     *,
     task: str | Task | None = None,
@@ -72,8 +72,7 @@ def search(
     """Search the ranks of a trained model.
 
     Args:
-        model: The dense model, which is not changed; or the name ``hf:FOLDER`` or
-            ``path/to/file.py:factory`` of a trained one.
+        model: The dense model; it is not changed.
         data: A source (see `load_data`), a `Data`, a training and a test set, or one set alone,
             labelled or not.
         task: What the model is for: a name (see `rankNAS.tasks.TASKS`) or a `Task`; found from the
@@ -141,8 +140,6 @@ def search(
     if n_trials < 1:
         raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
     loaded = load_data_of(model, data)
-    if isinstance(model, str):
-        model = trained_by_name(model, loaded)
     model = searchable(model)
     resolved = resolve_task(task, model, loaded)
     measured = objectives_of(objectives, resolved)
