@@ -23,12 +23,13 @@ from rankNAS.execution.parallel import Parallel, Workers
 from rankNAS.execution.scheduler import Executor, Serial, schedule
 from rankNAS.fallback import uniform_trial
 from rankNAS.hw_models import HardwareModel
-from rankNAS.model_data import load_data_of, trained_by_name
+from rankNAS.model_data import load_data_of
 from rankNAS.objectives import CostObjective, Latency, ObjectiveBase, make_objective
 from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.wrappers import searchable
+from rankNAS.search_spaces.zoo.huggingface import named_model
 from rankNAS.settings import Settings, check_device, check_seed, study_identity
 from rankNAS.storage.store import StudyStore, has_trials
 from rankNAS.strategies import make_strategy
@@ -73,8 +74,7 @@ def search(
 
     Args:
         model: The dense model, which is not changed; or ``hf:FOLDER``, the model of a folder for
-            ``transformers``; or ``path/to/file.py:factory``, a function that returns a trained
-            model.
+            ``transformers``.
         data: A source (see `load_data`), a `Data`, a training and a test set, or one set alone,
             labelled or not.
         task: What the model is for: a name (see `rankNAS.tasks.TASKS`) or a `Task`; found from the
@@ -142,9 +142,7 @@ def search(
     if n_trials < 1:
         raise UsageError(f"`n_trials` must be at least 1, got {n_trials}.")
     loaded = load_data_of(model, data)
-    if isinstance(model, str):
-        model = trained_by_name(model, loaded)
-    model = searchable(model)
+    model = searchable(named_model(model))
     resolved = resolve_task(task, model, loaded)
     measured = objectives_of(objectives, resolved)
     if settings.early_stopping:

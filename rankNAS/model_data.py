@@ -9,13 +9,11 @@ from torch import nn
 from rankNAS.data.base import Data
 from rankNAS.data.loading import DataSource, load_data
 from rankNAS.data.text.loading import CONTEXT, is_text
-from rankNAS.exceptions import DataError, UsageError
+from rankNAS.exceptions import DataError
 from rankNAS.lazy import load
-from rankNAS.plugins import is_plugin
-from rankNAS.search_spaces.zoo import build_model
 from rankNAS.tasks.text import POSITIONS, config_number
 
-__all__ = ["FOLDER", "context_of", "load_data_of", "trained_by_name"]
+__all__ = ["FOLDER", "context_of", "load_data_of"]
 
 #: Imported when a network is a folder.
 CONTEXT_LENGTH = "rankNAS.search_spaces.zoo.huggingface:context_length"
@@ -23,7 +21,7 @@ FOLDER = "hf:"  # the form of a network that is a Hugging Face folder
 
 
 def load_data_of(
-    model: str | nn.Module,
+    model: nn.Module | str,
     source: DataSource,
     *,
     context: int | None = None,
@@ -47,7 +45,6 @@ def load_data_of(
     """
     if not is_text(source):
         return load_data(source, context=context, stride=stride, **options)
-    folder = _folder(model)
     most = context_of(model)
     if most is not None and context is not None and context > most:
         raise DataError(
@@ -56,20 +53,9 @@ def load_data_of(
         )
     if context is None and most is not None and not str(source).startswith("tokens:"):
         context = min(CONTEXT, most)
-    return load_data(source, tokenizer=folder, context=context, stride=stride, **options)
-
-
-def trained_by_name(name: str, data: Data) -> nn.Module:
-    """The trained network that a name states, in evaluation mode.
-
-    Raises:
-        UsageError: The name is that of a network without weights, or of none.
-    """
-    if not name.startswith(FOLDER) and not is_plugin(name):
-        raise UsageError(
-            f"{name!r} is no trained network; give a model, hf:FOLDER or path/to/file.py:factory."
-        )
-    return build_model(name, num_classes=data.num_classes, input_shape=data.input_shape).eval()
+    return load_data(
+        source, tokenizer=_tokenizer(model), context=context, stride=stride, **options
+    )
 
 
 def context_of(model: str | nn.Module) -> int | None:
@@ -82,6 +68,17 @@ def context_of(model: str | nn.Module) -> int | None:
 
 
 def _folder(model: str | nn.Module) -> str | None:
-    """The folder of ``hf:FOLDER``, perhaps with ``?gguf_file=FILE``; None for other models."""
-    named = isinstance(model, str) and model.startswith(FOLDER)
-    return str(model).removeprefix(FOLDER) if named else None
+    """What follows ``hf:``, a folder perhaps with options; None for other models."""
+    if not isinstance(model, str) or not model.startswith(FOLDER):
+        return None
+    return model.removeprefix(FOLDER)
+
+
+def _tokenizer(model: str | nn.Module) -> str | None:
+    """The folder of the tokenizer, without options that only concern weights."""
+    folder = _folder(model)
+    if folder is None:
+        return None
+    path, _, query = folder.partition("?")
+    kept = [entry for entry in query.split("&") if entry.startswith("gguf_file=")]
+    return "?".join([path, *kept])

@@ -28,7 +28,8 @@ __all__ = ["Settings", "Sizes", "check_device", "check_seed", "study_identity"]
 LARGEST_SEED = 2**32 - 1  # that all libraries take
 
 NORM: NormName = "fisher"  # of strategies without one of their own
-EXAMPLES = 4  # samples on which a study's model is recognised, or fewer if they are long texts
+EXAMPLES = 4  # samples on which a study's model is recognised
+EXAMPLE_TOKENS = 1024  # of them, if they are texts
 
 
 class Sizes(NamedTuple):
@@ -219,7 +220,7 @@ def _outputs(model: nn.Module, task: Task, data: Data) -> Sketches:
 
     Empty, which agrees with everything, if the outputs differ from pass to pass.
     """
-    count = affordable_samples(EXAMPLES, data.train)
+    count = affordable_samples(EXAMPLES, data.train, EXAMPLE_TOKENS)
     inputs = task.inputs_of(data.train.example(count))
     outputs = fixed_pass(model, inputs)
     sketches = Sketches.of(outputs, tolerance(model, outputs))

@@ -8,16 +8,22 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from language import Bigram, text_folder, tiny_llama, tokenizer_folder
-from torch import nn
+from torch import Tensor, nn
 
 import rankNAS
-from rankNAS.exceptions import DataError, UsageError
-from rankNAS.model_data import CONTEXT_LENGTH, load_data_of, trained_by_name
+from rankNAS.exceptions import DataError
+from rankNAS.model_data import CONTEXT_LENGTH, load_data_of
 from rankNAS.objectives.base import Objective
 from rankNAS.settings import Settings
 from rankNAS.study import Study
+
+
+class Masked(Bigram):
+    """Takes a mask of what is padded, as models of transformers do."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return super().forward(input_ids)
 
 
 @pytest.fixture
@@ -38,7 +44,8 @@ def test_a_folder_gives_its_tokenizer_and_context(
     positions[folder] = 24
     found = load_data_of(f"hf:{folder}", source).text
     assert found is not None and (found.context, found.tokenizer) == (24, folder)
-    found = load_data_of(f"hf:{folder}", source, context=8, stride=2).text
+    positions[f"{folder}?dtype=bfloat16"] = 8
+    found = load_data_of(f"hf:{folder}?dtype=bfloat16", source, stride=2).text
     assert found is not None and found.context == 8
     found = load_data_of(f"hf:{folder}", f"{source}?tokenizer=bytes").text
     assert found is not None and (found.context, found.tokenizer) == (24, "bytes")
@@ -64,17 +71,6 @@ def test_a_module_states_its_context(tmp_path: Path) -> None:
     assert found is not None and found.context == 48
     with pytest.raises(DataError, match=r"give --context 48 or less"):
         load_data_of(tiny_llama(positions=48), source, context=64)
-
-
-def test_names_of_trained_networks(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text(
-        "import torch\ndef make(num_classes): return torch.nn.Linear(3, num_classes)\n"
-    )
-    data = rankNAS.load_data("digits")
-    model = trained_by_name(f"{tmp_path}/net.py:make", data)
-    assert isinstance(model, torch.nn.Linear) and model.out_features == 10 and not model.training
-    with pytest.raises(UsageError, match="'resnet18' is no trained network; give a model, hf:"):
-        trained_by_name("resnet18", data)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +108,9 @@ def test_a_search_measures_perplexity_on_named_parts(study: Study) -> None:
     assert len(study.splits.validation) == 8
 
 
-def test_a_search_by_the_name_of_a_model(tmp_path: Path) -> None:
-    folder = text_folder(tmp_path / "text")
-    code = "from language import Bigram\ndef make():\n    return Bigram(256)\n"
-    (tmp_path / "net.py").write_text(code)
+def test_a_search_of_padded_documents(tmp_path: Path) -> None:
+    source = f"text:{text_folder(tmp_path)}?tokenizer=bytes&pack=no"
     options: dict[str, Any] = {"strategy": "uniform", "n_trials": 1}
-    source = f"text:{folder}?tokenizer=bytes&pack=no"
-    study = rankNAS.search(
-        f"{tmp_path}/net.py:make", source, budget={"layer_params": 0.5}, **options
-    )
+    study = rankNAS.search(Masked(256), source, budget={"layer_params": 0.5}, **options)
     assert study.best.metrics["layer_params"] <= 0.5 * study.dense["layer_params"]
+    assert study.task.mask_of(study.splits.validation.example(2)) is not None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankNAS.copies import evaluating
 from rankNAS.data.base import Data, TextForm
 from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import affordable_samples
 from rankNAS.exceptions import DataError, RankNASError, UnknownNameError, UsageError
 from rankNAS.lazy import load
 from rankNAS.plugins import is_plugin, load_callable
@@ -38,6 +39,7 @@ from rankNAS.trees import (
 __all__ = ["examples", "infer_task", "make_task", "resolve_task"]
 
 EXAMPLES = 64  # samples whose targets are looked at
+LOOKED = 1024  # tokens of the texts among them whose outputs are large
 OUTPUT_BYTES = 64 << 20  # of their outputs
 SIZES = 5  # sizes of samples that the model is tried on
 logger = logging.getLogger(__name__)
@@ -157,11 +159,11 @@ def examples(model: nn.Module, samples: Samples, task: Task | None = None) -> An
         DataError: A target is NaN or infinite, or the model fails.
     """
     device = device_of(model)
-    few = samples.example(2, device)
+    few = samples.example(affordable_samples(2, samples, LOOKED), device)
     reader = Layout.of(few, model) if task is None else task.bound(few, model)
     output, _ = _run(model, reader.inputs_of(few))
     each = max(1, count_bytes(output) // size_of(few))
-    batch = samples.example(min(EXAMPLES, max(2, OUTPUT_BYTES // each)), device)
+    batch = samples.example(min(EXAMPLES, max(size_of(few), OUTPUT_BYTES // each)), device)
     layout = reader if isinstance(reader, Layout) else reader.layout
     targets = None if layout is None else layout.target_of(batch)
     if isinstance(targets, Tensor):

@@ -49,16 +49,12 @@ class ModelOptions(SpaceOptions):
     )
     data: str = option(
         "digits",
-        "Data: digits, parquet:DIR, imagefolder:DIR, cifar10:DIR or file.py:factory; of text: "
-        "text:PATH, jsonl:PATH?field=text, tokens:DIR or datasets:DIR, perhaps with "
-        "?tokenizer=FOLDER and pack=no.",
+        "Data: digits, parquet:DIR, imagefolder:DIR, cifar10:DIR, text:PATH, jsonl:PATH, "
+        "tokens:DIR, datasets:DIR or file.py:factory.",
         MODEL,
     )
     context: int | None = option(
-        None,
-        "Tokens of a window of text. Default: 1024, or as many as the model takes.",
-        MODEL,
-        min=2,
+        None, "Tokens of a window of text. Default: at most 1024.", MODEL, min=2
     )
     stride: int | None = option(
         None,
@@ -82,8 +78,7 @@ class ModelOptions(SpaceOptions):
     )
     weights: str | None = option(
         None,
-        "Weights: a safetensors or state-dict file, or 'pretrained' (those of a file.py:factory "
-        "are its own). Default: train first.",
+        "Weights: a safetensors or state-dict file, or 'pretrained'. Default: train first.",
         MODEL,
     )
     trials: int = option(
@@ -116,14 +111,13 @@ class ModelOptions(SpaceOptions):
     )
     calibration: int | None = option(
         None,
-        "Training samples for layer statistics. Default: 1024, or 32768 tokens of text.",
+        "Training samples for layer statistics. Default: 1024, or 32768 tokens.",
         EVALUATION,
         min=1,
     )
     validation: int | None = option(
         None,
-        "Samples for the objectives, from the validation data, else from the training data. "
-        "Default: 1024, or 16384 tokens of text.",
+        "Samples for the objectives. Default: 1024, or 16384 tokens.",
         EVALUATION,
         min=1,
     )
