@@ -35,7 +35,7 @@ from rankNAS.plugins import is_plugin
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.zoo.huggingface import is_huggingface
 
-__all__ = ["load", "read_inputs", "read_metadata", "save"]
+__all__ = ["load", "needs_factory", "read_inputs", "read_metadata", "save"]
 
 TRANSFORMERS = "transformers"  # the entry of a description that `described` makes
 
@@ -156,6 +156,22 @@ def _rebuilt(
     network = _filled(skeleton(dense, allocation), state, path)
     load_state(network, state, source=str(path))
     return network.eval()
+
+
+def needs_factory(path: Path | str) -> bool:
+    """Whether `load` needs the function that builds the dense model of a file.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    try:
+        model = json.loads(read_metadata(Path(path)).get("model", "{}"))
+    except (ValueError, RecursionError):
+        return True  # `load` says what is wrong
+    if not isinstance(model, dict) or TRANSFORMERS in model:
+        return not isinstance(model, dict)
+    space = model.get("space")
+    return not isinstance(space, str) or is_plugin(space)
 
 
 def read_inputs(path: Path | str) -> InputSpec | None:

@@ -143,6 +143,23 @@ def test_export_for_transformers(
     )
 
 
+def test_a_factory_of_a_model_of_transformers_is_not_needed_again(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import transformers\n\ndef net():\n"
+    code += "    return transformers.AutoModelForCausalLM.from_pretrained('model')\n"
+    (here / "own.py").write_text(code)
+    (here / "any").mkdir()
+    tiny("llama").save_pretrained(here / "any")
+    weights = ("--weights", "any/model.safetensors", "--strategy", "uniform")
+    search = ("search", "--space", "own.py:net", *SEARCH, *weights, "--budget", "0.7")
+    assert run(monkeypatch, *search, "--study", "own") == 0
+    (here / "own.py").unlink()
+    assert run(monkeypatch, "export", "own", "--format", "hf", "--output", "small") == 0
+    assert "no tokenizer" in capsys.readouterr().err
+    assert logits(rankNAS.load("small"), tiny_inputs(tiny("llama"))).shape == (2, 12, 100)
+
+
 @pytest.mark.filterwarnings("ignore")  # of peft and transformers about each other
 def test_export_for_peft(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -21,7 +21,7 @@ from rankNAS.cli.options.studies import ExportOptions
 from rankNAS.cli.output import print_json
 from rankNAS.cli.results import load_result, solution_for
 from rankNAS.exceptions import StudyError, UnknownNameError, UsageError
-from rankNAS.models.artifact import load, read_inputs, read_metadata
+from rankNAS.models.artifact import load, needs_factory, read_inputs, read_metadata
 from rankNAS.models.dtypes import converted
 from rankNAS.models.export import FORMATS, export
 from rankNAS.models.huggingface.exporting import FOLDERS, export_folder
@@ -75,7 +75,10 @@ def run_export(options: ExportOptions) -> None:
         classes, sizes = found.result["num_classes"], found.result["input_shape"]
         classes = None if classes is None else int(classes)
         shape = None if sizes is None else tuple(map(int, sizes))
-    network = load(found.artifact, _factory(options, space, classes, shape))
+    factory = None
+    if is_plugin(space) and needs_factory(found.artifact):
+        factory = _factory(options, space, classes, shape)
+    network = load(found.artifact, factory)
     if options.dtype is not None:
         converted(network, options.dtype)
     missing: list[str] = []
@@ -102,10 +105,8 @@ def _places(options: ExportOptions) -> tuple[Path, str | None]:
 
 def _factory(
     options: ExportOptions, space: str, classes: int | None, shape: tuple[int, ...] | None
-) -> Callable[[], nn.Module] | None:
-    """The factory of a user's model; None for any other."""
-    if not is_plugin(space):
-        return None
+) -> Callable[[], nn.Module]:
+    """The factory of a user's model."""
     if options.space is None:
         raise UsageError(
             f"the study's model comes from {space!r}, whose code would run; name it "

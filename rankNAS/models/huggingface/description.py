@@ -26,7 +26,7 @@ LEFT_OUT = {
 }
 #: Numbers of repeated parts have one of these words in their names.
 REPEATED = ("layer", "depth", "block", "stage", "expert", "head", "group", "codebook")
-MOST_PARTS = 1 << 16
+MOST_PARTS = 1 << 20
 LARGEST = 1 << 33
 MOST_TEXT = 1 << 24  # characters of a configuration
 

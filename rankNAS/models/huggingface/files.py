@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rankNAS.exceptions import UsageError
+from rankNAS.exceptions import UsageError, WriteError
 from rankNAS.io.files import read_json, save_atomically, save_bytes
 from rankNAS.io.tensors import write_tensors
 from rankNAS.search_spaces.zoo.folders import COMPRESSED, CONFIG
@@ -93,20 +93,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         UsageError: The folder has other files.
+        WriteError: It cannot be written; an earlier one is intact.
     """
     if os.path.lexists(folder) and not _is_replaceable(folder):
         raise UsageError(
             f"{str(folder)!r} exists and is no earlier export; give a new or empty folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.absolute()  # so that it has a name
     unique = f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     place, old = folder.with_name(f"{unique}.tmp"), folder.with_name(f"{unique}.old.tmp")
-    place.mkdir()
     try:
+        place.mkdir(parents=True)
         yield place
         if os.path.lexists(folder):
             os.replace(folder, old)
         os.replace(place, folder)
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"the folder {str(folder)!r} cannot be written: {error.strerror or error}. Give a "
+            "place that can be written."
+        ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 import rankNAS
 from rankNAS.allocation import Allocation
-from rankNAS.exceptions import RankNASError, UsageError, WeightsError
+from rankNAS.exceptions import RankNASError, UsageError, WeightsError, WriteError
 from rankNAS.models.huggingface.adapters import write_adapters
 from rankNAS.models.huggingface.card import card_text
 from rankNAS.models.huggingface.files import Source, parse_size
@@ -154,6 +154,23 @@ def test_folders_of_others_are_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("words")
     with pytest.raises(UsageError, match="is no earlier export"):
         write_folder(network, allocation, tmp_path / "file", Source(None), "")
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, allocation = compressed(tiny("llama"))
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(WriteError, match="cannot be written: Not a directory"):
+        write_folder(network, allocation, tmp_path / "file" / "small", Source(None), "")
+    write_folder(network, allocation, tmp_path / "small", Source(None), "first")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rankNAS.models.huggingface.files.write_tensors", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        write_folder(network, allocation, tmp_path / "small", Source(None), "second")
+    assert (tmp_path / "small" / "README.md").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "small"]
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
