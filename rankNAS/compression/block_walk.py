@@ -31,8 +31,9 @@ Site = tuple[list[str], Iterator[Tensor | None]]
 class BlockWalk:
     """A walk by blocks; see `Walk`.
 
-    Up to a layer, only its block runs. Where a block needs no outputs but those of the block before it, older ones are freed. The
-    network is a single block if its blocks cannot be run on their own.
+    Up to a layer, only its block runs. Where a block needs no outputs but those of the block
+    before it, older ones are freed. The network is a single block if its blocks cannot be run on
+    their own.
 
     Args:
         network: In the mode in which it runs.

@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,26 +184,56 @@ class Recorder:
 
     def run(self, model: nn.Module, batches: InputBatches, number: int, *, backward: bool) -> None:
         """Run a forward pass; with ``backward``, also a backward pass for sampled targets."""
-        self._mask = batches.mask(number)
         if not backward:
-            with torch.no_grad():
+            with torch.no_grad(), self.counting(batches.mask(number)):
                 batches[number].run(model)
             return
+        with self.counting(batches.mask(number), gradients=True):
+            self.backward([self.loss(batches[number].run(model), batches.batch(number))])
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """The loss of a network's output for sampled targets."""
+        prediction = self._task.predict(output, batch)
+        self.predictions += len(prediction)
+        return prediction.sampled_loss(self._generator)
+
+    @contextmanager
+    def counting(self, mask: Tensor | None, *, gradients: bool = False) -> Iterator[None]:
+        """Context of a pass over one batch, of which the positions of a mask count."""
+        self._mask = mask
+        if not gradients:
+            yield
+            return
         with torch.enable_grad(), _recorded_checkpoints():
-            prediction = self._task.predict(batches[number].run(model), batches.batch(number))
-            self.predictions += len(prediction)
-            loss = prediction.sampled_loss(self._generator)
-            # Gradients only with respect to the recorded outputs; parameters need none.
-            # Layers that do not affect the prediction have zero gradients.
-            outputs = [y for _, y in self._outputs]
-            self._forward = False
-            try:
-                gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
-            finally:
-                self._forward = True
-            for (name, _), gradient in zip(self._outputs, gradients, strict=True):
-                self._sums[name].add_gradient(gradient, self._mask)
+            yield
         self._outputs.clear()
+
+    def backward(
+        self,
+        ends: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
+        starts: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """Add the gradients at the recorded outputs; return those of other tensors.
+
+        Args:
+            ends: Where the backward pass begins.
+            gradients: The gradients there; None for a loss.
+            starts: The other tensors.
+        """
+        # Gradients only with respect to the recorded outputs; parameters need none.
+        # Layers that do not affect the prediction have zero gradients.
+        outputs = [y for _, y in self._outputs]
+        self._forward = False
+        try:
+            found = torch.autograd.grad(
+                ends, [*outputs, *starts], grad_outputs=gradients, materialize_grads=True
+            )
+        finally:
+            self._forward = True
+        for (name, _), gradient in zip(self._outputs, found, strict=False):
+            self._sums[name].add_gradient(gradient, self._mask)
+        return list(found[len(outputs) :])
 
 
 class _Recorded:
