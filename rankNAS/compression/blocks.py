@@ -234,7 +234,7 @@ def digest(tree: Any) -> str:
     def add(tensor: Tensor) -> Tensor:
         flat = tensor.detach().cpu().contiguous()
         found.update(f"{tuple(flat.shape)} {flat.dtype}".encode())
-        found.update(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+        found.update(flat.reshape(-1).view(torch.uint8).numpy().data)
         return tensor
 
     tree_map(add, tree)

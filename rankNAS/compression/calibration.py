@@ -36,7 +36,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.trees import device_of, named_tensors
 
-__all__ = ["Accumulator", "Recorder", "calibrate"]
+__all__ = ["POOLED", "Accumulator", "Recorder", "calibrate", "statistics_key"]
 
 logger = logging.getLogger(__name__)
 POOLED = 32  # samples per group of the pooled covariance, as in the released code of Bolaco
@@ -85,7 +85,7 @@ def calibrate(
     chunks = input_batches(samples, batch_size, task=task, device=device, even=even, count=groups)
     path = None
     if cache is not None:
-        path = cache / f"{_key(model, space, chunks, task, norm, seed)}.safetensors"
+        path = cache / f"{statistics_key(model, space, chunks, task, norm, seed)}.safetensors"
     if path is not None and (cached := _read(path, space, device)) is not None:
         return cached
     generator = torch.Generator().manual_seed(seed)  # layers share it
@@ -255,7 +255,7 @@ def _recorded_checkpoints() -> Iterator[None]:
         checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
-def _key(
+def statistics_key(
     model: nn.Module,
     space: SearchSpace,
     batches: InputBatches,

@@ -65,7 +65,8 @@ class FactorStore:
         """
         dtype = torch.float64 if found.weight.dtype == torch.float64 else torch.float32
         factors = {name: f.slim(dtype) for name, f in found.factors.items()}
-        tensors, described = {}, {}
+        tensors: dict[str, Tensor] = {}
+        described: dict[str, Any] = {}
         for name, own in factors.items():
             content, described[name] = _encoded(own)
             tensors |= {f"{name}.{part}": tensor for part, tensor in content.items()}
@@ -151,7 +152,7 @@ def _factors(
     bases, errors = {}, {}
     for k, (energy, jitter, found) in described["bases"].items():
         parts = {part: tensors[f"{name}.{k}.{part}"] for part in NESTED}
-        bases[int(k)] = NestedBasis(**parts, HM=None, energy=energy, jitter=jitter)
+        bases[int(k)] = NestedBasis(**parts, HM=parts["M"], energy=energy, jitter=jitter)
         errors[int(k)] = found
     return TwoStageFactors(operator, shape, bases, errors)
 

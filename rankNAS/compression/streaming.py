@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,13 @@ from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import rows, tensors, tree_map
 
-__all__ = ["TOKENS", "factorise_streamed", "samples_at_once", "statistics_bytes"]
+__all__ = [
+    "TOKENS",
+    "factorise_streamed",
+    "is_linear",
+    "samples_at_once",
+    "statistics_bytes",
+]
 
 logger = logging.getLogger(__name__)
 TOKENS = 2048  # positions of a pass, at most, if samples are shorter
@@ -54,6 +60,7 @@ def factorise_streamed(
     seed: int = 0,
     on_layer: Step | None = None,
     on_batch: Step | None = None,
+    timed: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Factorisation:
     """The factors of every layer of a space, with bounded memory; see `factorise`.
 
@@ -69,6 +76,7 @@ def factorise_streamed(
         seed: Random seed of the sampled targets.
         on_layer: Called with (layers done, layers in total).
         on_batch: Called with (batches done, batches in total) of all passes of blocks.
+        timed: Called with ``factorise`` for a context of the time that is no calibration.
 
     Raises:
         WriteError: The disk is full; what is stored stays.
@@ -83,7 +91,8 @@ def factorise_streamed(
         logger.info("%d of %d layers are factorised already", len(layers), len(space.layers))
 
     def made(layer: Layer, known: Statistics) -> None:
-        layers[layer.name] = each.factorised(layer, known)
+        with timed("factorise"):
+            layers[layer.name] = each.factorised(layer, known)
         if on_layer is not None:
             on_layer(len(layers), len(space.layers))
 
@@ -95,7 +104,8 @@ def factorise_streamed(
             _by_passes(each, space, missing, batches, task, seed, made, on_batch)
         else:
             cache = ActivationCache(store.folder.parent)
-            walk = _Walk(chain, missing, batches, task, cache, seed, made, on_batch)
+            pooled = each.norm == "pooled"
+            walk = _Walk(chain, missing, batches, task, cache, seed, made, on_batch, pooled)
             with unchanged(each.model):
                 (walk.backward if each.norm == "fisher" else walk.forward)()
     return Factorisation.of(
@@ -115,11 +125,21 @@ def statistics_bytes(layers: Mapping[str, Layer], norm: str) -> int:
     return total
 
 
-def samples_at_once(space: SearchSpace, most: int) -> int:
-    """The number of samples of a pass: so many that they have at most `TOKENS` positions."""
+def samples_at_once(space: SearchSpace, most: int, tokens: int = TOKENS) -> int:
+    """The number of samples of a pass, at most: so many that they have a number of positions.
+
+    Convolutions have many positions, but no outputs as large as the logits of a position.
+    """
+    if not is_linear(space):
+        return most
     calls = [call for layer in space.layers.values() for call in layer.shape.output_calls()]
-    tokens = max((math.prod(call) for call in calls), default=1) / max(1, space.batch_size)
-    return max(1, min(most, int(TOKENS / max(1, tokens))))
+    each = max((math.prod(call) for call in calls), default=1) / max(1, space.batch_size)
+    return max(1, min(most, int(tokens / max(1, each))))
+
+
+def is_linear(space: SearchSpace) -> bool:
+    """Whether no layer is a convolution."""
+    return not any(layer.shape.kernel for layer in space.layers.values())
 
 
 @dataclass
@@ -135,6 +155,7 @@ class _Walk:
         seed: Random seed of the sampled targets.
         made: Called with each layer and its statistics.
         on_batch: Called with (batches done, batches in total).
+        pooled: Whether each batch is a group of the pooled covariance.
     """
 
     chain: BlockChain
@@ -145,6 +166,8 @@ class _Walk:
     seed: int
     made: Callable[[Layer, Statistics], None]
     on_batch: Step | None
+    pooled: bool = False
+    _sums: dict[str, MomentAccumulator] = field(default_factory=dict)  # of the current block
     _shapes: list[list[Any]] = field(default_factory=list)  # by batch, the freed outputs
     _done: int = 0
 
@@ -160,6 +183,8 @@ class _Walk:
                 for i in range(len(self.batches)):
                     with recorder.counting(self.batches.mask(i)):
                         self._advance(number, i, keep=number < last)
+                    for found in self._sums.values() if self.pooled else ():
+                        found.close_group()
                     self._report(last + 1)
                     self.cache.drop((number - 1, i))
 
@@ -224,7 +249,7 @@ class _Walk:
 
         The layers of a site share the moments of their inputs.
         """
-        sums: dict[str, MomentAccumulator] = {}
+        sums = self._sums = {}
         for leader, *others in self._wanted(number):
             sums[leader] = MomentAccumulator(self.missing[leader], self._generator)
             for name in others:
@@ -236,6 +261,7 @@ class _Walk:
             yield recorder
         for name, layer in layers.items():
             self.made(layer, sums[name].statistics())
+        self._sums = {}
 
     def _report(self, walks: int) -> None:
         self._done += 1

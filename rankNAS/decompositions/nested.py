@@ -50,7 +50,7 @@ class NestedBasis:
         L: Cholesky factor of Phi C Phi^T for features of unit norm, (g, K, K), in single or double
             precision.
         M: W C Phi^T L^-T, (g, o, K).
-        HM: H M, (g, o, K); None where errors are not needed any more.
+        HM: H M, (g, o, K), of which errors are computed; M itself once they are known.
         energy: ||H W C^1/2||_F^2.
         jitter: Added to the diagonal of Phi C Phi^T, relative to a feature's squared norm.
     """
@@ -60,7 +60,7 @@ class NestedBasis:
     scale: Tensor
     L: Tensor
     M: Tensor
-    HM: Tensor | None
+    HM: Tensor
     energy: float
     jitter: float = 0.0
 
@@ -78,13 +78,13 @@ class NestedBasis:
             scale=self.scale[:, :m].clone(),
             L=self.L[:, :m, :m].clone(),
             M=self.M[:, :, :m].clone(),
-            HM=None if self.HM is None else self.HM[:, :, :m].clone(),
+            HM=self.HM[:, :, :m].clone(),
         )
 
     def slim(self, dtype: torch.dtype) -> NestedBasis:
         """The basis in a type, without what errors are computed from."""
         tensors = {n: getattr(self, n).to(dtype) for n in ("basis", "scale", "L", "M")}
-        return replace(self, HM=None, **tensors)
+        return replace(self, HM=tensors["M"], **tensors)
 
     def pair(self) -> tuple[Tensor, Tensor]:  # (g, o, R), (g, R, n)
         """For one block: matrices A and B with What_r = A[:, :r] B[:r], M and L^-1 Phi."""
@@ -97,7 +97,6 @@ class NestedBasis:
 
     def errors(self) -> Tensor:  # (R + 1,)
         """Relative error at rank 0, 1, …, R."""
-        assert self.HM is not None
         scores = self.HM.square().sum((0, 1)).reshape(-1, self.blocks).sum(1)
         kept = torch.cat([scores.new_zeros(1), scores.cumsum(0)])
         return (1 - kept / self.energy).clamp(0, 1) if self.energy > 0 else kept * 0
@@ -276,7 +275,6 @@ def _difference(nested: NestedBasis, target: Target) -> float:
     At some ranks the error is measured on random signed sums of the rows of H (W - What), whose
     mean square is the squared norm. The sums are the same on both sides.
     """
-    assert nested.HM is not None
     g, o, K = nested.HM.shape
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(SAMPLED), SIGNS, o), generator=generator)
