@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -65,6 +66,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             evaluating(model),
             recorder.attached(),
             torch.enable_grad(),
+            saved_tensors_hooks(lambda _: None, lambda _: None),  # no backward pass follows
             sdpa_kernel(SDPBackend.MATH),
             counter,
             recorder,

@@ -7,10 +7,9 @@ need not be known.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from rankNAS.trees import Inputs, tree_map
 __all__ = ["BlockChain", "Calls", "ReachedError", "block_paths", "digest", "freed", "standing_in"]
 
 logger = logging.getLogger(__name__)
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -98,6 +98,45 @@ class BlockChain:
                 return x.copied().run(self.network)
             except ReachedError as reached:
                 return reached.output
+
+    def input(self, number: int, x: Inputs, before: Sequence[Any], name: str) -> Tensor | None:
+        """The input of a layer inside a block; None if the layer is not called.
+
+        Args:
+            number: The number of the block.
+            x: As for `run`.
+            before: As for `run`.
+            name: The layer.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise ReachedError(Inputs(args, kwargs))
+
+        handle = self.network.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        found: list[Any] = []
+
+        def forward(position: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+            if position < number:
+                return tree_map(torch.clone, before[position])
+            try:
+                original(*args, **kwargs)
+            except ReachedError as reached:
+                assert reached.inputs is not None
+                found.append(reached.inputs.first.detach())
+            raise ReachedError
+
+        with standing_in(self.blocks, forward), suppress(ReachedError):
+            try:
+                x.copied().run(self.network)
+            finally:
+                handle.remove()
+        return found[0] if found else None
+
+    def of_copy(self, network: nn.Module) -> BlockChain:
+        """The chain of a copy of the network."""
+        paths = {id(module): path for path, module in self.network.named_modules()}
+        blocks = [network.get_submodule(paths[id(block)]) for block in self.blocks]
+        return BlockChain(network, blocks, self.sites)
 
     @torch.no_grad()
     def _is_faithful(self, few: Inputs, calls: Calls, layers: Mapping[str, Layer]) -> bool:
@@ -229,16 +268,19 @@ def _note_input(
 
 def digest(tree: Any) -> str:
     """A key of the shapes and contents of all tensors, which takes no memory to keep."""
-    found = hashlib.blake2b(digest_size=16)
+    found: list[str] = []
 
     def add(tensor: Tensor) -> Tensor:
-        flat = tensor.detach().cpu().contiguous()
-        found.update(f"{tuple(flat.shape)} {flat.dtype}".encode())
-        found.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        flat = tensor.detach().contiguous().reshape(-1)
+        kind = _BITS.get(flat.element_size(), torch.uint8)
+        bits = flat.view(torch.uint8) if flat.dtype.is_complex else flat.view(kind)
+        # Exact sums of integers in two orders: equal bits give equal sums on every machine.
+        sums = int(bits.sum()), int(bits[::2].sum())
+        found.append(f"{tuple(tensor.shape)} {tensor.dtype} {sums}")
         return tensor
 
     tree_map(add, tree)
-    return found.hexdigest()
+    return "; ".join(found)
 
 
 def block_paths(network: nn.Module, names: Sequence[str]) -> list[str]:

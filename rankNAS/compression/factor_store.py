@@ -7,6 +7,7 @@ file has the same key is not factorised again.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -53,12 +54,22 @@ class FactorStore:
         self.folder, self._key, self._moments = folder / key, key, moments
         _remove_old(folder, self.folder)
 
-    def put(self, found: LayerFactors, offered: Layer | None = None) -> LayerFactors:
+    def within(self, key: str) -> FactorStore:
+        """The store of further factors in the same folder, for example of one allocation."""
+        found = copy.copy(self)
+        found._key, found._moments = f"{self._key} {key}", False
+        return found
+
+    def put(
+        self, found: LayerFactors, offered: Layer | None = None, *, whole: bool = False
+    ) -> LayerFactors:
         """Write the factors of a layer; the same factors, in single precision and mapped.
 
         Args:
             found: The factors.
             offered: The layer with all choices that were offered, by which `get` finds them.
+            whole: Whether to store the bias, and the weight of a layer without factors, which
+                may differ from the model's.
 
         Raises:
             WriteError: The disk is full.
@@ -74,6 +85,10 @@ class FactorStore:
         if self._moments:
             others["moment"] = found.moment
         tensors |= {name: x.to(dtype) for name, x in others.items() if x is not None}
+        if whole and found.bias is not None:
+            tensors["bias"] = found.bias
+        if whole and not factors:
+            tensors["weight"] = found.weight
         about = {
             "choices": [str(c) for c in found.layer.choices],
             "energy": found.energy,
@@ -139,7 +154,14 @@ def _decoded(
         for name, described in about["factors"].items()
     }
     norm = ErrorNorm(None, tensors.get("H"), tensors.get("mean"))
-    return replace(found, norm=norm, factors=factors, moment=tensors.get("moment"))
+    return replace(
+        found,
+        norm=norm,
+        factors=factors,
+        moment=tensors.get("moment"),
+        weight=tensors.get("weight", found.weight),
+        bias=tensors.get("bias", found.bias),
+    )
 
 
 def _factors(

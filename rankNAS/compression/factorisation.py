@@ -36,13 +36,13 @@ class Factorisation:
         model: The dense model, with separate attention projections.
         space: Its space.
         layers: Factors by layer name.
-        streamed: Whether the factors lie in files, because memory is short.
+        store: The files that hold the factors, where memory is short.
     """
 
     model: nn.Module
     space: SearchSpace
     layers: dict[str, LayerFactors]
-    streamed: bool = False
+    store: FactorStore | None = None
 
     @classmethod
     def of(
@@ -50,11 +50,16 @@ class Factorisation:
         model: nn.Module,
         space: SearchSpace,
         layers: dict[str, LayerFactors],
-        streamed: bool = False,
+        store: FactorStore | None = None,
     ) -> Factorisation:
         """The factorisation whose space has the choices that have factors."""
         space = replace(space, layers={name: found.layer for name, found in layers.items()})
-        return cls(model, space, layers, streamed)
+        return cls(model, space, layers, store)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the factors lie in files."""
+        return self.store is not None
 
     def errors(self) -> dict[str, list[float]]:
         """Relative error of each choice of each layer, in the order of the space."""
@@ -147,7 +152,7 @@ def factorise(
         layers[name] = each.factorised(layer, (statistics or {}).get(name))
         if on_layer is not None:
             on_layer(done, len(space.layers))
-    return Factorisation.of(model, space, layers)
+    return Factorisation.of(model, space, layers, store)
 
 
 @dataclass(frozen=True)

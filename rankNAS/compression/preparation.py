@@ -183,8 +183,7 @@ class Preparation:
         except TimeLimitError:
             with self.phases.timed("answer"):
                 space = few(self.space)
-                layers = factorise(model, space, centred=self._centred, store=store).layers
-                found = Factorisation.of(model, space, layers, streamed=True)
+                found = factorise(model, space, centred=self._centred, store=store)
             return found, found.losses(), False
         return found, found.losses(), True
 

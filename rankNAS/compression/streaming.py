@@ -97,7 +97,7 @@ def factorise_streamed(
             on_layer(len(layers), len(space.layers))
 
     if missing:
-        few = rows(batches[0], slice(0, 2), batches.sizes[0])
+        few = rows(batches[0], slice(0, 1), batches.sizes[0])
         with unchanged(each.model):
             chain = BlockChain.of(each.model, space.layers, few)
         if chain is None:
@@ -109,7 +109,7 @@ def factorise_streamed(
             with unchanged(each.model):
                 (walk.backward if each.norm == "fisher" else walk.forward)()
     return Factorisation.of(
-        each.model, space, {name: layers[name] for name in space.layers}, streamed=True
+        each.model, space, {name: layers[name] for name in space.layers}, store
     )
 
 
