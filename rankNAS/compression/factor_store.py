@@ -81,7 +81,9 @@ class FactorStore:
         for name, own in factors.items():
             content, described[name] = _encoded(own)
             tensors |= {f"{name}.{part}": tensor for part, tensor in content.items()}
-        others = {"H": found.norm.H, "mean": found.norm.mean}
+        if found.norm.mean is not None:
+            tensors["mean"] = found.norm.mean
+        others = {"H": found.norm.H}
         if self._moments:
             others["moment"] = found.moment
         tensors |= {name: x.to(dtype) for name, x in others.items() if x is not None}
@@ -121,6 +123,20 @@ class FactorStore:
             return None
         os.utime(self.folder)
         return found
+
+    def in_file(self, module: nn.Module, name: str) -> nn.Module:
+        """A decomposed layer with its weights in a mapped file, which the next network replaces.
+
+        They are private: a change of them does not change the file, and takes memory then.
+        """
+        path = self.folder / f"{fingerprint({}, name)}.network"
+        write_tensors(path, module.state_dict())
+        for key, tensor in _mapped(path).items():
+            parent, _, child = key.rpartition(".")
+            own = module.get_submodule(parent)
+            trained = own.get_parameter(child).requires_grad
+            setattr(own, child, nn.Parameter(tensor, trained))
+        return module
 
     def _path(self, layer: Layer) -> Path:
         choices = " ".join(map(str, layer.choices))

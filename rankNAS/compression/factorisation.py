@@ -83,15 +83,14 @@ class Factorisation:
             UsageError: The allocation does not belong to the space.
         """
         self.space.check(allocation)
-        modules = {
-            name: self.layers[name].module(choice)
-            for name, choice in allocation.items()
-            if choice != DENSE
-        }
+        replaced = [name for name, choice in allocation.items() if choice != DENSE]
         # Do not copy layers that are replaced.
-        memo = {id(self.model.get_submodule(n)): nn.Identity() for n in modules}
+        memo = {id(self.model.get_submodule(n)): nn.Identity() for n in replaced}
         network = copied(self.model, memo)
-        for name, module in modules.items():
+        for name in replaced:
+            module = self.layers[name].module(allocation[name])
+            # The weights of a large network go to a file that is mapped, one layer at a time.
+            module = module if self.store is None else self.store.in_file(module, name)
             LayerView(network, self.space.layers[name].paths).replace(module)
         return network
 

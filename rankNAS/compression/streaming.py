@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-TOKENS = 2048  # positions of a pass, at most, if samples are shorter
+TOKENS = 1024  # positions of a pass, at most, if samples are shorter
 SHARE = 1 << 30  # bytes of the statistics of whole passes for some of the layers
 Step = Callable[[int, int], None]
 
@@ -260,8 +260,7 @@ class _Walk:
         with recorder.recording(self.chain.network, gradients=gradients):
             yield recorder
         for name, layer in layers.items():
-            self.made(layer, sums[name].statistics())
-        self._sums = {}
+            self.made(layer, sums.pop(name).statistics())
 
     def _report(self, walks: int) -> None:
         self._done += 1
