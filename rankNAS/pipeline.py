@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import Screen, Select
 from rankNAS.compression.preparation import Preparation
+from rankNAS.compression.streaming import is_linear, statistics_bytes
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.splits import Splits, held_out, split
@@ -33,7 +35,7 @@ from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
 from rankNAS.search_spaces.plain_layers import with_plain_layers
-from rankNAS.search_spaces.policies import hardware_choices
+from rankNAS.search_spaces.policies import RankPolicy, hardware_choices
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import NORM, Settings
 from rankNAS.solver.pareto import pareto_filter, pareto_screen
@@ -45,6 +47,8 @@ from rankNAS.tasks.base import Task
 from rankNAS.trees import Inputs
 
 __all__ = ["prepare", "requests"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -106,6 +110,7 @@ def prepare(
     example = task.inputs_of(splits.calibration.example(1, device))
     verify_plain(model, given, example)
     model = copied(model).to(device).eval()
+    given_space = space
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
@@ -114,6 +119,8 @@ def prepare(
     exact = _exact(names)
     needed = needed_choices(strategies, model, space, settings.policy, exact, settings.choices)
     space = with_choices(space, needed)
+    if given_space is None and not start:
+        space = _operators(space, strategies, settings)
     check_reachable(space, budgets)
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
@@ -299,6 +306,29 @@ def _selection(
         return keep(layer, pareto_screen, errors, estimates)
 
     return select, screen
+
+
+def _operators(
+    space: SearchSpace, strategies: Sequence[Strategy], settings: Settings
+) -> SearchSpace:
+    """The space of a large linear model with ``svd`` alone, if nobody has named operators.
+
+    In SmolLM2-135M grouped decompositions have smaller errors only where a layer keeps more than
+    0.8 of its parameters, and they multiply the time and the memory by three.
+    """
+    named = settings.policy.operators != RankPolicy().operators
+    if named or any(strategy.operators is not None for strategy in strategies):
+        return space
+    needed = statistics_bytes(space.layers, settings.norm or NORM)
+    if not is_linear(space) or needed <= settings.memory:
+        return space
+    logger.info("the operator is svd: others rarely win in large linear layers")
+    return space.restrict(
+        {
+            name: [choice for choice in layer.choices if choice.operator == "svd"]
+            for name, layer in space.layers.items()
+        }
+    )
 
 
 def _salt(

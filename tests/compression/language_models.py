@@ -15,7 +15,7 @@ from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches, input_batches
 from rankNAS.tasks.language import CausalLanguageModelling
 
-__all__ = ["TinyGpt", "batches_of", "samples_of", "tiny_llama", "tiny_space"]
+__all__ = ["LENGTH", "TinyGpt", "batches_of", "samples_of", "tiny_llama", "tiny_space"]
 
 TOKENS, LENGTH = 60, 12
 
@@ -73,6 +73,7 @@ def tiny_llama(blocks: int = 3) -> nn.Module:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.3,
     )
     model: nn.Module = transformers.LlamaForCausalLM(config).eval()
     return model
