@@ -7,9 +7,13 @@ Some modules keep tensors of a forward pass: attention maps, caches, or the weig
 from __future__ import annotations
 
 import copy
+import math
+import os
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeVar
 
@@ -39,11 +43,16 @@ KEPT = frozenset(
         "_load_state_dict_post_hooks",
     }
 )
+MAPS = Path("/proc/self/smaps")  # of Linux; elsewhere all tensors are copied
+LARGE = 1 << 16  # bytes of a tensor from which looking for its file is worth while
 ATOMIC = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, str, bytes)
 
 
 def copied(model: T, memo: Mapping[int, Any] | None = None) -> T:
     """A deep copy of a model; tensors with a graph are copied without it.
+
+    Parameters and buffers in files that are mapped, such as those of safetensors, are mapped once
+    more instead. Such a copy takes no memory until it is changed, and is as independent.
 
     Args:
         model: The model; it is not changed.
@@ -59,6 +68,8 @@ def copied(model: T, memo: Mapping[int, Any] | None = None) -> T:
     found = dict(memo or {})
     for tensor in _with_graph(model):
         found.setdefault(id(tensor), tensor.detach().clone())
+    for number, tensor in _mapped_again(model).items():
+        found.setdefault(number, tensor)
     with torch.no_grad():  # a TorchScript program would keep the graph of the copying
         network = copy.deepcopy(model, found)
     for name, module in model.named_modules():
@@ -67,6 +78,54 @@ def copied(model: T, memo: Mapping[int, Any] | None = None) -> T:
             for parameter, new in zip(module.parameters(), own.parameters(), strict=True):
                 new.requires_grad_(parameter.requires_grad)
     return network
+
+
+def _mapped_again(model: nn.Module) -> dict[int, Tensor]:
+    """By ``id``, new tensors for those that lie in mapped files whose pages are unchanged."""
+    if not MAPS.exists():
+        return {}
+    own = [*model.parameters(), *model.buffers()]
+    plain = [t for t in own if t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)]
+    plain = [t for t in plain if t.nbytes >= LARGE and t.layout == torch.strided]
+    if not plain:
+        return {}
+    regions, storages, found = _unchanged_files(), {}, {}
+    for tensor in plain:
+        storage = tensor.untyped_storage()
+        place = bisect_right(regions, (storage.data_ptr(), math.inf)) - 1
+        if place < 0:
+            continue
+        start, end, offset, path = regions[place]
+        if storage.data_ptr() + storage.nbytes() > end:
+            continue
+        if path not in storages:
+            storages[path] = torch.UntypedStorage.from_file(path, False, os.path.getsize(path))
+        first = offset + storage.data_ptr() - start
+        part = storages[path][first : first + storage.nbytes()]
+        new = torch.empty(0, dtype=tensor.dtype).set_(
+            part, tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        is_parameter = isinstance(tensor, nn.Parameter)
+        found[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return found
+
+
+def _unchanged_files() -> list[tuple[int, int, int, str]]:
+    """Start, end, offset and path of the mapped files that no write has changed, in order."""
+    found: list[tuple[int, int, int, str]] = []
+    region: tuple[int, int, int, str] | None = None
+    for line in MAPS.read_text().splitlines():
+        parts = line.split(maxsplit=5)
+        if "-" in parts[0]:
+            region = None
+            if len(parts) == 6 and parts[5].startswith("/") and "w" in parts[1]:
+                start, end = (int(x, 16) for x in parts[0].split("-"))
+                with suppress(OSError):  # a file that has been removed
+                    if os.stat(parts[5]).st_ino == int(parts[4]):
+                        region = start, end, int(parts[2], 16), parts[5]
+        elif region is not None and parts[0] == "Anonymous:" and int(parts[1]) == 0:
+            found.append(region)
+    return sorted(found)
 
 
 @contextmanager

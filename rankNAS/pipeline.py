@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,16 +12,14 @@ import torch
 from torch import nn
 
 from rankNAS.allocation import DENSE, Allocation, Choice
-from rankNAS.compression.calibration import calibrate
-from rankNAS.compression.curvature import second_order_losses
-from rankNAS.compression.factorisation import Factorisation, factorise
+from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import Screen, Select
+from rankNAS.compression.preparation import Preparation
+from rankNAS.compression.streaming import is_linear, statistics_bytes
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
-from rankNAS.data.samples import Samples
 from rankNAS.data.splits import Splits, held_out, split
 from rankNAS.deadline import TimeLimitError, check_time, limited_by
-from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import EXACT_COSTS, LAYER_COSTS
 from rankNAS.evaluation.context import Progress, SearchContext, silent
 from rankNAS.evaluation.evaluator import Evaluator
@@ -29,14 +28,13 @@ from rankNAS.evaluation.verification import verify_plain
 from rankNAS.exceptions import UsageError
 from rankNAS.fallback import uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
-from rankNAS.io.files import cache_folder
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.phases import Phases
 from rankNAS.recovery.refinement import Refiner
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.compiler import compile_space, prepared_model
-from rankNAS.search_spaces.policies import hardware_choices
+from rankNAS.search_spaces.policies import RankPolicy, hardware_choices
 from rankNAS.search_spaces.wrappers import searchable
 from rankNAS.settings import NORM, Settings
 from rankNAS.solver.pareto import pareto_filter, pareto_screen
@@ -49,6 +47,8 @@ from rankNAS.tasks.text import warn_of_targets
 from rankNAS.trees import Inputs
 
 __all__ = ["prepare", "requests"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -110,6 +110,7 @@ def prepare(
     verify_plain(model, given, example)
     model = copied(model).to(device).eval()
     warn_of_targets(model, task, splits.calibration)
+    given_space = space
     space = space or compile_space(model, example, policy=settings.policy)
     for allocation in start:
         space.check(allocation)
@@ -118,6 +119,8 @@ def prepare(
     exact = _exact(names)
     needed = needed_choices(strategies, model, space, settings.policy, exact, settings.choices)
     space = with_choices(space, needed)
+    if given_space is None and not start:
+        space = _operators(space, strategies, settings)
     check_reachable(space, budgets)
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
@@ -128,19 +131,23 @@ def prepare(
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     kept = {n: {*found, *(a[n] for a in start)} for n, found in needed.items()}
     select, screen = _selection(exact, latency, "latency" in names, settings.choices, needs, kept)
-    few = partial(uniform_space, budgets=budgets, latency=latency)
-    factorisation, losses, complete = _factorised(
+    factorisation, losses, complete = Preparation(
         model,
         space,
         splits.calibration,
         task,
-        settings,
-        seed,
+        settings.norm or NORM,
         select,
         screen,
-        report,
-        phases,
-        few,
+        salt=_salt(exact, latency, settings, needs, kept),
+        batch_norm=settings.batch_norm,
+        moments=any("outputs" in strategy.needs_spectra for strategy in strategies),
+        memory=settings.memory,
+        seed=seed,
+        report=report,
+        phases=phases,
+    ).factorised(
+        partial(uniform_space, budgets=budgets, latency=latency),
         any(s.needs_losses for s in strategies),
     )
     if latency is not None:
@@ -159,6 +166,7 @@ def prepare(
             batch_norm=settings.batch_norm,
             batch_size=sizes.batch_size,
             device=device,
+            low_memory=factorisation.streamed,
             sequential=settings.sequential,
             recovery=recovery,
             screened=sizes.screening,
@@ -300,86 +308,46 @@ def _selection(
     return select, screen
 
 
+def _operators(
+    space: SearchSpace, strategies: Sequence[Strategy], settings: Settings
+) -> SearchSpace:
+    """The space of a large linear model with ``svd`` alone, if nobody has named operators.
+
+    In SmolLM2-135M grouped decompositions have smaller errors only where a layer keeps more than
+    0.8 of its parameters, and they multiply the time and the memory by three.
+    """
+    named = settings.policy.operators != RankPolicy().operators
+    if named or any(strategy.operators is not None for strategy in strategies):
+        return space
+    needed = statistics_bytes(space.layers, settings.norm or NORM)
+    if not is_linear(space) or needed <= settings.memory:
+        return space
+    logger.info("the operator is svd: others rarely win in large linear layers")
+    return space.restrict(
+        {
+            name: [choice for choice in layer.choices if choice.operator == "svd"]
+            for name, layer in space.layers.items()
+        }
+    )
+
+
+def _salt(
+    exact: Sequence[str],
+    latency: LatencyTables | None,
+    settings: Settings,
+    needs: Sequence[tuple[tuple[str, ...] | None, bool]],
+    stay: Mapping[str, set[Choice]],
+) -> str:
+    """What the selection of choices depends on, besides their errors."""
+    seconds = {} if latency is None else {n: t.tolist() for n, t in latency.seconds.items()}
+    kept = {name: sorted(choices) for name, choices in stay.items()}
+    return f"{list(exact)} {settings.choices} {list(needs)} {kept} {seconds}"
+
+
 def _exact(names: set[str]) -> list[str]:
     """The costs of a layer among those that budgets bound or objectives measure."""
     wanted = [LAYER_COSTS.get(name, name) for name in EXACT_COSTS if name in names]
     return list(dict.fromkeys(wanted))  # of one layer, both counts are equal
-
-
-def _factorised(
-    model: nn.Module,
-    space: SearchSpace,
-    samples: Samples,
-    task: Task,
-    settings: Settings,
-    seed: int,
-    select: Select,
-    screen: Screen,
-    report: Progress,
-    phases: Phases,
-    few: Callable[[SearchSpace], SearchSpace],
-    measure: bool,
-) -> tuple[Factorisation, dict[str, list[float]], bool]:
-    """Calibrate the model and factorise every layer.
-
-    Returns:
-        The factors, the losses of all choices, and whether the time sufficed. The losses follow
-        from the norm, unless they are to be measured and the norm takes gradients.
-
-    If it did not, only the choices of the space that `few` returns are factorised: with the
-    statistics, or without any if they are not there yet.
-    """
-    statistics: dict[str, Statistics] = {}
-    norm = settings.norm or NORM
-    centred = None if settings.batch_norm else False
-
-    def on_layer(done: int, total: int) -> None:
-        report("factorise", done, total)
-        check_time()
-
-    try:
-        with phases.timed("calibrate"):
-            statistics = calibrate(
-                model,
-                space,
-                samples,
-                task,
-                norm=norm,
-                seed=seed,
-                cache=cache_folder() / "calibration",
-                on_batch=lambda done, total: report("calibrate", done, total),
-            )
-        with phases.timed("factorise"):
-            found = factorise(
-                model,
-                space,
-                statistics,
-                norm=norm,
-                centred=centred,
-                select=select,
-                screen=screen,
-                on_layer=on_layer,
-            )
-    except TimeLimitError:
-        norm = norm if statistics else "weight"
-        with phases.timed("answer"):
-            found = factorise(model, few(space), statistics, norm=norm, centred=centred)
-        return found, found.losses(), False
-    if norm != "fisher" or not measure:
-        return found, found.losses(), True
-    try:
-        with phases.timed("losses"):
-            losses = second_order_losses(
-                found,
-                samples,
-                task,
-                statistics if settings.batch_norm else None,
-                seed=seed,
-                on_batch=lambda done, total: report("measure losses", done, total),
-            )
-    except TimeLimitError:
-        losses = found.losses()
-    return found, losses, True
 
 
 def _problems(

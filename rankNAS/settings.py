@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -77,6 +77,9 @@ class Settings:
         refine: Refine every returned network block by block, before any training; trials are
             measured without it.
 
+        memory: Bytes of statistics and factors, as estimated, from which a model of linear layers
+            is calibrated and factorised block by block, with factors in files of the cache folder.
+
     Raises:
         UsageError: An unknown norm, or a number below one.
 
@@ -100,6 +103,8 @@ class Settings:
     recovery: TrainingConfig | None = None
     recovery_samples: int = 2048
     refine: Refinement | None = None
+    # Not printed: answers do not depend on it, so a study may be resumed with another one.
+    memory: int = field(default=2 << 30, repr=False)
 
     def __post_init__(self) -> None:
         if self.norm is not None and self.norm not in NORMS:
@@ -112,7 +117,7 @@ class Settings:
             "batch_size",
             "latency_batch",
         )
-        for name in (*counts, "recovery_samples"):
+        for name in (*counts, "recovery_samples", "memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"`{name}` must be at least 1, got {value}.")

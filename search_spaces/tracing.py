@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
@@ -70,6 +71,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             evaluating(model),
             recorder.attached(),
             torch.enable_grad(),
+            saved_tensors_hooks(_dropped, _dropped),  # no backward pass follows
             sdpa_kernel(SDPBackend.MATH),
             balanced_routing(),
             counter,
@@ -83,6 +85,11 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             f"{type(error).__name__}: {error}"
         ) from error
     return recorder.found()
+
+
+def _dropped(tensor: Any) -> Any:
+    """Nothing, in place of what a backward pass would need."""
+    return None
 
 
 def in_words(path: str, module: nn.Module) -> str:

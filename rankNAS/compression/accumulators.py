@@ -20,13 +20,19 @@ class MomentAccumulator:
     Args:
         layer: The layer.
         generator: Samples the positions of patches; layers may share it.
+        inputs: The sums of a layer with the same patches, which then stand for its own.
     """
 
-    def __init__(self, layer: Layer, generator: torch.Generator) -> None:
-        self.layer, self.generator = layer, generator
+    def __init__(
+        self,
+        layer: Layer,
+        generator: torch.Generator,
+        inputs: MomentAccumulator | None = None,
+    ) -> None:
+        self.layer, self.generator, self._inputs = layer, generator, inputs
         self._gradient: Tensor | None = None
         self._gradients = 0
-        self._groups = 0
+        self._groups = self._tokens = 0
         self._covariance = self._group_mean = _zero()
         self._restart()
 
@@ -41,12 +47,20 @@ class MomentAccumulator:
             x: The inputs.
             mask: The positions (N, T) that count, for layers whose inputs are (N, T, features).
         """
+        if self._inputs is not None:
+            return
         P = patches(
             self.layer.shape, counted(self.layer.shape, x, mask), self.generator
         )  # (g, N, n)
         self._moment = self._moment + (P.mT @ P).double()
         self._mean = self._mean + P.sum(1).double()
         self._patches += P.shape[1]
+        self._tokens += P.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """The number of patches so far."""
+        return self._tokens if self._inputs is None else self._inputs.tokens
 
     def add_gradient(self, gradient: Tensor, mask: Tensor | None = None) -> None:
         """Add the loss gradients at the outputs of a batch; for the mask see `add_input`."""
@@ -61,6 +75,8 @@ class MomentAccumulator:
 
     def close_group(self) -> None:
         """Pool the covariance and mean of the patches since the last call, then reset."""
+        if self._inputs is not None or not self._patches:
+            return
         covariance = unbiased_covariance(self._moment, self._mean, self._patches)
         self._covariance = self._covariance + covariance
         self._group_mean = self._group_mean + self._mean / self._patches
@@ -86,6 +102,8 @@ class MomentAccumulator:
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Second moment and mean, in the element order of the folded weight."""
+        if self._inputs is not None:
+            return self._inputs._moments()
         order = folded(self.layer.shape)
         if not self._groups:
             moment, mean = self._moment / self._patches, self._mean / self._patches
@@ -93,6 +111,8 @@ class MomentAccumulator:
             mean = self._group_mean / self._groups
             covariance = self._covariance / self._groups
             moment = covariance + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        if not self.layer.shape.kernel:  # the order is that of the columns; no second copy
+            return moment, mean
         return moment[:, order][:, :, order], mean[:, order]
 
 

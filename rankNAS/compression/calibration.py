@@ -12,7 +12,7 @@ References:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +23,10 @@ from torch.utils import checkpoint
 
 from rankNAS.compression.accumulators import MomentAccumulator
 from rankNAS.compression.patches import MAX_POSITIONS
+from rankNAS.compression.siblings import shrunk_towards_siblings
 from rankNAS.copies import unchanged
 from rankNAS.decompositions.norms import NormName, Statistics
-from rankNAS.exceptions import WeightsError, WriteError
+from rankNAS.exceptions import RankNASError, WeightsError, WriteError
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.search_spaces.base import Layer, SearchSpace
@@ -36,7 +37,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.trees import device_of, named_tensors
 
-__all__ = ["Accumulator", "Recorder", "calibrate"]
+__all__ = ["POOLED", "Accumulator", "Recorder", "calibrate", "statistics_key"]
 
 logger = logging.getLogger(__name__)
 POOLED = 32  # samples per group of the pooled covariance, as in the released code of Bolaco
@@ -85,7 +86,7 @@ def calibrate(
     chunks = input_batches(samples, batch_size, task=task, device=device, even=even, count=groups)
     path = None
     if cache is not None:
-        path = cache / f"{_key(model, space, chunks, task, norm, seed)}.safetensors"
+        path = cache / f"{statistics_key(model, space, chunks, task, norm, seed)}.safetensors"
     if path is not None and (cached := _read(path, space, device)) is not None:
         return cached
     generator = torch.Generator().manual_seed(seed)  # layers share it
@@ -99,10 +100,30 @@ def calibrate(
                     found.close_group()
             if on_batch is not None:
                 on_batch(done, len(chunks))
-    statistics = {name: found.statistics() for name, found in sums.items()}
+    statistics = statistics_of(sums, space.layers)
     if path is not None:
         _write(path, statistics)
     return statistics
+
+
+def statistics_of(
+    sums: Mapping[str, MomentAccumulator], layers: Mapping[str, Layer]
+) -> dict[str, Statistics]:
+    """The statistics of layers; those of experts lean on their siblings where tokens are few.
+
+    Raises:
+        RankNASError: A layer was not called, or its statistics are not finite.
+    """
+    tokens = {name: found.tokens for name, found in sums.items()}
+    called = {name: found.statistics() for name, found in sums.items() if tokens[name]}
+    known = shrunk_towards_siblings({name: layers[name] for name in sums}, called, tokens)
+    for name in sums:
+        if name not in known:
+            raise RankNASError(
+                f"layer {name!r} is not called with any of the calibration data; give more of "
+                "them, or let the layer stay dense (`exclude`)."
+            )
+    return known
 
 
 class Accumulator(Protocol):
@@ -184,26 +205,56 @@ class Recorder:
 
     def run(self, model: nn.Module, batches: InputBatches, number: int, *, backward: bool) -> None:
         """Run a forward pass; with ``backward``, also a backward pass for sampled targets."""
-        self._mask = batches.mask(number)
         if not backward:
-            with torch.no_grad():
+            with torch.no_grad(), self.counting(batches.mask(number)):
                 batches[number].run(model)
             return
+        with self.counting(batches.mask(number), gradients=True):
+            self.backward([self.loss(batches[number].run(model), batches.batch(number))])
+
+    def loss(self, output: Any, batch: Any) -> Tensor:
+        """The loss of a network's output for sampled targets."""
+        prediction = self._task.predict(output, batch)
+        self.predictions += len(prediction)
+        return prediction.sampled_loss(self._generator)
+
+    @contextmanager
+    def counting(self, mask: Tensor | None, *, gradients: bool = False) -> Iterator[None]:
+        """Context of a pass over one batch, of which the positions of a mask count."""
+        self._mask = mask
+        if not gradients:
+            yield
+            return
         with torch.enable_grad(), _recorded_checkpoints():
-            prediction = self._task.predict(batches[number].run(model), batches.batch(number))
-            self.predictions += len(prediction)
-            loss = prediction.sampled_loss(self._generator)
-            # Gradients only with respect to the recorded outputs; parameters need none.
-            # Layers that do not affect the prediction have zero gradients.
-            outputs = [y for _, y in self._outputs]
-            self._forward = False
-            try:
-                gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
-            finally:
-                self._forward = True
-            for (name, _), gradient in zip(self._outputs, gradients, strict=True):
-                self._sums[name].add_gradient(gradient, self._mask)
+            yield
         self._outputs.clear()
+
+    def backward(
+        self,
+        ends: Sequence[Tensor],
+        gradients: Sequence[Tensor] | None = None,
+        starts: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """Add the gradients at the recorded outputs; return those of other tensors.
+
+        Args:
+            ends: Where the backward pass begins.
+            gradients: The gradients there; None for a loss.
+            starts: The other tensors.
+        """
+        # Gradients only with respect to the recorded outputs; parameters need none.
+        # Layers that do not affect the prediction have zero gradients.
+        outputs = [y for _, y in self._outputs]
+        self._forward = False
+        try:
+            found = torch.autograd.grad(
+                ends, [*outputs, *starts], grad_outputs=gradients, materialize_grads=True
+            )
+        finally:
+            self._forward = True
+        for (name, _), gradient in zip(self._outputs, found, strict=False):
+            self._sums[name].add_gradient(gradient, self._mask)
+        return list(found[len(outputs) :])
 
 
 class _Recorded:
@@ -225,7 +276,7 @@ def _recorded_checkpoints() -> Iterator[None]:
         checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
-def _key(
+def statistics_key(
     model: nn.Module,
     space: SearchSpace,
     batches: InputBatches,

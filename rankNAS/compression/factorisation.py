@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
 from rankNAS.compression.degenerate import DegenerateLayers
+from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factors import LayerFactors, Screen, Select, factorise_layer
 from rankNAS.compression.surgery import LazyFactorised, shared_copy
 from rankNAS.copies import copied
@@ -19,10 +20,10 @@ from rankNAS.decompositions import OPERATORS, NormName, Statistics, make_norm
 from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import UsageError
-from rankNAS.search_spaces.base import SearchSpace
+from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 
-__all__ = ["Factorisation", "factorise", "skeleton"]
+__all__ = ["Factorisation", "OneLayer", "factorise", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,30 @@ class Factorisation:
         model: The dense model, with separate attention projections.
         space: Its space.
         layers: Factors by layer name.
+        store: The files that hold the factors, where memory is short.
     """
 
     model: nn.Module
     space: SearchSpace
     layers: dict[str, LayerFactors]
+    store: FactorStore | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        space: SearchSpace,
+        layers: dict[str, LayerFactors],
+        store: FactorStore | None = None,
+    ) -> Factorisation:
+        """The factorisation whose space has the choices that have factors."""
+        space = replace(space, layers={name: found.layer for name, found in layers.items()})
+        return cls(model, space, layers, store)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the factors lie in files."""
+        return self.store is not None
 
     def errors(self) -> dict[str, list[float]]:
         """Relative error of each choice of each layer, in the order of the space."""
@@ -61,15 +81,14 @@ class Factorisation:
             UsageError: The allocation does not belong to the space.
         """
         self.space.check(allocation)
-        modules = {
-            name: self.layers[name].module(choice)
-            for name, choice in allocation.items()
-            if choice != DENSE
-        }
+        replaced = [name for name, choice in allocation.items() if choice != DENSE]
         # Do not copy layers that are replaced.
-        memo = {id(self.model.get_submodule(n)): nn.Identity() for n in modules}
+        memo = {id(self.model.get_submodule(n)): nn.Identity() for n in replaced}
         network = copied(self.model, memo)
-        for name, module in modules.items():
+        for name in replaced:
+            module = self.layers[name].module(allocation[name])
+            # The weights of a large network go to a file that is mapped, one layer at a time.
+            module = module if self.store is None else self.store.in_file(module, name)
             LayerView(network, self.space.layers[name].paths).replace(module)
         return network
 
@@ -101,6 +120,7 @@ def factorise(
     select: Select | None = None,
     screen: Screen | None = None,
     on_layer: Callable[[int, int], None] | None = None,
+    store: FactorStore | None = None,
 ) -> Factorisation:
     """The factors of every layer of a space, for all its choices.
 
@@ -120,28 +140,51 @@ def factorise(
             estimates that may be of use. Factors that none of these needs may be left out, and
             choices without factors are removed.
         on_layer: Called with (layers done, layers in total).
+        store: Takes the factors of each layer as they are made; None keeps them in memory.
     """
     model = with_plain_layers(model, space.layers)
-    centred_all = has_batch_norm(model) if centred is None else centred
-    layers, degenerate = {}, DegenerateLayers()
+    each = OneLayer(model, norm, centred, select, screen, store)
+    layers = {}
     for done, (name, layer) in enumerate(space.layers.items(), 1):
-        module = model.get_submodule(name)
-        has_bias = module.bias is not None
-        layer_centred = centred_all or (centred is None and has_bias)
-        known = (statistics or {}).get(name)
-        layer_norm = make_norm(norm, known, centred=layer_centred)
-        found = factorise_layer(layer, module, layer_norm, screen)
-        degenerate.add(layer, found.weight, None if norm == "weight" else known)
-        if select is not None:
-            computed = dict(zip(found.layer.choices, found.errors(), strict=True))
-            errors = [computed.get(choice, math.inf) for choice in layer.choices]
-            found = found.restrict([c for c in select(layer, errors) if c in computed])
-        layers[name] = found
+        layers[name] = each.factorised(layer, (statistics or {}).get(name))
         if on_layer is not None:
             on_layer(done, len(space.layers))
-    degenerate.warn()
-    space = replace(space, layers={name: found.layer for name, found in layers.items()})
-    return Factorisation(model, space, layers)
+    each.degenerate.warn()
+    return Factorisation.of(model, space, layers, store)
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """Factorises one layer after another; the arguments are those of `factorise`.
+
+    Args:
+        model: The model with plain layers.
+    """
+
+    model: nn.Module
+    norm: NormName = "weight"
+    centred: bool | None = None
+    select: Select | None = None
+    screen: Screen | None = None
+    store: FactorStore | None = None
+    degenerate: DegenerateLayers = field(default_factory=DegenerateLayers)
+
+    def factorised(self, layer: Layer, known: Statistics | None) -> LayerFactors:
+        """The factors of a layer, from its statistics."""
+        module = self.model.get_submodule(layer.name)
+        norm = make_norm(self.norm, known, centred=self._is_centred(module))
+        found = factorise_layer(layer, module, norm, self.screen)
+        self.degenerate.add(layer, found.weight, None if self.norm == "weight" else known)
+        if self.select is not None:
+            computed = dict(zip(found.layer.choices, found.errors(), strict=True))
+            errors = [computed.get(choice, math.inf) for choice in layer.choices]
+            found = found.restrict([c for c in self.select(layer, errors) if c in computed])
+        return found if self.store is None else self.store.put(found, layer)
+
+    def _is_centred(self, module: Any) -> bool:
+        if self.centred is None:
+            return module.bias is not None or has_batch_norm(self.model)
+        return self.centred
 
 
 def skeleton(model: nn.Module, allocation: Mapping[str, Choice]) -> nn.Module:

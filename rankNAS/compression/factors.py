@@ -41,7 +41,8 @@ class LayerFactors:
         energy: ||H W C^1/2||_F^2, to which errors are relative; C is the identity in the norm
             ``weight``.
         moment: A symmetric matrix (g, m, m), m = min(o, i), with the eigenvalues of the second
-            moment W C W^T of the layer's outputs; further ones are zero.
+            moment W C W^T of the layer's outputs; further ones are zero. None where no strategy
+            needs them.
     """
 
     layer: Layer
@@ -50,7 +51,7 @@ class LayerFactors:
     norm: ErrorNorm
     factors: dict[str, Factors]
     energy: float
-    moment: Tensor
+    moment: Tensor | None
 
     def error(self, choice: Choice) -> float:
         """Relative error of a choice in the norm; 0 for dense."""

@@ -143,7 +143,7 @@ class SequentialRefit:
         layers = {name: layers[name] for name in space.layers}
         restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
         model = self._model(layers, allocation)
-        return Refitted(model, restricted, layers, self._statistics())
+        return Refitted(model, restricted, layers, statistics=self._statistics())
 
     def _refitted(
         self,

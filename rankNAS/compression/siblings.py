@@ -30,7 +30,7 @@ def shrunk_towards_siblings(
 
     Args:
         layers: The layers.
-        statistics: Their statistics, of any kind for those without tokens.
+        statistics: Their statistics. Experts without tokens need none: they get the mean.
         tokens: The number of tokens that each layer saw.
     """
     found, few = dict(statistics), []

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankNAS.allocation import Choice
+from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.copies import copied
 from rankNAS.decompositions.layer_view import LayerView
@@ -16,6 +16,7 @@ __all__ = [
     "LazyFactorised",
     "changeable_copy",
     "exceeds_memory_limit",
+    "install",
     "shared_copy",
 ]
 
@@ -58,6 +59,25 @@ def changeable_copy(model: nn.Module, layers: Mapping[str, LayerFactors]) -> nn.
 def exceeds_memory_limit(model: nn.Module) -> bool:
     """Whether the weights are too large to be copied without need."""
     return sum(p.nbytes for p in model.parameters()) > LIGHT
+
+
+def install(network: nn.Module, found: LayerFactors, choice: Choice) -> None:
+    """Exchange a layer of a read-only network; it shares the memory of the factors.
+
+    Args:
+        network: A copy from `shared_copy`.
+        found: The factors of the layer.
+        choice: The choice; for dense the layer takes the weight and the bias.
+    """
+    view = LayerView(network, found.layer.paths)
+    if choice != DENSE:
+        view.replace(LazyFactorised(found, choice))
+        return
+    weight, bias = found.folded(choice)
+    for module in view.modules:
+        module.weight = nn.Parameter(view.turned(weight), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
 
 
 class LazyFactorised(nn.Module):

@@ -45,6 +45,10 @@ class Factors(ABC):
         """The factors of a subset of the ranks; data of the other ranks may be freed."""
         return self
 
+    def slim(self, dtype: torch.dtype) -> Factors:
+        """The factors in a floating-point type, without what only their errors need."""
+        return self
+
     @final
     def truncate(
         self,

@@ -50,7 +50,7 @@ class NestedBasis:
         L: Cholesky factor of Phi C Phi^T for features of unit norm, (g, K, K), in single or double
             precision.
         M: W C Phi^T L^-T, (g, o, K).
-        HM: H M, (g, o, K).
+        HM: H M, (g, o, K), of which errors are computed; M itself once they are known.
         energy: ||H W C^1/2||_F^2.
         jitter: Added to the diagonal of Phi C Phi^T, relative to a feature's squared norm.
     """
@@ -81,6 +81,20 @@ class NestedBasis:
             HM=self.HM[:, :, :m].clone(),
         )
 
+    def slim(self, dtype: torch.dtype) -> NestedBasis:
+        """The basis in a type, without what errors are computed from."""
+        tensors = {n: getattr(self, n).to(dtype) for n in ("basis", "scale", "L", "M")}
+        return replace(self, HM=tensors["M"], **tensors)
+
+    def pair(self) -> tuple[Tensor, Tensor]:  # (g, o, R), (g, R, n)
+        """For one block: matrices A and B with What_r = A[:, :r] B[:r], M and L^-1 Phi."""
+        features = self.basis[:, 0].double() * self.scale.unsqueeze(-1)
+        order = torch.empty_like(self.columns[0])
+        order[self.columns[0]] = torch.arange(len(order), device=order.device)
+        with limited_threads(self.L.shape[-1]):
+            B = torch.linalg.solve_triangular(self.L.double(), features, upper=False)
+        return self.M, B[:, :, order]
+
     def errors(self) -> Tensor:  # (R + 1,)
         """Relative error at rank 0, 1, …, R."""
         scores = self.HM.square().sum((0, 1)).reshape(-1, self.blocks).sum(1)
@@ -98,7 +112,7 @@ class NestedBasis:
         with limited_threads(m):
             L = self.L[:, :m, :m]
             A = torch.linalg.solve_triangular(L, M.to(L.dtype), upper=False, left=False)
-        scaled: Tensor = A.double() * self.scale[:, None, :m]
+        scaled: Tensor = A.to(self.scale) * self.scale[:, None, :m]
         return scaled
 
     def multiply(self, output_map: Tensor) -> Tensor:  # (g, o, rank b) -> (g, o, n)

@@ -22,7 +22,7 @@ from rankNAS.decompositions.nested import NestedBasis, diagonal_blocks, nested_b
 from rankNAS.decompositions.norms import Target
 from rankNAS.decompositions.shapes import LayerShape, chain, pointwise
 
-__all__ = ["GroupSvd", "SpatialSvd", "Svd"]
+__all__ = ["GroupSvd", "PairFactors", "SpatialSvd", "Svd", "TwoStageFactors"]
 
 WIDE = 128  # channels beyond which every second number of groups is offered: each costs a Cholesky
 
@@ -53,6 +53,13 @@ class TwoStageFactors(Factors):
         largest = _largest(self._at(rank) for rank in ranks)
         return replace(self, bases={k: self.bases[k].head(r) for k, r in largest.items()})
 
+    def slim(self, dtype: torch.dtype) -> Factors:
+        if isinstance(self.operator, Svd):
+            (nested,), (errors,) = self.bases.values(), self.errors.values()
+            left, right = (x.to(dtype) for x in nested.pair())
+            return PairFactors(self.operator, self.shape, left, right, errors)
+        return replace(self, bases={k: nested.slim(dtype) for k, nested in self.bases.items()})
+
     def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
         groups, r = self._at(rank)
         nested = self.bases[groups]
@@ -62,6 +69,48 @@ class TwoStageFactors(Factors):
             return [nested.basis[:, 0, :r], A]
         by_group = A.unflatten(2, (r, b)).transpose(2, 3).flatten(2)  # group first
         return [nested.basis[:, :, :r].reshape(g * b, r, -1), by_group]
+
+
+@final
+@dataclass(frozen=True)
+class PairFactors(Factors):
+    """Two matrices; the first columns of one and the first rows of the other are a rank.
+
+    Args:
+        operator: `Svd`.
+        shape: The shape of the layer.
+        left: (g, o, R).
+        right: (g, R, n).
+        errors: Relative error at rank 0, 1, …, R, and perhaps beyond.
+    """
+
+    operator: Operator
+    shape: LayerShape
+    left: Tensor
+    right: Tensor
+    errors: list[float]
+
+    def error(self, rank: Rank) -> float:
+        return self.errors[rank[0]]
+
+    def weight(self, rank: Rank) -> Tensor:
+        left, right = self._at(rank)
+        return left @ right
+
+    def stage_weights(self, rank: Rank) -> Sequence[Tensor]:
+        left, right = self._at(rank)
+        return [right, left]
+
+    def restrict(self, ranks: Iterable[Rank]) -> Factors:
+        """The factors of a subset of the ranks, as views: the matrices may be mapped files."""
+        left, right = self._at((max(r for (r,) in ranks),))
+        return replace(self, left=left, right=right)
+
+    def slim(self, dtype: torch.dtype) -> Factors:
+        return replace(self, left=self.left.to(dtype), right=self.right.to(dtype))
+
+    def _at(self, rank: Rank) -> tuple[Tensor, Tensor]:
+        return self.left[:, :, : rank[0]], self.right[:, : rank[0]]
 
 
 def _largest(ranks: Iterable[tuple[int, int]]) -> dict[int, int]:

@@ -30,6 +30,7 @@ from rankNAS.compression.batch_norm import (
     tracking_layers,
     uncorrected_layers,
 )
+from rankNAS.compression.block_refit import BlockRefit
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.compression.reconstruction import Refitted, SequentialRefit
@@ -160,8 +161,12 @@ class Backend:
         return self._executor is not None
 
     @cached_property
-    def refit(self) -> SequentialRefit:
+    def refit(self) -> SequentialRefit | BlockRefit:
         """Refits to the calibration batches, from which batch norms are corrected as well."""
+        if self.factorisation.streamed and not self.batch_norm:
+            found = BlockRefit.of(self.factorisation, self.calibration)
+            if found is not None:
+                return found
         return SequentialRefit(self.factorisation, self.calibration)
 
     @contextmanager

@@ -7,33 +7,37 @@ a checksum, such as those of other programs, are read unchecked.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from rankNAS.exceptions import WeightsError
-from rankNAS.io.files import save_atomically, save_bytes
-from rankNAS.io.fingerprints import fingerprint
+from rankNAS.io.files import save_atomically
+from rankNAS.io.fingerprints import content_of, fingerprint
 
-__all__ = ["CHECKSUM", "TYPES", "damaged", "encoded", "read_tensors", "write_tensors"]
+__all__ = ["CHECKSUM", "damaged", "encoded", "read_tensors", "write_tensors"]
 
 CHECKSUM = "ranknas:sha256"
-ALIGNMENT = 8  # bytes
-#: The names of data types in the format.
+#: The names of types in the format.
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -50,46 +54,45 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     >>> b"ranknas:sha256" in content and b"today" in content
     True
     """
-    given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    texts = {name: text for name, text in (metadata or {}).items() if name != CHECKSUM}
-    content: bytes = save(given, texts | {CHECKSUM: _checksum(given, texts)})
-    return content
+    return b"".join(_parts(tensors, metadata))
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with a checksum, atomically and without a copy of the tensors.
+    """Write a safetensors file with a checksum, atomically and one tensor at a time.
 
     Raises:
         WriteError: The file cannot be written; an earlier file is intact.
     """
-    if any(tensor.dtype not in TYPES for tensor in tensors.values()):
-        save_bytes(path, encoded(tensors, metadata))
-        return
-    given = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            for part in _parts(tensors, metadata):
+                file.write(part)
+
+    save_atomically(path, write)
+
+
+def _parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> Iterator[bytes | memoryview]:
+    """The content of a file: the header, then the tensors, widest types first."""
     texts = {name: text for name, text in (metadata or {}).items() if name != CHECKSUM}
-    texts[CHECKSUM] = _checksum(given, texts)
-    save_atomically(path, lambda temporary: _stream(temporary, given, texts))
-
-
-def _stream(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write a safetensors file: the length of the header, the header, and the tensors in turn."""
-    # Wide types come first, so that every tensor begins at a multiple of the size of its type.
-    ordered = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
-    header: dict[str, Any] = {"__metadata__": dict(texts)}
+    header: dict[str, Any] = {"__metadata__": texts | {CHECKSUM: _checksum(tensors, texts)}}
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     end = 0
-    for name, tensor in ordered:
+    for name in names:
+        tensor = tensors[name]
         start, end = end, end + tensor.nbytes
         kind = TYPES[tensor.dtype]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    yield len(encoded).to_bytes(8, "little")
+    yield encoded
+    for name in names:
+        yield content_of(tensors[name])
 
 
 def read_tensors(

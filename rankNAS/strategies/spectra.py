@@ -78,12 +78,14 @@ def make_spectra(
 
 def _of(found: LayerFactors, needed: Sequence[SpectrumName]) -> LayerSpectra:
     groups = {channel_groups(c) for c in found.layer.choices} - {None}
+    outputs: tuple[float, ...] = ()
+    if "outputs" in needed:
+        assert found.moment is not None
+        outputs = tuple(output_spectrum(found.moment, found.weight.shape[1]).tolist())
     return LayerSpectra(
         found.layer,
         found.energy if "energy" in needed else None,
-        tuple(output_spectrum(found.moment, found.weight.shape[1]).tolist())
-        if "outputs" in needed
-        else (),
+        outputs,
         {k: tuple(spectral_errors(found.weight, k).tolist()) for k in groups if k is not None}
         if "weight" in needed
         else {},

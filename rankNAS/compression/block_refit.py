@@ -1,0 +1,342 @@
+"""Sequential refits block by block: two networks walk side by side, and factors go to files.
+
+As in `rankNAS.compression.reconstruction`, each layer fits its dense outputs from the inputs that
+the compressed layers before it leave. Both networks run each block once for all batches, and the
+compressed one once more for each further site of the block. Moments exist for one site at a time.
+
+Reference: Wang et al., 2025 (SVD-LLM, arXiv 2403.07378), section 3.3, for the sequential update of
+the factors of a transformer; here of both factors, in the norm of the search.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankNAS.allocation import DENSE, Choice
+from rankNAS.compression.activations import ActivationCache
+from rankNAS.compression.blocks import BlockChain, freed
+from rankNAS.compression.factorisation import Factorisation
+from rankNAS.compression.factors import LayerFactors
+from rankNAS.compression.reconstruction import SAMPLES, Refitted
+from rankNAS.compression.site_moments import Pairs, SiteMoments, site_moments, transfer
+from rankNAS.compression.surgery import install, shared_copy
+from rankNAS.deadline import check_time
+from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
+from rankNAS.decompositions.norms import ridged
+from rankNAS.io.fingerprints import fingerprint
+from rankNAS.tasks.base import at_least_float32
+from rankNAS.tasks.feeding import InputBatches
+from rankNAS.threads import limited_threads
+from rankNAS.trees import Inputs, rows, tree_map
+
+__all__ = ["BlockRefit"]
+
+logger = logging.getLogger(__name__)
+PER_COLUMN = 16  # positions for each column of the widest weight
+Progress = Callable[[int, int], None]
+
+
+class BlockRefit:
+    """Refits of allocations of one streamed factorisation, on the same calibration inputs.
+
+    Args:
+        factorisation: The factors from the dense network's inputs, in files.
+        batches: The calibration inputs, a few samples each.
+        chain: The blocks of the dense network.
+    """
+
+    def __init__(
+        self, factorisation: Factorisation, batches: InputBatches, chain: BlockChain
+    ) -> None:
+        assert factorisation.store is not None
+        self._factorisation, self._chain = factorisation, chain
+        self._store = factorisation.store
+        self._batches = batches
+        space = factorisation.space
+        widest = max(x.shape.width for x in space.layers.values())
+        calls = [call for x in space.layers.values() for call in x.shape.output_calls()]
+        each = max(math.prod(call) for call in calls) / max(1, space.batch_size)
+        self._count = _enough(batches, PER_COLUMN * widest, each)
+
+    @classmethod
+    def of(cls, factorisation: Factorisation, batches: InputBatches) -> BlockRefit | None:
+        """The refits; None if the blocks of the network cannot be run on their own."""
+        few = rows(batches[0], slice(0, 1), batches.sizes[0])
+        chain = BlockChain.of(factorisation.model, factorisation.space.layers, few)
+        return None if chain is None else cls(factorisation, batches, chain)
+
+    @torch.no_grad()
+    def factors(
+        self, allocation: Mapping[str, Choice], on_layer: Progress | None = None
+    ) -> Refitted:
+        """The refitted factors of an allocation; see `SequentialRefit.factors`.
+
+        Raises:
+            WriteError: The disk is full; the layers that are done are found again.
+        """
+        space, dense = self._factorisation.space, self._factorisation.model
+        restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
+        store = self._store.within(fingerprint({}, f"{sorted(allocation.items())} {self._count}"))
+        network = shared_copy(dense)
+        experts = {name for name, layer in space.layers.items() if "expert" in layer.roles}
+        walk = _PairedWalk(
+            self._chain, network, self._batches, self._count, store.folder.parent, experts
+        )
+        layers: dict[str, LayerFactors] = {}
+        for names, moments in walk.sites():
+            stored = {n: store.get(restricted.layers[n], dense) for n in names}
+            site = {
+                n: self._factorisation.layers[n].restrict([allocation[n]])
+                for n, found in stored.items()
+                if found is None
+            }
+            refitted = _Site(site, allocation, moments).refitted() if site else {}
+            for name in names:
+                found = stored[name] or store.put(refitted[name], whole=True)
+                layers[name] = found
+                install(network, found, allocation[name])
+                check_time()
+                if on_layer is not None:
+                    on_layer(len(layers), len(space.layers))
+        layers = {name: layers[name] for name in space.layers}
+        model = shared_copy(dense)
+        for name in (n for n in layers if allocation[n] == DENSE):
+            install(model, layers[name], DENSE)
+        return Refitted(model, restricted, layers, self._store)
+
+
+def _enough(batches: InputBatches, positions: float, each: float) -> int:
+    """The number of batches with so many positions, of `each` a sample; all if they are fewer."""
+    ends = itertools.accumulate(size * each for size in batches.sizes)
+    return next((i for i, end in enumerate(ends, 1) if end >= positions), len(batches))
+
+
+class _PairedWalk:
+    """Walks of the dense and of a changing network, block by block.
+
+    Args:
+        chain: The blocks of the dense network.
+        network: A copy of it, whose layers are exchanged.
+        batches: The inputs.
+        count: The number of batches to use.
+        folder: For activations that exceed the memory.
+        experts: Layers whose inputs in the dense network are not used.
+    """
+
+    def __init__(
+        self,
+        chain: BlockChain,
+        network: nn.Module,
+        batches: InputBatches,
+        count: int,
+        folder: Path,
+        experts: Collection[str] = (),
+    ) -> None:
+        self._experts = experts
+        self._dense, self._other = chain, chain.of_copy(network)
+        self._batches, self._count = batches, count
+        self._cache = ActivationCache(folder)
+        self._shapes: list[list[Any]] = [[] for _ in range(count)]
+
+    def sites(self) -> Iterator[tuple[list[str], Callable[[], Iterator[tuple[Tensor, Tensor]]]]]:
+        """The layers by site, with a function that gives their inputs in both networks by batch.
+
+        The layers of a site may be exchanged before the next site.
+        """
+        for number, sites in enumerate(self._dense.sites):
+            leaders = [names[0] for names in sites]
+            seen = [False]
+            for names in sites:
+                yield list(names), partial(self._pairs, number, names[0], leaders, seen)
+            for i in range(self._count):
+                self._advance(number, i, seen[0])
+                for leader in leaders:
+                    self._cache.drop((leader, i))
+
+    def _pairs(
+        self, number: int, name: str, leaders: Sequence[str], seen: list[bool]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if not seen[0]:
+            seen[0] = True
+            for i in range(self._count):
+                self._run_dense(number, i, leaders)
+        for i in range(self._count):
+            x = self._cache.get((name, i))
+            before = self._before("other", number, i)
+            q = self._other.input(number, self._batches[i], before, name)
+            if name in self._experts:  # it receives other tokens than in the dense network
+                x = q
+            if x is None or q is None:
+                continue
+            mask = self._batches.mask(i)
+            yield rows_of(x, mask), rows_of(q, mask)
+
+    def _run_dense(self, number: int, i: int, leaders: Sequence[str]) -> None:
+        """Run a block of the dense network; keep the inputs of its sites, and its output."""
+        found: dict[str, Any] = dict.fromkeys(leaders)
+
+        def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            if found[name] is None:
+                found[name] = Inputs(args, kwargs).first.detach().clone()
+
+        network = self._dense.network
+        handles = [
+            network.get_submodule(n).register_forward_pre_hook(partial(hook, n), with_kwargs=True)
+            for n in leaders
+        ]
+        try:
+            output = self._dense.run(number, self._batches[i], self._before("dense", number, i))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._cache.put(("dense", number, i), output)
+        for name, x in found.items():
+            self._cache.put((name, i), x)
+
+    def _advance(self, number: int, i: int, seen: bool) -> None:
+        """Keep the outputs of a block in both networks, and drop those of the block before it."""
+        if number < len(self._dense) - 1:
+            x = self._batches[i]
+            if not seen:
+                output = self._dense.run(number, x, self._before("dense", number, i))
+                self._cache.put(("dense", number, i), output)
+            output = self._other.run(number, x, self._before("other", number, i))
+            self._cache.put(("other", number, i), output)
+            self._shapes[i].append(tree_map(freed, output))
+        for kind in ("dense", "other"):
+            self._cache.drop((kind, number - 1, i))
+
+    def _before(self, kind: str, number: int, i: int) -> list[Any]:
+        if not number:
+            return []
+        return [*self._shapes[i][: number - 1], self._cache.get((kind, number - 1, i))]
+
+
+def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The positions (N, n) of an input that count, in at least single precision."""
+    x = at_least_float32(x)
+    if mask is not None and x.shape[:-1] == mask.shape:
+        x = x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Site:
+    """The layers of a site, and their refit.
+
+    Args:
+        layers: The factors of their choices from the dense network's inputs.
+        allocation: The choices.
+        pairs: Gives their inputs in both networks by batch.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerFactors],
+        allocation: Mapping[str, Choice],
+        pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    ) -> None:
+        self._layers, self._allocation, self._pairs = layers, allocation, pairs
+        self._transfers: dict[tuple[bool, float, bool], Tensor] = {}
+
+    def refitted(self) -> dict[str, LayerFactors]:
+        """The factors of the layers; their own if refitted ones have larger held-out errors."""
+        shape = next(iter(self._layers.values())).layer.shape
+        if len(shape.calls) != 1:
+            return dict(self._layers)
+        moments = site_moments(self._pairs())
+        if moments is None or moments.fit.count < SAMPLES * shape.width:
+            return dict(self._layers)
+        found = {}
+        for centred in (False, True):
+            part = {n: x for n, x in self._layers.items() if _is_centred(x) is centred}
+            if not part:
+                continue
+            weighted = {n: x.norm.left(_matrix(x.weight).float()) for n, x in part.items()}
+            needs = [HW.mT @ HW for HW in weighted.values()]
+            shrinkage = moments.shrinkage(needs, centred=centred)
+            for name, layer in part.items():
+                found[name] = self._one(layer, weighted[name], moments, shrinkage, centred)
+        return found
+
+    def _one(
+        self,
+        layer: LayerFactors,
+        HW: Tensor,
+        moments: SiteMoments,
+        shrinkage: float,
+        centred: bool,
+    ) -> LayerFactors:
+        """The refitted factors of a layer; its own if these have a smaller error."""
+        choice = self._allocation[layer.layer.name]
+        with limited_threads(max(layer.weight.shape[:3])):
+            new = self._fitted(layer, choice, moments.fit, shrinkage, centred)
+            means = moments.fit.means()
+            mean = layer.norm.mean
+            own = None if mean is None else (mean[0].double(), mean[0].double())
+            errors = [
+                moments.error(HW, _weighted(layer, found, choice), about)
+                for found, about in ((new, means if centred else None), (layer, own))
+            ]
+            logger.debug(
+                "%s: shrinkage %g, held-out error %g, without refit %g",
+                layer.layer.name,
+                shrinkage,
+                *errors,
+            )
+            if not errors[0] < errors[1]:
+                return layer
+            return self._fitted(layer, choice, moments.all, shrinkage, centred)
+
+    def _fitted(
+        self, layer: LayerFactors, choice: Choice, pairs: Pairs, shrinkage: float, centred: bool
+    ) -> LayerFactors:
+        """The factors of a choice, from the least-squares weight for the compressed inputs."""
+        key = (centred, shrinkage, pairs.xx is None)
+        if key not in self._transfers:
+            self._transfers[key] = transfer(pairs, shrinkage, centred=centred)
+        W = _matrix(layer.weight).double()
+        best, bias = W @ self._transfers[key], layer.bias
+        x, q = pairs.means()
+        if centred and bias is not None:
+            bias = (bias.double() + W @ x - best @ q).to(bias.dtype)
+        weight = best.reshape(layer.weight.shape)
+        if choice == DENSE:
+            return replace(layer, weight=weight.to(layer.weight.dtype), bias=bias)
+        _, moment, _ = pairs.second(pairs.means() if centred else None)
+        norm = ErrorNorm(ridged(moment)[None], layer.norm.H, q[None] if centred else None)
+        operator = OPERATORS[choice.operator]
+        found = operator.factorise(layer.layer.shape, Target(weight, norm), [choice.rank])
+        norm = replace(norm, C=None)
+        refitted = replace(
+            layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}
+        )
+        # The single choice includes its corrected bias, so no dense weight is needed.
+        bias = refitted._corrected_bias(found.weight(choice.rank))
+        return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
+
+
+def _is_centred(layer: LayerFactors) -> bool:
+    return layer.norm.mean is not None
+
+
+def _matrix(weight: Tensor) -> Tensor:  # (1, o, n, 1, 1) -> (o, n)
+    return weight.detach().flatten(2)[0]
+
+
+def _weighted(layer: LayerFactors, found: LayerFactors, choice: Choice) -> Tensor:
+    """H A (o, n) of the weight A that factors stand for."""
+    if choice == DENSE:
+        A = _matrix(found.weight)
+    else:
+        A = found.factors[choice.operator].weight(choice.rank)[0]
+    return layer.norm.left(A.float())
