@@ -44,9 +44,12 @@ def shrunk_towards_siblings(
             inputs = layers[name].shape.inputs
             if tokens[name] < FEW * inputs:
                 few.append(f"{name!r} ({tokens[name]} tokens)")
+            if not tokens[name]:
+                found[name] = mean
+                continue
             own = tokens[name] / (tokens[name] + inputs)
             both = {"own": statistics[name], "mean": mean}
-            found[name] = _mixed(both, {"own": own, "mean": 1 - own}) if own else mean
+            found[name] = _mixed(both, {"own": own, "mean": 1 - own})
     if few:
         more = len(few) - NAMED
         logger.warning(

@@ -10,12 +10,21 @@ from torch import Tensor, nn
 from rankNAS.data.samples import Samples
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches, input_batches
 from rankNAS.tasks.language import CausalLanguageModelling
 
-__all__ = ["LENGTH", "TinyGpt", "batches_of", "samples_of", "tiny_llama", "tiny_space"]
+__all__ = [
+    "LENGTH",
+    "TinyGpt",
+    "batches_of",
+    "samples_of",
+    "tiny_llama",
+    "tiny_mixtral",
+    "tiny_space",
+]
 
 TOKENS, LENGTH = 60, 12
 
@@ -76,6 +85,30 @@ def tiny_llama(blocks: int = 3) -> nn.Module:
         initializer_range=0.3,
     )
     model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    return model
+
+
+def tiny_mixtral(blocks: int = 2) -> nn.Module:
+    """A mixture of experts, of which the last one is never chosen in the first block."""
+    transformers = __import__("pytest").importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        initializer_range=0.3,
+    )
+    model: nn.Module = with_plain_layers(transformers.MixtralForCausalLM(config).eval())
+    with torch.no_grad():
+        router: Any = model.get_submodule("model.layers.0.mlp.gate")
+        router.weight[3] = 0.0
+        router.weight[2] = -router.weight[1]  # one of the two is above zero
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from language_models import TinyGpt, batches_of, samples_of, tiny_llama, tiny_space
+from language_models import TinyGpt, batches_of, samples_of, tiny_llama, tiny_mixtral, tiny_space
 from torch import nn
 
 from rankNAS.compression import activations, blocks, streaming
@@ -39,7 +39,7 @@ def streamed(
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("norm", ["input", "fisher"])
-@pytest.mark.parametrize("make", [tiny_llama, TinyGpt])
+@pytest.mark.parametrize("make", [tiny_llama, TinyGpt, tiny_mixtral])
 def test_streamed_factors_equal_those_in_memory(
     make: Make, norm: NormName, padded: bool, tmp_path: Path
 ) -> None:
@@ -96,11 +96,12 @@ def batches_of_ids(ids: torch.Tensor) -> Any:
     return InputBatches([{"input_ids": ids}])
 
 
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
 @pytest.mark.parametrize("norm", ["input", "fisher"])
 def test_a_walk_that_was_killed_goes_on_to_the_same_bits(
-    norm: NormName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, norm: NormName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_llama()
+    model = make()
     whole = streamed(model, tmp_path / "whole", norm)
     original, calls = OneLayer.factorised, itertools.count()
 
