@@ -35,7 +35,7 @@ from rankNAS.plugins import is_plugin
 from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.search_spaces.zoo.huggingface import is_huggingface
 
-__all__ = ["load", "needs_factory", "read_inputs", "read_metadata", "save"]
+__all__ = ["is_configured", "load", "read_inputs", "read_metadata", "save"]
 
 TRANSFORMERS = "transformers"  # the entry of a description that `described` makes
 
@@ -158,8 +158,8 @@ def _rebuilt(
     return network.eval()
 
 
-def needs_factory(path: Path | str) -> bool:
-    """Whether `load` needs the function that builds the dense model of a file.
+def is_configured(path: Path | str) -> bool:
+    """Whether a file has the configuration of a model of ``transformers``, which needs no factory.
 
     Raises:
         WeightsError: The file is missing or damaged.
@@ -167,11 +167,8 @@ def needs_factory(path: Path | str) -> bool:
     try:
         model = json.loads(read_metadata(Path(path)).get("model", "{}"))
     except (ValueError, RecursionError):
-        return True  # `load` says what is wrong
-    if not isinstance(model, dict) or TRANSFORMERS in model:
-        return not isinstance(model, dict)
-    space = model.get("space")
-    return not isinstance(space, str) or is_plugin(space)
+        return False  # `load` says what is wrong
+    return isinstance(model, dict) and TRANSFORMERS in model
 
 
 def read_inputs(path: Path | str) -> InputSpec | None:

@@ -256,3 +256,15 @@ def test_a_missing_package_is_one_line(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UsageError, match=r"needs transformers: pip install 'ranknas\[hf\]'"):
         huggingface_model(str(folder))
+
+
+def test_positions_behind_the_padding_token_do_not_count(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.RobertaConfig(
+        vocab_size=100, max_position_embeddings=34, pad_token_id=1, **sizes
+    )
+    transformers.RobertaForMaskedLM(config).save_pretrained(tmp_path)
+    length = context_length(str(tmp_path))
+    assert length == 32
+    model = huggingface_model(str(tmp_path))
+    assert logits(model, {"input_ids": torch.full((1, length), 5)}).shape == (1, 32, 100)

@@ -21,7 +21,7 @@ from rankNAS.cli.options.studies import ExportOptions
 from rankNAS.cli.output import print_json
 from rankNAS.cli.results import load_result, solution_for
 from rankNAS.exceptions import StudyError, UnknownNameError, UsageError
-from rankNAS.models.artifact import load, needs_factory, read_inputs, read_metadata
+from rankNAS.models.artifact import is_configured, load, read_inputs, read_metadata
 from rankNAS.models.dtypes import converted
 from rankNAS.models.export import FORMATS, export
 from rankNAS.models.huggingface.exporting import FOLDERS, export_folder
@@ -76,7 +76,7 @@ def run_export(options: ExportOptions) -> None:
         classes = None if classes is None else int(classes)
         shape = None if sizes is None else tuple(map(int, sizes))
     factory = None
-    if is_plugin(space) and needs_factory(found.artifact):
+    if is_plugin(space) and not is_configured(found.artifact):
         factory = _factory(options, space, classes, shape)
     network = load(found.artifact, factory)
     if options.dtype is not None:

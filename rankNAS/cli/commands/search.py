@@ -92,6 +92,7 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         space = load_space(options, data, untrained, task, settings)
         for allocation in start:
             space.check(allocation)
+        del untrained  # the weights of a folder, perhaps; they are loaded again below
         model = load_model(options, data, task, settings, space, options.seed, progress)
         arguments = _Arguments(
             task, measured, settings, data, model, space, strategy, control.resume, start, deadline

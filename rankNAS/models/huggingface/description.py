@@ -22,7 +22,7 @@ __all__ = ["configured", "described", "is_transformers", "text_of"]
 #: Entries of a configuration that choose code or packages, not the function of the model.
 LEFT_OUT = {
     *("auto_map", "attn_implementation", "experts_implementation", "fusion_config"),
-    *("kernel_config", "quantization_config", "distributed_config"),
+    *("kernel_config", "quantization_config", "distributed_config", "use_pretrained_backbone"),
 }
 #: Numbers of repeated parts have one of these words in their names.
 REPEATED = ("layer", "depth", "block", "stage", "expert", "head", "group", "codebook")
