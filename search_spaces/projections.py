@@ -29,8 +29,8 @@ class SplitProjection(nn.Module):
 
     Args:
         parts: The layers by role, in order.
-        order: Which of their outputs, one part after the other, each joined output is; None if
-            they are only concatenated.
+        size: Outputs of a head, if those of each head lie together: of its first part, of its
+            second part and so on. None if the parts are only concatenated.
 
     Example:
         >>> both = SplitProjection({"gate": nn.Linear(4, 6), "up": nn.Linear(4, 6)})
@@ -38,19 +38,24 @@ class SplitProjection(nn.Module):
         torch.Size([2, 12])
     """
 
-    order: Tensor | None
-
-    def __init__(self, parts: Mapping[str, nn.Module], order: Tensor | None = None) -> None:
+    def __init__(self, parts: Mapping[str, nn.Linear], size: int | None = None) -> None:
         super().__init__()
-        self._names = tuple(parts)
+        self._names, self._size = tuple(parts), size
+        outputs = [(name, part.out_features) for name, part in parts.items()]
+        biased = next(iter(parts.values())).bias is not None
+        #: What it takes to build an equal module: outputs by part in order, whether biased, and the size.
+        self.sizes = {"parts": outputs, "bias": biased, "size": size}
         for name, part in parts.items():
             self.add_module(name, part)
-        self.register_buffer("order", order, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The joined outputs (..., outputs)."""
-        joined = torch.cat([self.get_submodule(name)(x) for name in self._names], -1)
-        return joined if self.order is None else joined[..., self.order]
+        parts = [self.get_submodule(name)(x) for name in self._names]
+        if self._size is None:
+            return torch.cat(parts, -1)
+        return torch.stack([part.unflatten(-1, (-1, self._size)) for part in parts], -2).flatten(
+            -3
+        )
 
 
 def split_projections(model: nn.Module, paths: Collection[str]) -> nn.Module:
@@ -116,18 +121,23 @@ def _heads(model: nn.Module, path: str) -> int:
     parent: Any = model.get_submodule(path.rpartition(".")[0])
     if not type(parent).__name__.startswith(BY_HEADS):
         return 0
-    size = getattr(parent, "head_size", None) or getattr(parent, "head_dim", None) or 0
+    size = _head_size(parent)
     rows = len(LayerView(model, [path]).weight)
     return rows // (3 * size) if size and rows % (3 * size) == 0 else 0
+
+
+def _head_size(parent: Any) -> int:
+    """Outputs of a head; 0 if unknown."""
+    return int(getattr(parent, "head_size", None) or getattr(parent, "head_dim", None) or 0)
 
 
 def _split(view: LayerView, sizes: Mapping[str, int], parent: nn.Module) -> SplitProjection:
     """The parts of a layer, with copies of its rows."""
     model, rows = view.modules[0], torch.arange(sum(sizes.values()))
-    by_heads = type(parent).__name__.startswith(BY_HEADS)
-    if by_heads:
-        size: Any = getattr(parent, "head_size", None) or parent.head_dim
-        rows = rows.unflatten(0, (-1, 3, int(size))).transpose(0, 1).flatten()
+    size = None
+    if type(parent).__name__.startswith(BY_HEADS):
+        size = _head_size(parent)
+        rows = rows.unflatten(0, (-1, len(sizes), size)).transpose(0, 1).flatten()
     parts = {}
     for name, own in zip(sizes, rows.split(list(sizes.values())), strict=True):
         bias = None if view.bias is None else view.bias[own].clone()
@@ -137,5 +147,4 @@ def _split(view: LayerView, sizes: Mapping[str, int], parent: nn.Module) -> Spli
         if bias is not None:
             part.bias = nn.Parameter(bias, trained)
         parts[name] = part
-    found = SplitProjection(parts, rows.argsort() if by_heads else None)
-    return found.train(model.training)
+    return SplitProjection(parts, size).train(model.training)

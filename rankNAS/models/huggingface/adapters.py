@@ -28,6 +28,8 @@ from rankNAS.models.huggingface.files import (
     write_text,
 )
 from rankNAS.models.huggingface.folder import GENERATION, Dense, network_state
+from rankNAS.search_spaces.experts import SeparateExperts
+from rankNAS.search_spaces.projections import SplitProjection
 from rankNAS.search_spaces.zoo.folders import CONFIG
 
 __all__ = ["BASE", "write_adapters"]
@@ -103,6 +105,12 @@ def _check(dense: Dense, chosen: Mapping[str, Choice]) -> None:
     """Raise a UsageError unless adapters can take the place of all decomposed layers."""
     if not chosen:
         raise UsageError("the network has no decomposed layer, so there is nothing for peft.")
+    for name, module in dense.model.named_modules():
+        if isinstance(module, SeparateExperts | SplitProjection):
+            raise UsageError(
+                f"{name!r} is in separate layers, which the model of transformers has in one "
+                "module, so adapters find no place there; use --format hf."
+            )
     for name, choice in chosen.items():
         if choice.operator != "svd":
             raise UsageError(

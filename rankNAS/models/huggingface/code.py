@@ -27,11 +27,73 @@ class RankNAS{model}({model}):
 
     def __init__(self, config):
         super().__init__(config)
+        for path in config.ranknas["experts"]:
+            self._put(path, Experts(self.get_submodule(path)))
+        for path, sizes in config.ranknas["projections"].items():
+            self._put(path, SplitProjection(self.get_submodule(path), **sizes))
         for layer in config.ranknas["layers"]:
             chain = nn.Sequential(*(_stage(**stage) for stage in layer["stages"]))
             for path in layer["paths"]:
-                place, _, name = path.rpartition(".")
-                setattr(self.get_submodule(place), name, chain)
+                self._put(path, chain)
+
+    def _put(self, path, module):
+        place, _, name = path.rpartition(".")
+        setattr(self.get_submodule(place), name, module)
+
+
+class Experts(nn.Module):
+    """The experts of a block, each with layers of its own."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.count, bias, turned = len(fused.down_proj), fused.has_bias, fused.is_transposed
+        hidden, middle = fused.down_proj.shape[1:]
+        if turned:
+            hidden, middle = middle, hidden
+        for number in range(self.count):
+            expert = nn.Module()
+            expert.gate_proj = nn.Linear(hidden, middle, bias) if fused.has_gate else None
+            expert.up_proj = nn.Linear(hidden, middle, bias)
+            expert.down_proj = nn.Linear(middle, hidden, bias)
+            self.add_module(str(number), expert)
+        self.interleaved = not fused.is_concatenated
+        fused._parameters.clear()
+        self.activation = fused
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        total = torch.zeros_like(x)
+        for number in range(self.count):
+            tokens, places = torch.where(top_k_index == number)
+            if len(tokens):
+                y = self._expert(self.get_submodule(str(number)), x[tokens])
+                y = y * top_k_weights[tokens, places].unsqueeze(-1)
+                total.index_add_(0, tokens, y.to(total.dtype))
+        return total.reshape(hidden_states.shape)
+
+    def _expert(self, expert, x):
+        if expert.gate_proj is None:
+            return expert.down_proj(self.activation.act_fn(expert.up_proj(x)))
+        both = expert.gate_proj(x), expert.up_proj(x)
+        joined = torch.stack(both, -1).flatten(-2) if self.interleaved else torch.cat(both, -1)
+        return expert.down_proj(self.activation._apply_gate(joined))
+
+
+class SplitProjection(nn.Module):
+    """Layers with the same input whose outputs are joined, perhaps head by head."""
+
+    def __init__(self, fused, parts, bias, size):
+        super().__init__()
+        inputs = fused.weight.shape[0 if type(fused).__name__ == "Conv1D" else 1]
+        self.names, self.size = [name for name, _ in parts], size
+        for name, outputs in parts:
+            self.add_module(name, nn.Linear(inputs, outputs, bias))
+
+    def forward(self, x):
+        parts = [self.get_submodule(name)(x) for name in self.names]
+        if self.size is None:
+            return torch.cat(parts, -1)
+        return torch.stack([part.unflatten(-1, (-1, self.size)) for part in parts], -2).flatten(-3)
 
 
 class GroupedLinear(nn.Module):

@@ -29,7 +29,9 @@ from rankNAS.models.huggingface.files import (
 )
 from rankNAS.models.huggingface.rebuilding import rebuilt
 from rankNAS.models.weight_files import read_weights
+from rankNAS.search_spaces.experts import SeparateExperts
 from rankNAS.search_spaces.plain_layers import with_plain_layers
+from rankNAS.search_spaces.projections import SplitProjection
 from rankNAS.search_spaces.zoo.folders import COMPRESSED, CONFIG
 from rankNAS.search_spaces.zoo.huggingface import empty_model
 
@@ -69,7 +71,8 @@ class Dense:
                 "as a folder for it; use --format safetensors."
             )
         config, kind = configured(description, type(network).__name__)
-        return cls(description, config, kind, with_plain_layers(empty_model(config, kind)))
+        plain = with_plain_layers(empty_model(config, kind), network.state_dict())
+        return cls(description, config, kind, plain)
 
     @property
     def automatic(self) -> list[str]:
@@ -182,6 +185,7 @@ def _configuration(
     would load it with random weights in place of the decomposed ones, and only warn.
     """
     own, name = dense.description["config"], dense.kind.__name__
+    modules = list(dense.model.named_modules())
     classes = dict.fromkeys(dense.automatic, f"{MODULE}.RankNAS{name}")
     found: dict[str, Any] = own | {
         "model_type": f"ranknas_{own['model_type']}",
@@ -193,6 +197,8 @@ def _configuration(
             "model_type": own["model_type"],
             "buffers": dense.description["buffers"],
             "allocation": allocation.labels(),
+            "experts": [p for p, m in modules if isinstance(m, SeparateExperts)],
+            "projections": {p: m.sizes for p, m in modules if isinstance(m, SplitProjection)},
             "layers": layers,
         },
     }

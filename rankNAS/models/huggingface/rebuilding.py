@@ -48,12 +48,13 @@ def rebuilt(
         WeightsError: The description is damaged, or does not belong to the tensors.
     """
     config, kind = configured(description, source)
+    names = {*allocation, *state}
     most = max(FEWEST_MODULES, MODULES * len(state))
 
     def built(build: Callable[[], nn.Module]) -> nn.Module:
         with _bounded(most):
             model = build()
-        return with_plain_layers(model)
+        return with_plain_layers(model, names)
 
     try:
         empty = built(lambda: empty_model(config, kind))

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_transformers import FAMILIES, compressed, logits, tiny, tiny_inputs
+from tiny_transformers import FAMILIES, VOCABULARY, compressed, logits, tiny, tiny_inputs
 from torch import nn
 
 import rankNAS
-from rankNAS.allocation import Allocation
+from rankNAS.allocation import Allocation, Choice
+from rankNAS.compression.factorisation import factorise
 from rankNAS.exceptions import RankNASError, UsageError, WeightsError, WriteError
 from rankNAS.models.huggingface.adapters import write_adapters
 from rankNAS.models.huggingface.card import card_text
 from rankNAS.models.huggingface.files import Source, parse_size
 from rankNAS.models.huggingface.folder import write_folder
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.search_spaces.zoo.huggingface import huggingface_model
 
 transformers = pytest.importorskip("transformers")
@@ -220,7 +223,9 @@ def test_damaged_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft and transformers about each other
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n != "bert_classifier"])
+@pytest.mark.parametrize(
+    "name", [n for n in FAMILIES if n not in ("bert_classifier", "mixtral", "qwen3_moe")]
+)
 def test_adapters_on_the_base_are_the_network(name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     network, allocation = compressed(tiny(name), operators=("svd",))
@@ -233,6 +238,41 @@ def test_adapters_on_the_base_are_the_network(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(logits(adapted, inputs), logits(network, inputs))
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(logits(merged, inputs), logits(network, inputs))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_adapters_find_no_experts(name: str, tmp_path: Path) -> None:
+    network, allocation = compressed(tiny(name), operators=("svd",))
+    with pytest.raises(UsageError, match=r"mlp.experts' is in separate layers.*--format hf"):
+        write_adapters(network, allocation, tmp_path / "small", Source(None), "")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
+def test_split_projections_load_where_ranknas_is_missing(name: str, tmp_path: Path) -> None:
+    if name == "gpt2":
+        model = tiny(name)
+    else:
+        torch.manual_seed(0)
+        config = transformers.GPTNeoXConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        )
+        model = transformers.GPTNeoXForCausalLM(config).eval()
+    policy = RankPolicy(operators=("svd",), split_fused=True)
+    inputs = tiny_inputs(model)
+    space = compile_space(model, inputs, policy=policy, min_weights=1)
+    parts = [n for n in space.layers if n.endswith((".q", ".v"))]
+    assert parts
+    allocation = Allocation.of({**space.dense, **dict.fromkeys(parts, Choice("svd", (5,)))})
+    network = factorise(model, space).materialise(allocation)
+    folder = tmp_path / "small"
+    write_folder(network, allocation, folder, Source(None), "card")
+    torch.testing.assert_close(logits(rankNAS.load(folder), inputs), logits(network, inputs))
+    alone = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    torch.testing.assert_close(logits(alone, inputs), logits(network, inputs))
 
 
 def test_adapters_are_products_of_two_matrices(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from rankNAS.decompositions.layer_view import LayerView
 from rankNAS.models.artifact import load, save
 from rankNAS.models.huggingface.files import Source
 from rankNAS.models.huggingface.folder import write_folder
+from rankNAS.search_spaces.plain_layers import with_plain_layers
 from rankNAS.settings import Settings
 
 pytest.importorskip("transformers")
@@ -59,7 +60,7 @@ def test_a_search_with_refit_is_saved_and_loaded(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_full_ranks_change_nothing(name: str, tmp_path: Path) -> None:
-    model = tiny(name)
+    model = with_plain_layers(tiny(name))
     _, allocation = compressed(model)
     weights = {layer: LayerView(model, [layer]).weight.flatten(1) for layer in allocation}
     full = Allocation.of({n: Choice("svd", (min(w.shape),)) for n, w in weights.items()})
