@@ -10,9 +10,7 @@ the factors of a transformer; here of both factors, in the norm of the search.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +27,7 @@ from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.reconstruction import SAMPLES, Refitted
 from rankNAS.compression.site_moments import Pairs, SiteMoments, site_moments, transfer
+from rankNAS.compression.streaming import batches_of_positions
 from rankNAS.compression.surgery import install, shared_copy
 from rankNAS.deadline import check_time
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
@@ -64,9 +63,7 @@ class BlockRefit:
         self._batches = batches
         space = factorisation.space
         widest = max(x.shape.width for x in space.layers.values())
-        calls = [call for x in space.layers.values() for call in x.shape.output_calls()]
-        each = max(math.prod(call) for call in calls) / max(1, space.batch_size)
-        self._count = _enough(batches, PER_COLUMN * widest, each)
+        self._count = batches_of_positions(space, batches, PER_COLUMN * widest)
 
     @classmethod
     def of(cls, factorisation: Factorisation, batches: InputBatches) -> BlockRefit | None:
@@ -86,7 +83,8 @@ class BlockRefit:
         """
         space, dense = self._factorisation.space, self._factorisation.model
         restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
-        store = self._store.within(fingerprint({}, f"{sorted(allocation.items())} {self._count}"))
+        salt = f"{sorted(allocation.items())} {self._batches.sizes[: self._count]}"
+        store = self._store.within(fingerprint({}, salt))
         network = shared_copy(dense)
         walk = _PairedWalk(self._chain, network, self._batches, self._count, store.folder.parent)
         layers: dict[str, LayerFactors] = {}
@@ -110,12 +108,6 @@ class BlockRefit:
         for name in (n for n in layers if allocation[n] == DENSE):
             install(model, layers[name], DENSE)
         return Refitted(model, restricted, layers, self._store)
-
-
-def _enough(batches: InputBatches, positions: float, each: float) -> int:
-    """The number of batches with so many positions, of `each` a sample; all if they are fewer."""
-    ends = itertools.accumulate(size * each for size in batches.sizes)
-    return next((i for i, end in enumerate(ends, 1) if end >= positions), len(batches))
 
 
 class _PairedWalk:
