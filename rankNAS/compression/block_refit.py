@@ -230,7 +230,7 @@ class _Site:
         pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]],
     ) -> None:
         self._layers, self._allocation, self._pairs = layers, allocation, pairs
-        self._transfers: dict[tuple[bool, float, bool], Tensor] = {}
+        self._transfers: dict[tuple[bool, float, int], Tensor] = {}
 
     def refitted(self) -> dict[str, LayerFactors]:
         """The factors of the layers; their own if refitted ones have larger held-out errors."""
@@ -285,7 +285,7 @@ class _Site:
         self, layer: LayerFactors, choice: Choice, pairs: Pairs, shrinkage: float, centred: bool
     ) -> LayerFactors:
         """The factors of a choice, from the least-squares weight for the compressed inputs."""
-        key = (centred, shrinkage, pairs.xx is None)
+        key = (centred, shrinkage, pairs.count)
         if key not in self._transfers:
             self._transfers[key] = transfer(pairs, shrinkage, centred=centred)
         W = _matrix(layer.weight).double()
