@@ -266,7 +266,7 @@ class _Site:
             new = self._fitted(layer, choice, moments.fit, shrinkage, centred)
             means = moments.fit.means()
             mean = layer.norm.mean
-            own = None if mean is None else (mean[0].double(), mean[0].double())
+            own = None if mean is None else (mean[0].to(means[0]), mean[0].to(means[0]))
             errors = [
                 moments.error(HW, _weighted(layer, found, choice), about)
                 for found, about in ((new, means if centred else None), (layer, own))
@@ -305,7 +305,7 @@ class _Site:
             layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}
         )
         # The single choice includes its corrected bias, so no dense weight is needed.
-        bias = refitted._corrected_bias(found.weight(choice.rank))
+        bias = refitted.bias_of(choice)
         return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
 
 
@@ -322,5 +322,5 @@ def _weighted(layer: LayerFactors, found: LayerFactors, choice: Choice) -> Tenso
     if choice == DENSE:
         A = _matrix(found.weight)
     else:
-        A = found.factors[choice.operator].weight(choice.rank)[0]
+        A = found.factors[choice.operator].weight(choice.rank)[0].to(layer.weight.device)
     return layer.norm.left(A.float())
