@@ -24,6 +24,7 @@ __all__ = ["Modules", "Sketches", "fixed_pass", "relative_difference", "toleranc
 ROUNDING = 4.0  # tolerance in units of the square root of the machine epsilon
 TENSOR_CORES = 2.0**-10  # epsilon of the products of a GPU, which may round float32 to TF32
 VALUES = 32  # of a tensor that a sketch keeps
+CHUNK = 1 << 22  # values that are read at once
 
 
 @torch.no_grad()
@@ -202,11 +203,16 @@ def _settings(module: nn.Module) -> str:
 
 
 def _sketch(tensor: Tensor) -> dict[str, Any]:
-    flat = tensor.detach().double().flatten().cpu()
+    flat = tensor.detach().flatten()
     places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), VALUES)).long()
-    finite = flat[flat.isfinite()]
+    # Single precision rounds the last place of more than 2^24 up, beyond the end.
+    found = flat[places.clamp_max(max(0, len(flat) - 1)).to(flat.device)]
+    squares = 0.0
+    for part in flat.split(CHUNK):  # logits of a few long texts are large
+        values = part.double()
+        squares += float(values[values.isfinite()].square().sum())
     return {
         "shape": list(tensor.shape),
-        "norm": float(f"{float(finite.norm()):.9g}"),
-        "values": [float(f"{value:.9g}") for value in flat[places].tolist()],
+        "norm": float(f"{math.sqrt(squares):.9g}"),
+        "values": [float(f"{value:.9g}") for value in found.double().tolist()],
     }
