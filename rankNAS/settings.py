@@ -76,7 +76,6 @@ class Settings:
         recovery_samples: The largest number of training samples per epoch.
         refine: Refine every returned network block by block, before any training; trials are
             measured without it.
-
         memory: Bytes of statistics and factors, as estimated, from which a model of linear layers
             is calibrated and factorised block by block, with factors in files of the cache folder.
 

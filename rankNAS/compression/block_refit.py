@@ -10,10 +10,13 @@ the factors of a transformer; here of both factors, in the norm of the search.
 
 from __future__ import annotations
 
-import itertools
 import logging
+<<<<<<< HEAD
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+=======
+from collections.abc import Callable, Iterator, Mapping, Sequence
+>>>>>>> n-stream
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.reconstruction import SAMPLES, Refitted
 from rankNAS.compression.site_moments import Pairs, SiteMoments, site_moments, transfer
+from rankNAS.compression.streaming import batches_of_positions
 from rankNAS.compression.surgery import install, shared_copy
 from rankNAS.deadline import check_time
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
@@ -64,9 +68,7 @@ class BlockRefit:
         self._batches = batches
         space = factorisation.space
         widest = max(x.shape.width for x in space.layers.values())
-        calls = [call for x in space.layers.values() for call in x.shape.output_calls()]
-        each = max(math.prod(call) for call in calls) / max(1, space.batch_size)
-        self._count = _enough(batches, PER_COLUMN * widest, each)
+        self._count = batches_of_positions(space, batches, PER_COLUMN * widest)
 
     @classmethod
     def of(cls, factorisation: Factorisation, batches: InputBatches) -> BlockRefit | None:
@@ -86,7 +88,8 @@ class BlockRefit:
         """
         space, dense = self._factorisation.space, self._factorisation.model
         restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
-        store = self._store.within(fingerprint({}, f"{sorted(allocation.items())} {self._count}"))
+        salt = f"{sorted(allocation.items())} {self._batches.sizes[: self._count]}"
+        store = self._store.within(fingerprint({}, salt))
         network = shared_copy(dense)
         experts = {name for name, layer in space.layers.items() if "expert" in layer.roles}
         walk = _PairedWalk(
@@ -113,12 +116,6 @@ class BlockRefit:
         for name in (n for n in layers if allocation[n] == DENSE):
             install(model, layers[name], DENSE)
         return Refitted(model, restricted, layers, self._store)
-
-
-def _enough(batches: InputBatches, positions: float, each: float) -> int:
-    """The number of batches with so many positions, of `each` a sample; all if they are fewer."""
-    ends = itertools.accumulate(size * each for size in batches.sizes)
-    return next((i for i, end in enumerate(ends, 1) if end >= positions), len(batches))
 
 
 class _PairedWalk:
@@ -246,7 +243,7 @@ class _Site:
         pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]],
     ) -> None:
         self._layers, self._allocation, self._pairs = layers, allocation, pairs
-        self._transfers: dict[tuple[bool, float, bool], Tensor] = {}
+        self._transfers: dict[tuple[bool, float, int], Tensor] = {}
 
     def refitted(self) -> dict[str, LayerFactors]:
         """The factors of the layers; their own if refitted ones have larger held-out errors."""
@@ -282,7 +279,7 @@ class _Site:
             new = self._fitted(layer, choice, moments.fit, shrinkage, centred)
             means = moments.fit.means()
             mean = layer.norm.mean
-            own = None if mean is None else (mean[0].double(), mean[0].double())
+            own = None if mean is None else (mean[0].to(means[0]), mean[0].to(means[0]))
             errors = [
                 moments.error(HW, _weighted(layer, found, choice), about)
                 for found, about in ((new, means if centred else None), (layer, own))
@@ -301,7 +298,7 @@ class _Site:
         self, layer: LayerFactors, choice: Choice, pairs: Pairs, shrinkage: float, centred: bool
     ) -> LayerFactors:
         """The factors of a choice, from the least-squares weight for the compressed inputs."""
-        key = (centred, shrinkage, pairs.xx is None)
+        key = (centred, shrinkage, pairs.count)
         if key not in self._transfers:
             self._transfers[key] = transfer(pairs, shrinkage, centred=centred)
         W = _matrix(layer.weight).double()
@@ -321,7 +318,7 @@ class _Site:
             layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}
         )
         # The single choice includes its corrected bias, so no dense weight is needed.
-        bias = refitted._corrected_bias(found.weight(choice.rank))
+        bias = refitted.bias_of(choice)
         return replace(refitted, weight=layer.weight, bias=bias, norm=replace(norm, mean=None))
 
 
@@ -338,5 +335,5 @@ def _weighted(layer: LayerFactors, found: LayerFactors, choice: Choice) -> Tenso
     if choice == DENSE:
         A = _matrix(found.weight)
     else:
-        A = found.factors[choice.operator].weight(choice.rank)[0]
+        A = found.factors[choice.operator].weight(choice.rank)[0].to(layer.weight.device)
     return layer.norm.left(A.float())

@@ -224,6 +224,7 @@ class Recorder:
         self._mask = mask
         if not gradients:
             yield
+            self._outputs.clear()
             return
         with torch.enable_grad(), _recorded_checkpoints():
             yield

@@ -83,7 +83,7 @@ class LayerFactors:
         """The product of a choice's factors (shaped as by `LayerShape.unfold`), and the bias."""
         if choice == DENSE:
             return self.layer.shape.unfold(self.weight), self.bias
-        approximation = self.factors[choice.operator].weight(choice.rank)
+        approximation = self._approximation(choice)
         return (
             self.layer.shape.unfold(approximation).to(self.weight.dtype),
             self._corrected_bias(approximation),
@@ -99,20 +99,25 @@ class LayerFactors:
     def module(self, choice: Choice) -> nn.Module:
         """The decomposed layer as an ordinary chain of modules."""
         bias = self.bias_of(choice)
-        return self.factors[choice.operator].truncate(choice.rank, bias, self.weight.dtype)
+        module = self.factors[choice.operator].truncate(choice.rank, bias, self.weight.dtype)
+        return module.to(self.weight.device)
 
     def bias_of(self, choice: Choice) -> Tensor | None:
         """The bias of the decomposed layer."""
         if self.bias is None or self.norm.mean is None:
             return self.bias
-        return self._corrected_bias(self.factors[choice.operator].weight(choice.rank))
+        return self._corrected_bias(self._approximation(choice))
+
+    def _approximation(self, choice: Choice) -> Tensor:
+        """The approximated weight (g, o, n), where the weight is; factors may lie in files."""
+        return self.factors[choice.operator].weight(choice.rank).to(self.weight.device)
 
     def _corrected_bias(self, approximation: Tensor) -> Tensor | None:
         """The bias b + (W - What) E[x], which removes the mean of the error."""
         if self.bias is None or self.norm.mean is None:
             return self.bias
         D = self.weight.double().flatten(2) - approximation
-        shift = (D @ self.norm.mean.unsqueeze(-1)).flatten()
+        shift = (D @ self.norm.mean.to(D).unsqueeze(-1)).flatten()
         return (self.bias.double() + shift).to(self.bias.dtype)
 
 

@@ -4,7 +4,8 @@ The forward walk keeps the outputs of each block, which are the inputs of the ne
 gradients, it accumulates the second moments of a block's inputs on its way. For ``fisher`` the
 gradients of the loss at the output of each block are carried from the last block to the first:
 each block runs again from its kept inputs, with a graph, which gives the gradients at the outputs
-of its layers and at its own input. The results are those of whole passes.
+of its layers and at its own input. The results are those of whole passes. With many batches, only
+the first ones have gradients, as many as their moments need.
 
 Reference: Chen et al., 2016 (arXiv 1604.06174): backward passes that recompute the forward pass
 from kept activations.
@@ -12,6 +13,7 @@ from kept activations.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +40,7 @@ from rankNAS.trees import rows, tensors, tree_map
 
 __all__ = [
     "TOKENS",
+    "batches_of_positions",
     "factorise_streamed",
     "is_linear",
     "samples_at_once",
@@ -46,6 +49,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 TOKENS = 1024  # positions of a pass, at most, if samples are shorter
+#: Positions with gradients for each output of the widest layer: a second moment of gradients needs
+#: fewer than one of inputs, and a backward pass takes longer than a forward pass.
+PER_ROW = 8
 SHARE = 1 << 30  # bytes of the statistics of whole passes for some of the layers
 Step = Callable[[int, int], None]
 
@@ -105,8 +111,14 @@ def factorise_streamed(
         else:
             cache = ActivationCache(store.folder.parent)
             pooled = each.norm == "pooled"
+<<<<<<< HEAD
             walk = _Walk(
                 chain, space.layers, missing, batches, task, cache, seed, made, on_batch, pooled
+=======
+            graded = batches_of_positions(space, batches, PER_ROW * _widest(space))
+            walk = _Walk(
+                chain, missing, batches, task, cache, seed, made, on_batch, pooled, graded
+>>>>>>> n-stream
             )
             with unchanged(each.model):
                 (walk.backward if each.norm == "fisher" else walk.forward)()
@@ -135,9 +147,24 @@ def samples_at_once(space: SearchSpace, most: int, tokens: int = TOKENS) -> int:
     """
     if not is_linear(space):
         return most
+    return max(1, min(most, int(tokens / _positions(space))))
+
+
+def batches_of_positions(space: SearchSpace, batches: InputBatches, wanted: float) -> int:
+    """The number of batches with so many positions; all if they are fewer."""
+    ends = itertools.accumulate(size * _positions(space) for size in batches.sizes)
+    return next((i for i, end in enumerate(ends, 1) if end >= wanted), len(batches))
+
+
+def _positions(space: SearchSpace) -> float:
+    """The most positions of a layer in one sample."""
     calls = [call for layer in space.layers.values() for call in layer.shape.output_calls()]
-    each = max((math.prod(call) for call in calls), default=1) / max(1, space.batch_size)
-    return max(1, min(most, int(tokens / max(1, each))))
+    most = max((math.prod(call) for call in calls), default=1)
+    return max(1.0, most / max(1, space.batch_size))
+
+
+def _widest(space: SearchSpace) -> int:
+    return max(layer.shape.outputs for layer in space.layers.values())
 
 
 def is_linear(space: SearchSpace) -> bool:
@@ -160,6 +187,7 @@ class _Walk:
         made: Called with each layer and its statistics.
         on_batch: Called with (batches done, batches in total).
         pooled: Whether each batch is a group of the pooled covariance.
+        graded: The number of batches that have gradients, the first ones.
     """
 
     chain: BlockChain
@@ -172,6 +200,7 @@ class _Walk:
     made: Callable[[Layer, Statistics], None]
     on_batch: Step | None
     pooled: bool = False
+    graded: int = 0
     _sums: dict[str, MomentAccumulator] = field(default_factory=dict)  # of the current block
     _shapes: list[list[Any]] = field(default_factory=list)  # by batch, the freed outputs
     _done: int = 0
@@ -204,7 +233,12 @@ class _Walk:
         for number in reversed(range(first, count)):
             with self._summed(number, gradients=True) as recorder:
                 for i in range(len(self.batches)):
-                    self._return(recorder, number, i, first)
+                    if i < self.graded:
+                        self._return(recorder, number, i, first)
+                    else:
+                        with recorder.counting(self.batches.mask(i)):
+                            self._advance(number, i, keep=False)
+                        self.cache.drop((number - 1, i))
                     self._report(2 * count - 1 - first)
 
     @torch.no_grad()

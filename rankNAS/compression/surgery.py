@@ -90,4 +90,4 @@ class LazyFactorised(nn.Module):
 
     def forward(self, input: Tensor) -> Any:  # named as in nn.Linear, for keyword calls
         module = self._factors.truncate(self._rank, self._bias, self._dtype, trainable=False)
-        return module(input)
+        return module.to(input.device)(input)

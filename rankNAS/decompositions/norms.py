@@ -79,7 +79,7 @@ class ErrorNorm:
 
     def left(self, x: Tensor) -> Tensor:  # (g, o, m) -> (g, o, m)
         """H x."""
-        return x if self.H is None else self.H.to(x.dtype) @ x
+        return x if self.H is None else self.H.to(x) @ x
 
     def right(self, x: Tensor) -> Tensor:  # (g, o, n) -> (g, o, n)
         """X C."""

@@ -143,6 +143,23 @@ def test_the_dense_network_runs_each_block_once(tmp_path: Path) -> None:
     assert calls[False] <= used  # later it is a decomposed layer
 
 
+def test_factors_are_fitted_to_all_positions_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, batches, allocation = made(TinyGpt().eval(), tmp_path)
+    counts: list[int] = []
+
+    def noted(pairs: Pairs, shrinkage: float, *, centred: bool) -> Any:
+        counts.append(pairs.count)
+        return transfer(pairs, shrinkage, centred=centred)
+
+    monkeypatch.setattr(block_refit, "transfer", noted)
+    refit = BlockRefit.of(found, batches)
+    assert refit is not None
+    refit.factors(allocation)
+    assert len(set(counts)) == 2  # without the positions that are held out, and with them
+
+
 def test_the_map_of_a_site_is_the_least_squares_fit() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=generator)

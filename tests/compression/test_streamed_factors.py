@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.streaming import factorise_streamed, samples_at_once, statistics_bytes
 from rankNAS.decompositions.norms import NormName
 from rankNAS.exceptions import WriteError
+from rankNAS.tasks.feeding import InputBatches
 
 Make = Callable[[], nn.Module]
 
@@ -62,6 +65,31 @@ def test_streamed_factors_equal_those_in_memory(
                 torch.testing.assert_close(bias, wanted_bias, rtol=1e-4, atol=1e-5)
 
 
+def test_with_many_batches_the_first_ones_have_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    samples = samples_of(6, padded=True)
+    _, task = batches_of(samples, model)
+    space = tiny_space(model, samples, ("svd", "group_svd"))
+    some = samples.take(torch.arange(4))
+    inputs, gradients = (
+        calibrate(model, space, x, task, norm="fisher", batch_size=2) for x in (samples, some)
+    )
+    statistics = {
+        name: replace(
+            found,
+            output_gradient_second_moment=gradients[name].output_gradient_second_moment,
+        )
+        for name, found in inputs.items()
+    }
+    expected = factorise(model, space, statistics, norm="fisher")
+    monkeypatch.setattr(streaming, "PER_ROW", 1)  # 32 positions of 24 a batch
+    found = streamed(model, tmp_path, "fisher", padded=True)
+    for name, errors in expected.errors().items():
+        assert found.errors()[name] == pytest.approx(errors, rel=1e-5, abs=1e-9)
+
+
 def test_pooled_statistics_are_streamed_by_group(tmp_path: Path) -> None:
     model = TinyGpt().eval()
     samples = samples_of(8)
@@ -90,9 +118,7 @@ def test_moments_of_padded_batches_are_those_of_their_tokens() -> None:
         )
 
 
-def batches_of_ids(ids: torch.Tensor) -> Any:
-    from rankNAS.tasks.feeding import InputBatches
-
+def batches_of_ids(ids: torch.Tensor) -> InputBatches:
     return InputBatches([{"input_ids": ids}])
 
 
@@ -114,11 +140,12 @@ def test_a_walk_that_was_killed_goes_on_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         streamed(model, tmp_path / "part", norm)
     made = []
-    monkeypatch.setattr(
-        OneLayer,
-        "factorised",
-        lambda self, layer, known: made.append(layer.name) or original(self, layer, known),
-    )
+
+    def noted(self: OneLayer, layer: Any, known: Any) -> LayerFactors:
+        made.append(layer.name)
+        return original(self, layer, known)
+
+    monkeypatch.setattr(OneLayer, "factorised", noted)
     found = streamed(model, tmp_path / "part", norm)
     assert len(made) == len(whole.layers) - 9
     for name, layer in whole.layers.items():
@@ -147,15 +174,9 @@ def test_the_sums_of_one_block_exist_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all accumulators, counted whenever a layer is factorised."""
-    alive: list[MomentAccumulator] = []
-    original, most = MomentAccumulator.__init__, [0]
-
-    def kept(self: MomentAccumulator, *args: Any) -> None:
-        original(self, *args)
-        alive.append(self)
+    most = [0]
 
     def walk(blocks: int) -> int:
-        alive.clear()
         most[0] = 0
         streamed(TinyGpt(blocks).eval(), tmp_path / str(blocks), "fisher")
         return most[0]
@@ -163,8 +184,6 @@ def test_the_sums_of_one_block_exist_at_a_time(
     factorised = OneLayer.factorised
 
     def measured(self: OneLayer, layer: Any, known: Any) -> LayerFactors:
-        import gc
-
         gc.collect()
         found = [x for x in gc.get_objects() if isinstance(x, MomentAccumulator)]
         tensors = [t for x in found for t in (x._moment, x._gradient) if t is not None]
