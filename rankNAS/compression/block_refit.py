@@ -11,12 +11,7 @@ the factors of a transformer; here of both factors, in the norm of the search.
 from __future__ import annotations
 
 import logging
-<<<<<<< HEAD
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-=======
-from collections.abc import Callable, Iterator, Mapping, Sequence
->>>>>>> n-stream
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

@@ -111,14 +111,19 @@ def factorise_streamed(
         else:
             cache = ActivationCache(store.folder.parent)
             pooled = each.norm == "pooled"
-<<<<<<< HEAD
-            walk = _Walk(
-                chain, space.layers, missing, batches, task, cache, seed, made, on_batch, pooled
-=======
             graded = batches_of_positions(space, batches, PER_ROW * _widest(space))
             walk = _Walk(
-                chain, missing, batches, task, cache, seed, made, on_batch, pooled, graded
->>>>>>> n-stream
+                chain,
+                space.layers,
+                missing,
+                batches,
+                task,
+                cache,
+                seed,
+                made,
+                on_batch,
+                pooled,
+                graded,
             )
             with unchanged(each.model):
                 (walk.backward if each.norm == "fisher" else walk.forward)()

@@ -24,11 +24,7 @@ __all__ = ["Modules", "Sketches", "fixed_pass", "relative_difference", "toleranc
 ROUNDING = 4.0  # tolerance in units of the square root of the machine epsilon
 TENSOR_CORES = 2.0**-10  # epsilon of the products of a GPU, which may round float32 to TF32
 VALUES = 32  # of a tensor that a sketch keeps
-<<<<<<< HEAD
 CHUNK = 1 << 22  # values that are widened at a time
-=======
-CHUNK = 1 << 22  # values that are read at once
->>>>>>> n-stream
 
 
 @torch.no_grad()
@@ -208,7 +204,6 @@ def _settings(module: nn.Module) -> str:
 
 def _sketch(tensor: Tensor) -> dict[str, Any]:
     flat = tensor.detach().flatten()
-<<<<<<< HEAD
     last = max(0, len(flat) - 1)
     places = torch.linspace(0, last, min(len(flat), VALUES)).long()
     values = flat[places.clamp(max=last).to(flat.device)].double()  # float32 may round up
@@ -216,19 +211,6 @@ def _sketch(tensor: Tensor) -> dict[str, Any]:
         "shape": list(tensor.shape),
         "norm": float(f"{_norm(flat):.9g}"),
         "values": [float(f"{value:.9g}") for value in values.tolist()],
-=======
-    places = torch.linspace(0, max(0, len(flat) - 1), min(len(flat), VALUES)).long()
-    # Single precision rounds the last place of more than 2^24 up, beyond the end.
-    found = flat[places.clamp_max(max(0, len(flat) - 1)).to(flat.device)]
-    squares = 0.0
-    for part in flat.split(CHUNK):  # logits of a few long texts are large
-        values = part.double()
-        squares += float(values[values.isfinite()].square().sum())
-    return {
-        "shape": list(tensor.shape),
-        "norm": float(f"{math.sqrt(squares):.9g}"),
-        "values": [float(f"{value:.9g}") for value in found.double().tolist()],
->>>>>>> n-stream
     }
 
 
