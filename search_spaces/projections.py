@@ -43,7 +43,7 @@ class SplitProjection(nn.Module):
         self._names, self._size = tuple(parts), size
         outputs = [(name, part.out_features) for name, part in parts.items()]
         biased = next(iter(parts.values())).bias is not None
-        #: What it takes to build an equal module: outputs by part in order, whether biased, and the size.
+        #: Arguments of an equal module: outputs by part in order, whether biased, and the size.
         self.sizes = {"parts": outputs, "bias": biased, "size": size}
         for name, part in parts.items():
             self.add_module(name, part)

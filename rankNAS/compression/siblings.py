@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rankNAS.decompositions.norms import Statistics
@@ -72,24 +72,21 @@ def _siblings(layers: Mapping[str, Layer]) -> list[list[str]]:
 
 
 def _mixed(parts: Mapping[str, Statistics], shares: Mapping[str, float]) -> Statistics:
-    """The weighted sum of statistics; shares add up to one."""
-
-    def total(tensors: Mapping[str, Tensor]) -> Tensor:
-        sums = [shares[name] * tensor for name, tensor in tensors.items()]
-        result = sums[0]
-        for tensor in sums[1:]:
-            result = result + tensor
-        return result
-
-    first = next(iter(parts.values()))
-    gradients = {
-        name: part.output_gradient_second_moment
-        for name, part in parts.items()
-        if part.output_gradient_second_moment is not None
-    }
-    return replace(
-        first,
-        input_second_moment=total({n: p.input_second_moment for n, p in parts.items()}),
-        mean=total({n: p.mean for n, p in parts.items()}),
-        output_gradient_second_moment=total(gradients) if len(gradients) == len(parts) else None,
+    """The weighted mean of statistics; that of the gradients is over the parts that have them."""
+    gradients = {name: part.output_gradient_second_moment for name, part in parts.items()}
+    return Statistics(
+        _mean({name: part.input_second_moment for name, part in parts.items()}, shares),
+        _mean({name: part.mean for name, part in parts.items()}, shares),
+        _mean({n: x for n, x in gradients.items() if x is not None}, shares)
+        if any(x is not None for x in gradients.values())
+        else None,
     )
+
+
+def _mean(tensors: Mapping[str, Tensor], shares: Mapping[str, float]) -> Tensor:
+    """The mean of tensors with weights."""
+    whole = sum(shares[name] for name in tensors)
+    total = torch.zeros_like(next(iter(tensors.values())))
+    for name, tensor in tensors.items():
+        total.add_(tensor, alpha=shares[name] / whole)
+    return total
