@@ -26,7 +26,7 @@ from rankNAS.compression.blocks import BlockChain, freed
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.reconstruction import SAMPLES, Refitted
-from rankNAS.compression.site_moments import Pairs, SiteMoments, site_moments, transfer
+from rankNAS.compression.site_moments import Pairs, site_moments, transfer
 from rankNAS.compression.streaming import batches_of_positions
 from rankNAS.compression.surgery import install, shared_copy
 from rankNAS.deadline import check_time
@@ -41,6 +41,7 @@ from rankNAS.trees import Inputs, rows, tree_map
 __all__ = ["BlockRefit"]
 
 logger = logging.getLogger(__name__)
+VERSION = 2  # of the method, in the names of files
 PER_COLUMN = 16  # positions for each column of the widest weight
 Progress = Callable[[int, int], None]
 
@@ -83,7 +84,7 @@ class BlockRefit:
         """
         space, dense = self._factorisation.space, self._factorisation.model
         restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
-        salt = f"{sorted(allocation.items())} {self._batches.sizes[: self._count]}"
+        salt = f"{VERSION} {sorted(allocation.items())} {self._batches.sizes[: self._count]}"
         store = self._store.within(fingerprint({}, salt))
         network = shared_copy(dense)
         experts = {name for name, layer in space.layers.items() if "expert" in layer.roles}
@@ -238,10 +239,13 @@ class _Site:
         pairs: Callable[[], Iterator[tuple[Tensor, Tensor]]],
     ) -> None:
         self._layers, self._allocation, self._pairs = layers, allocation, pairs
-        self._transfers: dict[tuple[bool, float, int], Tensor] = {}
+        self._transfers: dict[bool, Tensor] = {}
 
     def refitted(self) -> dict[str, LayerFactors]:
-        """The factors of the layers; their own if refitted ones have larger held-out errors."""
+        """The factors of the layers; their own if there are too few positions.
+
+        Held-out batches choose the shrinkage, of which a large one leaves the weight as it is.
+        """
         shape = next(iter(self._layers.values())).layer.shape
         if len(shape.calls) != 1:
             return dict(self._layers)
@@ -257,47 +261,20 @@ class _Site:
             needs = [HW.mT @ HW for HW in weighted.values()]
             shrinkage = moments.shrinkage(needs, centred=centred)
             for name, layer in part.items():
-                found[name] = self._one(layer, weighted[name], moments, shrinkage, centred)
+                logger.debug("%s: shrinkage %g", name, shrinkage)
+                choice = self._allocation[name]
+                with limited_threads(max(layer.weight.shape[:3])):
+                    found[name] = self._fitted(layer, choice, moments.all, shrinkage, centred)
         return found
-
-    def _one(
-        self,
-        layer: LayerFactors,
-        HW: Tensor,
-        moments: SiteMoments,
-        shrinkage: float,
-        centred: bool,
-    ) -> LayerFactors:
-        """The refitted factors of a layer; its own if these have a smaller error."""
-        choice = self._allocation[layer.layer.name]
-        with limited_threads(max(layer.weight.shape[:3])):
-            new = self._fitted(layer, choice, moments.fit, shrinkage, centred)
-            means = moments.fit.means()
-            mean = layer.norm.mean
-            own = None if mean is None else (mean[0].to(means[0]), mean[0].to(means[0]))
-            errors = [
-                moments.error(HW, _weighted(layer, found, choice), about)
-                for found, about in ((new, means if centred else None), (layer, own))
-            ]
-            logger.debug(
-                "%s: shrinkage %g, held-out error %g, without refit %g",
-                layer.layer.name,
-                shrinkage,
-                *errors,
-            )
-            if not errors[0] < errors[1]:
-                return layer
-            return self._fitted(layer, choice, moments.all, shrinkage, centred)
 
     def _fitted(
         self, layer: LayerFactors, choice: Choice, pairs: Pairs, shrinkage: float, centred: bool
     ) -> LayerFactors:
         """The factors of a choice, from the least-squares weight for the compressed inputs."""
-        key = (centred, shrinkage, pairs.count)
-        if key not in self._transfers:
-            self._transfers[key] = transfer(pairs, shrinkage, centred=centred)
+        if centred not in self._transfers:
+            self._transfers[centred] = transfer(pairs, shrinkage, centred=centred)
         W = _matrix(layer.weight).double()
-        best, bias = W @ self._transfers[key], layer.bias
+        best, bias = W @ self._transfers[centred], layer.bias
         x, q = pairs.means()
         if centred and bias is not None:
             bias = (bias.double() + W @ x - best @ q).to(bias.dtype)
@@ -323,12 +300,3 @@ def _is_centred(layer: LayerFactors) -> bool:
 
 def _matrix(weight: Tensor) -> Tensor:  # (1, o, n, 1, 1) -> (o, n)
     return weight.detach().flatten(2)[0]
-
-
-def _weighted(layer: LayerFactors, found: LayerFactors, choice: Choice) -> Tensor:
-    """H A (o, n) of the weight A that factors stand for."""
-    if choice == DENSE:
-        A = _matrix(found.weight)
-    else:
-        A = found.factors[choice.operator].weight(choice.rank)[0].to(layer.weight.device)
-    return layer.norm.left(A.float())

@@ -25,7 +25,7 @@ from rankNAS.threads import limited_threads
 __all__ = ["Pairs", "SiteMoments", "site_moments"]
 
 #: Towards the dense weight, in units of the mean square of an input; the first is the default.
-GRID = (SHRINKAGES[3], *SHRINKAGES[:1], SHRINKAGES[4], SHRINKAGES[5])
+GRID = (SHRINKAGES[3], SHRINKAGES[0], *SHRINKAGES[4:])
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,6 @@ class SiteMoments:
             if best != GRID[0]:
                 break
         return best
-
-    def error(self, HW: Tensor, HA: Tensor, about: tuple[Tensor, Tensor] | None) -> float:
-        """The held-out E ||H (W (x - a) - A (q - b))||^2.
-
-        Args:
-            HW: H W (o, n).
-            HA: H A (o, n).
-            about: The means a and b that a bias removes, if any.
-        """
-        xq, qq, xx = (None if m is None else m.float() for m in self.held.second(about))
-        assert xq is not None and qq is not None and xx is not None
-        HW, HA = HW.float(), HA.float()
-        total = (HW * (HW @ xx)).sum() - 2 * (HA * (HW @ xq)).sum() + (HA * (HA @ qq)).sum()
-        return float(total)
 
 
 def transfer(pairs: Pairs, shrinkage: float, *, centred: bool) -> Tensor:

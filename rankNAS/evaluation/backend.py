@@ -307,7 +307,7 @@ class Backend:
     @cached_property
     def _few(self) -> Inputs:
         """The arguments for a few validation samples."""
-        batch = self._validation.example(SAMPLES, self.device)
+        batch = self._validation.example(min(SAMPLES, self.batch_size), self.device)
         return self.task.inputs_of(channels_last(batch))
 
     def _traced(self) -> IncrementalExecutor | None:

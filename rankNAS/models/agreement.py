@@ -89,11 +89,14 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
         return math.inf
     if not found.numel():
         return 0.0
-    a, b = found.double(), expected.double().to(found.device)
-    finite = a.isfinite() & b.isfinite()
-    alike = finite | (a == b) | (a.isnan() & b.isnan())
-    unlike = 1.0 - float(alike.double().mean())
-    return max(unlike, _ratio(float((a - b)[finite].norm()), float(b[finite].norm())))
+    unlike, difference, size = 0, 0.0, 0.0
+    pairs = zip(found.reshape(-1).split(CHUNK), expected.reshape(-1).split(CHUNK), strict=True)
+    for a, b in ((x.double(), y.double().to(x.device)) for x, y in pairs):
+        finite = a.isfinite() & b.isfinite()
+        unlike += int((~(finite | (a == b) | (a.isnan() & b.isnan()))).sum())
+        difference += float((a - b)[finite].square().sum())
+        size += float(b[finite].square().sum())
+    return max(unlike / found.numel(), _ratio(math.sqrt(difference), math.sqrt(size)))
 
 
 def _ratio(difference: float, size: float) -> float:

@@ -143,23 +143,6 @@ def test_the_dense_network_runs_each_block_once(tmp_path: Path) -> None:
     assert calls[False] <= used  # later it is a decomposed layer
 
 
-def test_factors_are_fitted_to_all_positions_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found, batches, allocation = made(TinyGpt().eval(), tmp_path)
-    counts: list[int] = []
-
-    def noted(pairs: Pairs, shrinkage: float, *, centred: bool) -> Any:
-        counts.append(pairs.count)
-        return transfer(pairs, shrinkage, centred=centred)
-
-    monkeypatch.setattr(block_refit, "transfer", noted)
-    refit = BlockRefit.of(found, batches)
-    assert refit is not None
-    refit.factors(allocation)
-    assert len(set(counts)) == 2  # without the positions that are held out, and with them
-
-
 def test_the_map_of_a_site_is_the_least_squares_fit() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=generator)
@@ -173,22 +156,6 @@ def test_the_map_of_a_site_is_the_least_squares_fit() -> None:
     torch.testing.assert_close(W @ T, expected, rtol=1e-4, atol=1e-5)
     far = transfer(pairs, 1e9, centred=False)
     torch.testing.assert_close(W @ far, W, rtol=1e-4, atol=1e-5)
-
-
-def test_held_out_errors_follow_from_moments() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, q = (torch.randn(400, 5, generator=generator) + 2 for _ in range(2))
-    batches = [(x[i : i + 50], q[i : i + 50]) for i in range(0, 400, 50)]
-    moments = site_moments(batches)
-    assert moments is not None
-    W, A = (torch.randn(3, 5, generator=generator) for _ in range(2))
-    held = [batches[i] for i in (3, 7)]
-    a, b = (torch.randn(5, generator=generator).double() for _ in range(2))
-    for about in (None, (a, b)):
-        c, d = about or (0 * a, 0 * b)
-        expected = torch.cat([(x - c) @ W.double().T - (q - d) @ A.double().T for x, q in held])
-        found = moments.error(W, A, about)
-        assert found == pytest.approx(float(expected.square().sum(1).mean()), rel=1e-4)
 
 
 def test_shrinkage_is_chosen_by_all_layers_of_a_site() -> None:
