@@ -144,6 +144,8 @@ def separate_experts(model: nn.Module, names: Collection[str] | None = None) -> 
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether a module holds experts as ``transformers`` fuses them, and nothing else."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     own = module._parameters
     down = own.get(DOWN)
     wanted = own.get(GATED if getattr(module, "has_gate", False) else UNGATED)

@@ -27,6 +27,7 @@ def test_layers_have_their_rank_its_limits_and_their_costs(small_net: nn.Module)
         "macs": 16 * 144 * 64,
         "best_macs": 4 * (144 + 16) * 64,
         "shape": "16 to 16, 3 x 3",
+        "roles": [],
         "operator": "svd",
         "rank": [4],
         "break_even_rank": [14],

@@ -42,6 +42,11 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "a.safetensors"), TENSORS)  # for other programs too
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in a type whose values can be compared."""
+    return tensor if tensor.is_complex() else tensor.double()
+
+
 def test_every_type_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
     kinds = [*TYPES, torch.float8_e4m3fn]
     tensors = {str(kind): torch.ones(3, 2).to(kind) for kind in kinds}
@@ -50,7 +55,7 @@ def test_every_type_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
     for name in ("a", "b"):
         found = load_file(tmp_path / name)
         assert {n: t.dtype for n, t in found.items()} == {str(k): k for k in kinds}
-        assert all(tensor.float().eq(1).all() for tensor in found.values())
+        assert all((wide(tensor) == 1).all() for tensor in found.values())
     assert read_tensors(tmp_path / "a")[1] == read_tensors(tmp_path / "b")[1]
 
 

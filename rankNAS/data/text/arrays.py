@@ -45,7 +45,7 @@ def read_arrays(path: str) -> dict[str, Array]:
 
 def _read(path: Path) -> Array:
     try:
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: Array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path} is no array that can be read ({error}); write it with numpy.save."

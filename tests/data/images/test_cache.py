@@ -162,6 +162,6 @@ def test_a_full_disk_is_no_error(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr("rankNAS.io.files._write_bytes", full)
+    monkeypatch.setattr("rankNAS.io.tensors._parts", full)
     assert len(load_data(f"parquet:{folder}").train) == 20
     assert "could not be kept" in caplog.text and not entries(folder)
