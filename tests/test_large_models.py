@@ -100,6 +100,8 @@ def test_a_streamed_network_is_refitted_saved_and_loaded(
     path = save(network, allocation, tmp_path / "small.safetensors")
     x = torch.randint(0, TOKENS, (2, LENGTH))
     assert torch.equal(load(path, Language)(x), network(x))
+    stated = study.context.factorisation.materialise(allocation)
+    assert not torch.allclose(stated(x), network(x), rtol=1e-3)  # few batches are split further
     refitted = study.evaluator.evaluate(allocation, final=True)["kl_divergence"]
     assert refitted < study.evaluator.evaluate(allocation)["kl_divergence"] * 1.05
     again = searched(1)  # nothing is factorised anew

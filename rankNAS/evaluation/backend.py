@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 # Samples per forward pass for each CPU thread: activations of larger batches exceed its caches. On
 # ResNet-20, 256 samples at once take 1.13 times as long as 64 (studies/benchmark).
 CPU_SAMPLES = 64
+FEWEST_BATCHES = 8  # of streamed calibration samples, of which refits hold every fourth out
 
 
 @dataclass
@@ -126,9 +127,12 @@ class Backend:
         if cpu:
             batch_size = min(batch_size, CPU_SAMPLES * torch.get_num_threads())
         self.batch_size = affordable(batch_size, self.network, validation, task, device)
+        size = self.batch_size
+        if factorisation.streamed:  # refits block by block hold some of the batches out
+            size = min(size, max(1, len(calibration) // FEWEST_BATCHES))
         self.calibration = input_batches(
             calibration,
-            self.batch_size,
+            size,
             task=task,
             device=device,
             even=True,
