@@ -15,7 +15,7 @@ from rankNAS.allocation import DENSE, Allocation, Choice
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import Screen, Select
 from rankNAS.compression.preparation import Preparation
-from rankNAS.compression.streaming import is_linear, statistics_bytes
+from rankNAS.compression.streaming import exceeds
 from rankNAS.copies import copied
 from rankNAS.data.base import Data
 from rankNAS.data.splits import Splits, held_out, split
@@ -319,8 +319,7 @@ def _operators(
     named = settings.policy.operators != RankPolicy().operators
     if named or any(strategy.operators is not None for strategy in strategies):
         return space
-    needed = statistics_bytes(space.layers, settings.norm or NORM)
-    if not is_linear(space) or needed <= settings.memory:
+    if not exceeds(space, settings.norm or NORM, settings.memory):
         return space
     logger.info("the operator is svd: others rarely win in large linear layers")
     return space.restrict(

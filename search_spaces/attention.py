@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rankNAS.copies import copied
+from rankNAS.decompositions.layer_view import linear_of
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.wrappers import unwrapped
 
@@ -166,10 +167,10 @@ def _bias(projection: nn.Module) -> Tensor | None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    copy = None if bias is None else bias.detach().clone()
+    linear = linear_of(weight.detach().clone(), copy, trained=weight.requires_grad)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        linear.bias.requires_grad_(bias.requires_grad)
     return linear
 
 

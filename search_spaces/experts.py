@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.copies import copied
+from rankNAS.decompositions.layer_view import linear_of
 
 __all__ = ["SeparateExperts", "balanced_routing", "is_fused_experts", "separate_experts"]
 
@@ -185,11 +186,8 @@ def _linear(
     parameter = getattr(fused, name)
     weight = (parameter[number].mT if turn else parameter[number])[part].detach()
     bias = getattr(fused, f"{name}_bias")[number][part].detach() if fused.has_bias else None
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.contiguous(), parameter.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.contiguous(), parameter.requires_grad)
-    return layer
+    bias = None if bias is None else bias.contiguous()
+    return linear_of(weight.contiguous(), bias, trained=parameter.requires_grad)
 
 
 def _without_weights(fused: nn.Module) -> nn.Module:

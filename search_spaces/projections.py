@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.copies import copied
-from rankNAS.decompositions.layer_view import LayerView
+from rankNAS.decompositions.layer_view import LayerView, linear_of
 from rankNAS.decompositions.shapes import is_hf_conv1d
 from rankNAS.search_spaces.roles import role_of
 
@@ -98,53 +98,41 @@ def _sizes(
     if role != "qkv":
         return None
     parent = path.rpartition(".")[0]
+    attention = model.get_submodule(parent)
     after = [
         LayerView(module, [""]).weight.shape[1]
-        for name, module in model.get_submodule(parent).named_modules()
+        for name, module in attention.named_modules()
         if (isinstance(module, nn.Linear) or is_hf_conv1d(module))
         and role_of(f"{parent}.{name}") == "o"
     ]
     queries = int(after[0]) if len(after) == 1 else inputs
     keys, rest = divmod(outputs - queries, 2)
-    by_heads = path.endswith("query_key_value")
-    if (
-        rest
-        or not 0 < keys <= queries
-        or (by_heads and (keys != queries or not _heads(model, path)))
-    ):
+    if rest or not 0 < keys <= queries:
+        return None
+    # Other layers of this name have rows in orders that are not known here.
+    known = keys == queries and _head_size(attention, outputs) is not None
+    if path.endswith("query_key_value") and not known:
         return None
     return {"q": queries, "k": keys, "v": keys}
 
 
-def _heads(model: nn.Module, path: str) -> int:
-    """The heads of a fused projection with the rows of each head together; 0 if unknown."""
-    parent: Any = model.get_submodule(path.rpartition(".")[0])
+def _head_size(parent: Any, outputs: int) -> int | None:
+    """Outputs of a head in a layer that has the rows of each head together; None in others."""
     if not type(parent).__name__.startswith(BY_HEADS):
-        return 0
-    size = _head_size(parent)
-    rows = len(LayerView(model, [path]).weight)
-    return rows // (3 * size) if size and rows % (3 * size) == 0 else 0
-
-
-def _head_size(parent: Any) -> int:
-    """Outputs of a head; 0 if unknown."""
-    return int(getattr(parent, "head_size", None) or getattr(parent, "head_dim", None) or 0)
+        return None
+    size = int(getattr(parent, "head_size", None) or getattr(parent, "head_dim", None) or 0)
+    return size if size and outputs % (3 * size) == 0 else None
 
 
 def _split(view: LayerView, sizes: Mapping[str, int], parent: nn.Module) -> SplitProjection:
     """The parts of a layer, with copies of its rows."""
     model, rows = view.modules[0], torch.arange(sum(sizes.values()))
-    size = None
-    if type(parent).__name__.startswith(BY_HEADS):
-        size = _head_size(parent)
+    size = _head_size(parent, len(rows))
+    if size is not None:
         rows = rows.unflatten(0, (-1, len(sizes), size)).transpose(0, 1).flatten()
     parts = {}
     for name, own in zip(sizes, rows.split(list(sizes.values())), strict=True):
         bias = None if view.bias is None else view.bias[own].clone()
-        part = nn.Linear(view.weight.shape[1], len(own), bias is not None, device="meta")
         trained = view.parameter.requires_grad
-        part.weight = nn.Parameter(view.weight[own].clone(), trained)
-        if bias is not None:
-            part.bias = nn.Parameter(bias, trained)
-        parts[name] = part
+        parts[name] = linear_of(view.weight[own].clone(), bias, trained=trained)
     return SplitProjection(parts, size).train(model.training)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rankNAS.decompositions.norms import Statistics
 from rankNAS.search_spaces.base import Layer
 
-__all__ = ["DegenerateLayers", "dead_inputs", "redundant_rows"]
+__all__ = ["DegenerateLayers", "dead_inputs", "listed", "redundant_rows"]
 
 logger = logging.getLogger(__name__)
 CHUNK = 1 << 22  # elements that are hashed at once
@@ -58,13 +58,13 @@ class DegenerateLayers:
             logger.warning(
                 "some inputs are zero for all calibration data: %s; check that the calibration "
                 "data are typical, or give more of them.",
-                _listed(self._dead),
+                listed(self._dead),
             )
         if self._redundant:
             logger.warning(
                 "some rows of weights are zero or repeat another row: %s; the ranks above the "
                 "number of the other rows add nothing.",
-                _listed(self._redundant),
+                listed(self._redundant),
             )
 
 
@@ -104,7 +104,7 @@ def _bits(rows: Tensor) -> Tensor:
     return bits ^ (bits >> 29)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """The first names, and the number of the others."""
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more layers" if more > 0 else "")

@@ -15,8 +15,8 @@ from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factorisation import Factorisation, OneLayer, factorise
 from rankNAS.compression.factors import Screen, Select
 from rankNAS.compression.streaming import (
+    exceeds,
     factorise_streamed,
-    is_linear,
     samples_at_once,
     statistics_bytes,
 )
@@ -91,9 +91,9 @@ class Preparation:
 
     @property
     def _streams(self) -> bool:
-        needed = statistics_bytes(self.space.layers, self.norm)
-        if needed <= self.memory or self.norm == "weight" or not is_linear(self.space):
+        if self.norm == "weight" or not exceeds(self.space, self.norm, self.memory):
             return False
+        needed = statistics_bytes(self.space.layers, self.norm)
         logger.info("statistics and factors would need %.1f GB: they are streamed", needed / 1e9)
         return True
 

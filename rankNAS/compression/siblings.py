@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rankNAS.compression.degenerate import listed
 from rankNAS.decompositions.norms import Statistics
 from rankNAS.search_spaces.base import Layer
 
@@ -16,7 +17,6 @@ __all__ = ["shrunk_towards_siblings"]
 
 logger = logging.getLogger(__name__)
 NUMBER = re.compile(r"(^|\.)experts\.\d+(?=\.)")
-NAMED = 3  # layers that the warning names
 FEW = 1.0  # tokens per input below which an expert is named
 
 
@@ -51,11 +51,10 @@ def shrunk_towards_siblings(
             both = {"own": statistics[name], "mean": mean}
             found[name] = _mixed(both, {"own": own, "mean": 1 - own})
     if few:
-        more = len(few) - NAMED
         logger.warning(
             "some experts saw few tokens, so their statistics lean on those of their siblings: "
             "%s; give more calibration data.",
-            ", ".join(few[:NAMED]) + (f" and {more} more layers" if more > 0 else ""),
+            listed(few),
         )
     return found
 

@@ -41,6 +41,7 @@ from rankNAS.trees import rows, tensors, tree_map
 __all__ = [
     "TOKENS",
     "batches_of_positions",
+    "exceeds",
     "factorise_streamed",
     "is_linear",
     "samples_at_once",
@@ -170,6 +171,11 @@ def _positions(space: SearchSpace) -> float:
 
 def _widest(space: SearchSpace) -> int:
     return max(layer.shape.outputs for layer in space.layers.values())
+
+
+def exceeds(space: SearchSpace, norm: str, memory: int) -> bool:
+    """Whether the statistics and the factors of linear layers alone need more than a memory."""
+    return is_linear(space) and statistics_bytes(space.layers, norm) > memory
 
 
 def is_linear(space: SearchSpace) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from rankNAS.decompositions.shapes import is_hf_conv1d
 
-__all__ = ["LayerView"]
+__all__ = ["LayerView", "linear_of"]
 
 
 @final
@@ -98,6 +98,21 @@ class LayerView:
         for path in self.paths:
             parent, _, child = path.rpartition(".")
             setattr(self._model.get_submodule(parent), child, module)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None, *, trained: bool) -> nn.Linear:
+    """A linear layer of a weight (outputs, inputs) and a bias (outputs,), which are not copied.
+
+    Args:
+        weight: The weight.
+        bias: The bias; None for a layer without one.
+        trained: Whether they require gradients.
+    """
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, trained)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, trained)
+    return layer
 
 
 class _Computed(nn.Module):

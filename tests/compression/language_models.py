@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,14 @@ __all__ = [
 ]
 
 TOKENS, LENGTH = 60, 12
+SIZES: dict[str, Any] = {
+    "vocab_size": TOKENS,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 
 
 class Block(nn.Module):
@@ -72,17 +81,12 @@ class TinyGpt(nn.Module):
 
 def tiny_llama(blocks: int = 3) -> nn.Module:
     """A Llama with grouped queries."""
-    transformers = __import__("pytest").importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=TOKENS,
-        hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
+        **SIZES,
     )
     model: nn.Module = transformers.LlamaForCausalLM(config).eval()
     return model
@@ -90,19 +94,14 @@ def tiny_llama(blocks: int = 3) -> nn.Module:
 
 def tiny_mixtral(blocks: int = 2) -> nn.Module:
     """A mixture of experts, of which the last one is never chosen in the first block."""
-    transformers = __import__("pytest").importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=TOKENS,
-        hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
         num_local_experts=4,
         num_experts_per_tok=1,
-        initializer_range=0.3,
+        **SIZES,
     )
     model: nn.Module = with_plain_layers(transformers.MixtralForCausalLM(config).eval())
     with torch.no_grad():
