@@ -52,8 +52,9 @@ class Settings:
     """How candidates are made and measured. A study keeps its settings.
 
     Args:
-        norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled`` or ``weight``. None
-            is that of the strategy's paper, if it has one (`Strategy.norm`), else ``fisher``.
+        norm: The norm of the decompositions: ``fisher``, ``input``, ``pooled``, ``asvd`` or
+            ``weight``. None is that of the strategy's paper, if it has one (`Strategy.norm`), else
+            ``fisher``.
         calibration: Training samples for statistics and batch norms, at most. None, here and
             below, is a number by the size of a sample; see `sizes`.
         validation: Further training samples that metrics are measured on, at most; those of the

@@ -64,7 +64,7 @@ def searched(memory: int, norm: Any = "fisher", **settings: Any) -> Study:
     )
 
 
-@pytest.mark.parametrize("norm", ["input", "fisher", "pooled"])
+@pytest.mark.parametrize("norm", ["input", "fisher", "pooled", "asvd"])
 def test_answers_do_not_depend_on_the_memory(
     norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

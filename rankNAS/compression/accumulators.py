@@ -21,6 +21,7 @@ class MomentAccumulator:
         layer: The layer.
         generator: Samples the positions of patches; layers may share it.
         inputs: The sums of a layer with the same patches, which then stand for its own.
+        absolute: Sum the absolute inputs, as a diagonal matrix, instead of the outer products.
     """
 
     def __init__(
@@ -28,8 +29,11 @@ class MomentAccumulator:
         layer: Layer,
         generator: torch.Generator,
         inputs: MomentAccumulator | None = None,
+        *,
+        absolute: bool = False,
     ) -> None:
         self.layer, self.generator, self._inputs = layer, generator, inputs
+        self._absolute = absolute
         self._gradient: Tensor | None = None
         self._gradients = 0
         self._groups = self._tokens = 0
@@ -52,7 +56,8 @@ class MomentAccumulator:
         P = patches(
             self.layer.shape, counted(self.layer.shape, x, mask), self.generator
         )  # (g, N, n)
-        self._moment = self._moment + (P.mT @ P).double()
+        sums = torch.diag_embed(P.abs().sum(1)) if self._absolute else P.mT @ P
+        self._moment = self._moment + sums.double()
         self._mean = self._mean + P.sum(1).double()
         self._patches += P.shape[1]
         self._tokens += P.shape[1]

@@ -90,7 +90,10 @@ def calibrate(
     if path is not None and (cached := _read(path, space, device)) is not None:
         return cached
     generator = torch.Generator().manual_seed(seed)  # layers share it
-    sums = {name: MomentAccumulator(layer, generator) for name, layer in space.layers.items()}
+    sums = {
+        name: MomentAccumulator(layer, generator, absolute=norm == "asvd")
+        for name, layer in space.layers.items()
+    }
     recorder = Recorder(space.layers, sums, task or Matching(by="kl", layout=Layout()), generator)
     with unchanged(model), recorder.recording(model, gradients=norm == "fisher"):
         for done in range(1, len(chunks) + 1):

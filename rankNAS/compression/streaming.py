@@ -32,7 +32,7 @@ from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factorisation import Factorisation, OneLayer
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.copies import unchanged
-from rankNAS.decompositions.norms import Statistics
+from rankNAS.decompositions.norms import NormName, Statistics
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
@@ -111,7 +111,6 @@ def factorise_streamed(
             _by_passes(each, space, missing, batches, task, seed, made, on_batch)
         else:
             cache = ActivationCache(store.folder.parent)
-            pooled = each.norm == "pooled"
             graded = batches_of_positions(space, batches, PER_ROW * _widest(space))
             walk = _Walk(
                 chain,
@@ -123,7 +122,7 @@ def factorise_streamed(
                 seed,
                 made,
                 on_batch,
-                pooled,
+                each.norm,
                 graded,
             )
             with unchanged(each.model):
@@ -197,7 +196,7 @@ class _Walk:
         seed: Random seed of the sampled targets.
         made: Called with each layer and its statistics.
         on_batch: Called with (batches done, batches in total).
-        pooled: Whether each batch is a group of the pooled covariance.
+        norm: The norm; for ``pooled`` each batch is a group.
         graded: The number of batches that have gradients, the first ones.
     """
 
@@ -210,7 +209,7 @@ class _Walk:
     seed: int
     made: Callable[[Layer, Statistics], None]
     on_batch: Step | None
-    pooled: bool = False
+    norm: NormName = "input"
     graded: int = 0
     _sums: dict[str, MomentAccumulator] = field(default_factory=dict)  # of the current block
     _shapes: list[list[Any]] = field(default_factory=list)  # by batch, the freed outputs
@@ -228,7 +227,7 @@ class _Walk:
                 for i in range(len(self.batches)):
                     with recorder.counting(self.batches.mask(i)):
                         self._advance(number, i, keep=number < last)
-                    for found in self._sums.values() if self.pooled else ():
+                    for found in self._sums.values() if self.norm == "pooled" else ():
                         found.close_group()
                     self._report(last + 1)
                     self.cache.drop((number - 1, i))
@@ -306,7 +305,9 @@ class _Walk:
         """
         sums = self._sums = {}
         for leader, *others in self._wanted(number):
-            sums[leader] = MomentAccumulator(self.layers[leader], self._generator)
+            layer = self.layers[leader]
+            absolute = self.norm == "asvd"
+            sums[leader] = MomentAccumulator(layer, self._generator, absolute=absolute)
             for name in others:
                 layer = self.layers[name]
                 sums[name] = MomentAccumulator(layer, self._generator, sums[leader])

@@ -12,6 +12,9 @@ the Kronecker-factored curvature (K-FAC) of Martens and Grosse (2015) as a norm.
 ``input`` with the pooled covariance of Bolaco (Ji et al., EMNLP Findings 2024), the average of the
 covariances within groups of samples, which is more robust to outliers. With centring and a bias
 correction of the mean error, it is their atomic feature mimicking: a PCA of the layer's outputs.
+``asvd`` scales each column of W by the square root of the mean absolute value of its input (ASVD,
+Yuan et al., 2023, arXiv 2312.05821, with their exponent of 0.5), so C is the diagonal matrix of
+these values.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ __all__ = [
     "matrix_root",
 ]
 
-NormName = Literal["weight", "input", "fisher", "pooled"]
+NormName = Literal["weight", "input", "fisher", "pooled", "asvd"]
 NORMS: tuple[NormName, ...] = get_args(NormName)
 WIDE = 1024  # columns from which single precision saves more than its check takes
 RIDGE = 1e-6  # relative to the mean diagonal; statistics of few samples are rank-deficient
@@ -51,7 +54,8 @@ class Statistics:
 
     Args:
         input_second_moment: Mean outer product of the input patches, (g, n, n); for ``pooled``
-            the pooled covariance plus the outer product of the mean.
+            the pooled covariance plus the outer product of the mean; for ``asvd`` the diagonal
+            matrix of the mean absolute inputs.
         mean: Mean input patch, (g, n); for ``pooled`` the average of the groups' means.
         output_gradient_second_moment: Mean outer product of the loss gradient at the output,
             (g, o, o), or None.
@@ -196,7 +200,7 @@ def make_norm(
     """The error norm of a layer from its statistics.
 
     Args:
-        name: ``weight``, ``input``, ``fisher`` or ``pooled``.
+        name: ``weight``, ``input``, ``fisher``, ``pooled`` or ``asvd``.
         statistics: The calibration statistics; not needed for ``weight``.
         centred: Measure only the variance of the error. This is right if its mean is removed by a
             bias or by a following batch norm whose statistics are re-estimated.
@@ -213,7 +217,7 @@ def make_norm(
     ):
         raise UsageError(f"the metric {name!r} needs calibration statistics of the layer.")
     C, mean = statistics.input_second_moment.double(), None
-    if centred:
+    if centred and name != "asvd":  # which has no second moment to centre
         mean = statistics.mean.double()
         C = C - mean.unsqueeze(-1) * mean.unsqueeze(-2)
     C = ridged(C)

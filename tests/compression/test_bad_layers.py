@@ -40,7 +40,7 @@ def network(spoil: str) -> tuple[nn.Module, torch.Tensor]:
     return model.eval(), x
 
 
-@pytest.mark.parametrize("norm", ["weight", "input", "fisher", "pooled"])
+@pytest.mark.parametrize("norm", ["weight", "input", "fisher", "pooled", "asvd"])
 @pytest.mark.parametrize("spoil", ["zero", "repeated", "dead", "empty"])
 def test_factors_and_errors_are_finite(
     spoil: str, norm: Any, caplog: pytest.LogCaptureFixture

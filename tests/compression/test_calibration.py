@@ -12,8 +12,10 @@ from layer_cases import LAYERS
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankNAS.allocation import Choice
 from rankNAS.compression import calibration
 from rankNAS.compression.calibration import calibrate
+from rankNAS.compression.factorisation import factorise
 from rankNAS.compression.patches import folded, patches
 from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import LayerShape
@@ -248,6 +250,25 @@ def test_t_c2_pooled_and_plain_covariance(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(covariance("pooled", same), 2 * covariance("input", same))
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_norm_asvd_scales_columns_by_the_square_root_of_mean_absolute_inputs(
+    rank: int,
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8)).eval()
+    x = torch.randn(40, 6) * torch.logspace(-1, 1, 6) + 1
+    space = space_of(model, x[:1])
+    known = calibrate(model, space, x, norm="asvd", batch_size=7)["0"]
+    scale = x.double().abs().mean(0).sqrt()
+    torch.testing.assert_close(known.input_second_moment[0], (scale**2).diag(), rtol=1e-5, atol=0)
+    layer = factorise(model, space, {"0": known}, norm="asvd").layers["0"]
+    weight = model[0].weight.detach().double()
+    U, S, V = torch.linalg.svd(weight * scale)
+    expected = (U[:, :rank] * S[:rank]) @ V[:rank] / scale
+    found = layer.folded(Choice("svd", (rank,)))[0]
+    torch.testing.assert_close(found.double().reshape(8, 6), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("samples", [5, 33, 64, 100])
 def test_pooled_statistics_are_averages_over_even_groups(samples: int) -> None:
     torch.manual_seed(0)
@@ -364,7 +385,7 @@ def counting(model: nn.Module) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("norm", ["input", "fisher", "pooled"])
+@pytest.mark.parametrize("norm", ["input", "fisher", "pooled", "asvd"])
 def test_the_cache_gives_the_same_without_a_pass(tmp_path: Path, norm: Any) -> None:
     model, space, x = small()
     passes = counting(model)
@@ -453,7 +474,7 @@ def test_the_key_is_of_the_contents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("norm", ["input", "fisher", "pooled"])
+@pytest.mark.parametrize("norm", ["input", "fisher", "pooled", "asvd"])
 def test_values_that_are_not_finite(tmp_path: Path, bad: float, norm: Any) -> None:
     model, space, x = small()
     x[7, 1, 2, 3] = bad

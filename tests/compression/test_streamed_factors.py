@@ -90,16 +90,17 @@ def test_with_many_batches_the_first_ones_have_gradients(
         assert found.errors()[name] == pytest.approx(errors, rel=1e-5, abs=1e-9)
 
 
-def test_pooled_statistics_are_streamed_by_group(tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm", ["pooled", "asvd"])
+def test_pooled_and_absolute_statistics_are_streamed(norm: NormName, tmp_path: Path) -> None:
     model = TinyGpt().eval()
     samples = samples_of(8)
     batches, task = batches_of(samples, model, size=4)
     space = tiny_space(model, samples)
     store = FactorStore(tmp_path, "key")
-    each = OneLayer(model, "pooled", store=store)
+    each = OneLayer(model, norm, store=store)
     found = factorise_streamed(space, batches, task, each, store)
-    sums = calibrate(model, space, batches, task, norm="pooled")
-    expected = factorise(model, space, sums, norm="pooled")
+    sums = calibrate(model, space, batches, task, norm=norm)
+    expected = factorise(model, space, sums, norm=norm)
     for name, errors in expected.errors().items():
         assert found.errors()[name] == pytest.approx(errors, rel=1e-5, abs=1e-9)
 
@@ -159,9 +160,9 @@ def test_layers_with_the_same_input_share_its_sums(
     own = []
     original = MomentAccumulator.__init__
 
-    def counted(self: MomentAccumulator, layer: Any, generator: Any, inputs: Any = None) -> None:
+    def counted(self: Any, layer: Any, generator: Any, inputs: Any = None, **kwargs: Any) -> None:
         own.append(layer.name if inputs is None else None)
-        original(self, layer, generator, inputs)
+        original(self, layer, generator, inputs, **kwargs)
 
     monkeypatch.setattr(MomentAccumulator, "__init__", counted)
     streamed(tiny_llama(2), tmp_path, "input")

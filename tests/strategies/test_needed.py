@@ -117,7 +117,7 @@ def test_a_restricted_space_and_a_multiple_offer_no_more() -> None:
 
 def test_each_method_has_its_own_norm_unless_the_settings_name_one() -> None:
     norms = {s.name: rankNAS.Settings().of(s).norm for s in (Bolaco(), Drone(), Alds(), Strs())}
-    assert norms == {"bolaco": "pooled", "drone": "input", "alds": "weight", "strs": "fisher"}
+    assert norms == {"bolaco": "pooled", "drone": "input", "alds": "weight", "strs": "asvd"}
     given = rankNAS.Settings(norm="input")
     assert {given.of(s).norm for s in (Bolaco(), Alds(), Energy())} == {"input"}
     with pytest.raises(UsageError, match="different norms, pooled, input"):

@@ -105,8 +105,8 @@ class ModelOptions(SpaceOptions):
     learning_rate: float = option(0.01, "Peak learning rate.", TRAINING, hidden=True)
     norm: str | None = option(
         None,
-        "Norm of the decomposition error: fisher, input, pooled or weight. Default: that of the "
-        "method, if it was published with one, else fisher.",
+        "Norm of the decomposition error: fisher, input, pooled, asvd or weight. Default: that "
+        "of the method, if it was published with one, else fisher.",
         RANKS,
     )
     calibration: int | None = option(

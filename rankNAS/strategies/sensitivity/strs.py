@@ -87,12 +87,11 @@ class Strs(Strategy):
     Each layer alone is measured at keep-ratios 0.9 to 0.4, each by the most accurate choice
     within that share of the layer's budgeted costs; all are sorted by loss (without a loss, by
     the first objective), and `truncate` cuts. The paper measures perplexity on language models
-    and counts parameters; the activation-aware scaling of its decomposition is not part of this
-    strategy, the errors are those of the study's metric. Where all layers at 0.4 do not meet the
-    budgets, which the paper does not treat, ratios 0.3, 0.2, 0.1 and the cheapest choice are
-    measured too, as far as needed. Failed probes count as the most sensitive; without any
-    measurement the tables' errors take their place. If several budgets pull in different
-    directions so that no cut fits, the solution is the min-max allocation.
+    and counts parameters; its activation-aware scaling of the decomposition is the norm ``asvd``.
+    Where all layers at 0.4 do not meet the budgets, which the paper does not treat, ratios 0.3,
+    0.2, 0.1 and the cheapest choice are measured too, as far as needed. Failed probes count as the
+    most sensitive; without any measurement the tables' errors take their place. If several budgets
+    pull in different directions so that no cut fits, the solution is the min-max allocation.
 
     Args:
         operators: Whose choices may be used; None for all.
@@ -100,6 +99,7 @@ class Strs(Strategy):
 
     operators: tuple[str, ...] | None = ("svd",)
     name = "strs"
+    norm = "asvd"
 
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
         """Each layer alone at every ratio that the budgets, or a sweep down of them, call for."""
