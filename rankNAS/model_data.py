@@ -1,4 +1,7 @@
-"""The data of a model: language data take the tokenizer and the context of the model's folder."""
+"""The data of a model: language data take the tokenizer and the context of the model's folder.
+
+For a masked language model a share of their tokens is hidden.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import nn
 from rankNAS.data.base import Data
 from rankNAS.data.loading import DataSource, load_data
 from rankNAS.data.text.loading import CONTEXT, is_text
+from rankNAS.data.text.masking import SHARE
 from rankNAS.exceptions import DataError
 from rankNAS.lazy import load
 from rankNAS.tasks.text import POSITIONS, config_number
@@ -17,6 +21,7 @@ __all__ = ["FOLDER", "context_of", "load_data_of"]
 
 #: Imported when a network is a folder.
 CONTEXT_LENGTH = "rankNAS.search_spaces.zoo.huggingface:context_length"
+IS_MASKED = "rankNAS.search_spaces.zoo.huggingface:is_masked"
 FOLDER = "hf:"  # the form of a network that is a Hugging Face folder
 
 
@@ -54,7 +59,12 @@ def load_data_of(
     if context is None and most is not None and not str(source).startswith("tokens:"):
         context = min(CONTEXT, most)
     return load_data(
-        source, tokenizer=_tokenizer(model), context=context, stride=stride, **options
+        source,
+        tokenizer=_tokenizer(model),
+        context=context,
+        stride=stride,
+        mask=SHARE if _is_masked(model) else None,
+        **options,
     )
 
 
@@ -65,6 +75,14 @@ def context_of(model: str | nn.Module) -> int | None:
         found: int | None = load(CONTEXT_LENGTH)(folder)
         return found
     return config_number(getattr(model, "config", None), *POSITIONS)
+
+
+def _is_masked(model: str | nn.Module) -> bool:
+    folder = _folder(model)
+    if folder is not None:
+        found: bool = load(IS_MASKED)(folder)
+        return found
+    return "MaskedLM" in type(model).__name__
 
 
 def _folder(model: str | nn.Module) -> str | None:

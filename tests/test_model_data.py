@@ -32,6 +32,7 @@ def positions(monkeypatch: pytest.MonkeyPatch) -> dict[str, int | None]:
     known: dict[str, int | None] = {}
     module = ModuleType(CONTEXT_LENGTH.partition(":")[0])
     vars(module)["context_length"] = known.__getitem__
+    vars(module)["is_masked"] = lambda folder: False
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return known
 

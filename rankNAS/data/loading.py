@@ -41,6 +41,7 @@ def load_data(
     tokenizer: str | Tokenizer | None = None,
     context: int | None = None,
     stride: int | None = None,
+    mask: float | None = None,
 ) -> Data:
     """The data for a name, or the given data after checks.
 
@@ -60,6 +61,8 @@ def load_data(
         context: For language data: the tokens of a window; 1,024 by default.
         stride: For language data: validation and test windows begin so many tokens after each
             other, and only what is new in each counts; by default windows do not overlap.
+        mask: For language data: the share of the tokens that are hidden and predicted, as masked
+            language models need; by default none.
 
     Raises:
         DataError: The data or the options are invalid.
@@ -71,12 +74,12 @@ def load_data(
         >>> data.input_shape, data.num_classes
         ((3, 32, 32), 10)
     """
-    text = {"tokenizer": tokenizer, "context": context, "stride": stride}
+    text = {"tokenizer": tokenizer, "context": context, "stride": stride, "mask": mask}
     if isinstance(source, str) and is_text(source):
         _refuse(
             source, {"--normalize": normalize, "--image-size": image_size}, "text has no images"
         )
-        return load_text(source, tokenizer=tokenizer, context=context, stride=stride)
+        return load_text(source, tokenizer=tokenizer, context=context, stride=stride, mask=mask)
     _refuse(source, text, "only language data such as text:DIR has windows of tokens")
     if isinstance(source, str) and not is_plugin(source):
         return _read(source, normalize, image_size)

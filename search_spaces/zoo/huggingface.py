@@ -111,6 +111,16 @@ def context_length(folder_spec: str) -> int | None:
     return _context(read_config(folder_spec))
 
 
+def is_masked(folder_spec: str) -> bool:
+    """Whether the model of a folder predicts masked tokens.
+
+    Raises:
+        UsageError: As for `huggingface_model`.
+    """
+    names = getattr(read_config(folder_spec), "architectures", None) or [""]
+    return "MaskedLM" in str(names[0])
+
+
 def read_config(folder_spec: str) -> Any:
     """The configuration of a folder, an object of ``transformers``.
 

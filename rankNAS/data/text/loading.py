@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from rankNAS.data.samples import Samples
 from rankNAS.data.text.arrays import read_arrays
 from rankNAS.data.text.documents import read_documents
 from rankNAS.data.text.encoding import content_key, encoded
+from rankNAS.data.text.masking import SHARE, Masked
 from rankNAS.data.text.tokenizers import BYTES, Tokenizer, tokenizer_of
 from rankNAS.data.text.windows import Array, Tokens, Windows, overlapping, packed, padded
 from rankNAS.exceptions import DataError, UsageError
@@ -24,10 +26,10 @@ KINDS = ("text", "jsonl", "tokens", "datasets")
 FORMS = ("text:DIR", "text:FILE", "jsonl:FILE?field=text", "tokens:DIR", "datasets:DIR")
 #: The options of each kind of source.
 OPTIONS = {
-    "text": ("tokenizer", "pack"),
-    "jsonl": ("tokenizer", "pack", "field"),
-    "datasets": ("tokenizer", "pack", "field"),
-    "tokens": ("tokenizer",),
+    "text": ("tokenizer", "pack", "mask"),
+    "jsonl": ("tokenizer", "pack", "mask", "field"),
+    "datasets": ("tokenizer", "pack", "mask", "field"),
+    "tokens": ("tokenizer", "mask"),
 }
 SAMPLED = 1 << 24  # ids that are looked at at once
 
@@ -47,17 +49,20 @@ def load_text(
     tokenizer: str | Tokenizer | None = None,
     context: int | None = None,
     stride: int | None = None,
+    mask: float | None = None,
 ) -> Data:
     """The windows of a source, named ``KIND:PATH?OPTION=VALUE&...``.
 
     Args:
         source: One of `FORMS`. Options are ``tokenizer`` (a Hugging Face folder, or ``bytes``),
-            ``field`` (the entry with the text) and ``pack`` (``no`` for one padded item for each
-            document, or for each line of a running text, rather than windows of `context`).
+            ``field`` (the entry with the text), ``pack`` (``no`` for one padded item for each
+            document, or for each line of a running text, rather than windows of `context`) and
+            ``mask`` (the share of the tokens that are hidden, for masked language models).
         tokenizer: The tokenizer, unless the source names one.
         context: Tokens of a window, at least 2; by default 1,024, or those of stored windows.
         stride: Begin the windows of validation and test data so many tokens after each other, and
             count only what is new in each; by default they do not overlap.
+        mask: The share of hidden tokens, unless the source states it; by default none is.
 
     Raises:
         DataError: The source is missing, malformed or too short.
@@ -65,9 +70,12 @@ def load_text(
     """
     parsed = _Source.of(source)
     _check(context, stride)
-    if parsed.kind == "tokens":
-        return _of_arrays(source, parsed, context, stride)
+    share = parsed.share(mask)
     given = parsed.options.get("tokenizer", tokenizer)
+    if parsed.kind == "tokens":
+        if share is None:
+            given = parsed.options.get("tokenizer")
+        return _of_arrays(source, parsed, context, stride, given, share)
     if given is None:
         raise UsageError(
             f"{source} needs a tokenizer; give {_with(source, 'tokenizer=FOLDER')} with a Hugging "
@@ -93,7 +101,8 @@ def load_text(
     keys = [f"{n} {content_key(part, found, lines)}" for n, part in documents.items()]
     most = max(int(part.ids.max()) for part in parts.values())
     form = TextForm(next(iter(windows.values())).length, most, found.vocabulary, found.name)
-    return _data(source, windows, form, [*keys, str(length), str(stride), str(lines)])
+    keys = [*keys, str(length), str(stride), str(lines)]
+    return _data(source, _masked(windows, share, found), form, keys, share)
 
 
 @dataclass(frozen=True)
@@ -122,6 +131,26 @@ class _Source:
         if options.get("pack", "yes") not in ("yes", "no"):
             raise DataError(f"{source!r} has pack={options['pack']}; give pack=yes or pack=no.")
         return cls(kind, path, options)
+
+    def share(self, default: float | None) -> float | None:
+        """The share of hidden tokens; None for none.
+
+        Raises:
+            DataError: It is not above 0 and below 1.
+        """
+        stated = self.options.get("mask")
+        try:
+            share = default if stated is None else float(stated)
+        except ValueError:
+            share = math.nan
+        if share is None or stated in ("0", "no"):
+            return None
+        if not 0 < share < 1:
+            raise DataError(
+                f"the share of masked tokens is {stated or share}; give a number above 0 and "
+                f"below 1, such as mask={SHARE}, or mask=no."
+            )
+        return share
 
     @property
     def packs(self) -> bool:
@@ -176,6 +205,8 @@ def _of_arrays(
     parsed: _Source,
     context: int | None,
     stride: int | None,
+    given: str | Tokenizer | None,
+    share: float | None,
 ) -> Data:
     """The data of stored windows, each cut into windows of `context` if that is smaller."""
     if stride is not None:
@@ -190,7 +221,6 @@ def _of_arrays(
             f"{source} has windows of {stored} tokens, less than the context of {length}; give "
             f"--context {stored} or less."
         )
-    given = parsed.options.get("tokenizer")
     known = None if given is None else tokenizer_of(given)
     most = max(_largest(array, f"{parsed.path} ({name})") for name, array in arrays.items())
     windows = {}
@@ -201,7 +231,20 @@ def _of_arrays(
     keys = [f"{n} {digest(sampled_bytes(Samples.of(x)))}" for n, x in windows.items()]
     vocabulary = None if known is None else known.vocabulary
     form = TextForm(length, most, vocabulary, None if known is None else known.name)
-    return _data(source, windows, form, keys)
+    if share is not None and known is None:
+        raise UsageError(
+            f"{source} needs a tokenizer to mask tokens; give {_with(source, 'tokenizer=FOLDER')}."
+        )
+    masked = windows if known is None else _masked(windows, share, known)
+    return _data(source, masked, form, keys, share)
+
+
+def _masked(
+    windows: dict[str, Windows], share: float | None, tokenizer: Tokenizer
+) -> dict[str, Windows] | dict[str, Masked]:
+    if share is None:
+        return windows
+    return {name: Masked(part, share, tokenizer) for name, part in windows.items()}
 
 
 def _largest(array: Array, where: str) -> int:
@@ -214,7 +257,15 @@ def _largest(array: Array, where: str) -> int:
     return max(int(part.max()) for part in parts)
 
 
-def _data(source: str, windows: dict[str, Windows], form: TextForm, keys: list[Any]) -> Data:
+def _data(
+    source: str,
+    windows: dict[str, Windows] | dict[str, Masked],
+    form: TextForm,
+    keys: list[Any],
+    share: float | None,
+) -> Data:
+    if share is not None:
+        keys = [*keys, f"mask {share}"]
     return Data(
         name=source,
         train=Samples.of(windows["train"], where="train"),

@@ -23,6 +23,9 @@ class Tokenizer(Protocol):
         padding: The id of padding; None if there is none.
         end: The id that ends a document; None if there is none.
         identity: A key of all that decides the ids; equal ones give equal ids.
+
+    For masked language models it also has ``mask``, the id that hides a token, and ``special``,
+    the ids that are never hidden.
     """
 
     vocabulary: int
@@ -122,6 +125,8 @@ class _HuggingFace:
         self.padding: int | None = tokenizer.pad_token_id
         if self.padding is None:
             self.padding = self.end
+        self.mask: int | None = tokenizer.mask_token_id
+        self.special = frozenset(tokenizer.all_special_ids)
         self.identity = _identity(tokenizer)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:

@@ -73,10 +73,15 @@ class Windows(Batched, Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: x[0] for name, x in self.batch(torch.tensor([index])).items()}
 
+    def places(self, indices: Tensor) -> Array:
+        """The places (N, T) in the text of the tokens of windows; also where they are padded."""
+        found: Array = self._starts[indices.numpy()][:, None] + np.arange(self.length)[None]
+        return found
+
     def batch(self, indices: Tensor, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         rows = indices.numpy()
         places = np.arange(self.length)[None]
-        wanted = self._starts[rows][:, None] + places
+        wanted = self.places(indices)
         ids = torch.from_numpy(self._ids[np.minimum(wanted, len(self._ids) - 1)].astype(np.int64))
         found = {"input_ids": ids}
         if self._lengths is not None:
