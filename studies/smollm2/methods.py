@@ -2,9 +2,10 @@
 
     python studies/smollm2/methods.py --model hf:FOLDER --text text:DIR --methods solve --out FILE
 
-Each method runs in its own process, as published: its norm, its operators, and the refit if it has
-one. A row of the CSV file holds the perplexity on the first and on the last 16 windows of the test
-text, CPU seconds, and the highest anonymous memory of the process. Rows that exist are kept.
+Each method and budget runs in its own process (`auto` runs all budgets in one), as published: its
+norm, its operators, and the refit if it has one. A row of the CSV file holds the perplexity on the
+first and on the last 16 windows of the test text, CPU seconds, and the highest anonymous memory of
+the process. Rows that exist are kept.
 """
 
 from __future__ import annotations
@@ -105,17 +106,30 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        method, seed = args.child.rsplit(",", 1)
+        method, seed, *kept = args.child.split(",")
+        args.kept = [float(x) for x in kept]
         run(args, method, int(seed))
         return
     for seed in args.seeds:
         for method in args.methods:
-            known = {(r["method"], float(r["kept"]), int(r["seed"])) for r in rows_of(args.out)}
-            if all((method, kept, seed) in known for kept in args.kept):
-                continue
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", f"{method},{seed}"]
-            if subprocess.run(command, check=False).returncode:
-                print(f"{method}, seed {seed}: failed", flush=True)
+            together = METHODS[method].strategy == "auto"
+            for group in [args.kept] if together else [[kept] for kept in args.kept]:
+                if not is_known(args.out, method, seed, group):
+                    start(method, seed, group)
+
+
+def is_known(path: Path, method: str, seed: int, kept: Sequence[float]) -> bool:
+    """Whether a file has the rows of a method for all budgets."""
+    known = {(r["method"], float(r["kept"]), int(r["seed"])) for r in rows_of(path)}
+    return all((method, x, seed) in known for x in kept)
+
+
+def start(method: str, seed: int, kept: Sequence[float]) -> None:
+    """Run one method in a process of its own."""
+    task = ",".join([method, str(seed), *map(str, kept)])
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", task]
+    if subprocess.run(command, check=False).returncode:
+        print(f"{task}: failed", flush=True)
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -156,7 +170,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     )
     test: Any = study.data.test
     windows = [test[i]["input_ids"] for i in range(len(test))]
-    if name == "svd":
+    if not is_known(args.out, "dense", seed, [1.0]):
         dense = perplexities(study.context.factorisation.model, windows)
         write(args.out, {"method": "dense", "kept": 1.0, "seed": seed, **dense})
     for problem, kept in zip(study.problems, args.kept, strict=True):

@@ -72,10 +72,10 @@ def test_a_masked_model_is_searched_by_the_perplexity_of_hidden_tokens(tmp_path:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=20,
-        hidden_size=16,
+        hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=32,
+        intermediate_size=64,
         max_position_embeddings=32,
     )
     model = folder_with_mask(tmp_path / "model")
