@@ -268,7 +268,8 @@ class _Walk:
             before[-1] = tree_map(_leaf, before[-1])
             starts = _floating(before[-1])
         with recorder.counting(self.batches.mask(i), gradients=True):
-            output = self.chain.run(number, self.batches[i], before, whole=whole)
+            with self.task.compact(self.chain.network) if whole else nullcontext():
+                output = self.chain.run(number, self.batches[i], before, whole=whole)
             if whole:
                 ends, given = [recorder.loss(output, self.batches.batch(i))], None
             else:

@@ -168,11 +168,15 @@ class BlockTraining:
         """The divergence of the whole network from the dense one on the held-out batches."""
 
         def error(i: int) -> Tensor:
-            output, target = (self.batches[i].run(model) for model in (self.network, teacher))
+            output, target = (self._output(model, i) for model in (self.network, teacher))
             return self._divergence_of_batch(output, target, i)
 
         with evaluating(self.network), evaluating(teacher):
             return self._held_out_error(error)
+
+    def _output(self, model: nn.Module, i: int) -> Any:
+        with self.task.compact(model):
+            return self.batches[i].run(model)
 
     def _report(self, done: int) -> None:
         if self.on_step is not None:
