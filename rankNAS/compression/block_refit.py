@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.activations import ActivationCache
 from rankNAS.compression.blocks import BlockChain, freed
+from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.reconstruction import SAMPLES, Refitted
@@ -33,6 +34,7 @@ from rankNAS.deadline import check_time
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
 from rankNAS.io.fingerprints import fingerprint
+from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.tasks.base import at_least_float32
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.threads import limited_threads
@@ -86,6 +88,24 @@ class BlockRefit:
         restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
         salt = f"{VERSION} {sorted(allocation.items())} {self._batches.sizes[: self._count]}"
         store = self._store.within(fingerprint({}, salt))
+        known = {name: store.get(layer, dense) for name, layer in restricted.layers.items()}
+        layers = {name: found for name, found in known.items() if found is not None}
+        if len(layers) < len(known):
+            layers = self._walked(allocation, restricted, store, on_layer)
+        model = shared_copy(dense)
+        for name in (n for n in layers if allocation[n] == DENSE):
+            install(model, layers[name], DENSE)
+        return Refitted(model, restricted, layers, self._store)
+
+    def _walked(
+        self,
+        allocation: Mapping[str, Choice],
+        restricted: SearchSpace,
+        store: FactorStore,
+        on_layer: Progress | None,
+    ) -> dict[str, LayerFactors]:
+        """The refitted factors, from one walk of both networks; stored ones are not made again."""
+        space, dense = self._factorisation.space, self._factorisation.model
         network = shared_copy(dense)
         experts = {name for name, layer in space.layers.items() if "expert" in layer.roles}
         walk = _PairedWalk(
@@ -107,11 +127,7 @@ class BlockRefit:
                 check_time()
                 if on_layer is not None:
                     on_layer(len(layers), len(space.layers))
-        layers = {name: layers[name] for name in space.layers}
-        model = shared_copy(dense)
-        for name in (n for n in layers if allocation[n] == DENSE):
-            install(model, layers[name], DENSE)
-        return Refitted(model, restricted, layers, self._store)
+        return {name: layers[name] for name in space.layers}
 
 
 class _PairedWalk:
