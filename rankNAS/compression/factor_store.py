@@ -33,7 +33,7 @@ from rankNAS.io.fingerprints import fingerprint
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.search_spaces.base import Layer
 
-__all__ = ["FactorStore"]
+__all__ = ["FactorStore", "take_parameters"]
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -131,17 +131,47 @@ class FactorStore:
         """
         path = self.folder / f"{fingerprint({}, name)}.network"
         write_tensors(path, module.state_dict())
-        for key, tensor in _mapped(path).items():
-            parent, _, child = key.rpartition(".")
-            own = module.get_submodule(parent)
-            trained = own.get_parameter(child).requires_grad
-            setattr(own, child, nn.Parameter(tensor, trained))
+        take_parameters(module, _mapped(path))
         return module
+
+    def put_parameters(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write the parameters of a module; the same ones, mapped.
+
+        Raises:
+            WriteError: The disk is full.
+        """
+        path = self._path_of(name)
+        write_tensors(path, {key: x.detach().contiguous() for key, x in parameters.items()})
+        return _mapped(path)
+
+    def parameters(self, name: str) -> dict[str, Tensor] | None:
+        """The parameters that `put_parameters` has written, mapped; None if there are none."""
+        path = self._path_of(name)
+        if not path.exists():
+            return None
+        try:
+            read_tensors(path)  # checks the content
+        except WeightsError as error:
+            logger.warning("the weights in %s are unreadable and are made again: %s", path, error)
+            return None
+        return _mapped(path)
+
+    def _path_of(self, name: str) -> Path:
+        return self.folder / f"{fingerprint({}, f'{VERSION} {self._key} {name}')}.block"
 
     def _path(self, layer: Layer) -> Path:
         choices = " ".join(map(str, layer.choices))
         salt = f"{VERSION} {self._key} {layer.name} {layer.shape} {choices} {self._moments}"
         return self.folder / f"{fingerprint({}, salt)}.safetensors"
+
+
+def take_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace parameters of a module by tensors, which are not copied."""
+    for key, tensor in tensors.items():
+        parent, _, child = key.rpartition(".")
+        own = module.get_submodule(parent)
+        trained = own.get_parameter(child).requires_grad
+        setattr(own, child, nn.Parameter(tensor, trained))
 
 
 def _encoded(factors: Factors) -> tuple[dict[str, Tensor], dict[str, Any]]:

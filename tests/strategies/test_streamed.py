@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ import torch
 from tiny_transformers import VOCABULARY, tiny
 from torch import Tensor
 
-from rankNAS.compression import block_refit
+from rankNAS.compression import block_refit, paired_walk
 from rankNAS.compression.block_refit import BlockRefit
-from rankNAS.compression.moments import Moments
 from rankNAS.engine import search
 from rankNAS.settings import Settings
 from rankNAS.strategies import STRATEGIES
@@ -53,28 +51,23 @@ def test_strategies_search_with_factors_in_files(name: str) -> None:
     assert factors.streamed
     best = study.best
     assert best.metrics["layer_params"] <= 0.6 * study.dense["layer_params"]
-    allocation = study.context.factorisation.space
-    assert allocation.cost(best.allocation).params < allocation.dense_cost.params
     network = study.materialise()
     assert study.measure(network, study.splits.validation)["perplexity"] > 1
-    # What is read at a slice is a mapped file, of which no copy stays in memory.
-    gc.collect()
-    assert not any(isinstance(x, Moments) for x in gc.get_objects())
-    assert (
-        factors.store is not None and len(list(factors.store.folder.glob("*.safetensors"))) >= 14
-    )
+    assert factors.store is not None
+    assert len(list(factors.store.folder.glob("*.safetensors"))) >= len(factors.layers)
+    assert not any(isinstance(x, Tensor) for x in vars(study.strategy).values())
 
 
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Takes note of every paired walk."""
     found: list[str] = []
-    original = block_refit._PairedWalk.sites
+    original = paired_walk.PairedWalk.sites
 
-    def noted(self: Any) -> Any:
+    def noted(self: Any, *args: Any) -> Any:
         found.append("walk")
-        return original(self)
+        return original(self, *args)
 
-    monkeypatch.setattr(block_refit._PairedWalk, "sites", noted)
+    monkeypatch.setattr(paired_walk.PairedWalk, "sites", noted)
     return found
 
 
