@@ -76,6 +76,11 @@ class BlockRefit:
         """The blocks of the dense network."""
         return self._chain
 
+    @property
+    def store(self) -> FactorStore:
+        """The files of the factors."""
+        return self._store
+
     @torch.no_grad()
     def factors(
         self,
