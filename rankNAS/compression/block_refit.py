@@ -213,14 +213,15 @@ class _Site:
             bias = (bias.double() + W @ x - best @ q).to(bias.dtype)
         weight = best.reshape(layer.weight.shape)
         if choice == DENSE:
-            return replace(layer, weight=weight.to(layer.weight.dtype), bias=bias)
+            weight = weight.to(layer.weight.dtype)
+            return replace(layer, weight=weight, bias=bias, file=None)
         _, moment, _ = pairs.second(pairs.means() if centred else None)
         norm = ErrorNorm(ridged(moment)[None], layer.norm.H, q[None] if centred else None)
         operator = OPERATORS[choice.operator]
         found = operator.factorise(layer.layer.shape, Target(weight, norm), [choice.rank])
         norm = replace(norm, C=None)
         refitted = replace(
-            layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}
+            layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}, file=None
         )
         # The single choice includes its corrected bias, so no dense weight is needed.
         bias = refitted.bias_of(choice)

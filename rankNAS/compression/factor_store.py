@@ -30,10 +30,10 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.decompositions.svd import PairFactors, TwoStageFactors
 from rankNAS.exceptions import WeightsError
 from rankNAS.io.fingerprints import fingerprint
-from rankNAS.io.tensors import read_tensors, write_tensors
+from rankNAS.io.tensors import damaged, read_tensors, write_tensors
 from rankNAS.search_spaces.base import Layer
 
-__all__ = ["FactorStore", "take_parameters"]
+__all__ = ["FactorStore", "read_factors", "take_parameters"]
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -98,7 +98,7 @@ class FactorStore:
         }
         path = self._path(offered or found.layer)
         write_tensors(path, tensors, {"about": json.dumps(about)})
-        return _decoded(found, _mapped(path), about)
+        return _decoded(replace(found, file=path), _mapped(path), about)
 
     def get(self, layer: Layer, model: nn.Module) -> LayerFactors | None:
         """The factors of a layer that an earlier search has written; None if there are none.
@@ -111,13 +111,8 @@ class FactorStore:
         if not path.exists():
             return None
         try:
-            _, metadata = read_tensors(path)  # checks the content
-            about = json.loads(metadata["about"])
-            view = LayerView(model.get_submodule(layer.name), [""])
-            kept = layer.restrict([Choice.parse(text) for text in about["choices"]])
-            weight = layer.shape.fold(view.weight)
-            bare = LayerFactors(kept, weight, view.bias, ErrorNorm(), {}, about["energy"], None)
-            found = _decoded(bare, _mapped(path), about)
+            read_tensors(path)  # checks the content
+            found = read_factors(path, layer, model)
         except (WeightsError, KeyError, ValueError) as error:
             logger.warning("the factors in %s are unreadable and are made again: %s", path, error)
             return None
@@ -163,6 +158,29 @@ class FactorStore:
         choices = " ".join(map(str, layer.choices))
         salt = f"{VERSION} {self._key} {layer.name} {layer.shape} {choices} {self._moments}"
         return self.folder / f"{fingerprint({}, salt)}.safetensors"
+
+
+def read_factors(path: Path, layer: Layer, model: nn.Module) -> LayerFactors:
+    """The factors of a layer in a file, which is mapped.
+
+    Args:
+        path: The file.
+        layer: The layer with all choices of the file, or more.
+        model: The model, which holds the weight.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(dict(file.metadata())["about"])
+    except Exception as error:  # a damaged header can raise any error in the reader
+        raise damaged(path, error) from error
+    view = LayerView(model.get_submodule(layer.name), [""])
+    kept = layer.restrict([Choice.parse(text) for text in about["choices"]])
+    weight = layer.shape.fold(view.weight)
+    bare = LayerFactors(kept, weight, view.bias, ErrorNorm(), {}, about["energy"], None, path)
+    return _decoded(bare, _mapped(path), about)
 
 
 def take_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
