@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from rankNAS.compression.activations import ActivationCache
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.copies import copied, unchanged
 from rankNAS.data.samples import BatchSequence, Samples
+from rankNAS.exceptions import WriteError
 from rankNAS.io.files import cache_folder
 from rankNAS.tasks.base import Prediction, Sums, Task, added, summed
 from rankNAS.tasks.feeding import InputBatches
@@ -31,6 +33,7 @@ __all__ = [
     "total_sums",
 ]
 
+logger = logging.getLogger(__name__)
 #: Bytes of the dense model's predictions that are kept, over all batches.
 KEPT = 128 << 20
 OUTPUT_BYTES = 256 << 20  # of one batch, at most
@@ -144,11 +147,18 @@ class Reference:
             self.model = copied(self.model).to(device)
         return self.model
 
-    def _filed(self, prediction: Headed, number: int) -> Headed:
-        """The prediction with the head of the dense model, and hidden states that are kept."""
+    def _filed(self, prediction: Headed, number: int) -> Headed | None:
+        """The prediction with the head of the dense model, and hidden states that are kept.
+
+        None if the disk is full: they are computed again when they are needed.
+        """
         kept = prediction.kept(prediction.nbytes)
         assert isinstance(kept, Headed)
-        self._states.put(number, kept.hidden)
+        try:
+            self._states.put(number, kept.hidden)
+        except WriteError as error:
+            logger.info("the dense model runs again for each evaluation: %s", error)
+            return None
         head = output_head(self._placed(kept.hidden.device))
         return replace(kept, hidden=self._states.get(number), head=head or kept.head)
 

@@ -48,7 +48,7 @@ VERSION = 1  # of the method, in the names of files
 MEMORY = (
     2 << 30
 )  # bytes of what lies between two blocks in both networks; beyond it, fewer samples
-GRADIENTS = 64  # batches for the gradients at the outputs of blocks
+PER_CHANNEL = 16  # positions with gradients for each channel of the outputs of blocks
 
 
 def refine_streamed(
@@ -216,13 +216,21 @@ class StreamedRefinement:
         """The second moments of the gradients at the outputs of the blocks, from a file."""
         name = f"gradients {self.key}"
         if (known := self._store.parameters(name)) is None:
-            first, count = self._descent.held_out, len(self.batches)
-            some = range(first, min(count, first + GRADIENTS))
+            some = range(self._descent.held_out, len(self.batches))[: self._graded]
             cache = ActivationCache(self._store.folder.parent)
             found = chain_gradients(self._chain, self.batches, some, self._task, cache, self._seed)
             moments = {str(i): x for i, x in enumerate(found) if x is not None}
             known = self._store.put_parameters(name, moments)
         return [known.get(str(i)) for i in range(len(self._chain))]
+
+    @property
+    def _graded(self) -> int:
+        """The number of batches that have gradients."""
+        with torch.no_grad():
+            output = main_tensor(self._chain.run(0, self.batches[0], []))
+        assert output is not None
+        channels = output.shape[-1]
+        return math.ceil(PER_CHANNEL * channels / max(1, output.numel() // channels))
 
 
 def _placed(
