@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 
@@ -41,9 +41,6 @@ from rankNAS.strategies.one_shot.solve import Solve, mixed
 from rankNAS.strategies.problem import DENSE_INDEX, Array, Problem
 from rankNAS.strategies.sensitivity.regression import GAP, Regression
 from rankNAS.strategies.sensitivity.tables import sensitivity_probes, sensitivity_tables
-
-if TYPE_CHECKING:
-    from rankNAS.evaluation.context import SearchContext
 
 __all__ = ["Auto"]
 
@@ -90,7 +87,6 @@ class Auto(Strategy):
     refits = True
     screens = True
     needs_losses = True
-    needs_context = True
 
     def __post_init__(self) -> None:
         if not self.errors or not all(0 < e < 1 for e in self.errors):
@@ -106,11 +102,6 @@ class Auto(Strategy):
                 "`uncertainty` and `misfit` must be positive and `shrinkage` in [0, 1]; "
                 f"got {self}."
             )
-
-    def bind_context(self, context: SearchContext) -> Strategy:
-        if self.further is not None or not context.factorisation.streamed:
-            return self
-        return replace(self, further=min(WALKS, self.refitted))
 
     def probes(self, problem: Problem, history: History) -> list[Allocation]:
         """What is screened next; before it, with `measured`, each layer alone."""
@@ -149,8 +140,10 @@ class Auto(Strategy):
     def _refits(self, problem: Problem, history: History) -> int:
         """The number of candidates of a budget that are refitted, at most."""
         key = problem.budget_key
-        later = any(not t.probe and t.budget_key != key for t in history.complete)
-        return self.further if later and self.further is not None else self.refitted
+        if not any(not t.probe and t.budget_key != key for t in history.complete):
+            return self.refitted
+        few = min(WALKS, self.refitted) if problem.streamed else self.refitted
+        return few if self.further is None else self.further
 
     def select(self, problem: Problem, history: History) -> Trial:
         """The refitted trial of the best score; if there is none, the best screened one.
