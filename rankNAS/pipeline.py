@@ -369,6 +369,7 @@ def _problems(
             objectives=named,
             task=task,
             losses=losses,
+            streamed=factorisation.streamed,
         )
         for budget in budgets
     )

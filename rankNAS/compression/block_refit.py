@@ -11,20 +11,18 @@ the factors of a transformer; here of both factors, in the norm of the search.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankNAS.allocation import DENSE, Choice
-from rankNAS.compression.activations import ActivationCache
-from rankNAS.compression.blocks import BlockChain, freed
+from rankNAS.compression.blocks import BlockChain
+from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
+from rankNAS.compression.paired_walk import EachBlock, PairedWalk
 from rankNAS.compression.reconstruction import SAMPLES, Refitted
 from rankNAS.compression.site_moments import Pairs, site_moments, transfer
 from rankNAS.compression.streaming import batches_of_positions
@@ -33,10 +31,10 @@ from rankNAS.deadline import check_time
 from rankNAS.decompositions import OPERATORS, ErrorNorm, Target
 from rankNAS.decompositions.norms import ridged
 from rankNAS.io.fingerprints import fingerprint
-from rankNAS.tasks.base import at_least_float32
+from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.threads import limited_threads
-from rankNAS.trees import Inputs, rows, tree_map
+from rankNAS.trees import rows
 
 __all__ = ["BlockRefit"]
 
@@ -73,11 +71,32 @@ class BlockRefit:
         chain = BlockChain.of(factorisation.model, factorisation.space.layers, few)
         return None if chain is None else cls(factorisation, batches, chain)
 
+    @property
+    def chain(self) -> BlockChain:
+        """The blocks of the dense network."""
+        return self._chain
+
+    @property
+    def store(self) -> FactorStore:
+        """The files of the factors."""
+        return self._store
+
     @torch.no_grad()
     def factors(
-        self, allocation: Mapping[str, Choice], on_layer: Progress | None = None
+        self,
+        allocation: Mapping[str, Choice],
+        on_layer: Progress | None = None,
+        *,
+        then: EachBlock | None = None,
+        fit: bool = True,
     ) -> Refitted:
         """The refitted factors of an allocation; see `SequentialRefit.factors`.
+
+        Args:
+            allocation: The choices.
+            on_layer: Called with (layers done, layers in total).
+            then: What is done with each block after its refit, before the walk goes on.
+            fit: Whether to refit; otherwise layers keep their factors from the dense network.
 
         Raises:
             WriteError: The disk is full; the layers that are done are found again.
@@ -85,21 +104,48 @@ class BlockRefit:
         space, dense = self._factorisation.space, self._factorisation.model
         restricted = space.restrict({name: [choice] for name, choice in allocation.items()})
         salt = f"{VERSION} {sorted(allocation.items())} {self._batches.sizes[: self._count]}"
+        salt += f" {fit} {then.key}" if then is not None else ""
         store = self._store.within(fingerprint({}, salt))
+        known = {name: store.get(layer, dense) for name, layer in restricted.layers.items()}
+        layers = {name: found for name, found in known.items() if found is not None}
+        if len(layers) < len(known) or (then is not None and not then.is_done(store)):
+            layers = self._walked(allocation, restricted, store, on_layer, then, fit)
+        model = shared_copy(dense)
+        for name in (n for n in layers if allocation[n] == DENSE):
+            install(model, layers[name], DENSE)
+        return Refitted(model, restricted, layers, self._store)
+
+    def _walked(
+        self,
+        allocation: Mapping[str, Choice],
+        restricted: SearchSpace,
+        store: FactorStore,
+        on_layer: Progress | None,
+        then: EachBlock | None,
+        fit: bool,
+    ) -> dict[str, LayerFactors]:
+        """The refitted factors, from one walk of both networks; stored ones are not made again."""
+        space, dense = self._factorisation.space, self._factorisation.model
         network = shared_copy(dense)
         experts = {name for name, layer in space.layers.items() if "expert" in layer.roles}
-        walk = _PairedWalk(
-            self._chain, network, self._batches, self._count, store.folder.parent, experts
+        further = None if then is None else then.batches
+        walk = PairedWalk(
+            self._chain, network, self._batches, self._count, store.folder.parent, experts, further
         )
         layers: dict[str, LayerFactors] = {}
-        for names, moments in walk.sites():
+
+        def on_block(number: int) -> None:
+            if then is not None:
+                then.work(walk, number, layers, allocation, store)
+
+        for names, moments in walk.sites(on_block):
             stored = {n: store.get(restricted.layers[n], dense) for n in names}
             site = {
                 n: self._factorisation.layers[n].restrict([allocation[n]])
                 for n, found in stored.items()
                 if found is None
             }
-            refitted = _Site(site, allocation, moments).refitted() if site else {}
+            refitted = _Site(site, allocation, moments).refitted() if site and fit else site
             for name in names:
                 found = stored[name] or store.put(refitted[name], whole=True)
                 layers[name] = found
@@ -107,120 +153,7 @@ class BlockRefit:
                 check_time()
                 if on_layer is not None:
                     on_layer(len(layers), len(space.layers))
-        layers = {name: layers[name] for name in space.layers}
-        model = shared_copy(dense)
-        for name in (n for n in layers if allocation[n] == DENSE):
-            install(model, layers[name], DENSE)
-        return Refitted(model, restricted, layers, self._store)
-
-
-class _PairedWalk:
-    """Walks of the dense and of a changing network, block by block.
-
-    Args:
-        chain: The blocks of the dense network.
-        network: A copy of it, whose layers are exchanged.
-        batches: The inputs.
-        count: The number of batches to use.
-        folder: For activations that exceed the memory.
-        experts: Layers whose inputs in the dense network are not used.
-    """
-
-    def __init__(
-        self,
-        chain: BlockChain,
-        network: nn.Module,
-        batches: InputBatches,
-        count: int,
-        folder: Path,
-        experts: Collection[str] = (),
-    ) -> None:
-        self._experts = experts
-        self._dense, self._other = chain, chain.of_copy(network)
-        self._batches, self._count = batches, count
-        self._cache = ActivationCache(folder)
-        self._shapes: list[list[Any]] = [[] for _ in range(count)]
-
-    def sites(self) -> Iterator[tuple[list[str], Callable[[], Iterator[tuple[Tensor, Tensor]]]]]:
-        """The layers by site, with a function that gives their inputs in both networks by batch.
-
-        The layers of a site may be exchanged before the next site.
-        """
-        for number, sites in enumerate(self._dense.sites):
-            leaders = [names[0] for names in sites]
-            seen = [False]
-            for names in sites:
-                yield list(names), partial(self._pairs, number, names[0], leaders, seen)
-            for i in range(self._count):
-                self._advance(number, i, seen[0])
-                for leader in leaders:
-                    self._cache.drop((leader, i))
-
-    def _pairs(
-        self, number: int, name: str, leaders: Sequence[str], seen: list[bool]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        if not seen[0]:
-            seen[0] = True
-            for i in range(self._count):
-                self._run_dense(number, i, leaders)
-        for i in range(self._count):
-            x = self._cache.get((name, i))
-            before = self._before("other", number, i)
-            q = self._other.input(number, self._batches[i], before, name)
-            if name in self._experts:  # it receives other tokens than in the dense network
-                x = q
-            if x is None or q is None:
-                continue
-            mask = self._batches.mask(i)
-            yield rows_of(x, mask), rows_of(q, mask)
-
-    def _run_dense(self, number: int, i: int, leaders: Sequence[str]) -> None:
-        """Run a block of the dense network; keep the inputs of its sites, and its output."""
-        found: dict[str, Any] = dict.fromkeys(leaders)
-
-        def hook(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-            if found[name] is None:
-                found[name] = Inputs(args, kwargs).first.detach().clone()
-
-        network = self._dense.network
-        handles = [
-            network.get_submodule(n).register_forward_pre_hook(partial(hook, n), with_kwargs=True)
-            for n in leaders
-        ]
-        try:
-            output = self._dense.run(number, self._batches[i], self._before("dense", number, i))
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._cache.put(("dense", number, i), output)
-        for name, x in found.items():
-            self._cache.put((name, i), x)
-
-    def _advance(self, number: int, i: int, seen: bool) -> None:
-        """Keep the outputs of a block in both networks, and drop those of the block before it."""
-        if number < len(self._dense) - 1:
-            x = self._batches[i]
-            if not seen:
-                output = self._dense.run(number, x, self._before("dense", number, i))
-                self._cache.put(("dense", number, i), output)
-            output = self._other.run(number, x, self._before("other", number, i))
-            self._cache.put(("other", number, i), output)
-            self._shapes[i].append(tree_map(freed, output))
-        for kind in ("dense", "other"):
-            self._cache.drop((kind, number - 1, i))
-
-    def _before(self, kind: str, number: int, i: int) -> list[Any]:
-        if not number:
-            return []
-        return [*self._shapes[i][: number - 1], self._cache.get((kind, number - 1, i))]
-
-
-def rows_of(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The positions (N, n) of an input that count, in at least single precision."""
-    x = at_least_float32(x)
-    if mask is not None and x.shape[:-1] == mask.shape:
-        x = x[mask]
-    return x.reshape(-1, x.shape[-1])
+        return {name: layers[name] for name in space.layers}
 
 
 class _Site:
@@ -280,14 +213,15 @@ class _Site:
             bias = (bias.double() + W @ x - best @ q).to(bias.dtype)
         weight = best.reshape(layer.weight.shape)
         if choice == DENSE:
-            return replace(layer, weight=weight.to(layer.weight.dtype), bias=bias)
+            weight = weight.to(layer.weight.dtype)
+            return replace(layer, weight=weight, bias=bias, file=None)
         _, moment, _ = pairs.second(pairs.means() if centred else None)
         norm = ErrorNorm(ridged(moment)[None], layer.norm.H, q[None] if centred else None)
         operator = OPERATORS[choice.operator]
         found = operator.factorise(layer.layer.shape, Target(weight, norm), [choice.rank])
         norm = replace(norm, C=None)
         refitted = replace(
-            layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}
+            layer, weight=weight, bias=bias, norm=norm, factors={choice.operator: found}, file=None
         )
         # The single choice includes its corrected bias, so no dense weight is needed.
         bias = refitted.bias_of(choice)

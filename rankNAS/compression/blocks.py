@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rankNAS.compression.patches import same_patches
 from rankNAS.search_spaces.base import Layer
+from rankNAS.tasks.headed import without_head
 from rankNAS.trees import Inputs, tree_map
 
 __all__ = ["BlockChain", "Calls", "ReachedError", "block_paths", "digest", "freed", "standing_in"]
@@ -153,7 +154,8 @@ class BlockChain:
             for number in range(len(self) - 1):
                 output = self.run(number, few, outputs)
                 outputs = [tree_map(freed, y) for y in outputs] + [output]
-            final = self.run(len(self) - 1, few, outputs, whole=True)
+            with without_head(self.network):
+                final = self.run(len(self) - 1, few, outputs, whole=True)
         except Exception as error:
             logger.debug("blocks are not run on their own: %s", error, exc_info=True)
             return False
@@ -228,7 +230,7 @@ class Calls:
             for name in layers
         ]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), without_head(network):
                 output = few.copied().run(network)
         finally:
             for handle in handles:

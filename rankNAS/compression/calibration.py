@@ -213,7 +213,9 @@ class Recorder:
                 batches[number].run(model)
             return
         with self.counting(batches.mask(number), gradients=True):
-            self.backward([self.loss(batches[number].run(model), batches.batch(number))])
+            with self._task.compact(model):
+                output = batches[number].run(model)
+            self.backward([self.loss(output, batches.batch(number))])
 
     def loss(self, output: Any, batch: Any) -> Tensor:
         """The loss of a network's output for sampled targets."""

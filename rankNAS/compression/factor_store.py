@@ -30,10 +30,10 @@ from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.decompositions.svd import PairFactors, TwoStageFactors
 from rankNAS.exceptions import WeightsError
 from rankNAS.io.fingerprints import fingerprint
-from rankNAS.io.tensors import read_tensors, write_tensors
+from rankNAS.io.tensors import damaged, read_tensors, write_tensors
 from rankNAS.search_spaces.base import Layer
 
-__all__ = ["FactorStore"]
+__all__ = ["FactorStore", "read_factors", "take_parameters"]
 
 logger = logging.getLogger(__name__)
 VERSION = 1
@@ -98,7 +98,7 @@ class FactorStore:
         }
         path = self._path(offered or found.layer)
         write_tensors(path, tensors, {"about": json.dumps(about)})
-        return _decoded(found, _mapped(path), about)
+        return _decoded(replace(found, file=path), _mapped(path), about)
 
     def get(self, layer: Layer, model: nn.Module) -> LayerFactors | None:
         """The factors of a layer that an earlier search has written; None if there are none.
@@ -111,13 +111,8 @@ class FactorStore:
         if not path.exists():
             return None
         try:
-            _, metadata = read_tensors(path)  # checks the content
-            about = json.loads(metadata["about"])
-            view = LayerView(model.get_submodule(layer.name), [""])
-            kept = layer.restrict([Choice.parse(text) for text in about["choices"]])
-            weight = layer.shape.fold(view.weight)
-            bare = LayerFactors(kept, weight, view.bias, ErrorNorm(), {}, about["energy"], None)
-            found = _decoded(bare, _mapped(path), about)
+            read_tensors(path)  # checks the content
+            found = read_factors(path, layer, model)
         except (WeightsError, KeyError, ValueError) as error:
             logger.warning("the factors in %s are unreadable and are made again: %s", path, error)
             return None
@@ -131,17 +126,70 @@ class FactorStore:
         """
         path = self.folder / f"{fingerprint({}, name)}.network"
         write_tensors(path, module.state_dict())
-        for key, tensor in _mapped(path).items():
-            parent, _, child = key.rpartition(".")
-            own = module.get_submodule(parent)
-            trained = own.get_parameter(child).requires_grad
-            setattr(own, child, nn.Parameter(tensor, trained))
+        take_parameters(module, _mapped(path))
         return module
+
+    def put_parameters(self, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write the parameters of a module; the same ones, mapped.
+
+        Raises:
+            WriteError: The disk is full.
+        """
+        path = self._path_of(name)
+        write_tensors(path, {key: x.detach().contiguous() for key, x in parameters.items()})
+        return _mapped(path)
+
+    def parameters(self, name: str) -> dict[str, Tensor] | None:
+        """The parameters that `put_parameters` has written, mapped; None if there are none."""
+        path = self._path_of(name)
+        if not path.exists():
+            return None
+        try:
+            read_tensors(path)  # checks the content
+        except WeightsError as error:
+            logger.warning("the weights in %s are unreadable and are made again: %s", path, error)
+            return None
+        return _mapped(path)
+
+    def _path_of(self, name: str) -> Path:
+        return self.folder / f"{fingerprint({}, f'{VERSION} {self._key} {name}')}.block"
 
     def _path(self, layer: Layer) -> Path:
         choices = " ".join(map(str, layer.choices))
         salt = f"{VERSION} {self._key} {layer.name} {layer.shape} {choices} {self._moments}"
         return self.folder / f"{fingerprint({}, salt)}.safetensors"
+
+
+def read_factors(path: Path, layer: Layer, model: nn.Module) -> LayerFactors:
+    """The factors of a layer in a file, which is mapped.
+
+    Args:
+        path: The file.
+        layer: The layer with all choices of the file, or more.
+        model: The model, which holds the weight.
+
+    Raises:
+        WeightsError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(dict(file.metadata())["about"])
+    except Exception as error:  # a damaged header can raise any error in the reader
+        raise damaged(path, error) from error
+    view = LayerView(model.get_submodule(layer.name), [""])
+    kept = layer.restrict([Choice.parse(text) for text in about["choices"]])
+    weight = layer.shape.fold(view.weight)
+    bare = LayerFactors(kept, weight, view.bias, ErrorNorm(), {}, about["energy"], None, path)
+    return _decoded(bare, _mapped(path), about)
+
+
+def take_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace parameters of a module by tensors, which are not copied."""
+    for key, tensor in tensors.items():
+        parent, _, child = key.rpartition(".")
+        own = module.get_submodule(parent)
+        trained = own.get_parameter(child).requires_grad
+        setattr(own, child, nn.Parameter(tensor, trained))
 
 
 def _encoded(factors: Factors) -> tuple[dict[str, Tensor], dict[str, Any]]:

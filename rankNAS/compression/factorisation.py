@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.batch_norm import has_batch_norm
 from rankNAS.compression.degenerate import DegenerateLayers
-from rankNAS.compression.factor_store import FactorStore
+from rankNAS.compression.factor_store import FactorStore, read_factors
 from rankNAS.compression.factors import LayerFactors, Screen, Select, factorise_layer
 from rankNAS.compression.surgery import LazyFactorised, shared_copy
 from rankNAS.copies import copied
@@ -53,6 +54,18 @@ class Factorisation:
         """The factorisation whose space has the choices that have factors."""
         space = replace(space, layers={name: found.layer for name, found in layers.items()})
         return cls(model, space, layers, store)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state with files in place of the factors that lie in them."""
+        layers = {name: found.file or found for name, found in self.layers.items()}
+        return {**self.__dict__, "layers": layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        opened = {
+            name: _opened(found, state["space"].layers[name], state["model"])
+            for name, found in state["layers"].items()
+        }
+        self.__dict__.update({**state, "layers": opened})
 
     @property
     def streamed(self) -> bool:
@@ -108,6 +121,18 @@ class Factorisation:
                 module = LazyFactorised(self.layers[name], choice)
                 LayerView(network, self.space.layers[name].paths).replace(module)
         return network
+
+
+def _opened(found: LayerFactors | Path, layer: Layer, model: nn.Module) -> LayerFactors:
+    """The factors of a layer, which may lie in a file."""
+    if isinstance(found, LayerFactors):
+        return found
+    if not found.exists():
+        raise UsageError(
+            f"the factors of layer {layer.name!r} are not on this machine, in {str(found)!r}; set "
+            "RANKNAS_CACHE to a folder that all machines share, or use the workers of one."
+        )
+    return read_factors(found, layer, model).restrict(layer.choices)
 
 
 def factorise(

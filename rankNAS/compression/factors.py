@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ class LayerFactors:
         moment: A symmetric matrix (g, m, m), m = min(o, i), with the eigenvalues of the second
             moment W C W^T of the layer's outputs; further ones are zero. None where no strategy
             needs them.
+        file: The file in which they lie; None for factors in memory.
     """
 
     layer: Layer
@@ -52,6 +54,7 @@ class LayerFactors:
     factors: dict[str, Factors]
     energy: float
     moment: Tensor | None
+    file: Path | None = None
 
     def error(self, choice: Choice) -> float:
         """Relative error of a choice in the norm; 0 for dense."""

@@ -91,7 +91,7 @@ class Preparation:
 
     @property
     def _streams(self) -> bool:
-        if self.norm == "weight" or not exceeds(self.space, self.norm, self.memory):
+        if not exceeds(self.space, self.norm, self.memory):
             return False
         needed = statistics_bytes(self.space.layers, self.norm)
         logger.info("statistics and factors would need %.1f GB: they are streamed", needed / 1e9)

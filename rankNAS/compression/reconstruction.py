@@ -258,7 +258,7 @@ def _fitted_layer(
         factors = {choice.operator: found}
     weight = weight.to(layer.weight.dtype)
     norm = replace(norm, C=None)
-    refitted = replace(layer, weight=weight, bias=bias, norm=norm, factors=factors)
+    refitted = replace(layer, weight=weight, bias=bias, norm=norm, factors=factors, file=None)
     if choice == DENSE:
         return refitted
     # The single choice includes its corrected bias, so no dense weight is needed.

@@ -97,13 +97,16 @@ def factorise_streamed(
     if layers:
         logger.info("%d of %d layers are factorised already", len(layers), len(space.layers))
 
-    def made(layer: Layer, known: Statistics) -> None:
+    def made(layer: Layer, known: Statistics | None) -> None:
         with timed("factorise"):
             layers[layer.name] = each.factorised(layer, known)
         if on_layer is not None:
             on_layer(len(layers), len(space.layers))
 
-    if missing:
+    if each.norm == "weight":  # needs no statistics
+        for layer in missing.values():
+            made(layer, None)
+    elif missing:
         few = rows(batches[0], slice(0, 1), batches.sizes[0])
         with unchanged(each.model):
             chain = BlockChain.of(each.model, space.layers, few)
@@ -267,7 +270,8 @@ class _Walk:
             before[-1] = tree_map(_leaf, before[-1])
             starts = _floating(before[-1])
         with recorder.counting(self.batches.mask(i), gradients=True):
-            output = self.chain.run(number, self.batches[i], before, whole=whole)
+            with self.task.compact(self.chain.network) if whole else nullcontext():
+                output = self.chain.run(number, self.batches[i], before, whole=whole)
             if whole:
                 ends, given = [recorder.loss(output, self.batches.batch(i))], None
             else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation, Choice
+from rankNAS.compression.block_refit import BlockRefit
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
@@ -232,10 +233,18 @@ class Evaluator:
         network = self._untrained(allocation)
         if self.refiner is not None and trained:
             with self.phases.timed("refine"):
-                network = self.refiner.refine(network, self.factorisation, self.device)
+                network = self._refined(network, allocation, self.refiner)
         if self.recovery is None or not trained:
             return network
         return self._train(network, self.recovery)
+
+    def _refined(self, network: nn.Module, allocation: Allocation, refiner: Refiner) -> nn.Module:
+        refit = self.backend.refit if self.factorisation.streamed else None
+        if isinstance(refit, BlockRefit):
+            return refiner.refine_streamed(
+                network, refit, allocation, self.device, fit=self.sequential
+            )
+        return refiner.refine(network, self.factorisation, self.device)
 
     def metrics_of(self, allocation: Allocation, network: nn.Module) -> dict[str, float]:
         """The metrics of `evaluate` for a network that was refined or trained further."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from rankNAS.compression.activations import ActivationCache
 from rankNAS.compression.incremental import CachedPass, IncrementalExecutor
 from rankNAS.copies import copied, unchanged
 from rankNAS.data.samples import BatchSequence, Samples
+from rankNAS.exceptions import WriteError
+from rankNAS.io.files import cache_folder
 from rankNAS.tasks.base import Prediction, Sums, Task, added, summed
 from rankNAS.tasks.feeding import InputBatches
+from rankNAS.tasks.headed import Headed, output_head
 from rankNAS.trees import channels_last, device_of
 
 __all__ = [
@@ -27,6 +33,7 @@ __all__ = [
     "total_sums",
 ]
 
+logger = logging.getLogger(__name__)
 #: Bytes of the dense model's predictions that are kept, over all batches.
 KEPT = 128 << 20
 OUTPUT_BYTES = 256 << 20  # of one batch, at most
@@ -45,6 +52,7 @@ class PartwiseOutputs:
     def __init__(
         self, parts: Sequence[BatchSequence], task: Task, executor: IncrementalExecutor | None
     ) -> None:
+        self._task = task
         self._inputs = [InputBatches(part, task) for part in parts]
         self._passes: list[CachedPass] | None = None
         if executor is not None:
@@ -61,7 +69,7 @@ class PartwiseOutputs:
             yield from self._passes[number].outputs()
             return
         for i in range(len(self._inputs[number])):
-            with torch.no_grad(), unchanged(network):
+            with torch.no_grad(), unchanged(network), self._task.compact(network):
                 output = self._inputs[number][i].run(network)
             yield output
             del output  # before the next forward pass
@@ -71,7 +79,8 @@ class Reference:
     """The dense model's predictions of some batches, kept in a bounded memory or recomputed.
 
     Predictions are kept whole if all of them need at most `most_bytes`; else in a compact form, if
-    the task has one (`Prediction.kept`); else they are computed again when they are needed.
+    the task has one (`Prediction.kept`); else they are computed again when they are needed. Hidden
+    states beyond the memory lie in files.
 
     Args:
         task: Reads outputs.
@@ -94,10 +103,14 @@ class Reference:
         self.model: nn.Module | None = model
         self._kept: list[Prediction | None] = []
         self.sums: Sums = {}
+        self._states = ActivationCache(cache_folder() / "activations", most_bytes)
         for batch in batches:
             output = self._run(batch) if outputs is None else next(outputs)
             prediction = task.predict(output, batch)
-            kept = prediction.kept(most_bytes // len(batches))
+            if isinstance(prediction, Headed):
+                kept: Prediction | None = self._filed(prediction, len(self._kept))
+            else:
+                kept = prediction.kept(most_bytes // len(batches))
             self.sums = added(self.sums, prediction.sums(prediction if kept is None else kept))
             self._kept.append(kept)
             del output, prediction  # before the next forward pass
@@ -116,17 +129,38 @@ class Reference:
         """The reference without the dense model, for another process."""
         found = copy.copy(self)
         found.model = None
+        del found._states  # their tensors are in the predictions
         found.sums = {name: value.cpu() for name, value in self.sums.items()}
         return found
 
     @torch.no_grad()
     def _run(self, batch: Any) -> Any:
         inputs = self.task.inputs_of(batch)
-        device = getattr(inputs.first, "device", None)
+        model = self._placed(getattr(inputs.first, "device", None)).eval()
+        with self.task.compact(model):
+            return inputs.run(model)
+
+    def _placed(self, device: torch.device | None) -> nn.Module:
+        """The dense model on a device."""
         assert self.model is not None
         if device is not None and device_of(self.model) != device:
             self.model = copied(self.model).to(device)
-        return inputs.run(self.model.eval())
+        return self.model
+
+    def _filed(self, prediction: Headed, number: int) -> Headed | None:
+        """The prediction with the head of the dense model, and hidden states that are kept.
+
+        None if the disk is full: they are computed again when they are needed.
+        """
+        kept = prediction.kept(prediction.nbytes)
+        assert isinstance(kept, Headed)
+        try:
+            self._states.put(number, kept.hidden)
+        except WriteError as error:
+            logger.info("the dense model runs again for each evaluation: %s", error)
+            return None
+        head = output_head(self._placed(kept.hidden.device))
+        return replace(kept, hidden=self._states.get(number), head=head or kept.head)
 
 
 def network_metrics(
@@ -213,7 +247,8 @@ def affordable(
         device: Where to run.
     """
     one = channels_last(samples.example(device=device))
-    needed = task.run(network, one).nbytes
+    with task.compact(network):
+        needed = task.run(network, one).nbytes
     return max(1, min(batch_size, OUTPUT_BYTES // max(1, needed)))
 
 
@@ -233,7 +268,7 @@ def _batch_sums(
     """The sums of each batch."""
     network.eval()
     for number, batch in enumerate(batches):
-        with torch.no_grad():
+        with torch.no_grad(), task.compact(network):
             prediction = task.run(network, batch)
         dense = None if reference is None else reference.prediction(number, batch)
         yield prediction.sums(dense)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from rankNAS.allocation import Choice
@@ -17,12 +18,14 @@ from rankNAS.exceptions import NetworkError
 from rankNAS.models.agreement import fixed_pass, relative_difference, tolerance, watched
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.tracing import trace
+from rankNAS.tasks.headed import output_head, without_head
 from rankNAS.trees import Inputs, tensors
 
 __all__ = ["SAMPLES", "verify_costs", "verify_outputs", "verify_plain"]
 
 logger = logging.getLogger(__name__)
 SAMPLES = 4  # on which outputs are compared
+POSITIONS = 64  # of a language model whose logits are compared
 NEXT = "leave the layer dense (`exclude` of compile_space, or --exclude) and report the model."
 
 
@@ -34,9 +37,9 @@ def verify_outputs(network: nn.Module, reference: nn.Module, inputs: Inputs) -> 
         reference: The network that was measured.
         inputs: Arguments for a few samples.
     """
-    expected = fixed_pass(reference, inputs)
+    expected = _pass(reference, inputs)
     try:
-        found = fixed_pass(network, inputs)
+        found = _pass(network, inputs)
     except Exception as error:
         raise NetworkError(
             "the compressed network does not run on the validation samples, although the network "
@@ -46,7 +49,7 @@ def verify_outputs(network: nn.Module, reference: nn.Module, inputs: Inputs) -> 
     most = tolerance(reference, expected)
     if _agree(found, expected, most):
         return
-    if not _agree(fixed_pass(reference, inputs), expected, most):
+    if not _agree(_pass(reference, inputs), expected, most):
         logger.warning(
             "the compressed network is not compared with the measured one, because the outputs of "
             "the model differ from pass to pass."
@@ -125,6 +128,17 @@ def verify_costs(
     )
 
 
+def _pass(network: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The floating-point tensors of a network's output; of a language model few logits."""
+    head = output_head(network)
+    with without_head(network):
+        found = fixed_pass(network, inputs)
+    if head is not None and found.keys() == {"hidden"}:
+        with torch.no_grad():
+            found["logits"] = head(found["hidden"].flatten(0, -2)[:POSITIONS])
+    return found
+
+
 def _agree(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], most: float) -> bool:
     return found.keys() == expected.keys() and all(
         relative_difference(x, expected[name]) <= most for name, x in found.items()
@@ -137,7 +151,7 @@ def _first_difference(
     """The first layer whose output differs, in words."""
     calls: dict[str, list[Tensor]] = {}
     with watched(reference, lambda name, x: calls.setdefault(name, []).append(x.clone())):
-        fixed_pass(reference, inputs)
+        _pass(reference, inputs)
     different: list[str] = []
 
     def compare(name: str, x: Tensor) -> None:
@@ -147,7 +161,7 @@ def _first_difference(
                 different.append(name)
 
     with watched(network, compare):
-        fixed_pass(network, inputs)
+        _pass(network, inputs)
     if not different or different == [""]:
         return "its output differs, and that of no layer does,"
     return f"the output of layer {different[0]!r} differs"

@@ -12,7 +12,15 @@ from rankNAS.recovery.blocks import Blocks, main_tensor
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
 
-__all__ = ["ChannelLoss", "DenseOutputs", "Loss", "Targets", "advanced", "output_gradients"]
+__all__ = [
+    "ChannelLoss",
+    "DenseOutputs",
+    "Loss",
+    "Targets",
+    "advanced",
+    "channel_moment",
+    "output_gradients",
+]
 
 DEAD = 1e-3  # of the mean variance, added to that of each channel
 RIDGE = 0.1  # share of the plain relative error, of which no channel is free
@@ -120,11 +128,15 @@ def output_gradients(
             break
         gradients = torch.autograd.grad(loss, outputs, materialize_grads=True)
         for k, gradient in enumerate(gradients):
-            rows = _rows(gradient)
-            own = rows.mT @ rows if rows.shape[1] <= FULL else rows.square().sum(0)
-            before = sums[k]
+            own, before = channel_moment(gradient), sums[k]
             sums[k] = own if before is None else before + own
     return [x if x is not None and bool(x.isfinite().all()) else None for x in sums]
+
+
+def channel_moment(gradient: Tensor) -> Tensor:
+    """The sum of the products of the channels (c, c), or of their squares (c,), float64."""
+    rows = _rows(gradient)
+    return rows.mT @ rows if rows.shape[1] <= FULL else rows.square().sum(0)
 
 
 def _axis(x: Tensor) -> int:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankNAS.allocation import Allocation
 from rankNAS.compression.batch_norm import HALF
+from rankNAS.compression.block_refit import BlockRefit
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.surgery import shared_copy
 from rankNAS.copies import copied
@@ -30,6 +32,7 @@ from rankNAS.recovery.block_training import VERSION, BlockTraining
 from rankNAS.recovery.blocks import Blocks, JoinedBlocks
 from rankNAS.recovery.config import Refinement
 from rankNAS.recovery.splitting import paired_blocks
+from rankNAS.recovery.streamed_refinement import refine_streamed
 from rankNAS.tasks.base import Task, at_least_float32
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import (
@@ -138,6 +141,32 @@ class Refiner:
             device=device,
             on_step=lambda done, total: self.report("refine", done, total),
             checkpoint=self._checkpoint(network, factorisation.model),
+        )
+
+    def refine_streamed(
+        self,
+        network: nn.Module,
+        refit: BlockRefit,
+        allocation: Allocation,
+        device: torch.device | str,
+        *,
+        fit: bool,
+    ) -> nn.Module:
+        """The refined network of an allocation, whose blocks are in memory one at a time.
+
+        See `rankNAS.recovery.streamed_refinement.refine_streamed`.
+        """
+        return refine_streamed(
+            network,
+            refit,
+            allocation,
+            self.data,
+            self.task,
+            self.config,
+            fit=fit,
+            seed=self.seed,
+            device=device,
+            on_step=lambda done, total: self.report("refine", done, total),
         )
 
     def _checkpoint(self, network: nn.Module, dense: nn.Module) -> Path:

@@ -44,6 +44,7 @@ class Problem:
         divergence: The metric that compares a network's predictions with the dense model's.
         losses: Absolute second-order loss of each choice alone, one array a layer, in units that
             are comparable over layers; 0 for dense. Empty if unknown: `errors` stand for it.
+        streamed: Whether the factors lie in files, so that a refit is a walk through the network.
 
     Raises:
         UsageError: The first choice of a layer is not dense, dense occurs again or has an error,
@@ -60,6 +61,7 @@ class Problem:
     metrics: tuple[str, ...] = tuple(METRICS)
     divergence: str = "kl_divergence"
     losses: tuple[Array, ...] = ()
+    streamed: bool = False
 
     def __post_init__(self) -> None:
         tables = [("errors", self.errors), *self.costs.items()]

@@ -27,6 +27,7 @@ def build_problem(
     objectives: Sequence[tuple[str, str]] = (("loss", "minimize"),),
     task: Task | None = None,
     losses: Mapping[str, Sequence[float]] | None = None,
+    streamed: bool = False,
 ) -> Problem:
     """The tables of a space.
 
@@ -38,6 +39,7 @@ def build_problem(
         objectives: Names and directions.
         task: Its metrics; None for those of all built-in tasks.
         losses: Absolute second-order loss of each choice by layer; None if unknown.
+        streamed: Whether the factors lie in files.
     """
     costs: dict[str, tuple[Array, ...]] = {
         name: tuple(
@@ -62,6 +64,7 @@ def build_problem(
         objectives=tuple(name for name, _ in objectives),
         directions=tuple(direction for _, direction in objectives),  # type: ignore[misc]
         losses=tuple(np.array(losses[name]) for name in space.layers) if losses else (),
+        streamed=streamed,
         **found,  # type: ignore[arg-type]
     )
 

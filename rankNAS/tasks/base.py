@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -207,6 +208,13 @@ class Task(ABC):
             row: The number of the first item.
         """
         check_finite(targets, where, row)
+
+    def compact(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context in which a model's output is in the smallest form that `predict` reads.
+
+        By default it is the ordinary output.
+        """
+        return nullcontext()
 
     @property
     def identity(self) -> str:

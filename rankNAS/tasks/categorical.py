@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,15 +16,23 @@ from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Prediction, Sums, at_least_float32, held, number
 from rankNAS.tasks.checks import IGNORED
 
-__all__ = ["Categorical", "TopClasses"]
+__all__ = ["Categorical", "Logits", "TopClasses"]
 
 CHUNK = 1 << 22  # logits that are read at once, in float64
 FEWEST = 4  # classes of a compact reference
 
 
+class Logits(Prediction):
+    """Base of predictions whose logits are there, or can be computed."""
+
+    @abstractmethod
+    def logits_of(self, rows: slice) -> Tensor:
+        """The logits (n, C) of some predictions."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class Categorical(Prediction):
+class Categorical(Logits):
     """Logits of N predictions over C classes.
 
     Args:
@@ -51,6 +60,9 @@ class Categorical(Prediction):
             found = self.targets != IGNORED
             valid = found if valid is None else valid & found
         return None if valid is None or bool(valid.all()) else valid
+
+    def logits_of(self, rows: slice) -> Tensor:
+        return self.logits[rows]
 
     def loss(self, label_smoothing: float = 0.0) -> Tensor:
         """Mean cross entropy in nats; 0 if no prediction counts."""
@@ -217,8 +229,8 @@ def _divergences(log_q: Tensor, reference: Prediction, rows: slice, valid: Tenso
         log_p = _of(reference.log_probabilities[rows], valid).double()
         log_q = _with_rest(log_q.gather(-1, classes))
     else:
-        assert isinstance(reference, Categorical)
-        log_p = _of(reference.logits[rows], valid).double().log_softmax(-1)
+        assert isinstance(reference, Logits)
+        log_p = _of(reference.logits_of(rows), valid).double().log_softmax(-1)
     return {"kl": _kl(log_p, log_q), "reverse_kl": _kl(log_q, log_p)}
 
 

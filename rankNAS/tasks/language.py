@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, final
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from rankNAS.tasks.base import Direction, Prediction, Task, main_output
 from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.checks import IGNORED, check_length, check_some, whole_numbers
 from rankNAS.tasks.classification import LIKELIHOOD, likelihood_metrics
+from rankNAS.tasks.headed import Headed, HiddenStates, has_separate_head, without_head
 from rankNAS.tasks.layout import MASKS, PADDINGS, Layout
-from rankNAS.trees import tensors
+from rankNAS.trees import rows, sample_count, tensors
 
 __all__ = ["CausalLanguageModelling", "LanguageModelling", "MaskedLanguageModelling"]
 
+LM = TypeVar("LM", bound="LanguageModelling")
 MOST = 700.0  # the largest loss in nats whose exponential is finite
 
 
@@ -29,9 +32,14 @@ class LanguageModelling(Task):
     """Base of language models: logits (N, T, C), tokens (N, T), -100 for what does not count.
 
     Perplexity is exp of the mean loss over all tokens that count.
+
+    Args:
+        separate_head: Whether the model can run without its head, so that the logits of a few
+            positions are computed at a time. Found from the first batch.
     """
 
     divergence_name: ClassVar[str] = "kl_divergence"
+    separate_head: bool = field(default=False, repr=False)
 
     @property
     def directions(self) -> Mapping[str, Direction]:
@@ -44,8 +52,18 @@ class LanguageModelling(Task):
         perplexity = math.exp(min(found["loss"], MOST))
         return {"perplexity": perplexity, "accuracy": accuracy, **found}
 
+    def bound(self, batch: Any, model: nn.Module) -> Self:
+        """The task with the layout of a batch; finds out whether the model has a head apart."""
+        if self.layout is not None:
+            return self
+        return _with_head(super().bound(batch, model), batch, model)
+
+    def compact(self, model: nn.Module) -> AbstractContextManager[None]:
+        return without_head(model, strict=True) if self.separate_head else nullcontext()
+
     def predict(self, output: Any, batch: Any) -> Prediction:
-        logits = main_output(output, self.name)
+        headed = isinstance(output, HiddenStates)
+        logits = output.hidden if headed else main_output(output, self.name)
         targets = whole_numbers(self.targets_of(batch), self.name)
         check_length(logits, targets, self.name)
         if logits.dim() != 3 or logits.shape[:2] != targets.shape:
@@ -54,6 +72,8 @@ class LanguageModelling(Task):
                 f"returns {tuple(logits.shape)} for tokens {tuple(targets.shape)}."
             )
         logits, targets = self._aligned(logits, targets)
+        if headed:
+            return Headed(logits.flatten(0, 1), output.head, targets.flatten())
         return Categorical(logits.flatten(0, 1), targets.flatten())
 
     def targets_of(self, batch: Any) -> Any:
@@ -90,7 +110,7 @@ class CausalLanguageModelling(LanguageModelling):
         if self.layout is not None:
             return self
         layout = Layout.of(batch, model)
-        found = replace(self, layout=layout)
+        found = _with_head(replace(self, layout=layout), batch, model)
         x, y = _first(found, batch), layout.target_of(batch)
         if isinstance(y, Tensor) and x is not None and x.shape == y.shape and y.shape[-1] > 1:
             return replace(found, shifted=_are_shifted(x, y))
@@ -121,6 +141,15 @@ class MaskedLanguageModelling(LanguageModelling):
 
     def _aligned(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return logits, targets
+
+
+def _with_head(task: LM, batch: Any, model: nn.Module) -> LM:
+    """The task that knows whether the model runs without its head."""
+    count = sample_count(batch)
+    if count is None:
+        return task
+    one = task.inputs_of(rows(batch, slice(0, 1), count))
+    return replace(task, separate_head=has_separate_head(model, one))
 
 
 def _first(task: Task, batch: Any) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rankNAS.data.samples import Samples
 from rankNAS.exceptions import DataError
 from rankNAS.tasks.base import Task, main_output
 from rankNAS.tasks.checks import IGNORED
+from rankNAS.tasks.headed import HiddenStates
 from rankNAS.tasks.language import CausalLanguageModelling
 from rankNAS.trees import device_of
 
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 #: Names in the configurations of models for the largest number of tokens of a window.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
 CHANCE = 1.0  # nats above the loss of a guess, before it is worth a word
+POSITIONS_AT_ONCE = 128  # whose logits are computed by a separate head
 MARGIN = 0.5  # nats by which another position of the targets is better before it is worth a word
 
 
@@ -134,24 +137,39 @@ def target_losses(
     Two back is where labels belong that the data shift once and the task once more. A position
     without a target is left out.
     """
-    with evaluating(model):
+    with evaluating(model), task.compact(model):
         output = task.inputs_of(batch).run(model)
-    logits: Tensor = main_output(output, task.name)
     targets = task.targets_of(batch).long()
     shift = 0 if task.shifted else 1
-    found = {}
-    for move in (-2, -1, 0, 1):
-        z, y = _moved(logits, targets, shift + move)
-        counts = (y != IGNORED).nonzero(as_tuple=True)
-        if len(counts[0]):
-            loss = functional.cross_entropy(z[counts].float(), y[counts])
-            found[move] = float(loss)
-    return found if 0 in found and math.isfinite(found[0]) else {}, logits.shape[-1]
+    sums: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    classes = 0
+    for start, logits in _windows(output, task.name):
+        classes = logits.shape[-1]
+        for move in (-2, -1, 0, 1):
+            z, y = _moved(logits, targets, start, shift + move)
+            counted = (y != IGNORED).nonzero(as_tuple=True)
+            if len(counted[0]):
+                loss = functional.cross_entropy(z[counted].float(), y[counted], reduction="sum")
+                sums[move] = sums.get(move, 0.0) + float(loss)
+                counts[move] = counts.get(move, 0) + len(counted[0])
+    found = {move: sums[move] / counts[move] for move in sums}
+    return found if 0 in found and math.isfinite(found[0]) else {}, classes
 
 
-def _moved(logits: Tensor, targets: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """Logits (N, t, C) with the targets (N, t) so many positions later."""
+def _windows(output: Any, name: str) -> Iterator[tuple[int, Tensor]]:
+    """The logits (N, t, C) of some positions at a time, with the number of the first."""
+    if not isinstance(output, HiddenStates):
+        yield 0, main_output(output, name)
+        return
+    for start in range(0, output.hidden.shape[1], POSITIONS_AT_ONCE):
+        yield start, output.head(output.hidden[:, start : start + POSITIONS_AT_ONCE])
+
+
+def _moved(logits: Tensor, targets: Tensor, start: int, by: int) -> tuple[Tensor, Tensor]:
+    """Logits (N, t, C) of the positions from `start` on, with the targets `by` positions later."""
     length = targets.shape[1]
-    if by >= 0:
-        return logits[:, : max(0, length - by)], targets[:, by:]
-    return logits[:, -by:], targets[:, : max(0, length + by)]
+    first, last = max(start, -by), min(start + logits.shape[1], length - by)
+    if first >= last:
+        return logits[:, :0], targets[:, :0]
+    return logits[:, first - start : last - start], targets[:, first + by : last + by]

@@ -49,6 +49,7 @@ ATTEMPTS = 12  # samples drawn for a candidate that is new
 WIDENING = 1.3  # of the samples, each time one gives a known allocation
 SAMPLES = 6  # of the posterior, that say what further candidates may gain
 TINY = 1e-12  # least value of which a logarithm is taken
+WALKS = 2  # refits of a further budget, where each is a walk through a network in files
 CLOSE = 1.1  # score of a candidate, relative to the best, up to which it is refitted
 
 
@@ -60,6 +61,8 @@ class Auto(Strategy):
     Args:
         screened: Candidates that are screened for each budget, at most.
         refitted: Candidates that are refitted for each budget, at most.
+        further: The same for budgets after the first one; None is 2 for models that are streamed,
+            whose refits are walks through their blocks, and `refitted` for others.
         gain: Relative gain below which no further candidates are screened.
         measured: Measure each layer alone instead of estimating the losses; slower.
         errors: Relative errors at which each layer is measured alone, with `measured`.
@@ -79,6 +82,7 @@ class Auto(Strategy):
     uncertainty: float = 0.3
     misfit: float = 0.05
     shrinkage: float = 0.5
+    further: int | None = None
     name = "auto"
     refits = True
     screens = True
@@ -87,9 +91,10 @@ class Auto(Strategy):
     def __post_init__(self) -> None:
         if not self.errors or not all(0 < e < 1 for e in self.errors):
             raise UsageError(f"`errors` must be in (0, 1), at least one of them: {self.errors}.")
-        if self.screened < 1 or self.refitted < 1 or self.gain < 0:
+        least = min(self.screened, self.refitted, 1 if self.further is None else self.further)
+        if least < 1 or self.gain < 0:
             raise UsageError(
-                "`screened` and `refitted` must be at least 1 and `gain` not negative; "
+                "`screened`, `refitted` and `further` must be at least 1 and `gain` not negative; "
                 f"got {self}."
             )
         if self.uncertainty <= 0 or self.misfit <= 0 or not 0 <= self.shrinkage <= 1:
@@ -119,17 +124,26 @@ class Auto(Strategy):
         waiting = [a for a in history.pending if problem.meets(problem.indices(a))]
         tried = history.candidates(problem)
         failed = any(t.state == "failed" for t in tried)
-        left = self.refitted - sum(t.state != "failed" for t in tried) - len(waiting)
+        most = self._refits(problem, history)
+        left = most - sum(t.state != "failed" for t in tried) - len(waiting)
         screened = self._screened(problem, history)
         regression = self._regression(problem, history)
         if not screened:  # all failed, or there was none
             starts = dict.fromkeys(self._starts(problem, history, regression))
             return [a for a in starts if a not in history.tried][: max(0, min(n, left))]
         scores = self._scores(problem, regression, screened)
-        most = np.inf if failed else CLOSE * min(scores)
-        close = [i for i in np.argsort(scores, kind="stable") if scores[i] <= most]
+        worst = np.inf if failed else CLOSE * min(scores)
+        close = [i for i in np.argsort(scores, kind="stable") if scores[i] <= worst]
         ordered = dict.fromkeys(screened[int(i)].allocation for i in close)
         return [a for a in ordered if a not in history.tried][: max(0, min(n, left))]
+
+    def _refits(self, problem: Problem, history: History) -> int:
+        """The number of candidates of a budget that are refitted, at most."""
+        key = problem.budget_key
+        if not any(not t.probe and t.budget_key != key for t in history.complete):
+            return self.refitted
+        few = min(WALKS, self.refitted) if problem.streamed else self.refitted
+        return few if self.further is None else self.further
 
     def select(self, problem: Problem, history: History) -> Trial:
         """The refitted trial of the best score; if there is none, the best screened one.
