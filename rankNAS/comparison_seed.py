@@ -239,7 +239,9 @@ class SeedStudies:
         context = replace(self.context, phases=phases)
         with suppress(TimeLimitError), limited_by(self.plan.deadline):
             context = focused(strategy, context, first)
-        bound = bind(strategy, context)
+        bound = strategy
+        with suppress(TimeLimitError), limited_by(self.plan.deadline):
+            bound = bind(strategy, context)
         return Study(name, store, tuple(self.problems), bound, context, self.plan.data, dense)
 
     def _on_trial(self) -> Callable[[Trial, Trial | None], None]:
