@@ -256,7 +256,8 @@ class SeedStudies:
 
     def _row(self, key: Key, study: Study, solution: Trial, seconds: tuple[float, float]) -> Row:
         # A strategy that trains its answer has a network of its own.
-        asked = solution.allocation, study.name if study.strategy.finishes else ""
+        own = study.strategy.finishes or bool(solution.weights)
+        asked = solution.allocation, study.name if own else ""
         if asked not in self.tested:
             self.tested[asked] = self._tested(study, solution.allocation)
         tested = self.tested[asked]
@@ -279,6 +280,7 @@ class SeedStudies:
             search_cpu_seconds=seconds[1],
             setup_cpu_seconds=self.setup_cpu_seconds,
             note="; ".join(filter(None, [study.limit_note, tested.note])),
+            labels=int(study.strategy.trains and study.task.labelled),
         )
 
     def _tested(self, study: Study, allocation: Allocation) -> _Tested:

@@ -295,7 +295,13 @@ def run(
     for trial in history.complete:
         final = study.final and not trial.probe
         screening = trial.probe and study.strategy.screens
-        study.evaluator.remember(trial.allocation, trial.metrics, final=final, screening=screening)
+        study.evaluator.remember(
+            trial.allocation,
+            trial.metrics,
+            final=final,
+            screening=screening,
+            weights=trial.weights,
+        )
     problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
         pruner = SuccessiveHalving(

@@ -192,10 +192,19 @@ class Study:
         allocation = self.best.allocation if allocation is None else allocation
         with self.context.phases.timed("answer"):
             stopgap = self._stopgap(allocation) is not None
-            network = self.evaluator.network(allocation, trained=not stopgap)
+            network = self.evaluator.network(
+                allocation, trained=not stopgap, weights=self.weights_of(allocation)
+            )
             if not stopgap:
                 network = self.strategy.finish(network, allocation, self.context)
             return network.cpu()
+
+    def weights_of(self, allocation: Allocation) -> str:
+        """The file of the weights that the search has trained for an allocation; empty if none."""
+        if self._stopgap(allocation) is not None:
+            return ""
+        found = self.history.found.get(allocation)
+        return "" if found is None else found.weights
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
         """The task's metrics on the test data, which the search never sees.
@@ -291,7 +300,9 @@ class Study:
         elif found is not None and found.state == "complete" and not found.probe:
             metrics = dict(found.metrics)
         else:
-            metrics = self.evaluator.evaluate(allocation, final=self.final)
+            metrics = self.evaluator.evaluate(
+                allocation, final=self.final, weights=self.weights_of(allocation)
+            )
         model = {"inputs": self.inputs, **self.model}
         return artifact.save(network, allocation, path, model=model, metrics=metrics)
 

@@ -203,6 +203,7 @@ def describe_trial(trial: Trial) -> dict[str, Any]:
         "allocation": trial.allocation.labels(),
         "seconds": round(trial.seconds, 3),
         **({"reason": trial.reason} if trial.reason else {}),
+        **({"weights": trial.weights} if trial.weights else {}),
     }
 
 

@@ -34,7 +34,7 @@ from rankNAS.engine import objectives_of
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import read_json, save_atomically
 from rankNAS.io.formats import BEFORE_TASKS
-from rankNAS.reporting.comparison import draw, markdown, noise_note, tables
+from rankNAS.reporting.comparison import draw, labels_note, markdown, noise_note, tables
 from rankNAS.reporting.latex import latex
 from rankNAS.reporting.metrics import metric_text
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
@@ -199,6 +199,8 @@ def _finish(
     for budget, (columns, body) in tables(rows, found).items():
         print_table(budget, columns, body)
     typer.echo(noise_note(found))
+    if note := labels_note(rows):
+        typer.echo(note)
     for row in rows[rows.note != ""].itertuples():
         typer.echo(f"seed {row.seed}  {row.strategy}  {row.budget}: {row.note}")
     for row in rows[rows.status != OK].drop_duplicates(["strategy", "status"]).itertuples():
