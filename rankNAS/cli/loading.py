@@ -17,8 +17,6 @@ from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.data.base import Data
 from rankNAS.data.labels import count_classes
-from rankNAS.data.samples import Samples
-from rankNAS.data.sizes import PASS, affordable_samples
 from rankNAS.data.splits import split
 from rankNAS.data.text.loading import is_text
 from rankNAS.exceptions import UsageError, WeightsError
@@ -33,7 +31,12 @@ from rankNAS.models.weights import (
 )
 from rankNAS.objectives import make_objective
 from rankNAS.plugins import is_plugin
-from rankNAS.recovery.config import Refinement, TrainingConfig, default_config
+from rankNAS.recovery.config import (
+    Refinement,
+    TrainingConfig,
+    affordable_training,
+    default_config,
+)
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import check_patterns, compile_space
 from rankNAS.search_spaces.policies import RankPolicy
@@ -49,7 +52,6 @@ from rankNAS.tasks.classification import Classification
 from rankNAS.tasks.infer import make_task, resolve_task
 
 __all__ = [
-    "affordable_training",
     "check_options",
     "check_writable",
     "image_side",
@@ -332,12 +334,6 @@ def load_model(
         device=options.device,
         on_step=lambda step, total, loss: progress.stage("train", step, total, f"loss {loss:.3f}"),
     )
-
-
-def affordable_training(config: TrainingConfig, samples: Samples) -> TrainingConfig:
-    """The configuration with smaller batches where samples are sequences of many tokens."""
-    size = max(2, affordable_samples(config.batch_size, samples, 2 * PASS))
-    return replace(config, batch_size=size)
 
 
 def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:

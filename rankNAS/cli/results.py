@@ -14,7 +14,7 @@ from torch import nn
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
-from rankNAS.cli.loading import affordable_training, training_config
+from rankNAS.cli.loading import training_config
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
@@ -25,7 +25,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.fallback import UNNUMBERED
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.io.formats import FORMAT, current_format, upgraded
-from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.config import TrainingConfig, affordable_training
 from rankNAS.reporting.environment import machine, versions
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem

@@ -13,7 +13,6 @@ import pandas as pd
 import typer
 
 from rankNAS.cli.loading import (
-    affordable_training,
     check_options,
     check_writable,
     load_model,
@@ -34,6 +33,7 @@ from rankNAS.engine import objectives_of
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import read_json, save_atomically
 from rankNAS.io.formats import BEFORE_TASKS
+from rankNAS.recovery.config import affordable_training
 from rankNAS.reporting.comparison import draw, labels_note, markdown, noise_note, tables
 from rankNAS.reporting.latex import latex
 from rankNAS.reporting.metrics import metric_text

@@ -16,7 +16,6 @@ from torch import nn
 from rankNAS.allocation import Allocation
 from rankNAS.cli.interrupts import interruptible
 from rankNAS.cli.loading import (
-    affordable_training,
     check_options,
     check_writable,
     load_model,
@@ -51,6 +50,7 @@ from rankNAS.io.files import read_json, write_json
 from rankNAS.io.formats import current_format
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.pipeline import requests
+from rankNAS.recovery.config import affordable_training
 from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
