@@ -190,6 +190,14 @@ class Loop:
         seed = _epoch_seed(self.config.seed, self._epoch)
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for dropout
+        try:
+            self._steps(seed, generator, limited)
+        except TimeLimitError:
+            if self.checkpoint is not None and self.step:
+                self._save(generator)  # more time may be given later
+            raise
+
+    def _steps(self, seed: int, generator: torch.Generator, limited: bool) -> None:
         for number, (place, batch) in enumerate(self._batches(seed, generator)):
             if self.step == self.total:
                 return
@@ -197,21 +205,13 @@ class Loop:
                 continue
             if self._generators is not None:
                 self._restore_generators(generator)
-            self._heed_time(generator)
+            check_time()
             self._update(batch(), place)
             self._position = number + 1
             if limited and not self._timed:
                 self._fix_length()
             if self.checkpoint is not None and time.monotonic() - self._saved > SAVED:
                 self._save(generator)
-
-    def _heed_time(self, generator: torch.Generator) -> None:
-        try:
-            check_time()
-        except TimeLimitError:
-            if self.checkpoint is not None and self.step:
-                self._save(generator)  # more time may be given later
-            raise
 
     def _batches(
         self, seed: int, generator: torch.Generator
@@ -296,7 +296,7 @@ class Loop:
     def _judge(self) -> None:
         """Remember the present weights if they are the best so far."""
         with limited_by(None), ExitStack() as stack:
-            for part in self.parts:
+            for part in self.parts if self.step else ():
                 stack.enter_context(part.evaluated())
             found = self.judged()
             if self._best is None or found < self._best[0]:
@@ -337,8 +337,10 @@ class Loop:
         return self.spent + time.monotonic() - self._began
 
     def _save(self, generator: torch.Generator | None = None) -> None:
-        """Write the state that `_load` needs, as tensors and plain values."""
+        """Write the state that `_load` needs, unless a weight is not finite."""
         assert self.checkpoint is not None and self.mode is not None
+        if not all(bool(p.isfinite().all()) for p in self.network.parameters()):
+            return
         content: dict[str, Any] = {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rankNAS.copies import copied, without_graphs
+from rankNAS.copies import without_graphs
 from rankNAS.deadline import check_time
 from rankNAS.exceptions import UsageError
 
@@ -62,7 +63,8 @@ class Mode:
                 f"speed is {unknown[0]!r}, but it must be auto, plain, none, or some of "
                 f"{', '.join(PARTS)} joined by +."
             )
-        return cls(*(part in names for part in PARTS))
+        layout, bf16, compiled = (part in names for part in PARTS)
+        return cls(layout, bf16, compiled)
 
     def __str__(self) -> str:
         return "+".join(part for part in PARTS if getattr(self, part)) or "none"
@@ -118,19 +120,26 @@ def _first_of(loop: Loop, modes: list[Mode]) -> Mode:
 
 
 def _seconds(loop: Loop, mode: Mode) -> float:
-    """The least seconds of a forward and a backward pass, of a copy of the network."""
-    network = copied(loop.network)
+    """The least seconds of a forward and a backward pass; the network ends as it was."""
+    network, taken = loop.network, []
     few = loop.samples.take(torch.arange(min(loop.config.batch_size, len(loop.samples))))
     batch = few.example(loop.config.batch_size, loop.device)
-    taken = []
-    with training_mode(network, loop.device, mode):
-        for _ in range(1 + STEPS):
-            check_time()
-            started = time.perf_counter()
-            loop.loss_of(network, batch, None, mode).backward()
-            if loop.device.type == "cuda":
-                torch.cuda.synchronize(loop.device)
-            taken.append(time.perf_counter() - started)
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    try:
+        with training_mode(network, loop.device, mode), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="grad and param do not obey")
+            for _ in range(1 + STEPS):
+                check_time()
+                started = time.perf_counter()
+                loop.loss_of(network, batch, None, mode).backward()
+                if loop.device.type == "cuda":
+                    torch.cuda.synchronize(loop.device)
+                taken.append(time.perf_counter() - started)
+    finally:
+        network.zero_grad()
+        for name, buffer in network.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
     return min(taken[1:])
 
 
