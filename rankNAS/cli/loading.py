@@ -37,6 +37,8 @@ from rankNAS.recovery.config import (
     affordable_training,
     default_config,
 )
+from rankNAS.recovery.plain import Plain
+from rankNAS.recovery.recipe import Recipe, make_recipe
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import check_patterns, compile_space
 from rankNAS.search_spaces.policies import RankPolicy
@@ -54,6 +56,7 @@ from rankNAS.tasks.infer import make_task, resolve_task
 __all__ = [
     "check_options",
     "check_writable",
+    "chosen_recipe",
     "image_side",
     "load_model",
     "load_named_data",
@@ -85,7 +88,7 @@ def check_options(options: ModelOptions) -> Settings:
     task = None if options.task is None else make_task(options.task)
     for objective in options.objective:
         make_objective(objective, task)
-    training_config(options, options.finetune)
+    chosen_recipe(options)
     own: dict[str, Any] = {}
     policy = replace(
         rank_policy(options),
@@ -334,6 +337,31 @@ def load_model(
         device=options.device,
         on_step=lambda step, total, loss: progress.stage("train", step, total, f"loss {loss:.3f}"),
     )
+
+
+def chosen_recipe(options: ModelOptions) -> Recipe | None:
+    """The recipe by which chosen networks are trained; None for no training.
+
+    Raises:
+        UsageError: There is no such recipe, or two are given.
+    """
+    if options.recover is None:
+        config = training_config(options, options.finetune)
+        if config is None:
+            return None
+        return Plain(
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            distill=config.distill,
+            optimizer="sgd",
+            clip=CLIP,
+        )
+    if options.finetune:
+        raise UsageError(
+            "`--finetune` is the recipe plain, so it cannot be given with `--recover`; give one "
+            f"of them, for example --recover plain:epochs={options.finetune}."
+        )
+    return make_recipe(options.recover)
 
 
 def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:

@@ -53,12 +53,14 @@ class Report:
         planned: The steps of the schedule.
         seconds: Seconds of the training, those of earlier sessions included.
         stopped: Whether a time limit has ended it before the last step.
+        mode: How it has computed; see `Mode`.
     """
 
     steps: int
     planned: int
     seconds: float
     stopped: bool = False
+    mode: str = ""
 
 
 @dataclass
@@ -156,7 +158,7 @@ class Loop:
                 stopped = self.step < self.total
             with limited_by(None):
                 self._finish(stopped)
-        return Report(self.step, self.total, self._seconds(), stopped)
+        return Report(self.step, self.total, self._seconds(), stopped, str(self.mode))
 
     def _limits(self, spent: float) -> AbstractContextManager[None] | None:
         """Context with the limit on the time; None if there is none.

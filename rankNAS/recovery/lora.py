@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import nn
 
@@ -85,13 +85,15 @@ class Lora(Distil):
 @contextmanager
 def _checkpointing(network: nn.Module) -> Iterator[None]:
     """Context with gradient checkpoints, if the network is a transformer that offers them."""
-    enable: Any = getattr(network, "gradient_checkpointing_enable", None)
-    if enable is None or not getattr(network, "supports_gradient_checkpointing", False):
+    if not getattr(network, "supports_gradient_checkpointing", False):
         yield
         return
+    # The name of the methods from version 5 of transformers on, or the earlier one.
+    newer = hasattr(network, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if newer else "gradient_checkpointing"
     # Frozen embeddings give re-entrant checkpoints no input with a gradient.
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    getattr(network, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
     try:
         yield
     finally:
-        network.gradient_checkpointing_disable()  # type: ignore[operator]
+        getattr(network, f"{name}_disable")()

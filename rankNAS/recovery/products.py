@@ -104,7 +104,10 @@ def product_gradients(stages: Sequence[Any]) -> list[Tensor] | None:
     if len(stages) == 2 and _of_two(stages):
         return _two(*stages)
     if len(stages) == 3 and _of_three(stages):
-        return _three(*map(_matrix, stages), [stage.weight.shape for stage in stages])
+        A, core, B = map(_matrix, stages)
+        found = _three(A, core, B)
+        pairs = zip(found, stages, strict=True)
+        return [gradient.reshape(stage.weight.shape) for gradient, stage in pairs]
     return None
 
 
@@ -137,7 +140,7 @@ def _two(first: Any, second: Any) -> list[Tensor]:
     return [dV.reshape(first.weight.shape), dU.reshape(second.weight.shape)]
 
 
-def _three(A: Tensor, core: Tensor, B: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+def _three(A: Tensor, core: Tensor, B: Tensor) -> list[Tensor]:
     """Of W = B core A (Tucker-2): A is (p, c), the core (q, p, k) and B (o, q)."""
     A, B, core = A.flatten(1), B.flatten(1), core.reshape(*core.shape[:2], -1)
     G, H = A @ A.T, B.T @ B
@@ -146,8 +149,7 @@ def _three(A: Tensor, core: Tensor, B: Tensor, shapes: Sequence[torch.Size]) -> 
     dA = torch.einsum("qpk,qsk->ps", left, core) @ A
     dB = B @ torch.einsum("qpk,tpk->qt", right, core)
     dcore = torch.einsum("qt,tpk->qpk", H, right)
-    found = zip((dA, dcore, dB), shapes, strict=True)
-    return [gradient.reshape(shape) for gradient, shape in found]
+    return [dA, dcore, dB]
 
 
 def _matrix(stage: Any) -> Tensor:

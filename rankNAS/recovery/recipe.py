@@ -29,9 +29,19 @@ from rankNAS.recovery.speed import SPEEDS, Mode
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.language import LanguageModelling
 
-__all__ = ["ALIASES", "RECIPES", "Job", "Recipe", "Setup", "make_recipe", "option_lines"]
+__all__ = [
+    "ALIASES",
+    "ENTRIES",
+    "RECIPES",
+    "Job",
+    "Recipe",
+    "Setup",
+    "make_recipe",
+    "option_lines",
+]
 
-_ENTRIES = {
+#: Recipes by name: their location and a line about each.
+ENTRIES = {
     "plain": (
         "rankNAS.recovery.plain:Plain",
         "A short supervised training with distillation; what --finetune does.",
@@ -50,7 +60,7 @@ _ENTRIES = {
     ),
 }
 #: Recipes by name.
-RECIPES: Catalogue[type[Recipe]] = Catalogue(_ENTRIES)
+RECIPES: Catalogue[type[Recipe]] = Catalogue(ENTRIES)
 #: Short names of options.
 ALIASES = {"lr": "learning_rate", "batch": "batch_size"}
 

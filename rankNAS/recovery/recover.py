@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from rankNAS.data.images.augment import NO_FLIP
 from rankNAS.data.loading import load_data
 from rankNAS.data.samples import Samples
 from rankNAS.deadline import Deadline, limited_by
-from rankNAS.exceptions import UsageError
+from rankNAS.exceptions import UsageError, WeightsError, WriteError
+from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import Refinement
@@ -120,19 +121,22 @@ def run_recipe(
     recipe: Recipe,
     job: Job,
     *,
+    keeps_best: bool = True,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[int], object] | None = None,
 ) -> Report:
-    """Train the network of a job; an active time limit ends it with the best weights so far.
+    """Train the network of a job by a recipe.
 
     Args:
         recipe: The recipe.
         job: The network and the data. Without a checkpoint, one in the cache folder is used.
+        keeps_best: As for `Loop`.
         on_step: As for `Loop`.
         on_epoch: As for `Loop`.
 
     Raises:
         UsageError: As for `recover`.
+        TimeLimitError: The active deadline has passed, and the best weights are not kept.
     """
     recipe.check(job.task, job.dense is not None)
     if recipe.samples is not None:
@@ -140,8 +144,12 @@ def run_recipe(
     job.network.to(job.device)
     if job.dense is not None:
         _check_teacher(recipe, job, job.dense)
+    final = None
     if job.checkpoint is None:
-        job = replace(job, checkpoint=_checkpoint(recipe, job))
+        path = _checkpoint(recipe, job)
+        job, final = replace(job, checkpoint=path), path.with_suffix(".final.pt")
+        if (known := _finished(final, job.network)) is not None:
+            return known
     if recipe.refine:
         _refine(job)
     with recipe.prepared(job) as setup:
@@ -157,14 +165,41 @@ def run_recipe(
             variants=setup.variants,
             speed=recipe.speed,
             seconds=recipe.seconds,
-            keeps_best=True,
+            keeps_best=keeps_best,
             checkpoint=job.checkpoint,
             identity={"recipe": str(recipe), "version": VERSION},
             on_step=on_step,
             on_epoch=on_epoch,
         ).run()
     job.network.eval()
+    if final is not None and not report.stopped:
+        _finish(job, final, report)
     return report
+
+
+def _finished(path: Path, network: nn.Module) -> Report | None:
+    """Fill a network with the weights of a finished training of it; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_checkpoint(path, VERSION)
+    except WeightsError as error:
+        logger.warning("a network is trained again, because of a bad file: %s", error)
+        return None
+    network.load_state_dict(content["model"])
+    network.eval()
+    return Report(**content["report"])
+
+
+def _finish(job: Job, path: Path, report: Report) -> None:
+    """Keep the trained weights in place of the state of the training, which is larger."""
+    content = {"model": job.network.state_dict(), "report": asdict(report), "identity": VERSION}
+    try:
+        write_checkpoint(path, content)
+    except WriteError as error:
+        logger.warning("the trained network is not kept in the cache: %s", error)
+    assert job.checkpoint is not None
+    job.checkpoint.unlink(missing_ok=True)
 
 
 def _check_teacher(recipe: Recipe, job: Job, dense: nn.Module) -> None:

@@ -251,10 +251,9 @@ def test_the_mode_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr("rankNAS.recovery.speed._seconds", measured)
-        run_recipe(recipe_of("distil", speed="auto"), job)
+        report = run_recipe(recipe_of("distil", speed="auto"), job)
     assert "channels_last" in seen and "none" in seen and "channels_last+bf16+compile" in seen
-    (file,) = (cache_folder() / "checkpoints").glob("recover-*.pt")
-    assert torch.load(file, weights_only=True)["mode"] == "channels_last+bf16"
+    assert report.mode == "channels_last+bf16"
     again = classification()
     run_recipe(recipe_of("distil", speed="none", epochs=1), again)
     monkeypatch.setattr("rankNAS.recovery.speed.LONG", math.inf)  # without a compiler
@@ -276,7 +275,7 @@ def test_resumes_within_an_epoch_to_the_same_bits(
             made, augmentation=Augmentation(flip=True), checkpoint=tmp_path / f"{name}.pt"
         )
 
-    recipe = recipe_of(name)
+    recipe = recipe_of(name, epochs=2)
     whole = replace(job(), checkpoint=tmp_path / "whole.pt")
     run_recipe(recipe, whole)
     monkeypatch.setattr("rankNAS.recovery.loop.SAVED", -1.0)  # after each step
@@ -290,6 +289,7 @@ def test_resumes_within_an_epoch_to_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, broken, on_step=interrupt)
     assert [type(m) for m in broken.network.modules()] == forms
+    monkeypatch.undo()
     torch.rand(5)  # the state of torch's own generator must not matter
     resumed, steps = job(), list[int]()
     run_recipe(recipe, resumed, on_step=lambda step, total, loss: steps.append(step))
@@ -375,6 +375,23 @@ def test_a_limit_shorter_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         run_recipe(recipe_of("plain"), job)
     assert same(state(job.network), kept)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_finished_training_is_not_repeated(name: str) -> None:
+    first, second, steps = regression(), regression(), list[int]()
+    report = run_recipe(recipe_of(name), first)
+    (file,) = (cache_folder() / "checkpoints").glob("recover-*")
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        steps.append(step)
+
+    assert run_recipe(recipe_of(name), second, on_step=on_step) == report and not steps
+    assert same(state(first.network), state(second.network))
+    file.write_bytes(b"")
+    third = regression()
+    run_recipe(recipe_of(name), third, on_step=on_step)
+    assert steps and same(state(first.network), state(third.network))
 
 
 # ----------------------------------------------------------------------------------- bad input
