@@ -97,11 +97,16 @@ class ModelOptions(SpaceOptions):
         hidden=True,
     )
     finetune: int = option(
-        0, "Epochs of fine-tuning of each chosen network: the recipe `plain`.", TRAINING, min=0
+        0,
+        "Epochs of fine-tuning of each chosen network: --recover plain:epochs=N.",
+        TRAINING,
+        min=0,
+        hidden=True,
     )
     recover: str | None = option(
         None,
-        "Train each chosen network by a recipe, NAME:key=value,…; see `ranknas recipes`.",
+        "Train each chosen network by a recipe, NAME:key=value,…, such as plain:epochs=5; see "
+        "`ranknas recipes`.",
         TRAINING,
     )
     distill: float = option(
