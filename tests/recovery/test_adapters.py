@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from language import tiny_llama
@@ -16,7 +18,7 @@ from rankNAS.recovery.recipe import Job
 from rankNAS.recovery.recover import run_recipe
 from rankNAS.tasks.language import CausalLanguageModelling
 
-LAYERS = {
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (4, 6)),
     "linear on sequences": (lambda: nn.Linear(6, 5, bias=False), (4, 3, 6)),
     "grouped linear": (lambda: GroupedLinear(12, 6, 3), (4, 12)),

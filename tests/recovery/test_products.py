@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +14,7 @@ from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.recovery.products import ProductDecay, chains, product_gradients
 from rankNAS.strategies.supernet.network import multiply
 
-CHAINS = {
+CHAINS: dict[str, Callable[[], tuple[nn.Module, ...]]] = {
     "linear": lambda: (nn.Linear(9, 4, bias=False), nn.Linear(4, 7)),
     "grouped linear": lambda: (GroupedLinear(12, 6, 3, bias=False), nn.Linear(6, 5)),
     "convolution": lambda: (nn.Conv2d(6, 4, 3, bias=False), nn.Conv2d(4, 5, 1)),
@@ -33,7 +36,7 @@ CHAINS = {
 @pytest.mark.parametrize("kind", CHAINS)
 def test_gradients_are_those_of_autograd(kind: str) -> None:
     torch.manual_seed(0)
-    stages = [stage.double() for stage in CHAINS[kind]()]
+    stages: list[Any] = [stage.double() for stage in CHAINS[kind]()]
     shapes = [
         LayerShape(12, 6, groups=3) if isinstance(s, GroupedLinear) else LayerShape.of(s)
         for s in stages

@@ -211,7 +211,7 @@ def test_feature_maps_approach_those_of_the_dense_network() -> None:
         paths = [chain.path for chain in chains(job.network)]
         run_recipe(recipe_of("distil", features=weight, epochs=8), job)
         x = job.data.batch()[0]
-        maps = [{}, {}]
+        maps: list[dict[str, torch.Tensor]] = [{}, {}]
         for network, found in zip((job.network, job.dense), maps, strict=True):
             for path in paths:
                 network.get_submodule(path).register_forward_hook(
