@@ -1,4 +1,4 @@
-"""``ranknas spaces | strategies | recipes | tasks | …``: lists from the catalogues."""
+"""``ranknas spaces | strategies | tasks | objectives | hardware``: lists from the catalogues."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from rankNAS.hw_models import CATALOGUE as HARDWARE
 from rankNAS.hw_models.devices import device_names, read_device
 from rankNAS.objectives import CATALOGUE as OBJECTIVES
 from rankNAS.objectives import DIRECTIONS
-from rankNAS.recovery.recipe import ENTRIES as RECIPE_ENTRIES
-from rankNAS.recovery.recipe import RECIPES, option_lines
 from rankNAS.search_spaces.zoo import CATALOGUE as SPACES
 from rankNAS.search_spaces.zoo import family
 from rankNAS.strategies import CATALOGUE as STRATEGIES
@@ -20,7 +18,6 @@ from rankNAS.tasks import TASKS
 __all__ = [
     "run_hardware",
     "run_objectives",
-    "run_recipes",
     "run_spaces",
     "run_strategies",
     "run_tasks",
@@ -45,15 +42,6 @@ def run_strategies(options: JsonOptions) -> None:
     """List the strategies."""
     rows = [(name, description) for name, (_, description) in STRATEGIES.items()]
     _print("Strategies", ("name", "description"), rows, options)
-
-
-def run_recipes(options: JsonOptions) -> None:
-    """List the recipes with the defaults of their options."""
-    rows = [
-        (name, description, ", ".join(f"{k}={v}" for k, v in option_lines(RECIPES[name]).items()))
-        for name, (_, description) in RECIPE_ENTRIES.items()
-    ]
-    _print("Recipes", ("name", "description", "options"), rows, options)
 
 
 def run_tasks(options: JsonOptions) -> None:
