@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankNAS.allocation import DENSE, Choice
+from rankNAS.deadline import check_time
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.exceptions import UsageError
 from rankNAS.renamed import renamed
@@ -224,6 +225,7 @@ def compile_latency(
 
     Raises:
         UsageError: A prediction is not a positive number. The message names it.
+        TimeLimitError: The active deadline has passed.
     """
     seconds: dict[str, Array] = {}
     sigma: dict[str, Array] = {}
@@ -242,6 +244,7 @@ def compile_latency(
 
 
 def _checked(model: HardwareModel, layer: Layer, choice: Choice) -> tuple[float, float]:
+    check_time()
     seconds, sigma = model.latency(layer, choice)
     if not (math.isfinite(seconds) and seconds > 0):
         raise UsageError(

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from rankNAS.deadline import check_time
+
 __all__ = [
     "DriftMonitor",
     "InterleavedTimer",
@@ -47,6 +49,8 @@ def wait_for(device: torch.device) -> None:
 class InterleavedTimer:
     """Times several runs interleaved, for a given number of rounds.
 
+    A time limit that ends is heeded before each run.
+
     Args:
         runs: The runs to time; each must return when its work is done.
         warm_up: Calls of each run before the first round.
@@ -63,6 +67,7 @@ class InterleavedTimer:
         self._runs, self._order = runs, random.Random(seed)
         self._counts = []
         for run in runs:
+            check_time()
             for _ in range(max(1, warm_up)):
                 taken = _timed(run, 1)
             self._counts.append(min(MOST_RUNS, max(1, round(LEAST / max(taken, 1e-7)))))
@@ -71,6 +76,7 @@ class InterleavedTimer:
         """Time every run once, in random order."""
         row = [0.0] * len(self._runs)
         for i in self._order.sample(range(len(row)), len(row)):
+            check_time()
             row[i] = _timed(self._runs[i], self._counts[i])
         self.rows.append(row)
 

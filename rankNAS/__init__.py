@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rankNAS.models.artifact import load
     from rankNAS.models.weights import load_weights
     from rankNAS.objectives import Objective
+    from rankNAS.recovery.recover import recover
     from rankNAS.search_spaces import RankPolicy, SearchSpace, compile_space
     from rankNAS.settings import Settings
     from rankNAS.strategies import Strategy, Trial
@@ -58,6 +59,7 @@ _HOMES = {
     "load": "models.artifact",
     "load_data": "data.loading",
     "load_weights": "models.weights",
+    "recover": "recovery.recover",
     "save": "compressor",
     "search": "engine",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "load",
     "load_data",
     "load_weights",
+    "recover",
     "save",
     "search",
 ]

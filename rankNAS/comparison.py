@@ -23,6 +23,7 @@ from rankNAS.hw_models import HardwareModel
 from rankNAS.model_data import load_data_of
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.recipe import Recipe, make_recipe
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
 from rankNAS.reporting.significance import BlockSums
 from rankNAS.search_spaces.base import SearchSpace
@@ -45,6 +46,7 @@ def compare(
     objectives: Sequence[str | ObjectiveBase] | None = None,
     n_trials: int = 40,
     training: TrainingConfig | None = None,
+    recipe: str | Recipe | None = None,
     training_samples: int | None = None,
     settings: Settings | None = None,
     hardware: str | HardwareModel = "host",
@@ -73,6 +75,8 @@ def compare(
         n_trials: Trials proposed for each budget; probes are extra.
         training: Configuration of the fine-tuning of each solution; its seed is replaced by the
             row's. None skips fine-tuning.
+        recipe: How each solution is trained instead, for equal seconds with its option
+            ``seconds``; see `rankNAS.recover`.
         training_samples: Size of the random subset for fine-tuning; None for all but the
             validation data.
         settings: How candidates are built and measured. Without a norm, each method decomposes in
@@ -123,6 +127,7 @@ def compare(
         objectives=objectives,
         n_trials=n_trials,
         training=training,
+        recipe=None if recipe is None else make_recipe(recipe),
         training_samples=training_samples,
         settings=settings or Settings(),
         hardware=hardware,

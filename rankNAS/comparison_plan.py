@@ -18,6 +18,7 @@ from rankNAS.hw_models import HardwareModel
 from rankNAS.objectives import ObjectiveBase, make_objective
 from rankNAS.pipeline import requests
 from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.recipe import Recipe
 from rankNAS.reporting.rows import DENSE_MODEL, Key, Row
 from rankNAS.reporting.significance import BlockSums
 from rankNAS.search_spaces.base import SearchSpace
@@ -41,6 +42,7 @@ class Plan:
     objectives: Sequence[str | ObjectiveBase] | None
     n_trials: int
     training: TrainingConfig | None
+    recipe: Recipe | None
     training_samples: int | None
     settings: Settings
     hardware: str | HardwareModel
@@ -58,6 +60,8 @@ class Plan:
             raise UsageError(
                 f"`training_samples` must be at least 1, got {self.training_samples}."
             )
+        if self.training is not None and self.recipe is not None:
+            raise UsageError("`training` is the recipe plain; give it or `recipe`, not both.")
         if self.settings.recovery is not None:
             raise UsageError(
                 "answers are compared without training and after `training`; leave "

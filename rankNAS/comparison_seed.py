@@ -26,7 +26,7 @@ from rankNAS.deadline import TimeLimitError, limited_by
 from rankNAS.engine import objectives_of, run_within
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.evaluation.outputs import Reference, dense_reference, network_sums
-from rankNAS.exceptions import RankNASError
+from rankNAS.exceptions import RankNASError, UsageError
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.phases import Phases
 from rankNAS.pipeline import prepare
@@ -239,7 +239,9 @@ class SeedStudies:
         context = replace(self.context, phases=phases)
         with suppress(TimeLimitError), limited_by(self.plan.deadline):
             context = focused(strategy, context, first)
-        bound = bind(strategy, context)
+        bound = strategy
+        with suppress(TimeLimitError), limited_by(self.plan.deadline):
+            bound = bind(strategy, context)
         return Study(name, store, tuple(self.problems), bound, context, self.plan.data, dense)
 
     def _on_trial(self) -> Callable[[Trial, Trial | None], None]:
@@ -254,7 +256,8 @@ class SeedStudies:
 
     def _row(self, key: Key, study: Study, solution: Trial, seconds: tuple[float, float]) -> Row:
         # A strategy that trains its answer has a network of its own.
-        asked = solution.allocation, study.name if study.strategy.finishes else ""
+        own = study.strategy.finishes or bool(solution.weights)
+        asked = solution.allocation, study.name if own else ""
         if asked not in self.tested:
             self.tested[asked] = self._tested(study, solution.allocation)
         tested = self.tested[asked]
@@ -277,11 +280,12 @@ class SeedStudies:
             search_cpu_seconds=seconds[1],
             setup_cpu_seconds=self.setup_cpu_seconds,
             note="; ".join(filter(None, [study.limit_note, tested.note])),
+            labels=int(study.strategy.trains and study.task.labelled),
         )
 
     def _tested(self, study: Study, allocation: Allocation) -> _Tested:
         """Quality of the network of an allocation; equal allocations are trained once."""
-        network, config, splits = study.materialise(allocation), self.plan.training, study.splits
+        network, splits = study.materialise(allocation), study.splits
         validation = study.measure(network, splits.validation, self.validation_reference)
         before = _Tested(validation[self.metric])
         if splits.test is None:
@@ -290,23 +294,42 @@ class SeedStudies:
         test = self._finished(blocks["test"])
         divergence = test[study.task.divergence_name]
         before = replace(before, test=test[self.metric], divergence=divergence, blocks=blocks)
-        if config is None:
+        if self.plan.training is None and self.plan.recipe is None:
             return before
-        recovery = self.context.recovery(config, self.plan.training_samples)
         try:
             with limited_by(self.plan.deadline):
-                study.finetune(
-                    network,
-                    self.model,
-                    recovery.config,
-                    data=recovery.data,
-                    on_step=lambda step, total, _: self.plan.report("finetune", step, total),
-                )
+                before = replace(before, note=self._train(study, network))
         except TimeLimitError as error:
             return replace(before, note=f"{error}, during the fine-tuning")
+        except UsageError as error:  # the loss is not finite, for example
+            return replace(before, note=" ".join(str(error).split()))
         blocks = {**blocks, "finetuned_test": self._blocks(network, splits.test)}
         tuned = self._finished(blocks["finetuned_test"])
         return replace(before, finetuned=tuned[self.metric], blocks=blocks)
+
+    def _train(self, study: Study, network: nn.Module) -> str:
+        """Train a network in place; a note if a time limit has ended it."""
+
+        def on_step(step: int, total: int, loss: float) -> None:
+            self.plan.report("finetune", step, total)
+
+        config, samples = self.plan.training, self.plan.training_samples
+        if config is not None:
+            recovery = self.context.recovery(config, samples)
+            study.finetune(
+                network, self.model, recovery.config, data=recovery.data, on_step=on_step
+            )
+            return ""
+        assert self.plan.recipe is not None
+        data = study.splits.training
+        data = data if samples is None else data.subsample(samples, self.seed)
+        plain = self.plan.recipe.name == "plain"
+        report = study.recover(
+            network, self.model, self.plan.recipe, data=data, keeps_best=not plain, on_step=on_step
+        )
+        if not report.stopped or self.plan.deadline is None or not self.plan.deadline.passed:
+            return ""
+        return f"the time limit ended the recovery after {report.steps} of {report.planned} steps"
 
     def _blocks(self, network: nn.Module, samples: Samples) -> list[Sums]:
         """The sums of the metrics over each block of test items."""

@@ -2,7 +2,8 @@
 
 While a `Deadline` is active, a computation that has run out of time stops at its next check. The
 time is checked whenever a batch of data is taken (`rankNAS.data.samples`) and wherever
-`check_time` is called. Nothing else of a search depends on the clock.
+`check_time` is called: in the loops of the solver, of strategies and of latency measurements.
+Nothing else of a search depends on the clock.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 
 from rankNAS.exceptions import UsageError
 
-__all__ = ["Deadline", "TimeLimitError", "check_time", "clock", "limited_by"]
+__all__ = ["Deadline", "TimeLimitError", "check_time", "clock", "limited_by", "seconds_left"]
 
 
 def clock() -> float:
@@ -95,3 +96,15 @@ def check_time() -> None:
     deadline = _active.get()
     if deadline is not None and deadline.passed:
         raise TimeLimitError(f"the time limit of {deadline.seconds:g} s has ended")
+
+
+def seconds_left() -> float:
+    """Seconds until the active deadline, at least 0; infinite without one.
+
+    >>> seconds_left()
+    inf
+    """
+    deadline = _active.get()
+    if deadline is None:
+        return math.inf
+    return max(0.0, deadline.started + deadline.seconds - clock())

@@ -187,10 +187,12 @@ def search(
         if on_record is not None:
             on_record()
         _check_choices(problems[0], store)
+        bound = chosen  # no more is needed of it if the time ends here
         if context.complete:
             with suppress(TimeLimitError), limited_by(deadline):
                 context = focused(chosen, context, problems[0])
-        bound = bind(chosen, context) if context.complete else chosen
+            with suppress(TimeLimitError), limited_by(deadline), phases.timed("prepare"):
+                bound = bind(chosen, context)
         study = Study(name, store, problems, bound, context, loaded, context.dense())
     try:
         run_within(deadline, study, n_trials, on_trial, workers, start)
@@ -293,7 +295,13 @@ def run(
     for trial in history.complete:
         final = study.final and not trial.probe
         screening = trial.probe and study.strategy.screens
-        study.evaluator.remember(trial.allocation, trial.metrics, final=final, screening=screening)
+        study.evaluator.remember(
+            trial.allocation,
+            trial.metrics,
+            final=final,
+            screening=screening,
+            weights=trial.weights,
+        )
     problem, pruner = study.problem, None
     if len(study.evaluator.parts) > 1:
         pruner = SuccessiveHalving(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.deadline import limited_by
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import BudgetError
 from rankNAS.hw_models import LatencyTables
@@ -17,12 +18,13 @@ from rankNAS.strategies.one_shot.uniform import Uniform
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.tables import build_problem
 
-__all__ = ["UNNUMBERED", "uniform_space", "uniform_trial"]
+__all__ = ["UNNUMBERED", "sparse_space", "uniform_space", "uniform_trial"]
 
 #: The number of a trial that is not in the study's record.
 UNNUMBERED = -1
 #: Of several operators a layer takes the first that it offers: one rank then decides its cost.
 PREFERRED = ("spatial_svd", "svd", "group_svd", "tucker2")
+FEW = 5  # choices of a layer whose latency is measured although the time has ended
 
 
 def uniform_space(
@@ -41,10 +43,29 @@ def uniform_space(
         BudgetError: No allocation meets a budget.
     """
     kept: dict[str, set[Choice]] = {name: {DENSE} for name in space.layers}
-    for budget in budgets:
-        for name, choice in _by_costs(space, budget, latency).items():
-            kept[name].add(choice)
+    with limited_by(None):  # an answer needs it
+        for budget in budgets:
+            for name, choice in _by_costs(space, budget, latency).items():
+                kept[name].add(choice)
     return space.restrict({name: list(choices) for name, choices in kept.items()})
+
+
+def sparse_space(space: SearchSpace, start: Sequence[Allocation] = ()) -> SearchSpace:
+    """The space with a few choices of each layer, whose latency takes little time to measure.
+
+    Args:
+        space: The space.
+        start: Allocations whose choices are kept.
+    """
+    kept = {}
+    for name, layer in space.layers.items():
+        ordered = sorted(_of_one_operator(layer), key=lambda c: layer[c].macs)
+        spread = np.linspace(0, len(ordered) - 1, min(FEW, len(ordered))).round().astype(int)
+        found = {DENSE, *(ordered[i] for i in spread), *(a[name] for a in start)}
+        for cost in ("macs", "params"):  # perhaps of another operator
+            found.add(layer.choices[int(np.argmin([c[cost] for c in layer.costs]))])
+        kept[name] = [choice for choice in layer.choices if choice in found]
+    return space.restrict(kept)
 
 
 def _by_costs(

@@ -26,7 +26,7 @@ from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.evaluation.pruning import PARTS
 from rankNAS.evaluation.verification import verify_plain
 from rankNAS.exceptions import UsageError
-from rankNAS.fallback import uniform_space
+from rankNAS.fallback import sparse_space, uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.phases import Phases
@@ -121,13 +121,13 @@ def prepare(
     space = with_choices(space, needed)
     if given_space is None and not start:
         space = _operators(space, strategies, settings)
-    check_reachable(space, budgets)
+    with limited_by(None):
+        check_reachable(space, budgets)
     latency = None
     if "latency" in costs or any(s.needs_latency for s in strategies):
-        # Without it nobody knows whether an answer meets a budget on latency.
-        waited = limited_by(None) if "latency" in costs else suppress(TimeLimitError)
-        with waited, phases.timed("time"):
-            space, latency = _latency(model, space, example, settings, hardware, report, start)
+        measured = partial(_latency, model, example, settings, hardware, report, start)
+        with suppress(TimeLimitError), phases.timed("time"):
+            space, latency = _in_time(measured, space, start, budgeted="latency" in costs)
     needs = list(dict.fromkeys((s.operators, s.needs_latency) for s in strategies))
     kept = {n: {*found, *(a[n] for a in start)} for n, found in needed.items()}
     select, screen = _selection(exact, latency, "latency" in names, settings.choices, needs, kept)
@@ -154,8 +154,8 @@ def prepare(
         latency = latency.restrict(
             {name: layer.choices for name, layer in factorisation.space.layers.items()}
         )
-    problems = _problems(factorisation, losses, task, budgets, objectives, latency)
-    with limited_by(None):  # an answer needs it
+    with limited_by(None):  # an answer needs them
+        problems = _problems(factorisation, losses, task, budgets, objectives, latency)
         evaluator = Evaluator(
             factorisation,
             task,
@@ -213,25 +213,52 @@ def _recovery(splits: Splits, task: Task, settings: Settings, seed: int) -> Reco
     return replace(recovery, data=recovery.data.kept())
 
 
+def _in_time(
+    measured: Callable[[SearchSpace], tuple[SearchSpace, LatencyTables]],
+    space: SearchSpace,
+    start: Sequence[Allocation],
+    *,
+    budgeted: bool,
+) -> tuple[SearchSpace, LatencyTables]:
+    """Latency tables of a space; of a few choices alone if the active deadline passes.
+
+    Args:
+        measured: Measures the choices of a space.
+        space: The space.
+        start: Allocations whose choices are kept.
+        budgeted: Whether a budget bounds latency. Only then an answer needs latency tables.
+
+    Raises:
+        TimeLimitError: The active deadline has passed, and no answer needs the tables.
+    """
+    try:
+        return measured(space)
+    except TimeLimitError:
+        if not budgeted:
+            raise
+    with limited_by(None):
+        return measured(sparse_space(space, start))
+
+
 def _latency(
     model: nn.Module,
-    space: SearchSpace,
     example: Inputs,
     settings: Settings,
     hardware: str | HardwareModel,
     report: Progress,
     start: Sequence[Allocation],
+    space: SearchSpace,
 ) -> tuple[SearchSpace, LatencyTables]:
     """Latency tables, and the space without the choices that the policy drops for their latency.
 
     Args:
         model: The dense model.
-        space: Its space.
         example: The model's arguments for one sample.
         settings: The batch size that counts, and the policy.
         hardware: A name or a `HardwareModel`.
         report: Called with the stage ``time``.
         start: Allocations whose choices are kept.
+        space: The model's space.
 
     Raises:
         TimeLimitError: The active deadline has passed.

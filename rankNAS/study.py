@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 
 from rankNAS.allocation import Allocation
@@ -24,6 +25,9 @@ from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.models import artifact
 from rankNAS.models.inputs import InputSpec
 from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.loop import Report
+from rankNAS.recovery.recipe import Job, Recipe, make_recipe
+from rankNAS.recovery.recover import run_recipe
 from rankNAS.recovery.trainer import train
 from rankNAS.renamed import renamed
 from rankNAS.solver.pareto import non_dominated
@@ -192,10 +196,19 @@ class Study:
         allocation = self.best.allocation if allocation is None else allocation
         with self.context.phases.timed("answer"):
             stopgap = self._stopgap(allocation) is not None
-            network = self.evaluator.network(allocation, trained=not stopgap)
+            network = self.evaluator.network(
+                allocation, trained=not stopgap, weights=self.weights_of(allocation)
+            )
             if not stopgap:
                 network = self.strategy.finish(network, allocation, self.context)
             return network.cpu()
+
+    def weights_of(self, allocation: Allocation) -> str:
+        """The file of the weights that the search has trained for an allocation; empty if none."""
+        if self._stopgap(allocation) is not None:
+            return ""
+        found = self.history.found.get(allocation)
+        return "" if found is None else found.weights
 
     def test(self, network: nn.Module | None = None) -> dict[str, float]:
         """The task's metrics on the test data, which the search never sees.
@@ -276,6 +289,43 @@ class Study:
                 on_step=on_step,
             )
 
+    def recover(
+        self,
+        network: nn.Module,
+        dense: nn.Module,
+        recipe: str | Recipe,
+        *,
+        data: Samples | None = None,
+        keeps_best: bool = True,
+        on_step: Callable[[int, int, float], None] | None = None,
+    ) -> Report:
+        """Train a compressed network in place by a recipe, on the training data.
+
+        Args:
+            network: A network from `materialise`.
+            dense: The dense model; unchanged.
+            recipe: As for `rankNAS.recover`.
+            data: Other training data.
+            keeps_best: Whether a time limit ends it with the best weights so far; otherwise it
+                raises a TimeLimitError.
+            on_step: Called after each step with its number, the number of steps and the loss.
+
+        Raises:
+            UsageError: As for `rankNAS.recover`.
+        """
+        job = Job(
+            network,
+            self.splits.training if data is None else data,
+            self.task,
+            copied(dense),
+            self.splits.augmentation,
+            torch.device(self.evaluator.device),
+            self.context.seed,
+        )
+        chosen = make_recipe(recipe)
+        with self.context.phases.timed("finetune" if chosen.name == "plain" else "recover"):
+            return run_recipe(chosen, job, keeps_best=keeps_best, on_step=on_step)
+
     def save(
         self,
         path: Path | str,
@@ -291,7 +341,9 @@ class Study:
         elif found is not None and found.state == "complete" and not found.probe:
             metrics = dict(found.metrics)
         else:
-            metrics = self.evaluator.evaluate(allocation, final=self.final)
+            metrics = self.evaluator.evaluate(
+                allocation, final=self.final, weights=self.weights_of(allocation)
+            )
         model = {"inputs": self.inputs, **self.model}
         return artifact.save(network, allocation, path, model=model, metrics=metrics)
 

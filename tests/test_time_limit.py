@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,26 @@ import pandas as pd
 import pytest
 import torch
 from clocks import Clock
+from scipy.optimize import milp
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
 from rankNAS.allocation import Allocation, Choice
-from rankNAS.deadline import Deadline
+from rankNAS.deadline import Deadline, TimeLimitError, check_time, limited_by
 from rankNAS.execution.parallel import Workers
+from rankNAS.hw_models.timing import interleaved
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.search_spaces.base import Layer
-from rankNAS.search_spaces.compiler import count_macs
-from rankNAS.strategies import Haloc, Uniform
+from rankNAS.search_spaces.compiler import compile_space, count_macs
+from rankNAS.solver.min_sum import min_sum
+from rankNAS.strategies import Beam, Energy, Haloc, Solve, Uniform
 from rankNAS.strategies.base import Strategy
+from rankNAS.strategies.bayesian.surrogate import fitted
 from rankNAS.strategies.history import History, Trial
 from rankNAS.strategies.problem import Problem
+from rankNAS.strategies.spectra import LayerSpectra, make_spectra
+from rankNAS.strategies.supernet.network import SuperNet
 
 Pair = tuple[TensorDataset, TensorDataset]
 SETTINGS = rankNAS.Settings(calibration=64, validation=50)
@@ -176,6 +183,133 @@ def test_a_budget_on_latency_holds_after_the_limit(
     study = search(small_net, small_data, budget={"latency": 0.6}, hardware=hardware)
     assert study.ended == "calibrate"
     assert study.best.metrics["predicted_latency"] <= 0.6 * study.dense["predicted_latency"]
+
+
+def test_latency_is_measured_for_few_choices_once_the_time_has_ended(
+    small_net: nn.Module, small_data: Pair, clock: Clock
+) -> None:
+    def measured(ending: bool) -> tuple[rankNAS.Study, int]:
+        calls = 0
+
+        def seconds(layer: Layer, choice: Choice) -> float:
+            nonlocal calls
+            calls += 1
+            if ending:
+                clock.end()
+            return layer[choice].params * 1e-9
+
+        hardware = rankNAS.CallableModel(seconds)
+        return search(small_net, small_data, budget={"latency": 0.6}, hardware=hardware), calls
+
+    (whole, many), (study, few) = measured(False), measured(True)
+    layers = whole.context.factorisation.space.layers
+    assert few <= 1 + 8 * len(layers) and many > 2 * few
+    assert study.best.metrics["predicted_latency"] <= 0.6 * study.dense["predicted_latency"]
+    assert "uniform allocation" in study.limit_note and not study.context.complete
+
+
+def test_latency_that_no_budget_bounds_is_abandoned(
+    small_net: nn.Module, small_data: Pair, clock: Clock
+) -> None:
+    calls = 0
+
+    def seconds(layer: Layer, choice: Choice) -> float:
+        nonlocal calls
+        calls += 1
+        clock.end()
+        return 1e-3
+
+    hardware = rankNAS.CallableModel(seconds)
+    study = search(small_net, small_data, strategy="hw-filter", hardware=hardware)
+    assert calls == 1 and study.ended == "time" and "without statistics" in study.limit_note
+    assert study.best.metrics["macs"] <= 0.5 * study.dense["macs"]
+
+
+@dataclass(frozen=True)
+class Slow(Strategy):
+    """Ends the time as it is bound, or as it proposes."""
+
+    clock: Clock
+    binds: bool
+    name = "slow"
+    needs_spectra = ("energy",)
+
+    def bind(self, spectra: Mapping[str, LayerSpectra]) -> Strategy:
+        if self.binds:
+            self.clock.end()
+            check_time()
+        return self
+
+    def propose(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Allocation]:
+        self.clock.end()
+        return Uniform().propose(problem, history, n, rng)
+
+
+@pytest.mark.parametrize("binds", [True, False])
+def test_a_strategy_is_abandoned_while_it_is_bound_and_while_it_proposes(
+    small_net: nn.Module, small_data: Pair, clock: Clock, binds: bool
+) -> None:
+    study = search(small_net, small_data, strategy=Slow(clock, binds))
+    assert not study.trials and study.context.complete and "uniform" in study.limit_note
+    assert study.ended == ("prepare" if binds else "trials")
+    assert study.best.allocation == Uniform().solve(study.problem)
+
+
+def test_spectra_are_abandoned(
+    small_net: nn.Module, small_data: Pair, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factorisation = search(small_net, small_data).context.factorisation
+
+    def slow(weight: torch.Tensor, groups: int) -> np.ndarray:
+        clock.end()
+        return np.zeros(1)
+
+    monkeypatch.setattr("rankNAS.strategies.spectra.spectral_errors", slow)
+    with limited_by(Deadline(9.0)), pytest.raises(TimeLimitError):
+        make_spectra(factorisation, ["weight"])
+
+
+def test_a_long_proposal_is_abandoned(
+    small_net: nn.Module, small_data: Pair, clock: Clock
+) -> None:
+    """Of the solver, of a beam, of fits of processes, and of a super-net between its batches."""
+    problem = search(small_net, small_data, budget={"macs": 0.5, "params": 0.6}).problem
+    clock.end()
+    over = Deadline(1.0, started=0.0)
+    for strategy in (Solve(), Energy(), Beam()):
+        with limited_by(over), pytest.raises(TimeLimitError):
+            strategy.propose(problem, History(), 1, np.random.default_rng(0))
+    X, y = torch.rand(6, 3, dtype=torch.float64), torch.rand(6, 1, dtype=torch.float64)
+    with limited_by(over), pytest.raises(TimeLimitError):
+        fitted(X, y, 2, 2)
+    net = SuperNet(small_net, compile_space(small_net, torch.zeros(1, 3, 8, 8)))
+    with limited_by(over), pytest.raises(TimeLimitError):
+        net.decompose()
+
+
+def test_a_limit_reaches_the_integer_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def watched(*arguments: Any, options: dict[str, Any], **others: Any) -> Any:
+        given.append(options.get("time_limit", np.inf))
+        return milp(*arguments, options=options, **others)
+
+    monkeypatch.setattr("rankNAS.solver.min_sum.milp", watched)
+    table, costs = [np.array([0.0, 1.0, 3.0])] * 3, [[np.array([3.0, 2.0, 1.0])] * 3]
+    whole = min_sum(table, costs, [6.0])
+    with limited_by(Deadline(600.0)):
+        assert min_sum(table, costs, [6.0]) == whole
+    assert given[0] == np.inf and 0 < given[-1] <= 600
+
+
+def test_timing_is_abandoned(clock: Clock) -> None:
+    ran: list[int] = []
+    runs = [lambda: ran.append(0), clock.end, lambda: ran.append(2)]
+    with limited_by(Deadline(1.0)), pytest.raises(TimeLimitError):
+        interleaved(runs, rounds=9, seconds=9)
+    assert set(ran) == {0}
 
 
 @pytest.mark.slow

@@ -17,8 +17,6 @@ from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.output import ProgressDisplay
 from rankNAS.data.base import Data
 from rankNAS.data.labels import count_classes
-from rankNAS.data.samples import Samples
-from rankNAS.data.sizes import PASS, affordable_samples
 from rankNAS.data.splits import split
 from rankNAS.data.text.loading import is_text
 from rankNAS.exceptions import UsageError, WeightsError
@@ -33,7 +31,14 @@ from rankNAS.models.weights import (
 )
 from rankNAS.objectives import make_objective
 from rankNAS.plugins import is_plugin
-from rankNAS.recovery.config import Refinement, TrainingConfig, default_config
+from rankNAS.recovery.config import (
+    Refinement,
+    TrainingConfig,
+    affordable_training,
+    default_config,
+)
+from rankNAS.recovery.plain import Plain
+from rankNAS.recovery.recipe import Recipe, make_recipe
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import check_patterns, compile_space
 from rankNAS.search_spaces.policies import RankPolicy
@@ -49,9 +54,9 @@ from rankNAS.tasks.classification import Classification
 from rankNAS.tasks.infer import make_task, resolve_task
 
 __all__ = [
-    "affordable_training",
     "check_options",
     "check_writable",
+    "chosen_recipe",
     "image_side",
     "load_model",
     "load_named_data",
@@ -83,7 +88,7 @@ def check_options(options: ModelOptions) -> Settings:
     task = None if options.task is None else make_task(options.task)
     for objective in options.objective:
         make_objective(objective, task)
-    training_config(options, options.finetune)
+    chosen_recipe(options)
     own: dict[str, Any] = {}
     policy = replace(
         rank_policy(options),
@@ -334,10 +339,29 @@ def load_model(
     )
 
 
-def affordable_training(config: TrainingConfig, samples: Samples) -> TrainingConfig:
-    """The configuration with smaller batches where samples are sequences of many tokens."""
-    size = max(2, affordable_samples(config.batch_size, samples, 2 * PASS))
-    return replace(config, batch_size=size)
+def chosen_recipe(options: ModelOptions) -> Recipe | None:
+    """The recipe by which chosen networks are trained; None for no training.
+
+    Raises:
+        UsageError: There is no such recipe, or two are given.
+    """
+    if options.recover is None:
+        config = training_config(options, options.finetune)
+        if config is None:
+            return None
+        return Plain(
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            distill=config.distill,
+            optimizer="sgd",
+            clip=CLIP,
+        )
+    if options.finetune:
+        raise UsageError(
+            "`--finetune` is the recipe plain, so it cannot be given with `--recover`; give one "
+            f"of them, for example --recover plain:epochs={options.finetune}."
+        )
+    return make_recipe(options.recover)
 
 
 def training_config(options: ModelOptions, epochs: int) -> TrainingConfig | None:

@@ -14,7 +14,7 @@ from torch import nn
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
-from rankNAS.cli.loading import affordable_training, training_config
+from rankNAS.cli.loading import chosen_recipe
 from rankNAS.cli.measuring import concerns_latency, measure
 from rankNAS.cli.options.search import SearchOptions
 from rankNAS.cli.options.stored import parsing_context
@@ -25,7 +25,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.fallback import UNNUMBERED
 from rankNAS.io.files import save_atomically, write_json
 from rankNAS.io.formats import FORMAT, current_format, upgraded
-from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.recipe import Recipe
 from rankNAS.reporting.environment import machine, versions
 from rankNAS.strategies.history import Trial
 from rankNAS.strategies.problem import Problem
@@ -111,14 +111,14 @@ def _solution(
         "layers": describe_layers(problem, layers, chosen.allocation),
         "artifact": str(artifact),
     }
-    config = training_config(options, options.finetune)
-    if config is not None:
-        config = affordable_training(config, study.splits.training)
+    recipe = chosen_recipe(options)
+    if recipe is not None and not (deadline is not None and deadline.passed):
         try:
-            tuning = study.context.recovery(config).config
-            tuned = _finetune(tuning, study, model, network, progress, deadline)
+            tuned = _recovered(recipe, options, study, model, network, progress, deadline)
         except TimeLimitError:
             return solution
+        except UsageError as error:  # the result so far is kept before the error is shown
+            return solution | {"failed": str(error)}
         path = options.folder / f"finetuned{suffix}.safetensors"
         artifact = study.save(path, chosen.allocation, network.cpu())
         solution["finetuned"] = tuned | {"artifact": str(artifact)}
@@ -130,9 +130,11 @@ def _untuned(
     options: SearchOptions, solutions: Sequence[Mapping[str, Any]], deadline: Deadline | None
 ) -> list[str]:
     """Says whose fine-tuning the time limit has ended."""
-    left = [s["budget_key"] for s in solutions if options.finetune and "finetuned" not in s]
+    wanted = options.finetune or options.recover
+    left = [s["budget_key"] for s in solutions if wanted and not {"finetuned", "failed"} & {*s}]
+    cut = [s["budget_key"] for s in solutions if s.get("finetuned", {}).get("stopped")]
     if deadline is None or not left:
-        return []
+        return [f"the time ended the recovery for {'; '.join(cut)}"] * bool(cut)
     return [
         f"the time limit of {deadline.seconds:g} s ended the fine-tuning for {'; '.join(left)}; "
         "the network is kept as it was before"
@@ -144,8 +146,9 @@ def _safe(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", label)
 
 
-def _finetune(
-    config: TrainingConfig,
+def _recovered(
+    recipe: Recipe,
+    options: SearchOptions,
     study: Study,
     model: nn.Module,
     network: nn.Module,
@@ -155,22 +158,28 @@ def _finetune(
     """Train a chosen network in place and measure it like the others.
 
     Raises:
-        TimeLimitError: The training does not end in time.
+        TimeLimitError: A fine-tuning does not end in time.
+        UsageError: The recipe does not fit, the loss is not finite, or the time is too short.
     """
     started = time.perf_counter()
+    stage = "finetune" if options.finetune else "recover"
     with limited_by(deadline):
-        study.finetune(
+        report = study.recover(
             network,
             model,
-            config,
+            recipe,
+            keeps_best=not options.finetune,
             on_step=lambda step, total, loss: progress.stage(
-                "finetune", step, total, f"loss {loss:.3f}"
+                stage, step, total, f"loss {loss:.3f}"
             ),
         )
     seconds = time.perf_counter() - started
     validation = study.measure(network, study.splits.validation)
     return {
-        "epochs": config.epochs,
+        "epochs": recipe.epochs,
+        "recipe": str(recipe),
+        "steps": report.steps,
+        "stopped": report.stopped,
         **_summary(study, validation, _tested(study, network)),
         "seconds": round(seconds, 2),
     }
@@ -203,6 +212,7 @@ def describe_trial(trial: Trial) -> dict[str, Any]:
         "allocation": trial.allocation.labels(),
         "seconds": round(trial.seconds, 3),
         **({"reason": trial.reason} if trial.reason else {}),
+        **({"weights": trial.weights} if trial.weights else {}),
     }
 
 

@@ -18,8 +18,10 @@ References:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,19 +29,24 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.compression.batch_norm import tracking_layers
-from rankNAS.compression.calibration import Recorder
+from rankNAS.compression.calibration import Recorder, statistics_key
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.patches import folded, patches
 from rankNAS.copies import unchanged
 from rankNAS.data.samples import Samples
 from rankNAS.decompositions.norms import Statistics
+from rankNAS.exceptions import WeightsError, WriteError
+from rankNAS.io.fingerprints import fingerprint
+from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.tasks.base import Task, at_least_float32
 from rankNAS.tasks.feeding import InputBatches, input_batches
 from rankNAS.trees import device_of, rows
 
 __all__ = ["second_order_losses"]
 
+logger = logging.getLogger(__name__)
+VERSION = 1  # part of the key of cached losses: raise it when the losses change
 BATCH = 128  # samples per pass
 PATCHES = 1 << 24  # elements of the patches that are made at a time
 CHANGES = 1 << 28  # elements of all changes D that are kept; beyond it, fewer choices are measured
@@ -56,6 +63,7 @@ def second_order_losses(
     *,
     seed: int = 0,
     batch_size: int = BATCH,
+    cache: Path | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
     """The second-order loss of each choice of each layer alone, per prediction.
@@ -67,6 +75,7 @@ def second_order_losses(
         statistics: From `calibrate`, if batch-norm statistics are re-estimated after truncation.
         seed: Random seed of the sampled targets.
         batch_size: Samples per pass.
+        cache: Folder in which the result is cached.
         on_batch: Called with (batches done, batches in total).
 
     Returns:
@@ -75,6 +84,12 @@ def second_order_losses(
     """
     model = factorisation.model
     batches = input_batches(samples, batch_size, task=task, device=device_of(model), even=True)
+    path = None
+    if cache is not None:
+        key = _key(factorisation, batches, task, bool(statistics), seed, batch_size)
+        path = cache / f"{key}.safetensors"
+        if (cached := _read(path, factorisation)) is not None:
+            return cached
     most = CHANGES // max(1, len(factorisation.layers))
     normed = _followed_by_batch_norm(factorisation, batches) if statistics else set()
     along = {
@@ -93,7 +108,46 @@ def second_order_losses(
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
     count = max(1, recorder.predictions)
-    return {name: found.losses(count) for name, found in along.items()}
+    losses = {name: found.losses(count) for name, found in along.items()}
+    if path is not None:
+        _write(path, losses)
+    return losses
+
+
+def _key(
+    factorisation: Factorisation,
+    batches: InputBatches,
+    task: Task,
+    normed: bool,
+    seed: int,
+    batch_size: int,
+) -> str:
+    """Content key of the model, the inputs, the choices and their errors."""
+    space = factorisation.space
+    known = statistics_key(factorisation.model, space, batches, task, "losses", seed)
+    labels = {name: [str(c) for c in layer.choices] for name, layer in space.layers.items()}
+    errors = {n: torch.tensor(e, dtype=torch.float64) for n, e in factorisation.errors().items()}
+    return fingerprint(errors, f"{VERSION} {known} {normed} {batch_size} {labels}")
+
+
+def _write(path: Path, losses: Mapping[str, list[float]]) -> None:
+    tensors = {name: torch.tensor(found, dtype=torch.float64) for name, found in losses.items()}
+    try:
+        write_tensors(path, tensors)
+    except WriteError as error:
+        logger.warning("the losses of the choices could not be cached: %s", error)
+
+
+def _read(path: Path, factorisation: Factorisation) -> dict[str, list[float]] | None:
+    """The cached losses; None if absent or damaged."""
+    if not path.exists():
+        return None
+    try:
+        tensors, _ = read_tensors(path)
+        return {name: tensors[name].tolist() for name in factorisation.layers}
+    except (WeightsError, KeyError) as error:
+        logger.warning("the cached losses %s are unreadable and are made again: %s", path, error)
+        return None
 
 
 class _Along:

@@ -152,6 +152,7 @@ class Preparation:
                     statistics if self.batch_norm else None,
                     seed=self.seed,
                     batch_size=size,
+                    cache=cache_folder() / "calibration",
                     on_batch=lambda done, total: self.report("measure losses", done, total),
                 )
         except TimeLimitError:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from rankNAS.evaluation.backend import Backend, Timing
 from rankNAS.evaluation.outputs import Reference
 from rankNAS.evaluation.pruning import PruneCallback, check_pruning, part_ends
 from rankNAS.evaluation.verification import verify_costs
-from rankNAS.exceptions import ObjectiveError, RankNASError
+from rankNAS.exceptions import ObjectiveError, RankNASError, WeightsError
+from rankNAS.io.tensors import read_tensors
 from rankNAS.objectives.base import EvaluationResult, ObjectiveBase
 from rankNAS.phases import Phases
 from rankNAS.recovery.refinement import Refiner
@@ -103,7 +105,7 @@ class Evaluator:
             known=self.known,
             timing=self.timing,
         )
-        self._known: dict[tuple[Allocation, bool], dict[str, float]] = {}  # by `_key`
+        self._known: dict[tuple[Allocation, bool, str], dict[str, float]] = {}  # by `_key`
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled copy needs little memory, as several on a machine would otherwise take many
@@ -134,6 +136,7 @@ class Evaluator:
         *,
         final: bool = False,
         screening: bool = False,
+        weights: str = "",
         should_continue: PruneCallback | None = None,
     ) -> dict[str, float]:
         """Metrics of an allocation: the task's metrics, costs, and the objectives.
@@ -143,6 +146,7 @@ class Evaluator:
             final: Evaluate the network that `network` returns, refitted and trained if the
                 evaluator is set so. This takes several times longer.
             screening: Evaluate on a part of the samples, `screened` of either kind; not final.
+            weights: The file of the network's trained weights; empty for truncated ones.
             should_continue: Called after each of the evaluator's parts but the last, with metrics
                 that lack the measured objectives.
 
@@ -151,10 +155,11 @@ class Evaluator:
                 training diverged.
             PrunedError: ``should_continue`` returned false.
             UsageError: The allocation does not belong to the space.
+            WeightsError: The file of the weights is missing or damaged.
         """
         if screening and (few := self._few) is not None:
             return few.evaluate(allocation)
-        key = self._key(allocation, final)
+        key = self._key(allocation, final, weights)
         if key not in self._known:
             started, forward = time.perf_counter(), self.timing.forward
             self._known[key] = self._evaluate(*key, should_continue)
@@ -169,11 +174,12 @@ class Evaluator:
         *,
         final: bool = False,
         screening: bool = False,
+        weights: str = "",
     ) -> None:
         """Record metrics measured earlier, so that they are not measured again."""
         if screening and self._screens:
             return
-        self._known[self._key(allocation, final)] = dict(metrics)
+        self._known[self._key(allocation, final, weights)] = dict(metrics)
 
     def forget(self) -> None:
         """Discard all cached metrics and activations."""
@@ -216,7 +222,9 @@ class Evaluator:
             sensitive=0,
         )
 
-    def network(self, allocation: Allocation, *, trained: bool = True) -> nn.Module:
+    def network(
+        self, allocation: Allocation, *, trained: bool = True, weights: str = ""
+    ) -> nn.Module:
         """The compressed network, in evaluation mode, with re-estimated batch norms.
 
         It is compared with what is measured before it is refined or trained: its outputs on a few
@@ -225,12 +233,14 @@ class Evaluator:
         Args:
             allocation: One choice for each layer.
             trained: Whether to refine and train it, if the evaluator does so.
+            weights: As for `evaluate`.
 
         Raises:
             NetworkError: It differs from what is measured.
             ObjectiveError: Its training diverged.
+            WeightsError: The file of the weights is missing or damaged.
         """
-        network = self._untrained(allocation)
+        network = self._untrained(allocation, weights)
         if self.refiner is not None and trained:
             with self.phases.timed("refine"):
                 network = self._refined(network, allocation, self.refiner)
@@ -264,16 +274,26 @@ class Evaluator:
         exact = self.factorisation.space.costs(allocation)
         return {**exact, **(self.extra_costs(allocation) if self.extra_costs else {})}
 
-    def _key(self, allocation: Allocation, final: bool) -> tuple[Allocation, bool]:
-        return allocation, final and (self.sequential or self.recovery is not None)
+    def _key(
+        self, allocation: Allocation, final: bool, weights: str
+    ) -> tuple[Allocation, bool, str]:
+        refits = self.sequential and not weights
+        return allocation, final and (refits or self.recovery is not None), weights
 
     def _evaluate(
-        self, allocation: Allocation, final: bool, should_continue: PruneCallback | None
+        self,
+        allocation: Allocation,
+        final: bool,
+        weights: str,
+        should_continue: PruneCallback | None,
     ) -> dict[str, float]:
         costs = self.costs(allocation)
-        if final and self.recovery is not None:
-            network = self._untrained(allocation)
-            sums = self._trained_sums(network, self.recovery, costs, should_continue)
+        if weights or (final and self.recovery is not None):
+            network = self._untrained(allocation, weights)
+            if final and self.recovery is not None:
+                sums = self._trained_sums(network, self.recovery, costs, should_continue)
+            else:
+                sums = self.backend.sums_of(network)
             return self._measure(allocation, sums, costs, lambda: copied(network))
         factors = self._factors(allocation, final)
         with self.backend.applying(allocation, factors):
@@ -355,13 +375,32 @@ class Evaluator:
             return self.factorisation
         return self.backend.refit.factors(allocation)
 
-    def _untrained(self, allocation: Allocation) -> nn.Module:
-        """The network of an allocation, with refitted factors if the evaluator is set so."""
-        factors = self._factors(allocation, refit=True)
+    def _untrained(self, allocation: Allocation, weights: str = "") -> nn.Module:
+        """The network of an allocation, with weights of a file if there are any.
+
+        Otherwise its factors are refitted if the evaluator is set so.
+        """
+        factors = self._factors(allocation, refit=not weights)
         with self.backend.applying(allocation, factors):
             network = self.backend.build(allocation, factors)
+        if weights:
+            _load(network, weights)
         space = self.factorisation.space
         batch = channels_last(self.calibration.example(space.batch_size, self.device))
         inputs = self.task.inputs_of(batch)
         verify_costs(network, space, allocation, self.factorisation.model, inputs)
         return network
+
+
+def _load(network: nn.Module, weights: str) -> None:
+    """Fill a network with the weights that a strategy has trained for it."""
+    if not Path(weights).is_file():
+        raise WeightsError(
+            f"the weights that the search has trained are no longer at {weights!r}; search again "
+            "under another name."
+        )
+    state, _ = read_tensors(Path(weights))
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise WeightsError(f"{weights!r} has weights of another network: {error}") from None

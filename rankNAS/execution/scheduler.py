@@ -147,6 +147,7 @@ def execute(evaluator: Evaluator, evaluation: Evaluation, pruner: Pruner | None 
                 evaluation.claim.allocation,
                 final=evaluation.final,
                 screening=evaluation.screening,
+                weights=evaluation.claim.weights,
                 should_continue=asked,
             )
     except PrunedError as stopped:
@@ -283,14 +284,17 @@ class _Loop:
         # Processes with equal counts would otherwise make equal proposals.
         rng = np.random.default_rng(drawn + [self.refused] * bool(self.refused))
         try:
-            proposals = strategy.propose(problem, history, min(free, room), rng)
+            proposals = strategy.proposals(problem, history, min(free, room), rng)
         except ObjectiveError as error:  # for example, a training diverged
             dense = problem.allocation([0] * len(problem.errors))
             self.record(Claim(dense, problem.budget_key), "failed", {}, 0.0, str(error))
             raise
-        for allocation in proposals:
-            self.check(allocation)
-        return [Claim(a, problem.budget_key) for a in proposals]
+        for proposal in proposals:
+            self.check(proposal.allocation)
+        return [
+            Claim(p.allocation, problem.budget_key, weights=str(p.weights or ""))
+            for p in proposals
+        ]
 
     def explain(self, history: History) -> None:
         """Say why fewer trials than wanted are made, unless the strategy needs only a few."""
@@ -331,6 +335,7 @@ class _Loop:
                 outcome.metrics,
                 final=outcome.evaluation.final,
                 screening=outcome.evaluation.screening,
+                weights=claim.weights,
             )
         self.record(claim, outcome.state, outcome.metrics, outcome.seconds, outcome.reason)
         history = self.study.store.known()
@@ -374,6 +379,7 @@ class _Loop:
             reason,
             claim.probe,
             claim.budget_key,
+            claim.weights,
         )
         self.study.store.add(trial, names)
 

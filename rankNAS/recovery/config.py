@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
+from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import PASS, affordable_samples
 from rankNAS.exceptions import UsageError
 
-__all__ = ["Refinement", "TrainingConfig", "default_config", "default_steps", "steps_per_epoch"]
+__all__ = [
+    "Refinement",
+    "TrainingConfig",
+    "affordable_training",
+    "default_config",
+    "default_steps",
+    "steps_per_epoch",
+]
 
 # PyTorch on two CPU cores trains at 6 to 12 thousand million forward multiply-adds per second
 # (ResNet-18 and ResNet-20 at 32 x 32), so this budget takes 40 to 85 s. It gives ResNet-18 12
@@ -71,6 +80,13 @@ class TrainingConfig:
         _check("temperature", self.temperature, 0 < self.temperature < math.inf, "above 0")
         _check("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "in [0, 1)")
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as part of what identifies a training."""
+        found = asdict(self)
+        if self.clip is None:  # checkpoints from before `clip` existed
+            del found["clip"]
+        return found
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -132,6 +148,12 @@ def default_config(macs: int, images: int, *, seed: int = 0) -> TrainingConfig:
     return TrainingConfig(
         epochs, max_steps=steps, batch_size=batch_size, learning_rate=0.02, seed=seed
     )
+
+
+def affordable_training(config: TrainingConfig, samples: Samples) -> TrainingConfig:
+    """The configuration with smaller batches where samples are sequences of many tokens."""
+    size = max(2, affordable_samples(config.batch_size, samples, 2 * PASS))
+    return replace(config, batch_size=size)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

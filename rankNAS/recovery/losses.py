@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from rankNAS.exceptions import UsageError
 from rankNAS.recovery.config import TrainingConfig
+from rankNAS.recovery.loop import Loss, Place
 from rankNAS.tasks.base import Prediction, Task
 
 __all__ = ["loss_function"]
@@ -17,8 +17,8 @@ __all__ = ["loss_function"]
 
 def loss_function(
     config: TrainingConfig, task: Task, teacher: nn.Module | None, device: torch.device
-) -> Callable[[Any, Prediction], Tensor]:
-    """The loss as a function of a batch and the network's prediction for it.
+) -> Loss:
+    """The loss as a function of a batch, the network's prediction for it and the batch's place.
 
     Args:
         config: The weights of its terms. Without labels, the teacher's prediction is the only
@@ -32,7 +32,7 @@ def loss_function(
     """
     share = config.distill if task.labelled else 1.0
     if share == 0:
-        return lambda batch, prediction: prediction.loss(config.label_smoothing)
+        return lambda batch, prediction, place: prediction.loss(config.label_smoothing)
     if teacher is None:
         why = f"distill is {config.distill}" if task.labelled else "the data have no labels"
         raise UsageError(
@@ -41,7 +41,7 @@ def loss_function(
         )
     guide = teacher.to(device).eval()
 
-    def loss(batch: Any, prediction: Prediction) -> Tensor:
+    def loss(batch: Any, prediction: Prediction, place: Place | None) -> Tensor:
         with torch.no_grad():
             reference = task.run(guide, batch)
         soft = prediction.distillation(reference, config.temperature)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["draw", "markdown", "noise_note", "tables"]
 
 #: Before a difference that is 0 within the noise.
+LABELS = " †"  # of strategies whose search has seen labels
 EQUAL = "≈ "
 #: The colours of tab20, first the saturated, then the pale ones.
 COLOURS = [*range(0, 20, 2), *range(1, 20, 2)]
@@ -101,7 +102,8 @@ def tables(
     for row in table.to_dict("records"):
         if row["strategy"] == DENSE_MODEL:
             continue
-        line = [str(row["strategy"]), known.value(row, known.main)]
+        marked = LABELS * bool(row["labels"])
+        line = [f"{row['strategy']}{marked}", known.value(row, known.main)]
         line += [known.value(row, "finetuned_test")] if known.tuned else []
         line += [_divergence(row), known.value(row, "validation")] if known.tested else []
         key = str(row["budget"]), str(row["strategy"])
@@ -208,8 +210,16 @@ def markdown(
             ]
         )
     noise = [] if differences is None else [noise_note(differences)]
-    lines += ["", *(f"{text}\n" for text in [NOTES, *noise] if text), _versions()]
+    texts = [NOTES, labels_note(rows), *noise]
+    lines += ["", *(f"{text}\n" for text in texts if text), _versions()]
     return "\n".join(lines) + "\n"
+
+
+def labels_note(rows: pd.DataFrame) -> str:
+    """What the mark of strategies that have seen labels means; empty if there are none."""
+    if not (rows.labels > 0).any():
+        return ""
+    return f"{LABELS.strip()} marks strategies whose search has trained on the labels."
 
 
 NOTES = (

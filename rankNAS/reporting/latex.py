@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from rankNAS.reporting.comparison import noise_note, tables
+from rankNAS.reporting.comparison import labels_note, noise_note, tables
 
 __all__ = ["latex"]
 
@@ -27,6 +27,7 @@ ESCAPES = {
     ">": r"$>$",
     "±": r"$\pm$",
     "≈": r"$\approx$",
+    "†": r"$\dagger$",
 }
 PATTERN = re.compile("|".join(map(re.escape, sorted(ESCAPES, key=len, reverse=True))))
 
@@ -38,7 +39,8 @@ def latex(rows: pd.DataFrame, differences: pd.DataFrame | None = None) -> str:
         rows: Rows from `rankNAS.comparison.compare`.
         differences: From `rankNAS.reporting.significance.differences`; None leaves them out.
     """
-    note = "" if differences is None else noise_note(differences)
+    noise = "" if differences is None else noise_note(differences)
+    note = " ".join(filter(None, [noise, labels_note(rows)]))
     lines: list[str] = []
     for budget, (columns, body) in tables(rows, differences).items():
         lines += [r"\begin{table}", r"\centering", rf"\caption{{{_text(budget)}. {_text(note)}}}"]

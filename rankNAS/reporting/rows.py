@@ -36,13 +36,14 @@ class Row:
         setup_seconds: Time of the shared set-up of the seed: splits, calibration, factors and
             tables. Cached statistics reduce it.
         evaluations: Trials of the study so far, including failed ones and probes.
-        finetuned_test: The metric on the test data after fine-tuning, equal for all.
+        finetuned_test: The metric on the test data after fine-tuning or recovery, equal for all.
         metric: Name of the task's main metric; empty if nothing was measured.
         direction: Whether to ``maximize`` or ``minimize`` the metric.
         status: ``ok``, or why there is no solution.
         search_cpu_seconds: CPU seconds of the strategy's study so far, as `search_seconds`.
         setup_cpu_seconds: CPU seconds of the shared set-up of the seed.
         note: What a time limit has ended, if it has; such a row is no result of equal conditions.
+        labels: 1 if the search has trained weights on labels, which the others have not seen.
     """
 
     strategy: str
@@ -63,6 +64,7 @@ class Row:
     search_cpu_seconds: float = math.nan
     setup_cpu_seconds: float = math.nan
     note: str = ""
+    labels: int = 0
 
     @property
     def key(self) -> Key:
@@ -94,6 +96,8 @@ def with_current_columns(rows: pd.DataFrame) -> pd.DataFrame:
     for name in ("search_cpu_seconds", "setup_cpu_seconds", "note"):
         if name not in rows:
             rows[name] = math.nan
+    if "labels" not in rows:
+        rows["labels"] = 0
     rows["note"] = rows.note.astype(object).fillna("")
     return rows[list(COLUMNS)]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linprog
 
+from rankNAS.deadline import check_time
 from rankNAS.exceptions import BudgetError
 from rankNAS.solver.min_sum import min_sum
 from rankNAS.solver.tables import SLACK, Array, Solution, Table, least_cost, least_of_each
@@ -29,6 +30,7 @@ def min_max(value: Table, costs: Sequence[Table], limits: Sequence[float]) -> So
 
     Raises:
         BudgetError: No allocation meets the budgets.
+        TimeLimitError: The active deadline has passed.
     """
     thresholds = np.unique(np.concatenate(value))
     thresholds = thresholds[thresholds >= max(v.min() for v in value)]
@@ -78,6 +80,7 @@ def _feasible(
     value: Table, costs: Sequence[Table], limits: Sequence[float], threshold: float
 ) -> bool | None:
     """Whether choices of at most this value can meet all budgets; None if it is not decided."""
+    check_time()
     narrowed = _narrowed(value, costs, threshold)
     for cost, limit in zip(narrowed, limits, strict=True):
         if least_cost(cost) > limit * (1 + SLACK):
@@ -110,6 +113,7 @@ def _relaxed(costs: Sequence[Table], limits: Sequence[float]) -> bool | None:
     K = len(bounds)
     m, planes = np.full(K, 1 / K), []
     for _ in range(PLANES):
+        check_time()
         priced = m @ rows
         chosen = least_of_each(priced, starts)
         excess = rows[:, chosen].sum(1) - bounds

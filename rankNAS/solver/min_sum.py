@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, eye
 
+from rankNAS.deadline import check_time, seconds_left
 from rankNAS.exceptions import BudgetError, RankNASError
 from rankNAS.solver.pareto import pareto_filter
 from rankNAS.solver.tables import (
@@ -77,6 +78,7 @@ def min_sum(
     Raises:
         BudgetError: No allocation meets the budgets.
         RankNASError: No allocation was found within the limits.
+        TimeLimitError: The active deadline has passed.
     """
     deadline = time.monotonic() + seconds
     nodes = nodes or 1 + NODES // max(1, len(value))
@@ -94,6 +96,7 @@ def min_sum(
     resolution = RESOLUTION * max(float(np.abs(v).max()) for v in value)
     best = None
     while True:
+        check_time()
         core = [k[e <= width] for k, e in zip(kept, extra, strict=True)]
         whole = width >= sizes[-1]
         try:
@@ -166,6 +169,7 @@ def _multipliers(objective: Array, rows: Array, bounds: Array, kept: Sequence[In
     m = best = np.zeros(K)
     most, planes, heights = -np.inf, list[Array](), list[float]()
     for _ in range(PLANES):
+        check_time()
         priced = objective + m @ rows
         chosen = least_of_each(priced, starts)
         excess, height = rows[:, chosen].sum(1) - bounds, float(objective[chosen].sum())
@@ -228,6 +232,7 @@ def _programme(
                 **_time_limit(deadline),
             },
         )
+        check_time()
         if result.status == 2:
             raise infeasible(costs, limits)
         if result.x is None:
@@ -246,8 +251,9 @@ def _programme(
 
 
 def _time_limit(deadline: float) -> dict[str, float]:
-    """The solver's option for a deadline, if there is one."""
-    return {} if np.isinf(deadline) else {"time_limit": max(0.0, deadline - time.monotonic())}
+    """The solver's option for a deadline, its own or that of the search, if there is one."""
+    left = min(deadline - time.monotonic(), seconds_left())
+    return {} if np.isinf(left) else {"time_limit": max(0.0, left)}
 
 
 def _steps(table: Array, starts: Indices) -> Array:  # (..., N) -> (..., N)

@@ -34,11 +34,14 @@ class Claim:
         allocation: The allocation.
         budget_key: The key of the budget that it was proposed for.
         probe: Whether it is a probe, which does not count as a trial of the budget.
+        weights: The file of the weights that the strategy has trained for it; empty if none.
+            Other processes do not see it.
     """
 
     allocation: Allocation
     budget_key: str
     probe: bool = False
+    weights: str = ""
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class TrialFormat:
         attributes: dict[str, Any] = {TRIAL_METRICS: dict(trial.metrics), **trial.metrics}
         if trial.reason:
             attributes["reason"] = trial.reason
+        if trial.weights:
+            attributes["weights"] = trial.weights
         if trial.probe:
             attributes["probe"] = True
         attributes["budget_key"] = trial.budget_key
@@ -114,6 +116,7 @@ class TrialFormat:
                 attributes.get("reason", ""),
                 attributes.get("probe", False),
                 current.get("budget_key", ""),
+                str(attributes.get("weights", "")),
             )
             token, digest = attributes.get(CHECK, ("", None))
             # The checksum covers the metrics as written.
@@ -139,5 +142,5 @@ def _digest(trial: Trial, metrics: Mapping[str, float]) -> str:
         trial.reason,
         trial.probe,
         trial.budget_key,
-    ]
+    ] + [trial.weights] * bool(trial.weights)
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from rankNAS.search_spaces.base import Layer
     from rankNAS.strategies.spectra import LayerSpectra, SpectrumName
 
-__all__ = ["Request", "Strategy"]
+__all__ = ["Proposal", "Request", "Strategy"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,21 @@ class Request:
     training: int
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """An allocation to evaluate.
+
+    Args:
+        allocation: One choice for each layer.
+        weights: The file with the state of its network, if the strategy has trained it; from
+            `rankNAS.io.tensors.write_tensors`. Without one, the network has the truncated weights
+            of the dense model.
+    """
+
+    allocation: Allocation
+    weights: Path | None = None
+
+
 class Strategy(ABC):
     """Proposes allocations.
 
@@ -52,7 +68,8 @@ class Strategy(ABC):
     More methods may be overridden: `check` refuses what the strategy cannot do, `candidates` names
     choices that must be offered, `bind` takes spectra of the layers, and `probes` asks for
     measurements of allocations that need not meet the budgets. A strategy that trains the network
-    itself takes the whole search context through `bind_context` instead of `bind`.
+    itself takes the whole search context through `bind_context` instead of `bind`, and gives the
+    trained weights with its `proposals`.
 
     Attributes:
         name: As given to ``--strategy``.
@@ -70,6 +87,7 @@ class Strategy(ABC):
         sensitive: So many of the validation samples, the most sensitive ones, are measured apart
             too: metrics named ``NAME@sensitive``. See `sampled`.
         finishes: Whether `finish` trains the returned network.
+        trains: Whether it trains weights while it searches, on labels if the data have any.
         refits: Evaluate proposals after sequential refitting
             (`rankNAS.compression.reconstruction`), if the settings have it. A trial then takes
             several times longer. Probes are never refitted.
@@ -95,6 +113,7 @@ class Strategy(ABC):
     screens: bool = False
     sensitive: int = 0
     finishes: bool = False
+    trains: bool = False
     refits: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -190,6 +209,15 @@ class Strategy(ABC):
         numbers = [t.number for t in trials]
         on_front = np.flatnonzero(non_dominated(objective_values(problem, trials))).tolist()
         return trials[min(on_front, key=lambda i: (ranks[i], losses[i], numbers[i]))]
+
+    def proposals(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Proposal]:
+        """The allocations of `propose`, with their weights if the strategy has trained them.
+
+        This is what searches call; a strategy that trains overrides it.
+        """
+        return [Proposal(a) for a in self.propose(problem, history, n, rng)]
 
     @abstractmethod
     def propose(

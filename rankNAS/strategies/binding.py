@@ -21,6 +21,9 @@ def bind(strategy: Strategy, context: SearchContext) -> Strategy:
     Args:
         strategy: As configured; it is not changed.
         context: The model, its factors and the data.
+
+    Raises:
+        TimeLimitError: The active deadline has passed.
     """
     if strategy.needs_context:
         return strategy.bind_context(context)

@@ -39,6 +39,7 @@ class Trial:
         reason: Why it failed or was stopped.
         probe: Whether it is a probe, which need not meet the budget.
         budget_key: The label of the budget that it was proposed for.
+        weights: The file of the weights that the strategy has trained for it; empty if none.
 
     Example:
         >>> from rankNAS.allocation import DENSE
@@ -55,6 +56,7 @@ class Trial:
     reason: str = ""
     probe: bool = False
     budget_key: str = ""
+    weights: str = ""
 
 
 @dataclass(frozen=True)

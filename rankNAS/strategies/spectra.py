@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.allocation import Choice
+from rankNAS.deadline import check_time
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import Layer
 from rankNAS.strategies.problem import Array
@@ -68,6 +69,7 @@ def make_spectra(
 
     Raises:
         UsageError: There is no such spectrum.
+        TimeLimitError: The active deadline has passed.
     """
     if unknown := [name for name in needed if name not in get_args(SpectrumName)]:
         raise UsageError(
@@ -77,6 +79,7 @@ def make_spectra(
 
 
 def _of(found: LayerFactors, needed: Sequence[SpectrumName]) -> LayerSpectra:
+    check_time()
     groups = {channel_groups(c) for c in found.layer.choices} - {None}
     outputs: tuple[float, ...] = ()
     if "outputs" in needed:

@@ -92,19 +92,22 @@ class Categorical(Logits):
         )
 
     def distillation(self, reference: Prediction, temperature: float = 1.0) -> Tensor:
-        """``T² KL(teacher ‖ student)``: its gradients do not grow with T (Hinton et al. 2015)."""
-        assert isinstance(reference, Categorical)
-        student, teacher = (
-            at_least_float32(_of(x.logits, self._valid)) for x in (self, reference)
-        )
+        """``T² KL(teacher ‖ student)``: its gradients do not grow with T (Hinton et al. 2015).
+
+        A compact reference must be that of logits divided by T.
+        """
+        student = at_least_float32(_of(self.logits, self._valid))
         if not len(student):
             return self.logits.sum() * 0.0
-        divergence = functional.kl_div(
-            functional.log_softmax(student / temperature, dim=-1),
-            functional.log_softmax(teacher / temperature, dim=-1),
-            reduction="batchmean",
-            log_target=True,
-        )
+        log_q = functional.log_softmax(student / temperature, dim=-1)
+        if isinstance(reference, TopClasses):
+            log_p = _of(reference.log_probabilities, self._valid)
+            log_q = _with_rest(log_q.gather(-1, _of(reference.classes, self._valid).long()))
+        else:
+            assert isinstance(reference, Categorical)
+            teacher = at_least_float32(_of(reference.logits, self._valid))
+            log_p = functional.log_softmax(teacher / temperature, dim=-1)
+        divergence = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return temperature**2 * divergence
 
     @torch.no_grad()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +189,33 @@ def test_the_model_is_left_as_it_was_and_equal_seeds_agree() -> None:
     assert first != second_order_losses(found, Samples.of(x), TASK, seed=4)
     assert torch.equal(model(x), before)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_losses_are_cached_by_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 2, 6, 6)
+    model, passes = Net().eval(), list[int]()
+    found = factors(model, x)
+
+    def losses(found: Factorisation = found, x: Tensor = x, **options: int) -> dict[str, Any]:
+        def on_batch(done: int, total: int) -> None:
+            passes.append(done)
+
+        options = {"cache": tmp_path, "on_batch": on_batch, **options}  # type: ignore[dict-item]
+        return second_order_losses(found, Samples.of(x), TASK, **options)  # type: ignore[arg-type]
+
+    first = second_order_losses(found, Samples.of(x), TASK)
+    assert losses() == first == losses() and passes == [1]
+    losses(seed=1)
+    losses(x=x[:4])
+    losses(batch_size=4)
+    assert len(passes) == 1 + 1 + 1 + 2 and len(list(tmp_path.iterdir())) == 4
+    layers = found.space.layers
+    fewer = found.space.restrict({name: layer.choices[:2] for name, layer in layers.items()})
+    assert all(len(few) <= 2 for few in losses(factorise(model, fewer)).values())
+    assert len(passes) == 6
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with caplog.at_level(logging.WARNING):
+        assert losses() == first and len(passes) == 7
+    assert "made again" in caplog.text

@@ -14,7 +14,8 @@ from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import RankNASError, UsageError, WeightsError
 from rankNAS.recovery import TrainingConfig, train
-from rankNAS.recovery.trainer import Recovery, _learning_rate
+from rankNAS.recovery.loop import learning_rate
+from rankNAS.recovery.trainer import Recovery
 from rankNAS.tasks.infer import infer_task
 
 CONFIG = TrainingConfig(epochs=4, batch_size=16, learning_rate=0.05)
@@ -160,10 +161,10 @@ def test_max_steps_ends_within_an_epoch_with_the_schedule() -> None:
 
 
 def test_schedule_warms_up_then_falls_like_a_cosine() -> None:
-    rates = [_learning_rate(step, 100, 2.0) for step in range(100)]
+    rates = [learning_rate(step, 100, 2.0) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.01
-    assert _learning_rate(0, 1, 2.0) == 2.0
+    assert learning_rate(0, 1, 2.0) == 2.0
 
 
 def test_last_batch_of_one_image_is_left_out() -> None:

@@ -68,6 +68,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[type[Options], ...]]] = {
     ),
     "spaces": ("lists:run_spaces", "List the built-in search spaces.", (JsonOptions,)),
     "strategies": ("lists:run_strategies", "List the strategies.", (JsonOptions,)),
+    "recipes": ("recipes:run_recipes", "List the recipes of --recover.", (JsonOptions,)),
     "tasks": ("lists:run_tasks", "List the tasks: what a network is for.", (JsonOptions,)),
     "objectives": ("lists:run_objectives", "List the objectives.", (JsonOptions,)),
     "hardware": (

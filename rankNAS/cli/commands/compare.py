@@ -13,15 +13,14 @@ import pandas as pd
 import typer
 
 from rankNAS.cli.loading import (
-    affordable_training,
     check_options,
     check_writable,
+    chosen_recipe,
     load_model,
     load_named_data,
     load_space,
     load_task,
     named_strategy,
-    training_config,
     untrained_model,
     within_context,
 )
@@ -34,7 +33,7 @@ from rankNAS.engine import objectives_of
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import read_json, save_atomically
 from rankNAS.io.formats import BEFORE_TASKS
-from rankNAS.reporting.comparison import draw, markdown, noise_note, tables
+from rankNAS.reporting.comparison import draw, labels_note, markdown, noise_note, tables
 from rankNAS.reporting.latex import latex
 from rankNAS.reporting.metrics import metric_text
 from rankNAS.reporting.rows import COLUMNS, DENSE_MODEL, OK, Row, with_current_columns
@@ -62,13 +61,13 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
     sums = BlockSums(folder / SUMS)
     with progress_display(control.quiet) as progress:
         data = load_named_data(options)
-        training = training_config(options, options.finetune)
-        if training is not None:
-            training = affordable_training(training, data.train)
+        recipe = chosen_recipe(options)
         untrained = untrained_model(options, data)
         data = within_context(options, data, untrained)
         task = load_task(options, data, untrained, progress)
         objectives = objectives_of(options.objective or None, task)
+        if recipe is not None:
+            recipe.check(task)
         space = load_space(options, data, untrained, task, settings)
 
         def on_row(row: Row) -> None:
@@ -87,7 +86,7 @@ def run_compare(options: CompareOptions, control: CompareControl) -> None:
                 task=task,
                 objectives=objectives,
                 n_trials=options.trials,
-                training=training,
+                recipe=recipe,
                 training_samples=options.finetune_samples,
                 settings=settings,
                 hardware=options.hardware,
@@ -182,6 +181,8 @@ def _finish(
     if options.finetune:
         samples = options.finetune_samples or "all training"
         about += f" Fine-tuning: {options.finetune} epochs on {samples} samples."
+    if options.recover:
+        about += f" Recovery: {chosen_recipe(options)}."
     summary = markdown(rows, shlex.join(["ranknas", *sys.argv[1:]]), about, found)
     save_atomically(folder / "summary.md", lambda path: _write(path, summary))
     tex = latex(rows, found)
@@ -199,6 +200,8 @@ def _finish(
     for budget, (columns, body) in tables(rows, found).items():
         print_table(budget, columns, body)
     typer.echo(noise_note(found))
+    if note := labels_note(rows):
+        typer.echo(note)
     for row in rows[rows.note != ""].itertuples():
         typer.echo(f"seed {row.seed}  {row.strategy}  {row.budget}: {row.note}")
     for row in rows[rows.status != OK].drop_duplicates(["strategy", "status"]).itertuples():

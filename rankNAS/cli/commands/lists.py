@@ -15,7 +15,13 @@ from rankNAS.search_spaces.zoo import family
 from rankNAS.strategies import CATALOGUE as STRATEGIES
 from rankNAS.tasks import TASKS
 
-__all__ = ["run_hardware", "run_objectives", "run_spaces", "run_strategies", "run_tasks"]
+__all__ = [
+    "run_hardware",
+    "run_objectives",
+    "run_spaces",
+    "run_strategies",
+    "run_tasks",
+]
 
 
 def run_spaces(options: JsonOptions) -> None:

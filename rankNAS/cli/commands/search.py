@@ -16,9 +16,9 @@ from torch import nn
 from rankNAS.allocation import Allocation
 from rankNAS.cli.interrupts import interruptible
 from rankNAS.cli.loading import (
-    affordable_training,
     check_options,
     check_writable,
+    chosen_recipe,
     load_model,
     load_named_data,
     load_space,
@@ -46,11 +46,12 @@ from rankNAS.data.base import Data
 from rankNAS.deadline import Deadline
 from rankNAS.decompositions.shapes import LAYER_COSTS
 from rankNAS.engine import objectives_of, search
-from rankNAS.exceptions import StudyError
+from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import read_json, write_json
 from rankNAS.io.formats import current_format
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.pipeline import requests
+from rankNAS.recovery.config import affordable_training
 from rankNAS.reporting.metrics import metric_name, metric_text, quality_names
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.settings import Settings
@@ -87,6 +88,8 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         data = within_context(options, data, untrained)
         task = load_task(options, data, untrained, progress)
         measured = objectives_of(options.objective or None, task)
+        if (recipe := chosen_recipe(options)) is not None:
+            recipe.check(task)
         for request in requests(data, options.budgets, measured, settings):
             strategy.check(request)
         space = load_space(options, data, untrained, task, settings)
@@ -106,6 +109,8 @@ def run_search(options: SearchOptions, control: SearchControl) -> None:
         print_json(result)
     else:
         _print(options, result)
+    if failures := [s["failed"] for s in result["solutions"] if "failed" in s]:
+        raise UsageError(f"{failures[0]} The networks from before it are kept.")
 
 
 def _check_resumable(options: SearchOptions) -> None:
@@ -255,9 +260,10 @@ def _print(options: SearchOptions, result: dict[str, Any]) -> None:
         ]
         for name in names
     ]
-    if options.finetune:
+    if options.finetune or options.recover:
+        done = "fine-tuned" if options.finetune else "recovered"
         rows += [
-            [f"fine-tuned, {metric_name(name)}", ""]
+            [f"{done}, {metric_name(name)}", ""]
             + [metric_text(a.get("finetuned", {}).get(name)) for a in solutions]
             for name in names
         ]

@@ -21,7 +21,7 @@ class CompareOptions(ModelOptions):
     )
     seeds: int = option(3, "Number of repetitions; the seeds are 0, 1, …", SEARCH, min=1)
     finetune_samples: int | None = option(
-        None, "Training samples of --finetune. Default: all.", TRAINING, min=1
+        None, "Training samples of --finetune. Default: all.", TRAINING, min=1, hidden=True
     )
     out: str = option(
         "ranknas-comparison",

@@ -97,7 +97,17 @@ class ModelOptions(SpaceOptions):
         hidden=True,
     )
     finetune: int = option(
-        0, "Number of epochs that each chosen network is fine-tuned.", TRAINING, min=0
+        0,
+        "Epochs of fine-tuning of each chosen network: --recover plain:epochs=N.",
+        TRAINING,
+        min=0,
+        hidden=True,
+    )
+    recover: str | None = option(
+        None,
+        "Train each chosen network by a recipe, NAME:key=value,…, such as plain:epochs=5; see "
+        "`ranknas recipes`.",
+        TRAINING,
     )
     distill: float = option(
         0.5, "Weight of distillation from the dense model.", TRAINING, hidden=True

@@ -157,6 +157,9 @@ class ResumeOptions(OutputOptions, TrustOptions, LimitOptions, StudyOptions):
         SearchOptions, "storage", None, "Another storage. Default: as before."
     )
     workers: int | None = changed(SearchOptions, "workers", None)
+    recover: str | None = changed(
+        SearchOptions, "recover", None, "Another recipe. Default: as before."
+    )
     trust_study: bool = changed(
         TrustOptions,
         "trust_study",
@@ -167,7 +170,8 @@ class ResumeOptions(OutputOptions, TrustOptions, LimitOptions, StudyOptions):
     @property
     def changes(self) -> dict[str, Any]:
         """The search options given on the command line."""
-        given = {name: getattr(self, name) for name in ("trials", "budget", "storage", "workers")}
+        names = ("trials", "budget", "storage", "workers", "recover")
+        given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value not in (None, [])}
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from rankNAS.allocation import Allocation
+from rankNAS.deadline import check_time
 from rankNAS.exceptions import BudgetError, UsageError
 from rankNAS.solver.pareto import non_dominated
 from rankNAS.strategies.base import Strategy
@@ -167,6 +168,7 @@ def _unseen(
 
 def _decoded(problem: Problem, preferences: Array, rng: np.random.Generator) -> Indices:
     """As `decode`, but empty where a tightened set of budgets cannot be met."""
+    check_time()
     try:
         return decode(problem, preferences, rng, additive=True)
     except BudgetError:
@@ -216,6 +218,7 @@ def _maximise(
         acquired = acquisition(X, Y, met, waiting, seed)
         chosen: list[int] = []
         for _ in range(min(n, len(pool))):
+            check_time()
             with torch.no_grad():
                 scores = torch.cat([acquired(c.unsqueeze(1)) for c in candidates.split(256)])
             scores[chosen] = -torch.inf

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rankNAS.deadline import check_time
 from rankNAS.strategies.history import Trial, by_divergence, rankings
 from rankNAS.strategies.problem import Array, Problem
 
@@ -225,6 +226,9 @@ def fitted(X: Tensor, y: Tensor, features: int, column: int) -> Any:
     model = SingleTaskGP(X, y, mean_module=mean, covar_module=kernel.to(X), outcome_transform=None)
     fit_gpytorch_mll(
         ExactMarginalLogLikelihood(model.likelihood, model),
-        optimizer_kwargs={"options": {"maxiter": FIT_ITERATIONS}},
+        optimizer_kwargs={
+            "options": {"maxiter": FIT_ITERATIONS},
+            "callback": lambda *_: check_time(),
+        },
     )
     return model

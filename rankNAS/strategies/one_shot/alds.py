@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rankNAS import decompositions
 from rankNAS.allocation import DENSE, Allocation, Choice
+from rankNAS.deadline import check_time
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import Layer
 from rankNAS.solver.min_max import min_max
@@ -292,6 +293,7 @@ def _alternate(
 ) -> Iterator[list[int]]:
     """The allocation after each global step of one start."""
     for _ in range(iterations):
+        check_time()
         while (indices := _global_step(layers, groups)) is None:
             halved = [x.nearest(k // 2) for x, k in zip(layers, groups, strict=True)]
             if halved == groups:

@@ -24,6 +24,7 @@ from typing import Literal, final, get_args
 import numpy as np
 
 from rankNAS.allocation import Allocation
+from rankNAS.deadline import check_time
 from rankNAS.exceptions import UsageError
 from rankNAS.solver.tables import SLACK
 from rankNAS.strategies.base import Request, Strategy
@@ -200,6 +201,7 @@ def beam_search(
     finished: dict[State, tuple[int, int]] = {}
     waiting, done = list(levels), 0
     while waiting and beam:
+        check_time()
         families = [tables.children(state, waiting[0]) for state in beam]
         if any(families):
             waiting.pop(0)

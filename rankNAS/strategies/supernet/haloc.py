@@ -4,8 +4,8 @@ Every layer has a few candidates of equal Tucker-2 ranks in coarse steps, all tr
 weight, and one logit per candidate. Each epoch first improves the logits on training data that the
 weights do not see, by the cross-entropy under a penalty on the expected cost, and then trains the
 network at the likely ranks, its feature maps held close to the dense network's. The
-solution is the most probable allocation within the budgets; the original weights, decomposed
-anew, are evaluated.
+solution is the most probable allocation within the budgets, with the trained weights, decomposed
+anew at its ranks; or, if the weights are not kept, with the original ones.
 
 Notation: p_lj the probability of candidate j of layer l, T the budget.
 
@@ -21,8 +21,8 @@ candidates, the cost expected under softmax(logits) where ComCAT weighs it by th
 the relative error in the regulariser, few steps an epoch, the expected ranks where the argmax,
 which ComCAT takes, leaves a tenth of the budget (`picked`), exact decoding of the solution, and
 SVD where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so
-the method is not tied to images). The super-net truncates in the norm of the weights; the solution
-is decomposed in the norm of the study.
+the method is not tied to images). Trained weights are truncated in the norm of the weights, and
+batch norms re-estimated; original weights are decomposed in the norm of the study.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rankNAS.allocation import Allocation, Choice
 from rankNAS.evaluation.context import SearchContext, silent
 from rankNAS.exceptions import UsageError
 from rankNAS.search_spaces.base import Layer
-from rankNAS.strategies.base import Request, Strategy
+from rankNAS.strategies.base import Proposal, Request, Strategy
 from rankNAS.strategies.history import History
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.supernet.candidates import coarse, equal_ranks, picked
@@ -68,6 +68,7 @@ class Haloc(Strategy):
         learning_rate: Of the logits (AdamW).
         weight_rate: Of the weights (SGD, momentum 0.9).
         features: Coefficient of the feature-map regulariser in the first epoch.
+        keep: Whether the solution keeps the trained weights.
         operators: In order of preference: a layer takes its candidates from the first that it
             offers. None is the default, followed by all others.
 
@@ -84,9 +85,11 @@ class Haloc(Strategy):
     learning_rate: float = 1e-2
     weight_rate: float = 5e-3
     features: float = 0.5
+    keep: bool = True
     operators: tuple[str, ...] | None = ("tucker2", "svd")
     name = "haloc"
     needs_context = True
+    trains = True
 
     def __post_init__(self) -> None:
         for number in ("epochs", "steps", "granularity"):
@@ -152,6 +155,7 @@ class _Bound(Strategy):
     context: SearchContext = field(compare=False, repr=False)
     operators: tuple[str, ...] | None
     name = "haloc"
+    trains = True
 
     def __getstate__(self) -> dict[str, Any]:
         # A progress bar and an evaluator, with its traced network, do not pickle; neither matters.
@@ -161,6 +165,12 @@ class _Bound(Strategy):
     def propose(
         self, problem: Problem, history: History, n: int, rng: np.random.Generator
     ) -> list[Allocation]:
+        """The allocation of the solution, once; see `proposals`."""
+        return [proposal.allocation for proposal in self.proposals(problem, history, n, rng)]
+
+    def proposals(
+        self, problem: Problem, history: History, n: int, rng: np.random.Generator
+    ) -> list[Proposal]:
         """The solution, once; trained, unless a checkpoint has it.
 
         Raises:
@@ -175,6 +185,9 @@ class _Bound(Strategy):
         layers = self.context.factorisation.space.layers
         shapes = {name: layers[name].shape for name in problem.choices}
         searched = coarse(problem, shapes, self.operators, self.configuration.granularity)
-        logits = Training(self.configuration, self.context, searched).run()
-        allocation = searched.allocation(picked(searched, logits))
-        return [] if allocation in history.proposed else [allocation]
+        training = Training(self.configuration, self.context, searched)
+        allocation = searched.allocation(picked(searched, training.run()))
+        if allocation in history.proposed:
+            return []
+        weights = training.keep(allocation) if self.configuration.keep else None
+        return [Proposal(allocation, weights)]

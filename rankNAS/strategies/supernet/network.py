@@ -36,6 +36,7 @@ from rankNAS.allocation import DENSE, Choice
 from rankNAS.compression.factorisation import Factorisation, factorise
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.copies import copied
+from rankNAS.deadline import check_time
 from rankNAS.decompositions import OPERATORS, LayerShape
 from rankNAS.decompositions.base import balanced
 from rankNAS.decompositions.layer_view import LayerView
@@ -70,7 +71,7 @@ class SuperNet:
 
     def decompose(self) -> Factorisation:
         """The current weights' factors, optimal in the norm of the weights themselves."""
-        return factorise(self.network, self.space)
+        return factorise(self.network, self.space, on_layer=lambda done, total: check_time())
 
     def truncations(self, factors: Factorisation) -> dict[str, Tensor]:  # each (J, *weight)
         """By layer, the multiplied-out weights of its candidates, outputs first."""

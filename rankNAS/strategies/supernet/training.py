@@ -6,17 +6,22 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rankNAS.compression.factorisation import Factorisation
+from rankNAS.allocation import Allocation
+from rankNAS.compression.batch_norm import reestimate_batch_norm
+from rankNAS.compression.factorisation import Factorisation, factorise
+from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.context import SearchContext
 from rankNAS.exceptions import ObjectiveError, WeightsError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
+from rankNAS.io.tensors import write_tensors
 from rankNAS.strategies.problem import Problem
 from rankNAS.strategies.supernet.candidates import picked
 from rankNAS.strategies.supernet.losses import (
@@ -28,6 +33,7 @@ from rankNAS.strategies.supernet.losses import (
     penalised,
 )
 from rankNAS.strategies.supernet.network import FactoredWeight, SuperNet
+from rankNAS.tasks.feeding import input_batches
 from rankNAS.trees import channels_last, size_of
 
 __all__ = ["Schedule", "Training"]
@@ -37,6 +43,7 @@ VERSION = 3  # part of the key of checkpoints: raise it when the training change
 TEMPERATURES = 5.0, 0.1  # [ComCAT]
 DECAY = 5e-4  # weight decay of the logits [ComCAT]
 MOMENTUM = 0.9
+NORMALISED = 128  # samples per pass of the re-estimation of batch norms
 SMALLEST = 0.01  # the coefficient of the regulariser falls no further [ComCAT]
 
 
@@ -108,6 +115,31 @@ class Training:
             self.epoch += 1
             self._save()
         return self.logits
+
+    def keep(self, allocation: Allocation) -> Path:
+        """Write the trained network at an allocation's ranks; the file of its state.
+
+        Args:
+            allocation: Choices of the problem.
+
+        Raises:
+            WriteError: The file cannot be written.
+        """
+        path = self.context.checkpoint(f"{self.key} weights {allocation.to_json()}")
+        path = path.with_suffix(".safetensors")
+        if not path.is_file():
+            model = copied(self.context.factorisation.model)
+            model.load_state_dict(self.net.network.state_dict())
+            space = self.net.space.restrict({name: [c] for name, c in allocation.items()})
+            network = factorise(model, space).materialise(allocation)
+            calibration = self.context.splits.calibration
+            if len(calibration) > 1:
+                inputs = input_batches(
+                    calibration, NORMALISED, task=self.task, device=self.context.device, even=True
+                )
+                reestimate_batch_norm(network, inputs)
+            write_tensors(path, network.state_dict())
+        return path
 
     def _search_logits(self, factors: Factorisation, generator: torch.Generator) -> None:
         """Improve the logits on held-out data; weights stay as they are."""

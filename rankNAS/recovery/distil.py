@@ -1,0 +1,152 @@
+"""Recipe ``distil``: labels and the dense network's predictions, for a small budget of epochs.
+
+The loss is the task's loss and the divergence from the dense network, whose outputs for a fixed
+set of augmentations are kept. Decay acts on the product of factors, the weights are averaged, and
+batch norms are re-estimated at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from rankNAS.compression.batch_norm import has_batch_norm, reestimate_batch_norm, tracking_layers
+from rankNAS.recovery.features import Features
+from rankNAS.recovery.loop import Place
+from rankNAS.recovery.parts import Average, Part
+from rankNAS.recovery.products import ProductDecay, chains
+from rankNAS.recovery.recipe import Job, Recipe, Setup
+from rankNAS.recovery.teacher import Teacher
+from rankNAS.tasks.base import Prediction
+from rankNAS.tasks.feeding import input_batches
+
+__all__ = ["Distil"]
+
+NORMALISED = 2048  # samples from which batch norms are re-estimated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(Recipe):
+    """Distillation from the dense network.
+
+    Args:
+        distill: Weight in [0, 1] of the divergence from the dense network; the rest is that of the
+            labels. Without labels it is 1.
+        temperature: Softmax temperature of the divergence; None is 4, for language models 1.
+        features: Weight of the distance between feature maps of decomposed layers; above 0, the
+            dense network runs in every step.
+        decay: Weight decay: of the products of factors, and of other matrices and kernels.
+        ema: Limit of the decay of the average of the weights; 0 averages nothing.
+        augmentations: Augmentations of each sample, which come again in turns; the dense network
+            runs once for each. 0 draws new ones in every epoch.
+        cache: Gigabytes of the dense network's outputs, at most; what exceeds them is computed
+            again.
+        top: Of a larger vocabulary, so many of the most likely tokens are kept.
+    """
+
+    name: ClassVar[str] = "distil"
+    distill: float = 0.9
+    temperature: float | None = None
+    features: float = 0.0
+    decay: float = 5e-4
+    ema: float = 0.998
+    augmentations: int = 4
+    cache: float = 1.0
+    top: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("distill", 0 <= self.distill <= 1, "in [0, 1]")
+        self._require("temperature", (self.temperature or 1) > 0, "above 0")
+        self._require("ema", 0 <= self.ema < 1, "in [0, 1)")
+        self._require("top", self.top >= 1, "at least 1")
+        for name in ("features", "decay", "augmentations", "cache"):
+            self._require(name, 0 <= getattr(self, name) < float("inf"), "0 or more")
+
+    @property
+    def needs_dense(self) -> bool:
+        return self.distill > 0 or self.features > 0
+
+    @property
+    def other_decay(self) -> float:
+        return self.decay
+
+    @contextmanager
+    def prepared(self, job: Job) -> Iterator[Setup]:
+        with ExitStack() as stack:
+            loss, variants = self.loss(job, stack)
+            yield Setup(loss, self.parts(job), variants)
+
+    def parts(self, job: Job) -> list[Part]:
+        """What happens beside the loss."""
+        found: list[Part] = []
+        if self.decay:
+            found.append(ProductDecay(job.network, self.decay, self.config(job).optimizer))
+        if self.ema:
+            found.append(Average(job.network, self.ema))
+        if has_batch_norm(job.network):
+            found.append(BatchNorms(job))
+        return found
+
+    def loss(self, job: Job, stack: ExitStack) -> tuple[Any, int]:
+        """The loss, and the number of variants of the batches."""
+        share = self.distill if job.task.labelled else 1.0
+        if not share and not self.features:
+            return (lambda batch, prediction, place: prediction.loss()), 0
+        assert job.dense is not None
+        temperature = self.temperature or (1.0 if job.language else 4.0)
+        keeps = self.cache > 0 and not self.features
+        bytes_kept = int(self.cache * 1e9) if keeps else 0
+        teacher = Teacher(job.dense, job.task, job.device, temperature, bytes_kept, self.top)
+        stack.callback(teacher.close)
+        layers = None
+        if self.features:
+            paths = [chain.path for chain in chains(job.network)]
+            layers = Features(job.network, job.dense, paths)
+            stack.enter_context(layers.recorded())
+
+        def loss(batch: Any, prediction: Prediction, place: Place | None) -> Tensor:
+            reference = teacher.prediction(batch, place)
+            found = share * prediction.distillation(reference, temperature)
+            if share < 1:
+                found = found + (1 - share) * prediction.loss()
+            if layers is not None and layers.paths:
+                found = found + self.features * layers.distance()
+            return found
+
+        return loss, self.augmentations if keeps else 0
+
+
+class BatchNorms(Part):
+    """Batch-norm statistics, re-estimated for the final weights.
+
+    Args:
+        job: The network and the data.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.network = job.network
+        samples = job.data.subsample(NORMALISED, job.seed)
+        self.inputs = None
+        if len(samples) > 1:
+            self.inputs = input_batches(samples, 256, task=job.task, device=job.device, even=True)
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        layers = tracking_layers(self.network)
+        kept = [{name: b.clone() for name, b in layer.named_buffers()} for layer in layers]
+        self.average()
+        try:
+            yield
+        finally:
+            for layer, buffers in zip(layers, kept, strict=True):
+                for name, buffer in layer.named_buffers():
+                    buffer.copy_(buffers[name])
+
+    def average(self) -> None:
+        if self.inputs is not None:
+            reestimate_batch_norm(self.network, self.inputs)

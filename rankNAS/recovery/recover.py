@@ -1,0 +1,246 @@
+"""`recover`: the training of a compressed network by a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from rankNAS.copies import copied
+from rankNAS.data.images.augment import NO_FLIP
+from rankNAS.data.loading import load_data
+from rankNAS.data.samples import Samples
+from rankNAS.deadline import Deadline, limited_by
+from rankNAS.exceptions import UsageError, WeightsError, WriteError
+from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
+from rankNAS.io.files import cache_folder
+from rankNAS.io.fingerprints import fingerprint
+from rankNAS.recovery.config import Refinement
+from rankNAS.recovery.loop import Loop, Report
+from rankNAS.recovery.products import chains
+from rankNAS.recovery.recipe import Job, Recipe, make_recipe
+from rankNAS.recovery.refinement import refine
+from rankNAS.tasks.base import Task
+from rankNAS.tasks.infer import examples, infer_task, make_task
+from rankNAS.trees import device_of, named_tensors, tensors
+
+if TYPE_CHECKING:
+    from rankNAS.data.loading import DataSource
+
+__all__ = ["VERSION", "recover", "run_recipe"]
+
+logger = logging.getLogger(__name__)
+VERSION = 1  # part of the key of checkpoints: raise it when the trainings change
+
+
+def recover(
+    network: nn.Module,
+    data: DataSource | Samples,
+    recipe: str | Recipe = "distil",
+    *,
+    dense: nn.Module | None = None,
+    task: str | Task | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    time_limit: float | None = None,
+    checkpoint: Path | str | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> nn.Module:
+    """Train a compressed network in place, to regain the quality of the dense one.
+
+    Args:
+        network: The compressed network. It ends in evaluation mode, on its device.
+        data: As for `rankNAS.search`, or the training samples.
+        recipe: ``NAME:key=value,...`` or a `Recipe`; see `rankNAS.recovery.recipe.RECIPES`.
+        dense: The dense network, from which most recipes learn; it is not changed.
+        task: A name or a `Task`; found from the data and the network if None.
+        seed: The random seed.
+        device: Where to train; the network's device by default.
+        time_limit: Seconds, after which the best weights so far are kept. The schedule is fitted
+            to them.
+        checkpoint: The file of the training's state, from which an interrupted training goes on;
+            one in the cache folder by default.
+        on_step: Called after each step with its number from 1, the number of steps and the loss.
+
+    Returns:
+        The same ``network``.
+
+    Raises:
+        UsageError: The recipe does not fit, the loss is not finite, or the time is too short.
+        WeightsError: The checkpoint is damaged or of another training.
+        WriteError: The checkpoint cannot be written; the last one is intact.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> x = torch.randn(64, 8)
+        >>> data = TensorDataset(x, (x[:, 0] > 0).long())
+        >>> dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> thin = nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
+        >>> network = nn.Sequential(thin, nn.ReLU(), nn.Linear(8, 2))
+        >>> network is recover(network, data, "distil:epochs=2,speed=plain", dense=dense)
+        True
+    """
+    chosen, home = make_recipe(recipe), device_of(network)
+    place = torch.device(home if device is None else device)
+    samples, augmentation = data, NO_FLIP
+    if not isinstance(samples, Samples):
+        loaded = load_data(data)
+        samples, augmentation = loaded.train, loaded.augmentation
+    if task is None:
+        task = infer_task(network.to(place), examples(network, samples))
+    elif isinstance(task, str):
+        task = make_task(task).bound(samples.example(2, place), network.to(place))
+    job = Job(
+        network,
+        samples,
+        task,
+        None if dense is None else copied(dense),
+        augmentation,
+        place,
+        seed,
+        None if checkpoint is None else Path(checkpoint),
+    )
+    with limited_by(Deadline.of(time_limit)):
+        report = run_recipe(chosen, job, on_step=on_step)
+    if report.stopped:
+        logger.warning(
+            "the time ended the recovery after %d of %d steps; the best weights so far are kept",
+            report.steps,
+            report.planned,
+        )
+    network.to(home)
+    return network
+
+
+def run_recipe(
+    recipe: Recipe,
+    job: Job,
+    *,
+    keeps_best: bool = True,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_epoch: Callable[[int], object] | None = None,
+) -> Report:
+    """Train the network of a job by a recipe.
+
+    Args:
+        recipe: The recipe.
+        job: The network and the data. Without a checkpoint, one in the cache folder is used.
+        keeps_best: As for `Loop`.
+        on_step: As for `Loop`.
+        on_epoch: As for `Loop`.
+
+    Raises:
+        UsageError: As for `recover`.
+        TimeLimitError: The active deadline has passed, and the best weights are not kept.
+    """
+    recipe.check(job.task, job.dense is not None)
+    if recipe.samples is not None:
+        job = replace(job, data=job.data.subsample(recipe.samples, job.seed))
+    job.network.to(job.device)
+    if job.dense is not None:
+        _check_teacher(recipe, job, job.dense)
+    final = None
+    if job.checkpoint is None:
+        path = _checkpoint(recipe, job)
+        job, final = replace(job, checkpoint=path), path.with_suffix(".final.pt")
+        if (known := _finished(final, job.network)) is not None:
+            return known
+    if recipe.refine:
+        _refine(job)
+    with recipe.prepared(job) as setup:
+        report = Loop(
+            job.network,
+            job.data,
+            job.task,
+            recipe.config(job),
+            setup.loss,
+            setup.parts,
+            augmentation=job.augmentation,
+            device=job.device,
+            variants=setup.variants,
+            speed=recipe.speed,
+            seconds=recipe.seconds,
+            keeps_best=keeps_best,
+            checkpoint=job.checkpoint,
+            identity={"recipe": str(recipe), "version": VERSION},
+            on_step=on_step,
+            on_epoch=on_epoch,
+        ).run()
+    job.network.eval()
+    if final is not None and not report.stopped:
+        _finish(job, final, report)
+    return report
+
+
+def _finished(path: Path, network: nn.Module) -> Report | None:
+    """Fill a network with the weights of a finished training of it; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = read_checkpoint(path, VERSION)
+    except WeightsError as error:
+        logger.warning("a network is trained again, because of a bad file: %s", error)
+        return None
+    network.load_state_dict(content["model"])
+    network.eval()
+    return Report(**content["report"])
+
+
+def _finish(job: Job, path: Path, report: Report) -> None:
+    """Keep the trained weights in place of the state of the training, which is larger."""
+    content = {"model": job.network.state_dict(), "report": asdict(report), "identity": VERSION}
+    try:
+        write_checkpoint(path, content)
+    except WriteError as error:
+        logger.warning("the trained network is not kept in the cache: %s", error)
+    assert job.checkpoint is not None
+    job.checkpoint.unlink(missing_ok=True)
+
+
+def _check_teacher(recipe: Recipe, job: Job, dense: nn.Module) -> None:
+    """Raise a UsageError unless the dense network's outputs can be learnt from."""
+    if not recipe.needs_dense and job.task.labelled:
+        return
+    batch = job.data.example(2, job.device)
+    with torch.no_grad():
+        own, wanted = (
+            [tuple(x.shape) for x in tensors(job.task.inputs_of(batch).run(m))]
+            for m in (job.network.eval(), dense.to(job.device).eval())
+        )
+    if own != wanted:
+        raise UsageError(
+            f"recipe {recipe.name!r} cannot learn from the dense network: its outputs have the "
+            f"shapes {wanted}, those of the network {own}; give the network that was compressed."
+        )
+
+
+def _checkpoint(recipe: Recipe, job: Job) -> Path:
+    """A path that is equal for equal networks, recipes and first samples."""
+    tensors = dict(job.network.state_dict())
+    tensors |= {f"data {name}": x for name, x in named_tensors(job.data.example(16))}
+    key = fingerprint(tensors, f"{VERSION} {recipe} {job.seed} {len(job.data)} {job.task}")
+    return cache_folder() / "checkpoints" / f"recover-{key}.pt"
+
+
+def _refine(job: Job) -> None:
+    """Refine the decomposed layers block by block, before any training."""
+    if job.dense is None:
+        raise UsageError("a refinement learns from the dense network; give it as `dense`.")
+    layers = {chain.path: [chain.path] for chain in chains(job.network)}
+    assert job.checkpoint is not None
+    refine(
+        job.network,
+        job.dense,
+        layers,
+        job.data,
+        job.task,
+        Refinement(),
+        seed=job.seed,
+        device=job.device,
+        checkpoint=job.checkpoint.with_suffix(".refine.pt"),
+    )
