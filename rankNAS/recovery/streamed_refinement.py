@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any, overload
 
@@ -185,9 +186,12 @@ class StreamedRefinement:
         targets = _Targets(walk, number, range(first, len(self.batches)))
         loss = ChannelLoss(targets, self._gradients[number], self.batches)
         handle = block.register_forward_pre_hook(_widened, with_kwargs=True)
+        mixed = _mixed(self._chain.blocks[number])
 
         def error(i: int) -> Tensor:
-            return loss(walk.run(number, i), _target(walk, number, i), i)
+            with mixed():
+                output = walk.run(number, i)
+            return loss(output, _target(walk, number, i), i)
 
         try:
             self._descent.improve(number, self._paths[number], list(own.values()), error)
@@ -271,6 +275,14 @@ def _placed(
         block.float()
     walk.compressed.blocks[number] = block.eval()
     return block
+
+
+def _mixed(dense: nn.Module) -> Callable[[], AbstractContextManager[object]]:
+    """Contexts of products in bfloat16, if that is the type of a dense block."""
+    weight = next((p for p in dense.parameters() if p.is_floating_point()), None)
+    if weight is None or weight.dtype != torch.bfloat16:
+        return nullcontext
+    return partial(torch.autocast, weight.device.type, torch.bfloat16)
 
 
 def _widened(
