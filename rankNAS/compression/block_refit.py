@@ -153,6 +153,7 @@ class BlockRefit:
                 check_time()
                 if on_layer is not None:
                     on_layer(len(layers), len(space.layers))
+            walk.renew()  # a layer may be a block of its own
         return {name: layers[name] for name in space.layers}
 
 

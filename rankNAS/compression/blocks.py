@@ -80,7 +80,7 @@ class BlockChain:
         """The output of a block, or with ``whole`` of the network from this block on.
 
         Args:
-            number: The number of the block.
+            number: The number of the block; one beyond the last is the end of the network.
             x: The inputs of the network.
             before: The outputs of the blocks before it, of which all but the last may be `freed`.
             whole: Whether to run to the end of the network.
@@ -89,16 +89,20 @@ class BlockChain:
         def forward(position: int, original: Any, *args: Any, **kwargs: Any) -> Any:
             if position < number:
                 return tree_map(torch.clone, before[position])
-            output = original(*args, **kwargs)
-            if position == number and not whole:
-                raise ReachedError(output=output)
-            return output
+            return original(*args, **kwargs)
 
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not whole:  # after the block's own hooks
+                raise ReachedError(output=output)
+
+        handle = self.blocks[min(number, len(self) - 1)].register_forward_hook(hook)
         with standing_in(self.blocks, forward):
             try:
                 return x.copied().run(self.network)
             except ReachedError as reached:
                 return reached.output
+            finally:
+                handle.remove()
 
     def input(self, number: int, x: Inputs, before: Sequence[Any], name: str) -> Tensor | None:
         """The input of a layer inside a block; None if the layer is not called.
@@ -109,21 +113,18 @@ class BlockChain:
             before: As for `run`.
             name: The layer.
         """
+        found: list[Any] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise ReachedError(Inputs(args, kwargs))
+            found.append(Inputs(args, kwargs).first.detach())
+            raise ReachedError
 
         handle = self.network.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-        found: list[Any] = []
 
         def forward(position: int, original: Any, *args: Any, **kwargs: Any) -> Any:
             if position < number:
                 return tree_map(torch.clone, before[position])
-            try:
-                original(*args, **kwargs)
-            except ReachedError as reached:
-                assert reached.inputs is not None
-                found.append(reached.inputs.first.detach())
+            original(*args, **kwargs)
             raise ReachedError
 
         with standing_in(self.blocks, forward), suppress(ReachedError):

@@ -93,10 +93,9 @@ class PairedWalk:
         """The changing network."""
         return self._other.network
 
-    @property
-    def compressed(self) -> BlockChain:
-        """Its blocks."""
-        return self._other
+    def renew(self) -> None:
+        """Find the blocks of the changing network again, after some were exchanged themselves."""
+        self._other = self._dense.of_copy(self.network)
 
     def sites(
         self, on_block: Callable[[int], None] | None = None

@@ -18,6 +18,7 @@ from rankNAS.compression.blocks import BlockChain, freed
 from rankNAS.recovery.block_losses import channel_moment
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
+from rankNAS.tasks.headed import output_head
 from rankNAS.trees import tensors, tree_map
 
 __all__ = ["chain_gradients"]
@@ -46,7 +47,10 @@ def chain_gradients(
         For each block a moment (c, c) or its diagonal (c,), float64; None if the loss has no
         gradients there.
     """
-    count, generator = len(chain), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    count = len(chain)
+    if chain.blocks[-1] is output_head(chain.network):  # its outputs are large
+        count -= 1
     shapes: dict[int, list[Any]] = {i: [] for i in numbers}
 
     def before(number: int, i: int) -> list[Any]:
@@ -57,8 +61,8 @@ def chain_gradients(
             output = chain.run(number, batches[i], before(number, i))
             cache.put((number, i), output)
             shapes[i].append(tree_map(freed, output))
-    sums: list[Tensor | None] = [None] * count
-    for number in range(count, 0, -1):  # beyond the last block is the end of the network
+    sums: list[Tensor | None] = [None] * len(chain)
+    for number in range(count, 0, -1):  # from the last block to the end of the network first
         for i in numbers:
             given = before(number, i)
             given[-1] = tree_map(_leaf, given[-1])

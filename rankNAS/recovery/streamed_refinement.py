@@ -162,7 +162,7 @@ class StreamedRefinement:
             return
         known = store.parameters(path)
         own = {n: x for n, x in layers.items() if _is_inside(x, path)}
-        place = partial(_placed, walk, number, path, walk.network.get_submodule(path))
+        place = partial(_placed, walk, path, walk.network.get_submodule(path))
         if known is None:
             trained = self._trained(walk, number, place(own, allocation, precise=True))
             block = place(own, allocation, precise=False)
@@ -239,7 +239,6 @@ class StreamedRefinement:
 
 def _placed(
     walk: PairedWalk,
-    number: int,
     path: str,
     original: nn.Module,
     layers: Mapping[str, LayerFactors],
@@ -251,8 +250,7 @@ def _placed(
 
     Args:
         walk: The walk.
-        number: The number of the block.
-        path: Its path.
+        path: The path of the block.
         original: The block as the refit has left it.
         layers: The refitted factors of its layers.
         allocation: The choices.
@@ -273,8 +271,8 @@ def _placed(
         LayerView(walk.network, found.layer.paths).replace(module.to(found.weight.device))
     if precise:
         block.float()
-    walk.compressed.blocks[number] = block.eval()
-    return block
+    walk.renew()
+    return block.eval()
 
 
 def _mixed(dense: nn.Module) -> Callable[[], AbstractContextManager[object]]:

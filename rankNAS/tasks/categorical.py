@@ -18,7 +18,7 @@ from rankNAS.tasks.checks import IGNORED
 
 __all__ = ["Categorical", "Logits", "TopClasses"]
 
-CHUNK = 1 << 22  # logits that are read at once, in float64
+CHUNK = 1 << 20  # logits that are read at once, in float64
 FEWEST = 4  # classes of a compact reference
 
 

@@ -25,8 +25,8 @@ from rankNAS.trees import Inputs
 
 __all__ = ["Headed", "HiddenStates", "has_separate_head", "output_head", "without_head"]
 
-#: Bytes of the logits of one network that exist at a time; a dense reference has as many.
-LOGITS = 32 << 20
+#: Logits of one network that exist at a time, 32 MiB in float32; a dense reference has as many.
+LOGITS = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +101,7 @@ class Headed(Logits):
     @cached_property
     def _rows(self) -> int:
         """The number of predictions whose logits exist at a time."""
-        one = self.logits_of(slice(0, 1))
-        return max(1, LOGITS // max(1, one.nbytes))
+        return max(1, LOGITS // max(1, self.logits_of(slice(0, 1)).numel()))
 
     def _chunks(self) -> Iterator[slice]:
         for start in range(0, len(self.hidden), self._rows if len(self.hidden) else 1):

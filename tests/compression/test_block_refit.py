@@ -81,6 +81,33 @@ def test_refits_help_as_much_as_those_of_whole_passes(make: Any, tmp_path: Path)
     assert not torch.equal(changed, model.get_submodule(dense).weight)  # type: ignore[arg-type]
 
 
+class Plain(TinyGpt):
+    """Its blocks are linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, input_ids: Any, attention_mask: Any = None) -> Any:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = nn.functional.leaky_relu(block(x), 0.3)
+        return self.norm(x) @ self.embedding.weight.T
+
+
+def test_a_layer_may_be_a_block_of_its_own(tmp_path: Path) -> None:
+    model = Plain().eval()
+    found, batches, allocation = made(model, tmp_path)
+    refit = BlockRefit.of(found, batches)
+    assert refit is not None and len(refit.chain) == 3  # the last one stays dense
+    plain, new, old = (
+        distance(x.materialise(allocation), model, batches)
+        for x in (found, refit.factors(allocation), refit_sequentially(found, allocation, batches))
+    )
+    assert new < plain
+    assert new < 1.1 * old
+
+
 def test_experts_are_refitted_on_their_own_tokens(tmp_path: Path) -> None:
     model = tiny_mixtral()
     found, batches, allocation = made(model, tmp_path)

@@ -23,6 +23,8 @@ from rankNAS.compression.factors import LayerFactors
 from rankNAS.compression.streaming import factorise_streamed, samples_at_once, statistics_bytes
 from rankNAS.decompositions.norms import NormName
 from rankNAS.exceptions import WriteError
+from rankNAS.search_spaces.compiler import compile_space
+from rankNAS.search_spaces.policies import RankPolicy
 from rankNAS.tasks.feeding import InputBatches
 
 Make = Callable[[], nn.Module]
@@ -121,6 +123,25 @@ def test_moments_of_padded_batches_are_those_of_their_tokens() -> None:
 
 def batches_of_ids(ids: torch.Tensor) -> InputBatches:
     return InputBatches([{"input_ids": ids}])
+
+
+@pytest.mark.parametrize("norm", ["input", "fisher"])
+def test_a_head_may_be_a_layer(norm: NormName, tmp_path: Path) -> None:
+    """It is a block of its own, and its outputs are needed."""
+    model = tiny_llama()
+    samples = samples_of(6, padded=True)
+    batches, task = batches_of(samples, model)
+    inputs: Any = samples.example(1)
+    policy = RankPolicy(operators=("svd",))
+    space = compile_space(model, inputs, policy=policy, min_weights=1, keep_output_dense=False)
+    assert "lm_head" in space.layers
+    statistics = calibrate(model, space, samples, task, norm=norm, batch_size=2)
+    expected = factorise(model, space, statistics, norm=norm).errors()
+    store = FactorStore(tmp_path, "key")
+    each = OneLayer(model, norm, store=store)
+    found = factorise_streamed(space, batches, task, each, store).errors()
+    for name, errors in expected.items():
+        assert found[name] == pytest.approx(errors, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
