@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import rankNAS
 from rankNAS.cli import main
 from rankNAS.plugins import load_callable
 from rankNAS.recovery.recipe import RECIPES
@@ -95,6 +96,22 @@ def test_a_loss_that_is_not_finite_keeps_the_answer(command: Command) -> None:
     assert Path(solution["artifact"]).is_file() and solution["best"]["test_loss"] > 0
     assert command("resume", "--recover", f"plain:epochs=1,{FEW}")[0] == 0
     assert "finetuned" in result()["solutions"][0]
+
+
+def test_each_member_of_a_family_is_saved(command: Command, model_file: str) -> None:
+    recipe = f"progressive:epochs=3,members=3,{FEW}"
+    assert command("search", "--operators", "svd", "--recover", recipe)[0] == 0
+    tuned = result()["solutions"][0]["finetuned"]
+    params = [member["params"] for member in tuned["members"]]
+    assert len(params) == 3 and params == sorted(params, reverse=True) and params[0] > params[2]
+
+    def factory() -> Any:
+        return load_callable(model_file)(num_classes=10)
+
+    for member in tuned["members"]:
+        network = rankNAS.load(member["artifact"], factory)
+        assert sum(p.numel() for p in network.parameters()) == member["params"]
+        assert member["loss"] > 0
 
 
 @pytest.mark.parametrize("name", ["search", "compare"])

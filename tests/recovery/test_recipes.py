@@ -180,6 +180,20 @@ def test_the_teacher_runs_once_for_each_augmentation(monkeypatch: pytest.MonkeyP
     assert same(found[1.0], found[2e-8]) and same(found[1.0], found[1e-9])
 
 
+def test_without_augmentation_the_teacher_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    close = Teacher.close
+
+    def closed(self: Teacher) -> None:
+        found.append(self.passes)
+        close(self)
+
+    monkeypatch.setattr(Teacher, "close", closed)
+    for kind in ("language", "regression"):
+        run_recipe(recipe_of("distil", epochs=4), JOBS[kind]())
+    assert found == [3, 6]
+
+
 def test_of_a_vocabulary_the_top_tokens_are_kept() -> None:
     job = language()
     batch = job.data.example(8)
