@@ -289,7 +289,7 @@ def test_resumes_within_an_epoch_to_the_same_bits(
             made, augmentation=Augmentation(flip=True), checkpoint=tmp_path / f"{name}.pt"
         )
 
-    recipe = recipe_of(name, epochs=2)
+    recipe = recipe_of(name, epochs=3)
     whole = replace(job(), checkpoint=tmp_path / "whole.pt")
     run_recipe(recipe, whole)
     monkeypatch.setattr("rankNAS.recovery.loop.SAVED", -1.0)  # after each step
