@@ -31,7 +31,7 @@ from rankNAS.recovery.speed import Mode, fastest, training_mode
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
 
-__all__ = ["Loop", "Loss", "Place", "Report", "learning_rate"]
+__all__ = ["Loop", "Loss", "Place", "Report", "TooShortError", "learning_rate"]
 
 #: The variant of the batches and the number of the batch, if both are of a fixed set.
 Place: TypeAlias = tuple[int, int]
@@ -42,6 +42,16 @@ SAVED = 60.0  # seconds between checkpoints within an epoch
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
 RESERVE = 0.05  # of the time that is left: for the end of the training
 JUDGED = 256  # samples on which the best weights so far are found
+
+
+class TooShortError(UsageError):
+    """The time limit has ended before the first step of a training."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the time limit is shorter than one step of the training, so nothing is trained; "
+            "give more time."
+        )
 
 
 @dataclass(frozen=True)
@@ -320,10 +330,7 @@ class Loop:
 
     def _finish(self, stopped: bool) -> None:
         if stopped and not self.step:
-            raise UsageError(
-                "the time limit is shorter than one step of the training, so nothing is trained; "
-                "give more time."
-            )
+            raise TooShortError
         for part in self.parts:
             part.average()
         if stopped and self._best is not None:

@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.distil import Distil
-from rankNAS.recovery.products import LAYERS, Chain, chains, product_gradients
+from rankNAS.recovery.products import LAYERS, Chain, chains, is_product
 from rankNAS.recovery.recipe import Job
 from rankNAS.recovery.restart import blocks_of, dense_blocks, extended, rebuilt, truncated
 
@@ -59,24 +59,32 @@ class Progressive(Distil):
     def config(self, job: Job) -> TrainingConfig:
         return replace(super().config(job), epochs=max(1, self.epochs // self.members))
 
-    def courses(self, job: Job) -> Iterator[Job]:
-        assert job.dense is not None
+    def courses(self, job: Job) -> Generator[Job]:
         last = chain_ranks(job.network)
-        for number in range(self.members):
-            steps = self.members - 1 - number
-            for chain in _two_factors(job):
-                rank = falling_ranks(last[chain.path], self.factor, steps)
-                _restart(job.network, chain, job.dense.get_submodule(chain.path), rank)
-            checkpoint = job.checkpoint
-            if checkpoint is not None:
-                checkpoint = checkpoint.with_suffix(f".{number}.pt")
-            yield replace(job, checkpoint=checkpoint)
+        given = {path: job.network.get_submodule(path) for path in last}
+        try:
+            for number in range(self.members):
+                self._restart(job, last, self.members - 1 - number)
+                checkpoint = job.checkpoint
+                if checkpoint is not None:
+                    checkpoint = checkpoint.with_suffix(f".{number}.pt")
+                yield replace(job, checkpoint=checkpoint)
+        except GeneratorExit:  # the ranks that the network had
+            for path, module in given.items():
+                _put(job.network, job.network.get_submodule(path), module)
+            raise
+
+    def _restart(self, job: Job, last: Mapping[str, int], steps: int) -> None:
+        """Give the network the ranks of the member so many steps before the last one."""
+        assert job.dense is not None
+        for chain in _two_factors(job):
+            rank = falling_ranks(last[chain.path], self.factor, steps)
+            _restart(job.network, chain, job.dense.get_submodule(chain.path), rank)
 
 
 def chain_ranks(network: nn.Module) -> dict[str, int]:
     """By path, the ranks of the blocks of the layers of two factors."""
-    found = [chain for chain in chains(network) if len(chain.stages) == 2]
-    return {chain.path: blocks_of(chain.stages)[1].shape[1] for chain in found}
+    return {c.path: blocks_of(c.stages)[1].shape[1] for c in _pairs(network)}
 
 
 def falling_ranks(last: int, factor: float, steps: int) -> int:
@@ -91,13 +99,11 @@ def falling_ranks(last: int, factor: float, steps: int) -> int:
 def _two_factors(job: Job) -> list[Chain]:
     """The layers of two factors whose dense layer is known."""
     assert job.dense is not None
-    return [
-        chain
-        for chain in chains(job.network)
-        if len(chain.stages) == 2
-        and product_gradients(chain.stages) is not None
-        and isinstance(_found(job.dense, chain.path), LAYERS)
-    ]
+    return [c for c in _pairs(job.network) if isinstance(_found(job.dense, c.path), LAYERS)]
+
+
+def _pairs(network: nn.Module) -> list[Chain]:
+    return [c for c in chains(network) if len(c.stages) == 2 and is_product(c.stages)]
 
 
 def _restart(network: nn.Module, chain: Chain, dense: Any, rank: int) -> None:
@@ -108,7 +114,11 @@ def _restart(network: nn.Module, chain: Chain, dense: Any, rank: int) -> None:
     if rank == V.shape[1]:
         return
     factors = extended(U, V, W, rank) if rank > V.shape[1] else truncated(U, V, rank)
-    old, new = network.get_submodule(chain.path), rebuilt(chain.stages, *factors)
+    _put(network, network.get_submodule(chain.path), rebuilt(chain.stages, *factors))
+
+
+def _put(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Replace a module at all of its paths."""
     modules = network.named_modules(remove_duplicate=False)
     for path in [path for path, module in modules if module is old]:
         parent, _, name = path.rpartition(".")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -218,10 +218,11 @@ class Recipe(ABC):
         """The optimiser's weight decay."""
         return 0.0
 
-    def courses(self, job: Job) -> Iterator[Job]:
+    def courses(self, job: Job) -> Generator[Job]:
         """The trainings that are done one after the other; one by default.
 
-        Before each, the network may be changed. Their checkpoints differ.
+        Before each, the network may be changed; if the generator is closed before its end, the
+        network gets its form back. Their checkpoints differ.
         """
         yield job
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,13 @@ from rankNAS.copies import copied
 from rankNAS.data.images.augment import NO_FLIP
 from rankNAS.data.loading import load_data
 from rankNAS.data.samples import Samples
-from rankNAS.deadline import Deadline, limited_by, seconds_left
+from rankNAS.deadline import Deadline, TimeLimitError, limited_by, seconds_left
 from rankNAS.exceptions import UsageError, WeightsError, WriteError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import Refinement
-from rankNAS.recovery.loop import Loop, Report
+from rankNAS.recovery.loop import Loop, Report, TooShortError
 from rankNAS.recovery.products import chains
 from rankNAS.recovery.recipe import Job, Recipe, make_recipe
 from rankNAS.recovery.refinement import refine
@@ -159,28 +159,33 @@ def run_recipe(
         if (known := _finished(final, job.network)) is not None:
             return known
     if recipe.refine:
-        _refine(job)
+        _refine(job, keeps_best)
     whole, used = Report(0, 0, 0.0), list[Path]()
-    for number, part in enumerate(recipe.courses(job)):
-        assert part.checkpoint is not None
-        used.append(part.checkpoint)
-        if number and seconds_left() <= 0:  # the network only takes its form
-            whole = replace(whole, stopped=True)
-            continue
-        following = recipe.trainings - number
-        with _share_of_time(following):
-            report = _trained(
-                recipe, part, keeps_best, _counting(on_step, whole.steps, following), on_epoch
+    with closing(recipe.courses(job)) as courses:
+        for number, part in enumerate(courses):
+            assert part.checkpoint is not None
+            used.append(part.checkpoint)
+            following = recipe.trainings - number
+            counted = _counting(on_step, whole.steps, following)
+            try:
+                with _share_of_time(following):
+                    report = _trained(recipe, part, keeps_best, counted, on_epoch)
+            except (TimeLimitError, TooShortError):
+                if not keeps_best:
+                    raise
+                if not number:
+                    raise TooShortError from None
+                whole = replace(whole, stopped=True)  # the network has only taken its form
+                continue
+            whole = Report(
+                whole.steps + report.steps,
+                whole.planned + report.planned,
+                whole.seconds + report.seconds,
+                whole.stopped or report.stopped,
+                report.mode,
             )
-        whole = Report(
-            whole.steps + report.steps,
-            whole.planned + report.planned,
-            whole.seconds + report.seconds,
-            whole.stopped or report.stopped,
-            report.mode,
-        )
-        if on_member is not None and recipe.trainings > 1:
-            on_member(number)
+            if on_member is not None and recipe.trainings > 1:
+                on_member(number)
     job.network.eval()
     if final is not None and not whole.stopped:
         _finish(job.network, final, whole, used)
@@ -190,7 +195,7 @@ def run_recipe(
 def _share_of_time(following: int) -> AbstractContextManager[None]:
     """Context with an equal share of the time that is left, for one of so many trainings."""
     left = seconds_left()
-    if following == 1 or not math.isfinite(left):
+    if following == 1 or not 0 < left < math.inf:
         return nullcontext()
     return limited_by(Deadline(max(left / following, 1e-3)))
 
@@ -288,20 +293,25 @@ def _checkpoint(recipe: Recipe, job: Job) -> Path:
     return cache_folder() / "checkpoints" / f"recover-{key}.pt"
 
 
-def _refine(job: Job) -> None:
+def _refine(job: Job, keeps_best: bool) -> None:
     """Refine the decomposed layers block by block, before any training."""
     if job.dense is None:
         raise UsageError("a refinement learns from the dense network; give it as `dense`.")
     layers = {chain.path: [chain.path] for chain in chains(job.network)}
     assert job.checkpoint is not None
-    refine(
-        job.network,
-        job.dense,
-        layers,
-        job.data,
-        job.task,
-        Refinement(),
-        seed=job.seed,
-        device=job.device,
-        checkpoint=job.checkpoint.with_suffix(".refine.pt"),
-    )
+    try:
+        refine(
+            job.network,
+            job.dense,
+            layers,
+            job.data,
+            job.task,
+            Refinement(),
+            seed=job.seed,
+            device=job.device,
+            checkpoint=job.checkpoint.with_suffix(".refine.pt"),
+        )
+    except TimeLimitError:
+        if not keeps_best:
+            raise
+        raise TooShortError from None

@@ -378,7 +378,18 @@ def test_the_schedule_is_fitted_to_the_seconds() -> None:
     assert again.planned == report.planned and again.steps >= report.steps
 
 
-def test_a_limit_shorter_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "plain",
+        "distil",
+        "distil:speed=auto",
+        "distil:refine=true",
+        "lora:speed=auto",
+        "progressive",
+    ],
+)
+def test_a_limit_shorter_than_a_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job = regression()
     kept = state(job.network)
     clock = Clock(monkeypatch)
@@ -387,7 +398,7 @@ def test_a_limit_shorter_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         limited_by(Deadline(1.0, started=0.0)),
         pytest.raises(UsageError, match="shorter than one step"),
     ):
-        run_recipe(recipe_of("plain"), job)
+        run_recipe(make_recipe(recipe), job)
     assert same(state(job.network), kept)
 
 
