@@ -27,17 +27,17 @@ from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Part
+from rankNAS.recovery.schedule import learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
 
-__all__ = ["Loop", "Loss", "Place", "Report", "TooShortError", "learning_rate"]
+__all__ = ["Loop", "Loss", "Place", "Report", "TooShortError"]
 
 #: The variant of the batches and the number of the batch, if both are of a fixed set.
 Place: TypeAlias = tuple[int, int]
 Loss: TypeAlias = Callable[[Any, Prediction, Place | None], Tensor]
 
-WARM_UP = 0.1  # of all steps
 SAVED = 60.0  # seconds between checkpoints within an epoch
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
 RESERVE = 0.05  # of the time that is left: for the end of the training
@@ -92,7 +92,6 @@ class Loop:
         seconds: Seconds of the training, those of earlier sessions included; None for no limit.
         keeps_best: Whether a time limit ends the training with the best weights so far. Otherwise
             it raises a TimeLimitError.
-        judge: The loss by which the best weights are found; the training loss by default.
         checkpoint: Written at the end of each epoch and every minute; the training resumes from it
             if it exists.
         identity: What else a checkpoint depends on.
@@ -126,7 +125,7 @@ class Loop:
         self.mode: Mode | None = None
         self.network.to(self.device)
         exempt = {id(p) for part in self.parts for p in part.exempt()}
-        self.optimizer = _optimizer(self.network, self.config, exempt)
+        self.optimizer = make_optimizer(self.network, self.config, exempt)
         self._epoch, self._position = 0, 0  # of the next batch
         self._generators: dict[str, Tensor] | None = None  # of a checkpoint within an epoch
         self._best: tuple[float, dict[str, Tensor]] | None = None
@@ -401,14 +400,6 @@ class Loop:
         }
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up to ``peak``, then a cosine that would be 0 at ``step == total``."""
-    warm_up = max(1, round(WARM_UP * total))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * (1 + math.cos(math.pi * (step - warm_up + 1) / (total - warm_up + 1))) / 2
-
-
 def _epoch_seed(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch) % 2**31
 
@@ -424,24 +415,3 @@ def _generators(generator: torch.Generator, device: torch.device) -> dict[str, T
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
     return found
-
-
-def _optimizer(
-    network: nn.Module, config: TrainingConfig, exempt: set[int]
-) -> torch.optim.Optimizer:
-    """The optimiser of what is trained; vectors and exempt parameters have no weight decay."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise UsageError(
-            "all parameters of the network are frozen, so there is nothing to train; call "
-            "model.requires_grad_() before, or leave the training out."
-        )
-    decayed = [p.dim() > 1 and id(p) not in exempt for p in parameters]
-    pairs = list(zip(parameters, decayed, strict=True))
-    groups = [
-        {"params": [p for p, own in pairs if own], "weight_decay": config.weight_decay},
-        {"params": [p for p, own in pairs if not own], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)
