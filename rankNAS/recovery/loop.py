@@ -38,7 +38,8 @@ __all__ = ["Loop", "Loss", "Place", "Report", "TooShortError"]
 Place: TypeAlias = tuple[int, int]
 Loss: TypeAlias = Callable[[Any, Prediction, Place | None], Tensor]
 
-SAVED = 60.0  # seconds between checkpoints within an epoch
+SAVED = 60.0  # seconds between checkpoints within an epoch, if they are written quickly
+QUICK, RARE = 3.0, 20.0  # seconds of a quick write; a slow one takes at most this part of the time
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
 RESERVE = 0.05  # of the time that is left: for the end of the training
 JUDGED = 256  # samples on which the best weights so far are found
@@ -92,8 +93,8 @@ class Loop:
         seconds: Seconds of the training, those of earlier sessions included; None for no limit.
         keeps_best: Whether a time limit ends the training with the best weights so far. Otherwise
             it raises a TimeLimitError.
-        checkpoint: Written at the end of each epoch and every minute; the training resumes from it
-            if it exists.
+        checkpoint: Written at the end of each epoch and every minute, more rarely where that takes
+            long; the training resumes from it if it exists.
         identity: What else a checkpoint depends on.
         on_step: Called after each step with its number from 1, the number of steps and the loss.
         on_epoch: Called after each epoch with its number from 1; it may evaluate the network.
@@ -132,6 +133,7 @@ class Loop:
         self._timed = False  # whether the number of steps has been fixed
         self._timing: tuple[int, float] | None = None  # a step of this session, and when it ended
         self._began = self._saved = 0.0
+        self._cost = 0.0  # seconds of writing the last checkpoint
 
     # ------------------------------------------------------------------------------ the course
 
@@ -188,7 +190,7 @@ class Loop:
                 part.begin_epoch(self._epoch)
             self._one_epoch(limited)
             self._position, self._generators = 0, None
-            if self.checkpoint is not None:
+            if self.checkpoint is not None and self._is_due():
                 self._save()
             if limited and self.keeps_best and self.step < self.total:
                 self._judge()
@@ -221,7 +223,8 @@ class Loop:
             self._position = number + 1
             if limited and not self._timed:
                 self._fix_length()
-            if self.checkpoint is not None and time.monotonic() - self._saved > SAVED:
+            passed = time.monotonic() - self._saved
+            if self.checkpoint is not None and passed > SAVED * max(1.0, self._cost / QUICK):
                 self._save(generator)
 
     def _batches(
@@ -344,6 +347,11 @@ class Loop:
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self._began
 
+    def _is_due(self) -> bool:
+        """Whether to write a checkpoint at the end of an epoch: not all, if that takes long."""
+        passed = time.monotonic() - self._saved
+        return self._cost < QUICK or passed > RARE * self._cost or self.step == self.total
+
     def _save(self, generator: torch.Generator | None = None) -> None:
         """Write the state that `_load` needs, unless a weight is not finite."""
         assert self.checkpoint is not None and self.mode is not None
@@ -364,8 +372,10 @@ class Loop:
         if generator is not None:
             content |= {"epoch": self._epoch, "position": self._position}
             content["generators"] = _generators(generator, self.device)
+        began = time.monotonic()
         write_checkpoint(self.checkpoint, content)
         self._saved = time.monotonic()
+        self._cost = self._saved - began
 
     def _load(self, content: Mapping[str, Any]) -> None:
         """Resume from a checkpoint of `_save`."""

@@ -310,6 +310,30 @@ def test_resumes_within_an_epoch_to_the_same_bits(
     assert steps[0] > 1 and same(state(resumed.network), state(whole.network))
 
 
+def test_slow_checkpoints_are_written_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = [0.0], list[float]()
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+    def slow(path: Path, content: object) -> None:
+        written.append(now[0])
+        now[0] += 6.0
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr("rankNAS.recovery.loop.time", Time)
+    monkeypatch.setattr("rankNAS.recovery.loop.write_checkpoint", slow)
+    run_recipe(recipe_of("plain", epochs=100), regression(), on_step=on_step)
+    # The first after an epoch of six steps, the last at the end, others every two minutes.
+    assert written[0] == 6.0 and written[-1] == now[0] - 6.0
+    gaps = [b - a for a, b in zip(written, written[1:-1], strict=False)]
+    assert gaps and min(gaps) > 120.0 and max(gaps) < 140.0
+
+
 KILLED = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
