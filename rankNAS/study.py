@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from rankNAS.models import artifact
 from rankNAS.models.inputs import InputSpec
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.loop import Report
+from rankNAS.recovery.progressive import chain_ranks
 from rankNAS.recovery.recipe import Job, Recipe, make_recipe
 from rankNAS.recovery.recover import run_recipe
 from rankNAS.recovery.trainer import train
@@ -297,6 +298,7 @@ class Study:
         *,
         data: Samples | None = None,
         keeps_best: bool = True,
+        on_member: Callable[[int], object] | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
     ) -> Report:
         """Train a compressed network in place by a recipe, on the training data.
@@ -308,6 +310,7 @@ class Study:
             data: Other training data.
             keeps_best: Whether a time limit ends it with the best weights so far; otherwise it
                 raises a TimeLimitError.
+            on_member: Called after each training of a recipe of several, with its number from 0.
             on_step: Called after each step with its number, the number of steps and the loss.
 
         Raises:
@@ -324,7 +327,37 @@ class Study:
         )
         chosen = make_recipe(recipe)
         with self.context.phases.timed("finetune" if chosen.name == "plain" else "recover"):
-            return run_recipe(chosen, job, keeps_best=keeps_best, on_step=on_step)
+            return run_recipe(
+                chosen, job, keeps_best=keeps_best, on_member=on_member, on_step=on_step
+            )
+
+    def save_member(
+        self, path: Path | str, allocation: Allocation, network: nn.Module
+    ) -> dict[str, Any]:
+        """Write a network at other ranks than those of an allocation; see `Progressive`.
+
+        Args:
+            path: The file.
+            allocation: The allocation, whose operators the network has.
+            network: The network.
+
+        Returns:
+            Its file, its parameters and the task's metrics on the validation samples.
+        """
+        ranks = chain_ranks(network)
+        choices = {
+            name: choice
+            if name not in ranks
+            else replace(choice, rank=(*choice.rank[:-1], ranks[name]))
+            for name, choice in allocation.items()
+        }
+        metrics = self.measure(network, self.splits.validation)
+        model = {"inputs": self.inputs, **self.model}
+        saved = artifact.save(
+            copied(network).cpu(), Allocation.of(choices), path, model=model, metrics=metrics
+        )
+        params = sum(p.numel() for p in network.parameters())
+        return {"artifact": str(saved), "params": params, **metrics}
 
     def save(
         self,

@@ -444,3 +444,27 @@ def test_the_summary_follows_the_direction() -> None:
     ]
     table = summarise(pd.DataFrame(map(asdict, rows)))
     assert table.strategy.tolist() == ["b", "a"] and set(table.metric) == {"mae"}
+
+
+def test_answers_are_recovered_by_a_recipe(small_net: nn.Module, small_data: Pair) -> None:
+    """The recipe ``plain`` gives the networks that `training` gives; another one gives others."""
+    given: dict[str, Any] = {"seeds": range(1), "n_trials": 1, "budgets": [{"macs": 0.5}]}
+    config = TrainingConfig(
+        1, batch_size=64, learning_rate=0.02, distill=0.5, clip=1.0, optimizer="sgd"
+    )
+    trained = run(small_net, small_data, ["uniform"], training=config, **given)
+    plain = "plain:epochs=1,batch=64,lr=0.02"
+    pd.testing.assert_frame_equal(
+        untimed(run(small_net, small_data, ["uniform"], recipe=plain, **given)), untimed(trained)
+    )
+    rows = run(
+        small_net,
+        small_data,
+        ["uniform"],
+        recipe="distil:epochs=1,batch=64,lr=0.3,speed=plain",
+        training_samples=128,
+        **given,
+    )
+    assert rows.finetuned_test.notna()[1] and rows.test[1] == trained.test[1]
+    with pytest.raises(UsageError, match="give it or `recipe`, not both"):
+        run(small_net, small_data, ["uniform"], recipe=plain, training=config, **given)

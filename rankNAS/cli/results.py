@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from rankNAS.allocation import Allocation
 from rankNAS.budget import parse_budget
 from rankNAS.cli.fronts import describe_front
 from rankNAS.cli.layers import describe_layers
@@ -114,7 +115,17 @@ def _solution(
     recipe = chosen_recipe(options)
     if recipe is not None and not (deadline is not None and deadline.passed):
         try:
-            tuned = _recovered(recipe, options, study, model, network, progress, deadline)
+            tuned = _recovered(
+                recipe,
+                options,
+                study,
+                model,
+                network,
+                chosen.allocation,
+                suffix,
+                progress,
+                deadline,
+            )
         except TimeLimitError:
             return solution
         except UsageError as error:  # the result so far is kept before the error is shown
@@ -152,6 +163,8 @@ def _recovered(
     study: Study,
     model: nn.Module,
     network: nn.Module,
+    allocation: Allocation,
+    suffix: str,
     progress: ProgressDisplay,
     deadline: Deadline | None,
 ) -> dict[str, Any]:
@@ -163,12 +176,20 @@ def _recovered(
     """
     started = time.perf_counter()
     stage = "finetune" if options.finetune else "recover"
+    members: list[dict[str, Any]] = []
+
+    def on_member(number: int) -> None:
+        with limited_by(None):
+            path = options.folder / f"member{number}{suffix}.safetensors"
+            members.append(study.save_member(path, allocation, network))
+
     with limited_by(deadline):
         report = study.recover(
             network,
             model,
             recipe,
             keeps_best=not options.finetune,
+            on_member=on_member,
             on_step=lambda step, total, loss: progress.stage(
                 stage, step, total, f"loss {loss:.3f}"
             ),
@@ -182,6 +203,7 @@ def _recovered(
         "stopped": report.stopped,
         **_summary(study, validation, _tested(study, network)),
         "seconds": round(seconds, 2),
+        **({"members": members} if members else {}),
     }
 
 

@@ -23,6 +23,7 @@ from rankNAS.recovery.recipe import Job, Recipe, Setup
 from rankNAS.recovery.teacher import Teacher
 from rankNAS.tasks.base import Prediction
 from rankNAS.tasks.feeding import input_batches
+from rankNAS.trees import has_images
 
 __all__ = ["Distil"]
 
@@ -42,7 +43,8 @@ class Distil(Recipe):
         decay: Weight decay: of the products of factors, and of other matrices and kernels.
         ema: Limit of the decay of the average of the weights; 0 averages nothing.
         augmentations: Augmentations of each sample, which come again in turns; the dense network
-            runs once for each. 0 draws new ones in every epoch.
+            runs once for each. Other samples than images come in the same batches in every epoch.
+            0 draws new augmentations and batches in every epoch.
         cache: Gigabytes of the dense network's outputs, at most; what exceeds them is computed
             again.
         top: Of a larger vocabulary, so many of the most likely tokens are kept.
@@ -118,7 +120,10 @@ class Distil(Recipe):
                 found = found + self.features * layers.distance()
             return found
 
-        return loss, self.augmentations if keeps else 0
+        augmented = self.augment and job.task.invariant
+        augmented = augmented and has_images(job.task.inputs_of(job.data.example()))
+        variants = self.augmentations if augmented else min(1, self.augmentations)
+        return loss, variants if keeps else 0
 
 
 class BatchNorms(Part):

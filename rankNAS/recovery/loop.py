@@ -27,21 +27,32 @@ from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Part
+from rankNAS.recovery.schedule import learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
 
-__all__ = ["Loop", "Loss", "Place", "Report", "learning_rate"]
+__all__ = ["Loop", "Loss", "Place", "Report", "TooShortError"]
 
 #: The variant of the batches and the number of the batch, if both are of a fixed set.
 Place: TypeAlias = tuple[int, int]
 Loss: TypeAlias = Callable[[Any, Prediction, Place | None], Tensor]
 
-WARM_UP = 0.1  # of all steps
-SAVED = 60.0  # seconds between checkpoints within an epoch
+SAVED = 60.0  # seconds between checkpoints within an epoch, if they are written quickly
+QUICK, RARE = 3.0, 20.0  # seconds of a quick write; a slow one takes at most this part of the time
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
 RESERVE = 0.05  # of the time that is left: for the end of the training
 JUDGED = 256  # samples on which the best weights so far are found
+
+
+class TooShortError(UsageError):
+    """The time limit has ended before the first step of a training."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the time limit is shorter than one step of the training, so nothing is trained; "
+            "give more time."
+        )
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,8 @@ class Loop:
         seconds: Seconds of the training, those of earlier sessions included; None for no limit.
         keeps_best: Whether a time limit ends the training with the best weights so far. Otherwise
             it raises a TimeLimitError.
-        judge: The loss by which the best weights are found; the training loss by default.
-        checkpoint: Written at the end of each epoch and every minute; the training resumes from it
-            if it exists.
+        checkpoint: Written at the end of each epoch and every minute, more rarely where that takes
+            long; the training resumes from it if it exists.
         identity: What else a checkpoint depends on.
         on_step: Called after each step with its number from 1, the number of steps and the loss.
         on_epoch: Called after each epoch with its number from 1; it may evaluate the network.
@@ -116,13 +126,14 @@ class Loop:
         self.mode: Mode | None = None
         self.network.to(self.device)
         exempt = {id(p) for part in self.parts for p in part.exempt()}
-        self.optimizer = _optimizer(self.network, self.config, exempt)
+        self.optimizer = make_optimizer(self.network, self.config, exempt)
         self._epoch, self._position = 0, 0  # of the next batch
         self._generators: dict[str, Tensor] | None = None  # of a checkpoint within an epoch
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._timed = False  # whether the number of steps has been fixed
         self._timing: tuple[int, float] | None = None  # a step of this session, and when it ended
         self._began = self._saved = 0.0
+        self._cost = 0.0  # seconds of writing the last checkpoint
 
     # ------------------------------------------------------------------------------ the course
 
@@ -179,7 +190,7 @@ class Loop:
                 part.begin_epoch(self._epoch)
             self._one_epoch(limited)
             self._position, self._generators = 0, None
-            if self.checkpoint is not None:
+            if self.checkpoint is not None and self._is_due():
                 self._save()
             if limited and self.keeps_best and self.step < self.total:
                 self._judge()
@@ -212,7 +223,8 @@ class Loop:
             self._position = number + 1
             if limited and not self._timed:
                 self._fix_length()
-            if self.checkpoint is not None and time.monotonic() - self._saved > SAVED:
+            passed = time.monotonic() - self._saved
+            if self.checkpoint is not None and passed > SAVED * max(1.0, self._cost / QUICK):
                 self._save(generator)
 
     def _batches(
@@ -320,10 +332,7 @@ class Loop:
 
     def _finish(self, stopped: bool) -> None:
         if stopped and not self.step:
-            raise UsageError(
-                "the time limit is shorter than one step of the training, so nothing is trained; "
-                "give more time."
-            )
+            raise TooShortError
         for part in self.parts:
             part.average()
         if stopped and self._best is not None:
@@ -337,6 +346,11 @@ class Loop:
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self._began
+
+    def _is_due(self) -> bool:
+        """Whether to write a checkpoint at the end of an epoch: not all, if that takes long."""
+        passed = time.monotonic() - self._saved
+        return self._cost < QUICK or passed > RARE * self._cost or self.step == self.total
 
     def _save(self, generator: torch.Generator | None = None) -> None:
         """Write the state that `_load` needs, unless a weight is not finite."""
@@ -358,8 +372,10 @@ class Loop:
         if generator is not None:
             content |= {"epoch": self._epoch, "position": self._position}
             content["generators"] = _generators(generator, self.device)
+        began = time.monotonic()
         write_checkpoint(self.checkpoint, content)
         self._saved = time.monotonic()
+        self._cost = self._saved - began
 
     def _load(self, content: Mapping[str, Any]) -> None:
         """Resume from a checkpoint of `_save`."""
@@ -394,14 +410,6 @@ class Loop:
         }
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up to ``peak``, then a cosine that would be 0 at ``step == total``."""
-    warm_up = max(1, round(WARM_UP * total))
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * (1 + math.cos(math.pi * (step - warm_up + 1) / (total - warm_up + 1))) / 2
-
-
 def _epoch_seed(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch) % 2**31
 
@@ -417,24 +425,3 @@ def _generators(generator: torch.Generator, device: torch.device) -> dict[str, T
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
     return found
-
-
-def _optimizer(
-    network: nn.Module, config: TrainingConfig, exempt: set[int]
-) -> torch.optim.Optimizer:
-    """The optimiser of what is trained; vectors and exempt parameters have no weight decay."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise UsageError(
-            "all parameters of the network are frozen, so there is nothing to train; call "
-            "model.requires_grad_() before, or leave the training out."
-        )
-    decayed = [p.dim() > 1 and id(p) not in exempt for p in parameters]
-    pairs = list(zip(parameters, decayed, strict=True))
-    groups = [
-        {"params": [p for p, own in pairs if own], "weight_decay": config.weight_decay},
-        {"params": [p for p, own in pairs if not own], "weight_decay": 0.0},
-    ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.learning_rate)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9, nesterov=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.recovery.parts import Part
 
-__all__ = ["Chain", "ProductDecay", "chains", "product_gradients"]
+__all__ = ["Chain", "ProductDecay", "chains", "is_product", "product_gradients"]
 
 LAYERS = (nn.Linear, GroupedLinear, nn.Conv1d, nn.Conv2d)
 
@@ -69,7 +69,7 @@ class ProductDecay(Part):
 
     def __init__(self, network: nn.Module, decay: float, optimizer: str) -> None:
         self.decay, self.optimizer = decay, optimizer
-        self.chains = [c for c in chains(network) if product_gradients(c.stages) is not None]
+        self.chains = [c for c in chains(network) if is_product(c.stages)]
 
     def exempt(self) -> Sequence[Tensor]:
         return [weight for chain in self.chains for weight in chain.weights]
@@ -80,7 +80,6 @@ class ProductDecay(Part):
             if all(weight.grad is None for weight in chain.weights):
                 continue
             gradients = product_gradients(chain.stages)
-            assert gradients is not None
             for weight, gradient in zip(chain.weights, gradients, strict=True):
                 if weight.grad is None:  # frozen
                     continue
@@ -90,25 +89,26 @@ class ProductDecay(Part):
                     weight.grad.add_(gradient, alpha=self.decay)
 
 
+def is_product(stages: Sequence[Any]) -> bool:
+    """Whether a chain has the form of a decomposed layer, whose weight is a product."""
+    return _of_two(stages) if len(stages) == 2 else len(stages) == 3 and _of_three(stages)
+
+
 @torch.no_grad()
-def product_gradients(stages: Sequence[Any]) -> list[Tensor] | None:
+def product_gradients(stages: Sequence[Any]) -> list[Tensor]:
     """The gradients of 1/2 |W|_F^2 for the weight W of the layer that a chain equals.
 
     Args:
-        stages: Linear layers or convolutions.
+        stages: Linear layers or convolutions, of which `is_product` is true.
 
     Returns:
-        One gradient for each weight, in its shape; None for chains of another form than those of
-        decomposed layers.
+        One gradient for each weight, in its shape.
     """
-    if len(stages) == 2 and _of_two(stages):
+    if len(stages) == 2:
         return _two(*stages)
-    if len(stages) == 3 and _of_three(stages):
-        A, core, B = map(_matrix, stages)
-        found = _three(A, core, B)
-        pairs = zip(found, stages, strict=True)
-        return [gradient.reshape(stage.weight.shape) for gradient, stage in pairs]
-    return None
+    A, core, B = map(_matrix, stages)
+    pairs = zip(_three(A, core, B), stages, strict=True)
+    return [gradient.reshape(stage.weight.shape) for gradient, stage in pairs]
 
 
 def _of_two(stages: Sequence[Any]) -> bool:

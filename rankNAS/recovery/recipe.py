@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -57,6 +57,10 @@ ENTRIES = {
     "freeze": (
         "rankNAS.recovery.freeze:Freeze",
         "As distil, with one group of factors frozen in each epoch, in turns.",
+    ),
+    "progressive": (
+        "rankNAS.recovery.progressive:Progressive",
+        "As distil, at ranks that fall to those of the network, each started from the last.",
     ),
 }
 #: Recipes by name.
@@ -205,9 +209,22 @@ class Recipe(ABC):
         return 3e-4 if optimizer == "adamw" else 0.03
 
     @property
+    def trainings(self) -> int:
+        """The number of `courses`, which share the epochs and the time."""
+        return 1
+
+    @property
     def other_decay(self) -> float:
         """The optimiser's weight decay."""
         return 0.0
+
+    def courses(self, job: Job) -> Generator[Job]:
+        """The trainings that are done one after the other; one by default.
+
+        Before each, the network may be changed; if the generator is closed before its end, the
+        network gets its form back. Their checkpoints differ.
+        """
+        yield job
 
     @abstractmethod
     def prepared(self, job: Job) -> AbstractContextManager[Setup]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,13 +17,13 @@ from rankNAS.copies import copied
 from rankNAS.data.images.augment import NO_FLIP
 from rankNAS.data.loading import load_data
 from rankNAS.data.samples import Samples
-from rankNAS.deadline import Deadline, limited_by
+from rankNAS.deadline import Deadline, TimeLimitError, limited_by, seconds_left
 from rankNAS.exceptions import UsageError, WeightsError, WriteError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import Refinement
-from rankNAS.recovery.loop import Loop, Report
+from rankNAS.recovery.loop import Loop, Report, TooShortError
 from rankNAS.recovery.products import chains
 from rankNAS.recovery.recipe import Job, Recipe, make_recipe
 from rankNAS.recovery.refinement import refine
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["VERSION", "recover", "run_recipe"]
 
 logger = logging.getLogger(__name__)
+KEPT = 4 << 30  # bytes of samples that are kept in memory; more are read in every epoch
 VERSION = 1  # part of the key of checkpoints: raise it when the trainings change
 
 
@@ -124,6 +127,7 @@ def run_recipe(
     keeps_best: bool = True,
     on_step: Callable[[int, int, float], None] | None = None,
     on_epoch: Callable[[int], object] | None = None,
+    on_member: Callable[[int], object] | None = None,
 ) -> Report:
     """Train the network of a job by a recipe.
 
@@ -133,6 +137,8 @@ def run_recipe(
         keeps_best: As for `Loop`.
         on_step: As for `Loop`.
         on_epoch: As for `Loop`.
+        on_member: Called after each training of a recipe of several (`Recipe.courses`), numbered
+            from 0.
 
     Raises:
         UsageError: As for `recover`.
@@ -141,6 +147,8 @@ def run_recipe(
     recipe.check(job.task, job.dense is not None)
     if recipe.samples is not None:
         job = replace(job, data=job.data.subsample(recipe.samples, job.seed))
+    if not job.data.in_memory:
+        job = replace(job, data=job.data.kept(KEPT))
     job.network.to(job.device)
     if job.dense is not None:
         _check_teacher(recipe, job, job.dense)
@@ -151,9 +159,71 @@ def run_recipe(
         if (known := _finished(final, job.network)) is not None:
             return known
     if recipe.refine:
-        _refine(job)
+        _refine(job, keeps_best)
+    whole, used = Report(0, 0, 0.0), list[Path]()
+    with closing(recipe.courses(job)) as courses:
+        for number, part in enumerate(courses):
+            assert part.checkpoint is not None
+            used.append(part.checkpoint)
+            following = recipe.trainings - number
+            counted = _counting(on_step, whole.steps, following)
+            try:
+                with _share_of_time(following):
+                    report = _trained(recipe, part, keeps_best, counted, on_epoch)
+            except (TimeLimitError, TooShortError):
+                if not keeps_best:
+                    raise
+                if not number:
+                    raise TooShortError from None
+                whole = replace(whole, stopped=True)  # the network has only taken its form
+                continue
+            whole = Report(
+                whole.steps + report.steps,
+                whole.planned + report.planned,
+                whole.seconds + report.seconds,
+                whole.stopped or report.stopped,
+                report.mode,
+            )
+            if on_member is not None and recipe.trainings > 1:
+                on_member(number)
+    job.network.eval()
+    if final is not None and not whole.stopped:
+        _finish(job.network, final, whole, used)
+    return whole
+
+
+def _share_of_time(following: int) -> AbstractContextManager[None]:
+    """Context with an equal share of the time that is left, for one of so many trainings."""
+    left = seconds_left()
+    if following == 1 or not 0 < left < math.inf:
+        return nullcontext()
+    return limited_by(Deadline(max(left / following, 1e-3)))
+
+
+def _counting(
+    on_step: Callable[[int, int, float], None] | None, done: int, following: int
+) -> Callable[[int, int, float], None] | None:
+    """The callback with the steps of earlier trainings counted, and those of later ones."""
+    if on_step is None:
+        return None
+
+    def counted(step: int, total: int, loss: float) -> None:
+        on_step(done + step, done + following * total, loss)
+
+    return counted
+
+
+def _trained(
+    recipe: Recipe,
+    job: Job,
+    keeps_best: bool,
+    on_step: Callable[[int, int, float], None] | None,
+    on_epoch: Callable[[int], object] | None,
+) -> Report:
+    """One training of a recipe."""
+    seconds = None if recipe.seconds is None else recipe.seconds / recipe.trainings
     with recipe.prepared(job) as setup:
-        report = Loop(
+        return Loop(
             job.network,
             job.data,
             job.task,
@@ -164,17 +234,13 @@ def run_recipe(
             device=job.device,
             variants=setup.variants,
             speed=recipe.speed,
-            seconds=recipe.seconds,
+            seconds=seconds,
             keeps_best=keeps_best,
             checkpoint=job.checkpoint,
             identity={"recipe": str(recipe), "version": VERSION},
             on_step=on_step,
             on_epoch=on_epoch,
         ).run()
-    job.network.eval()
-    if final is not None and not report.stopped:
-        _finish(job, final, report)
-    return report
 
 
 def _finished(path: Path, network: nn.Module) -> Report | None:
@@ -191,15 +257,15 @@ def _finished(path: Path, network: nn.Module) -> Report | None:
     return Report(**content["report"])
 
 
-def _finish(job: Job, path: Path, report: Report) -> None:
-    """Keep the trained weights in place of the state of the training, which is larger."""
-    content = {"model": job.network.state_dict(), "report": asdict(report), "identity": VERSION}
+def _finish(network: nn.Module, path: Path, report: Report, used: Sequence[Path]) -> None:
+    """Keep the trained weights in place of the states of the trainings, which are larger."""
+    content = {"model": network.state_dict(), "report": asdict(report), "identity": VERSION}
     try:
         write_checkpoint(path, content)
     except WriteError as error:
         logger.warning("the trained network is not kept in the cache: %s", error)
-    assert job.checkpoint is not None
-    job.checkpoint.unlink(missing_ok=True)
+    for file in used:
+        file.unlink(missing_ok=True)
 
 
 def _check_teacher(recipe: Recipe, job: Job, dense: nn.Module) -> None:
@@ -227,20 +293,25 @@ def _checkpoint(recipe: Recipe, job: Job) -> Path:
     return cache_folder() / "checkpoints" / f"recover-{key}.pt"
 
 
-def _refine(job: Job) -> None:
+def _refine(job: Job, keeps_best: bool) -> None:
     """Refine the decomposed layers block by block, before any training."""
     if job.dense is None:
         raise UsageError("a refinement learns from the dense network; give it as `dense`.")
     layers = {chain.path: [chain.path] for chain in chains(job.network)}
     assert job.checkpoint is not None
-    refine(
-        job.network,
-        job.dense,
-        layers,
-        job.data,
-        job.task,
-        Refinement(),
-        seed=job.seed,
-        device=job.device,
-        checkpoint=job.checkpoint.with_suffix(".refine.pt"),
-    )
+    try:
+        refine(
+            job.network,
+            job.dense,
+            layers,
+            job.data,
+            job.task,
+            Refinement(),
+            seed=job.seed,
+            device=job.device,
+            checkpoint=job.checkpoint.with_suffix(".refine.pt"),
+        )
+    except TimeLimitError:
+        if not keeps_best:
+            raise
+        raise TooShortError from None

@@ -11,9 +11,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from clocks import Clock
 from safetensors.torch import save_file
 
+import rankNAS
 from rankNAS.cli import main
+from rankNAS.cli.output import ProgressDisplay
 from rankNAS.plugins import load_callable
 from rankNAS.recovery.recipe import RECIPES
 
@@ -95,6 +98,37 @@ def test_a_loss_that_is_not_finite_keeps_the_answer(command: Command) -> None:
     assert Path(solution["artifact"]).is_file() and solution["best"]["test_loss"] > 0
     assert command("resume", "--recover", f"plain:epochs=1,{FEW}")[0] == 0
     assert "finetuned" in result()["solutions"][0]
+
+
+def test_each_member_of_a_family_is_saved(command: Command, model_file: str) -> None:
+    recipe = f"progressive:epochs=3,members=3,{FEW}"
+    assert command("search", "--operators", "svd", "--recover", recipe)[0] == 0
+    tuned = result()["solutions"][0]["finetuned"]
+    params = [member["params"] for member in tuned["members"]]
+    assert len(params) == 3 and params == sorted(params, reverse=True) and params[0] > params[2]
+
+    def factory() -> Any:
+        return load_callable(model_file)(num_classes=10)
+
+    for member in tuned["members"]:
+        network = rankNAS.load(member["artifact"], factory)
+        assert sum(p.numel() for p in network.parameters()) == member["params"]
+        assert member["loss"] > 0
+
+
+def test_a_time_limit_keeps_the_best_weights(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = f"distil:epochs=9,{FEW}"
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressDisplay, "stage", lambda self, *a: Clock(patch).at("recover", 3)(*a))
+        code, printed, _ = command("search", "--recover", recipe, "--time-limit", "50")
+    assert code == 0 and "the time ended the recovery for macs<=0.5" in printed
+    tuned = result()["solutions"][0]["finetuned"]
+    assert tuned["stopped"] and tuned["steps"] == 3
+    assert command("resume")[0] == 0  # without a limit, from where it was
+    later = result()["solutions"][0]["finetuned"]
+    assert not later["stopped"] and later["steps"] == 18 and result()["notes"] == []
 
 
 @pytest.mark.parametrize("name", ["search", "compare"])

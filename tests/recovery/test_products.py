@@ -11,7 +11,8 @@ from torch import nn
 
 from rankNAS.decompositions import LayerShape
 from rankNAS.decompositions.shapes import GroupedLinear
-from rankNAS.recovery.products import ProductDecay, chains, product_gradients
+from rankNAS.recovery.products import ProductDecay, chains, is_product, product_gradients
+from rankNAS.recovery.progressive import chain_ranks
 from rankNAS.strategies.supernet.network import multiply
 
 CHAINS: dict[str, Callable[[], tuple[nn.Module, ...]]] = {
@@ -46,7 +47,7 @@ def test_gradients_are_those_of_autograd(kind: str) -> None:
     loss = 0.5 * product.square().sum()
     expected = torch.autograd.grad(loss, [stage.weight for stage in stages])
     found = product_gradients(stages)
-    assert found is not None
+    assert is_product(stages)
     for own, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(own, wanted)
 
@@ -54,7 +55,7 @@ def test_gradients_are_those_of_autograd(kind: str) -> None:
 def test_other_chains_are_left_to_the_optimiser() -> None:
     twice = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 5, 3)
     crossed = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, groups=2)
-    assert product_gradients(twice) is None and product_gradients(crossed) is None
+    assert not is_product(twice) and not is_product(crossed)
     network = nn.Sequential(
         nn.Sequential(*twice),
         nn.Sequential(nn.Conv2d(5, 2, 1, bias=False), nn.Conv2d(2, 5, 1)),
@@ -62,6 +63,7 @@ def test_other_chains_are_left_to_the_optimiser() -> None:
         nn.Sequential(nn.Conv2d(5, 5, 1), nn.ReLU()),
     )
     assert [chain.path for chain in chains(network)] == ["0", "1"]
+    assert chain_ranks(network) == {"1": 2}
     part = ProductDecay(network, 0.1, "sgd")
     assert [chain.path for chain in part.chains] == ["1"]
     exempt = {id(weight) for weight in part.exempt()}

@@ -180,6 +180,20 @@ def test_the_teacher_runs_once_for_each_augmentation(monkeypatch: pytest.MonkeyP
     assert same(found[1.0], found[2e-8]) and same(found[1.0], found[1e-9])
 
 
+def test_without_augmentation_the_teacher_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    close = Teacher.close
+
+    def closed(self: Teacher) -> None:
+        found.append(self.passes)
+        close(self)
+
+    monkeypatch.setattr(Teacher, "close", closed)
+    for kind in ("language", "regression"):
+        run_recipe(recipe_of("distil", epochs=4), JOBS[kind]())
+    assert found == [3, 6]
+
+
 def test_of_a_vocabulary_the_top_tokens_are_kept() -> None:
     job = language()
     batch = job.data.example(8)
@@ -275,7 +289,7 @@ def test_resumes_within_an_epoch_to_the_same_bits(
             made, augmentation=Augmentation(flip=True), checkpoint=tmp_path / f"{name}.pt"
         )
 
-    recipe = recipe_of(name, epochs=2)
+    recipe = recipe_of(name, epochs=3)
     whole = replace(job(), checkpoint=tmp_path / "whole.pt")
     run_recipe(recipe, whole)
     monkeypatch.setattr("rankNAS.recovery.loop.SAVED", -1.0)  # after each step
@@ -294,6 +308,30 @@ def test_resumes_within_an_epoch_to_the_same_bits(
     resumed, steps = job(), list[int]()
     run_recipe(recipe, resumed, on_step=lambda step, total, loss: steps.append(step))
     assert steps[0] > 1 and same(state(resumed.network), state(whole.network))
+
+
+def test_slow_checkpoints_are_written_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, written = [0.0], list[float]()
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+    def slow(path: Path, content: object) -> None:
+        written.append(now[0])
+        now[0] += 6.0
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr("rankNAS.recovery.loop.time", Time)
+    monkeypatch.setattr("rankNAS.recovery.loop.write_checkpoint", slow)
+    run_recipe(recipe_of("plain", epochs=100), regression(), on_step=on_step)
+    # The first after an epoch of six steps, the last at the end, others every two minutes.
+    assert written[0] == 6.0 and written[-1] == now[0] - 6.0
+    gaps = [b - a for a, b in zip(written, written[1:-1], strict=False)]
+    assert gaps and min(gaps) > 120.0 and max(gaps) < 140.0
 
 
 KILLED = """
@@ -364,7 +402,18 @@ def test_the_schedule_is_fitted_to_the_seconds() -> None:
     assert again.planned == report.planned and again.steps >= report.steps
 
 
-def test_a_limit_shorter_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "plain",
+        "distil",
+        "distil:speed=auto",
+        "distil:refine=true",
+        "lora:speed=auto",
+        "progressive",
+    ],
+)
+def test_a_limit_shorter_than_a_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job = regression()
     kept = state(job.network)
     clock = Clock(monkeypatch)
@@ -373,7 +422,7 @@ def test_a_limit_shorter_than_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         limited_by(Deadline(1.0, started=0.0)),
         pytest.raises(UsageError, match="shorter than one step"),
     ):
-        run_recipe(recipe_of("plain"), job)
+        run_recipe(make_recipe(recipe), job)
     assert same(state(job.network), kept)
 
 

@@ -14,7 +14,7 @@ from rankNAS.data.loading import load_data
 from rankNAS.data.splits import split
 from rankNAS.exceptions import RankNASError, UsageError, WeightsError
 from rankNAS.recovery import TrainingConfig, train
-from rankNAS.recovery.loop import learning_rate
+from rankNAS.recovery.schedule import learning_rate
 from rankNAS.recovery.trainer import Recovery
 from rankNAS.tasks.infer import infer_task
 
