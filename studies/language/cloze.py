@@ -2,7 +2,8 @@
 
     python studies/language/cloze.py TEXT/valid.txt cloze.jsonl --questions 200
 
-The wrong words follow the beginnings of other lines. Lines of a JSONL file: context, choices, label.
+The wrong words follow the beginnings of other lines. Each line of the file has context, choices and
+label.
 """
 
 from __future__ import annotations

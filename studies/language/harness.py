@@ -2,12 +2,12 @@
 
     python studies/language/cloze.py TEXT/valid.txt cloze.jsonl
     export HF_HUB_OFFLINE=1 HARNESS_TASK=cloze.jsonl HARNESS_TOKENIZER=FOLDER
-    ranknas search --space hf:FOLDER --data text:TEXT --budget layer_params=0.8 \\
-      --objective studies/language/harness.py:accuracy
+    export OBJECTIVE=studies/language/harness.py:accuracy
+    ranknas search --space hf:FOLDER --data text:TEXT --objective $OBJECTIVE --budget params=0.8
 
 `HARNESS_TASK` is a file of questions, as `cloze.py` writes it, or the name of a task that lm-eval
-finds, perhaps in the folder `HARNESS_TASKS` of YAML files. `HARNESS_LIMIT` is the largest number of
-questions.
+finds, perhaps in the folder `HARNESS_TASKS` of YAML files. `HARNESS_LIMIT` is the largest number
+of questions.
 """
 
 from __future__ import annotations
