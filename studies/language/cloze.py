@@ -2,7 +2,7 @@
 
     python studies/language/cloze.py TEXT/valid.txt cloze.jsonl --questions 200
 
-The wrong words follow the beginnings of other lines. Each line of the file has context, choices and
+The wrong words follow the beginnings of other lines. A line of the file has context, choices and
 label.
 """
 
