@@ -56,6 +56,10 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=2048, help="for the search")
     parser.add_argument("--held-out", type=int, default=1000, help="for the table")
     parser.add_argument("--length", type=int, default=48, help="tokens of a sentence, at most")
+    parser.add_argument("--calibration", type=int, default=512, help="of these sentences")
+    parser.add_argument(
+        "--memory", type=int, default=64, help="MB of statistics from which blocks are streamed"
+    )
     parser.add_argument("--refine", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a CSV file")
@@ -121,7 +125,13 @@ def rows_of(
         strategy=strategy,
         budget=[{"layer_params": kept} for kept in args.kept],
         seed=args.seed,
-        settings=rankNAS.Settings(norm=norm, sequential=refit, refine=refine),
+        settings=rankNAS.Settings(
+            norm=norm,
+            calibration=args.calibration,
+            sequential=refit,
+            refine=refine,
+            memory=args.memory << 20,
+        ),
     )
     found = []
     for problem, kept in zip(study.problems, args.kept, strict=True):
