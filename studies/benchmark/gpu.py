@@ -58,7 +58,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     model = synthetic(args.size, device)
     stages = Stages(device)
     study = searched(model, stages, args)
-    network = study.materialise()
+    network = study.materialise().to(device)
     stages.begin("speed")
     networks = {"dense": model, "compressed": network}
     speeds = load_callable(f"{DECODE}:speeds")(networks, args.length, args.new, 5)

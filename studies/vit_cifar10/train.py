@@ -4,9 +4,9 @@
 
 The recipe is that of Wu 2025 as far as the minutes go: AdamW with learning rate 1e-3 and weight
 decay 0.05, 10 % of warm-up, then cosine decay, label smoothing 0.1, stochastic depth 0.1, flips
-and shifts. Its stronger augmentation, which needs 100 epochs, is there as --mix (CutMix or Mixup of
-half of the batches), --auto (AutoAugment) and --erase. The schedule ends with the minutes, or with
---epochs. An interrupted training goes on when the command is given again.
+and shifts. Its stronger augmentation, which needs 100 epochs, is there as --mix (CutMix or Mixup
+of half of the batches), --auto (AutoAugment) and --erase. The schedule ends with the minutes, or
+with --epochs. An interrupted training goes on when the command is given again.
 """
 
 from __future__ import annotations
