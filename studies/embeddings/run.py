@@ -27,7 +27,6 @@ import rankNAS
 #: By name of a row: strategy, norm, and whether the layers of the answer are refitted.
 ROWS: dict[str, tuple[str, Any, bool]] = {
     "plain SVD, uniform": ("uniform", "weight", False),
-    "the same, refitted": ("uniform", "weight", True),
     "solve": ("solve", None, True),
     "auto": ("auto", None, True),
 }
@@ -53,12 +52,13 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="a folder with train.txt and test.txt")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6, 0.4])
-    parser.add_argument("--sentences", type=int, default=2048, help="for the search")
+    parser.add_argument("--sentences", type=int, default=1024, help="for the search")
     parser.add_argument("--held-out", type=int, default=1000, help="for the table")
-    parser.add_argument("--length", type=int, default=48, help="tokens of a sentence, at most")
-    parser.add_argument("--calibration", type=int, default=512, help="of these sentences")
+    parser.add_argument("--length", type=int, default=32, help="tokens of a sentence, at most")
+    parser.add_argument("--calibration", type=int, default=256, help="of these sentences")
+    parser.add_argument("--validation", type=int, default=128, help="further ones")
     parser.add_argument(
-        "--memory", type=int, default=64, help="MB of statistics from which blocks are streamed"
+        "--memory", type=int, default=1, help="MB of statistics from which blocks are streamed"
     )
     parser.add_argument("--refine", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -128,6 +128,8 @@ def rows_of(
         settings=rankNAS.Settings(
             norm=norm,
             calibration=args.calibration,
+            validation=args.validation,
+            screening=args.validation // 2,
             sequential=refit,
             refine=refine,
             memory=args.memory << 20,

@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     data = rankNAS.load_data(args.data, normalize=recorded_normalization(args.weights))
     model = build_model("vit_cifar", num_classes=10, input_shape=SHAPE).eval()
-    load_weights(model, args.weights, "vit_cifar")
+    load_weights(model, args.weights)
     rows = pd.DataFrame(found(model, data, args))
     if args.out is not None:
         rows.to_csv(args.out, index=False)
