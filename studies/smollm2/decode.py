@@ -70,7 +70,7 @@ def speeds(
 
     Returns:
         By name and kind of pass (``prefill``, ``decode``): the median of tokens a second, their
-        quartiles, and the ratio of the medians to that of the reference.
+        quartiles, and the median ratio to the reference of the same repeat.
     """
     generator, order = torch.Generator().manual_seed(seed), random.Random(seed)
     vocabulary = min(vocabulary_of(network) for network in networks.values())
@@ -86,9 +86,9 @@ def speeds(
     for name, rows in seconds.items():
         found[name] = {}
         for kind, count, at in (("prefill", prompt, 0), ("decode", new, 1)):
-            rates = [count / row[at] for row in rows]
-            reference = statistics.median(count / row[at] for row in seconds[first])
-            found[name][kind] = summary(rates, reference)
+            ratios = [own[at] / row[at] for row, own in zip(rows, seconds[first], strict=True)]
+            rates = spread([count / row[at] for row in rows])
+            found[name][kind] = rates | {"ratio": spread(ratios)["median"]}
     return found
 
 
@@ -124,11 +124,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def summary(rates: Sequence[float], reference: float) -> dict[str, float]:
-    """Median, quartiles, and the ratio of the median to a reference."""
-    low, middle, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else 3 * [rates[0]]
-    values = {"median": middle, "low": low, "high": high, "ratio": middle / reference}
-    return {name: round(value, 3) for name, value in values.items()}
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median and the quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else 3 * [values[0]]
+    return {"median": round(middle, 3), "low": round(low, 3), "high": round(high, 3)}
 
 
 def weight_bytes(network: nn.Module) -> int:
