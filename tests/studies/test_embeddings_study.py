@@ -14,7 +14,7 @@ from torch import nn
 
 from rankNAS.plugins import load_callable
 
-FILE = Path(__file__).parents[2] / "studies" / "embeddings" / "run.py"
+FILE = Path(__file__).parents[2] / "studies" / "embeddings" / "sentences.py"
 pytestmark = pytest.mark.skipif(not FILE.is_file(), reason="not in a checkout")
 
 

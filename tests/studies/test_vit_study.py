@@ -26,7 +26,7 @@ def training(out: Path, steps: int, **options: Any) -> Any:
     data = rankNAS.load_data((images, images))
     given = {"minutes": 1e6, "epochs": steps / 4, "batch": 8, "device": "cpu", "seed": 0}
     given |= {"bfloat16": False, "mix": True, "auto": True, "erase": True, "every": 1e6}
-    return load_callable(f"{FOLDER}/train.py:Training")(
+    return load_callable(f"{FOLDER}/train_vit.py:Training")(
         data, argparse.Namespace(out=out, **given | options)
     )
 
@@ -57,7 +57,7 @@ def test_the_layers_of_a_group() -> None:
         build_model("vit_cifar", num_classes=10, input_shape=(3, 32, 32)),
         torch.zeros(1, 3, 32, 32),
     )
-    found = load_callable(f"{FOLDER}/evaluate.py:factored")(space, "qv")
+    found = load_callable(f"{FOLDER}/evaluate_vit.py:factored")(space, "qv")
     third = {name for name, choice in found.items() if choice != DENSE}
     assert third == {
         f"blocks.{i}.attention.{part}" for i in range(9) for part in ("query", "value")

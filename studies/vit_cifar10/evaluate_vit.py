@@ -1,6 +1,6 @@
 """Accuracy of the small ViT with projections factored at a third of the width, and by the search.
 
-    python studies/vit_cifar10/evaluate.py --data parquet:DIR --weights vit.safetensors
+    python studies/vit_cifar10/evaluate_vit.py --data parquet:DIR --weights vit.safetensors
 
 For each group of projections (q, k, v, qk, kv, qkv of all blocks), all of them get rank 64: by
 truncated SVD of the weights, and in the norm of inputs and output gradients with layers refitted.

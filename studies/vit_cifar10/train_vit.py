@@ -1,6 +1,6 @@
 """Train the small vision transformer of the zoo on images of 32 x 32 pixels.
 
-    python studies/vit_cifar10/train.py --data parquet:DIR --minutes 60 --out vit.safetensors
+    python studies/vit_cifar10/train_vit.py --data parquet:DIR --minutes 60 --out vit.safetensors
 
 The recipe is that of Wu 2025 as far as the minutes go: AdamW with learning rate 1e-3 and weight
 decay 0.05, 10 % of warm-up, then cosine decay, label smoothing 0.1, stochastic depth 0.1, flips
