@@ -28,6 +28,7 @@ from rankNAS.evaluation.verification import verify_plain
 from rankNAS.exceptions import UsageError
 from rankNAS.fallback import sparse_space, uniform_space
 from rankNAS.hw_models import HardwareModel, LatencyTables, compile_latency, make_hardware
+from rankNAS.hw_models.tokens import first_tokens, space_of_tokens
 from rankNAS.objectives import ObjectiveBase
 from rankNAS.phases import Phases
 from rankNAS.recovery.refinement import Refiner
@@ -254,7 +255,7 @@ def _latency(
     Args:
         model: The dense model.
         example: The model's arguments for one sample.
-        settings: The batch size that counts, and the policy.
+        settings: The batch size and the tokens that count, and the policy.
         hardware: A name or a `HardwareModel`.
         report: Called with the stage ``time``.
         start: Allocations whose choices are kept.
@@ -263,7 +264,11 @@ def _latency(
     Raises:
         TimeLimitError: The active deadline has passed.
     """
-    asked = space.at_batch(settings.latency_batch * space.batch_size)
+    asked = space
+    if settings.latency_tokens is not None:
+        example = first_tokens(model, example, settings.latency_tokens)
+        asked = space_of_tokens(model, space, example)
+    asked = asked.at_batch(settings.latency_batch * space.batch_size)
     predictor = make_hardware(hardware, strict=settings.strict_hardware)
 
     def on_step(done: int, total: int) -> None:

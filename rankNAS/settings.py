@@ -69,6 +69,7 @@ class Settings:
         choices: The largest number of choices a layer keeps once their errors are known.
         batch_size: Samples per forward pass of an evaluation.
         latency_batch: Samples of the forward pass whose latency counts.
+        latency_tokens: Tokens of each of them; 1 for a step of decoding, None for all.
         strict_hardware: Whether latency tables raise an error for layers that they do not have.
         early_stopping: Prune trials early (asynchronous successive halving), after a part of their
             epochs or on a part of the validation samples; see `SuccessiveHalving`.
@@ -98,6 +99,7 @@ class Settings:
     choices: int = 64
     batch_size: int | None = None
     latency_batch: int = 1
+    latency_tokens: int | None = None
     strict_hardware: bool = False
     early_stopping: bool = False
     recovery: TrainingConfig | None = None
@@ -116,6 +118,7 @@ class Settings:
             "choices",
             "batch_size",
             "latency_batch",
+            "latency_tokens",
         )
         for name in (*counts, "recovery_samples", "memory"):
             value = getattr(self, name)

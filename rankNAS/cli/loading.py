@@ -111,6 +111,7 @@ def check_options(options: ModelOptions) -> Settings:
         sequential=options.sequential,
         policy=policy,
         latency_batch=options.latency_batch,
+        latency_tokens=options.latency_tokens,
         strict_hardware=options.strict_hw,
         refine=_refinement(options),
         **own,

@@ -10,6 +10,7 @@ import torch
 from rankNAS.allocation import Allocation
 from rankNAS.hw_models.networks import batched, built
 from rankNAS.hw_models.timing import interleaved, spread_of_median, waiting
+from rankNAS.hw_models.tokens import first_tokens
 from rankNAS.study import Study
 
 __all__ = ["concerns_latency", "measure"]
@@ -25,7 +26,7 @@ def concerns_latency(study: Study) -> bool:
 
 @torch.no_grad()
 def measure(
-    study: Study, allocations: Sequence[Allocation], batch: int
+    study: Study, allocations: Sequence[Allocation], batch: int, tokens: int | None = None
 ) -> list[dict[str, float | int]]:
     """Interleaved end-to-end latencies of the dense and compressed networks on the search device.
 
@@ -33,6 +34,7 @@ def measure(
         study: The search.
         allocations: Allocations of the networks to time.
         batch: Inputs per forward pass.
+        tokens: Tokens of each input; None for all.
 
     Returns:
         For the dense network and then each allocation: ``seconds``, the median; ``spread``, the
@@ -40,7 +42,8 @@ def measure(
     """
     factorisation, evaluator = study.evaluator.factorisation, study.evaluator
     example = study.splits.calibration.example(batch, evaluator.device)
-    x = batched(study.task.inputs_of(example), batch)
+    inputs = first_tokens(factorisation.model, study.task.inputs_of(example), tokens)
+    x = batched(inputs, batch)
     dense = factorisation.space.dense
     runs = [
         waiting(built(factorisation.model, allocation, x), torch.device(evaluator.device))

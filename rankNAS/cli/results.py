@@ -60,7 +60,7 @@ def keep(
     if concerns_latency(study):
         progress.say("timing the dense network and the compressed ones")
         chosen = [study.solution(p).allocation for p in study.problems]
-        times = measure(study, chosen, options.latency_batch)
+        times = measure(study, chosen, options.latency_batch, options.latency_tokens)
         for summary, found in zip([dense, *(a["best"] for a in solutions)], times, strict=True):
             summary["measured_latency"] = found
     return {

@@ -70,6 +70,22 @@ def test_the_result_states_the_test_perplexity(run: Run) -> None:
     assert again["dense"] == found["dense"] and again["best"] == found["best"]
 
 
+def test_the_latency_of_one_token_is_budgeted(run: Run, place: Path) -> None:
+    board = "def board(layer, choice):\n    return layer[choice].macs / 1e9\n"
+    (place / "board.py").write_text(board)
+    given = ["--context", "32", "--json", "--budget", "latency=0.9"]
+    given += ["--hardware", f"{place}/board.py:board", "--study"]
+    for study, more, tokens in (("whole", [], 32), ("one", ["--latency-tokens", "1"], 1)):
+        code, printed, error = run(*given, study, *more)
+        assert code == 0, error
+        found = json.loads(printed)
+        macs = 256 * 24  # of the one layer of the space, for one token
+        assert found["dense"]["predicted_latency"] == pytest.approx(tokens * macs / 1e9)
+        assert found["best"]["measured_latency"]["seconds"] > 0
+    code, _, error = run(*given, "more", "--latency-tokens", "33")
+    assert code and "a sample has 32 tokens" in error
+
+
 def test_a_stride_changes_the_perplexity(run: Run) -> None:
     plain = run("--context", "16", "--json")
     strided = run("--context", "16", "--stride", "4", "--json")

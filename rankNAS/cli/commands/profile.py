@@ -32,6 +32,7 @@ from rankNAS.hw_models import (
     validate,
 )
 from rankNAS.hw_models.networks import random_allocations
+from rankNAS.hw_models.tokens import first_tokens
 from rankNAS.io.files import save_atomically
 from rankNAS.search_spaces.base import SearchSpace
 from rankNAS.search_spaces.compiler import compile_space
@@ -40,6 +41,7 @@ from rankNAS.search_spaces.zoo import build_model
 from rankNAS.search_spaces.zoo.huggingface import example_inputs, is_huggingface
 from rankNAS.settings import check_device
 from rankNAS.tasks import METRICS
+from rankNAS.trees import Inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +64,7 @@ def run_profile(options: ProfileOptions, control: OutputOptions) -> None:
     inputs: Any = torch.randn(1, *shape, device=options.device)
     if is_huggingface(options.space):
         inputs = example_inputs(model, options.image_size)
+    inputs = first_tokens(model, Inputs.of(inputs), options.tokens)
     space = compile_space(model, inputs, policy=policy, exclude=options.exclude)
     space = space.at_batch(options.batch)
     allocations = _allocations(options, space)

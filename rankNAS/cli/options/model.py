@@ -154,6 +154,13 @@ class ModelOptions(SpaceOptions):
     latency_batch: int = option(
         1, "Batch size of the forward pass whose latency counts.", HARDWARE, min=1, hidden=True
     )
+    latency_tokens: int | None = option(
+        None,
+        "Tokens of each sample whose latency counts, 1 for decoding. Default: all.",
+        HARDWARE,
+        min=1,
+        hidden=True,
+    )
     strict_hw: bool = option(
         False, "Fail where a table lacks a layer or choice.", HARDWARE, hidden=True
     )

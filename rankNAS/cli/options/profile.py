@@ -26,6 +26,9 @@ class ProfileOptions(SpaceOptions):
         "host", "`host` to measure this machine; or any hardware model to --validate.", HARDWARE
     )
     batch: int = option(1, "Batch size of the forward pass.", HARDWARE, min=1)
+    tokens: int | None = option(
+        None, "Tokens of each text, 1 for decoding. Default: a whole window.", HARDWARE, min=1
+    )
     threads: int | None = option(
         None, "PyTorch's CPU threads. Default: PyTorch's own number.", RUNNING, min=1
     )
