@@ -236,7 +236,7 @@ class Recipe(ABC):
     def __str__(self) -> str:
         """The recipe as given to ``--recover``, without options that have their defaults."""
         given = [
-            f"{f.name}={'none' if value is None else value}"
+            f"{f.name}={_text(value)}"
             for f in fields(self)
             if (value := getattr(self, f.name)) != _default(f)
         ]
@@ -280,7 +280,12 @@ def make_recipe(given: str | Recipe) -> Recipe:
 
 def option_lines(kind: type[Recipe]) -> Mapping[str, str]:
     """By option, its default as text."""
-    return {f.name: str(_default(f)) for f in fields(kind)}
+    return {f.name: _text(_default(f)) for f in fields(kind)}
+
+
+def _text(value: Any) -> str:
+    """A value as in the text of a recipe."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _default(known: Field[Any]) -> Any:

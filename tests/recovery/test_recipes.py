@@ -231,7 +231,8 @@ def test_feature_maps_approach_those_of_the_dense_network() -> None:
                 network.get_submodule(path).register_forward_hook(
                     lambda m, i, o, p=path, f=found: f.update({p: o})
                 )
-            network.eval()(x)
+            with torch.no_grad():
+                network.eval()(x)
         distances[weight] = sum(float((maps[0][p] - maps[1][p]).square().mean()) for p in paths)
     assert distances[3.0] < distances[0.0]
 
