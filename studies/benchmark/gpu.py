@@ -123,13 +123,14 @@ def synthetic(size: str, device: torch.device) -> nn.Module:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model: nn.Module = LlamaForCausalLM._from_config(configuration(size), dtype=dtype)
+        model: Any = LlamaForCausalLM(configuration(size)).to(dtype)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             columns = parameter.shape[1]
             parameter.normal_(0, columns**-0.5)
             parameter.mul_(torch.arange(1, columns + 1, device=device) ** -0.25)
-    return model.eval()
+    found: nn.Module = model.eval()
+    return found
 
 
 def searched(model: nn.Module, stages: Stages, args: argparse.Namespace) -> Any:

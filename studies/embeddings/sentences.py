@@ -1,6 +1,6 @@
 """Sentence embeddings, compressed with unlabelled sentences only.
 
-    python studies/embeddings/sentences.py MODEL_FOLDER TEXT_FOLDER --out studies/embeddings/result.csv
+    python studies/embeddings/sentences.py MODEL_FOLDER TEXT_FOLDER --out result.csv
 
 The model is an encoder of transformers with its tokenizer; embeddings are the masked means of its
 last states, normalised. Sentences are pieces of the lines of train.txt (for the search) and of

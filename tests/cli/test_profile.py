@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from language import tiny_llama
 from PIL import Image
 
 from rankNAS.cli import main
@@ -164,3 +165,19 @@ def test_the_picture_shows_every_allocation() -> None:
     axes = draw(rows).axes[0]
     points = [len(line[0].get_xdata()) for line in axes.containers]
     assert points == [3, 2]
+
+
+def test_a_profile_of_one_token(
+    command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "board.py").write_text(
+        "def board(layer, choice):\n    return layer[choice].macs\n"
+    )
+    tiny_llama(positions=16).save_pretrained(tmp_path / "model")
+    found = []
+    for more in ([], ["--tokens", "1"]):
+        capfd.readouterr()
+        given = ["profile", "--space", "hf:model", "--hw", "board.py:board", "--json", "--quiet"]
+        assert command(*given, *more) == 0
+        found.append(json.loads(capfd.readouterr().out)["predicted_dense"])
+    assert found[0] == 16 * found[1]
