@@ -162,6 +162,8 @@ def test_error_times_energy_is_what_is_left_out(small_net: nn.Module, norm: str)
 def _moment(norm: str, statistics: dict[str, object], name: str) -> torch.Tensor | None:
     if norm == "weight":
         return None
+    if norm == "asvd":  # it is not centred
+        return statistics[name].input_second_moment
     mean = statistics[name].mean
     return statistics[name].input_second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
