@@ -23,6 +23,7 @@ __all__ = [
     "channels_last",
     "count_bytes",
     "device_of",
+    "floating_tensors",
     "has_images",
     "is_batched",
     "map_children",
@@ -153,9 +154,14 @@ def tensors(tree: Any) -> list[Tensor]:
     return [tensor for _, tensor in named_tensors(tree)]
 
 
+def floating_tensors(tree: Any) -> list[Tensor]:
+    """The tensors of floating-point numbers, in order."""
+    return [tensor for tensor in tensors(tree) if tensor.is_floating_point()]
+
+
 def type_difference(model: nn.Module, inputs: Inputs) -> str:
     """A sentence about inputs of another floating-point type than the weights; "" if none is."""
-    given = {x.dtype for x in tensors(inputs) if x.is_floating_point()}
+    given = {x.dtype for x in floating_tensors(inputs)}
     own = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if not given or not own or given & own:
         return ""

@@ -20,9 +20,19 @@ from torch import Tensor, nn
 from rankNAS.compression.patches import same_patches
 from rankNAS.search_spaces.base import Layer
 from rankNAS.tasks.headed import without_head
-from rankNAS.trees import Inputs, tree_map
+from rankNAS.trees import Inputs, floating_tensors, tree_map
 
-__all__ = ["BlockChain", "Calls", "ReachedError", "block_paths", "digest", "freed", "standing_in"]
+__all__ = [
+    "BlockChain",
+    "Calls",
+    "ReachedError",
+    "block_paths",
+    "digest",
+    "freed",
+    "graded",
+    "leaf",
+    "standing_in",
+]
 
 logger = logging.getLogger(__name__)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -310,6 +320,18 @@ def block_paths(network: nn.Module, names: Sequence[str]) -> list[str]:
 
 def _has_list(module: nn.Module) -> bool:
     return any(isinstance(m, LISTS) and len(list(m.children())) > 1 for m in module.modules())
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A tensor that a backward pass ends at, if it holds floating-point numbers."""
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def graded(output: Any, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of a block's output that need gradients, and their known gradients."""
+    pairs = zip(floating_tensors(output), gradients, strict=True)
+    known = [(y, g) for y, g in pairs if y.requires_grad]
+    return [y for y, _ in known], [g for _, g in known]
 
 
 def freed(tensor: Tensor) -> Tensor:

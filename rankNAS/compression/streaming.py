@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rankNAS.compression.accumulators import MomentAccumulator
 from rankNAS.compression.activations import ActivationCache
-from rankNAS.compression.blocks import BlockChain, freed
+from rankNAS.compression.blocks import BlockChain, freed, graded, leaf
 from rankNAS.compression.calibration import Recorder, calibrate, statistics_of
 from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factorisation import Factorisation, OneLayer
@@ -36,7 +36,7 @@ from rankNAS.decompositions.norms import NormName, Statistics
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
-from rankNAS.trees import rows, tensors, tree_map
+from rankNAS.trees import floating_tensors, rows, tree_map
 
 __all__ = [
     "TOKENS",
@@ -267,17 +267,15 @@ class _Walk:
         before, whole = self._before(number, i), number == len(self.chain) - 1
         starts: list[Tensor] = []
         if number > first:
-            before[-1] = tree_map(_leaf, before[-1])
-            starts = _floating(before[-1])
+            before[-1] = tree_map(leaf, before[-1])
+            starts = floating_tensors(before[-1])
         with recorder.counting(self.batches.mask(i), gradients=True):
             with self.task.compact(self.chain.network) if whole else nullcontext():
                 output = self.chain.run(number, self.batches[i], before, whole=whole)
             if whole:
                 ends, given = [recorder.loss(output, self.batches.batch(i))], None
             else:
-                pairs = zip(_floating(output), self.cache.get(("g", number, i)), strict=True)
-                known = [(y, g) for y, g in pairs if y.requires_grad]
-                ends, given = [y for y, _ in known], [g for _, g in known]
+                ends, given = graded(output, self.cache.get(("g", number, i)))
             del output
             found = recorder.backward(ends, given, starts) if ends else []
         self.cache.drop(("g", number, i))
@@ -331,14 +329,6 @@ class _Walk:
         self._done += 1
         if self.on_batch is not None:
             self.on_batch(self._done, walks * len(self.batches))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-
-
-def _floating(tree: Any) -> list[Tensor]:
-    return [tensor for tensor in tensors(tree) if tensor.is_floating_point()]
 
 
 def _by_passes(

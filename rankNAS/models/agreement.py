@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rankNAS.copies import evaluating
 from rankNAS.io.fingerprints import fingerprint
-from rankNAS.trees import Inputs, device_of, named_tensors, tensors, to_device
+from rankNAS.trees import Inputs, device_of, floating_tensors, named_tensors, to_device
 
 __all__ = ["Modules", "Sketches", "fixed_pass", "relative_difference", "tolerance", "watched"]
 
@@ -57,7 +57,7 @@ def watched(network: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[
     for name, module in network.named_modules():
 
         def hook(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            found = [x for x in tensors(output) if x.is_floating_point()]
+            found = floating_tensors(output)
             if found:
                 see(name, found[0])
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from rankNAS.compression.activations import ActivationCache
-from rankNAS.compression.blocks import BlockChain, freed
+from rankNAS.compression.blocks import BlockChain, freed, graded, leaf
 from rankNAS.recovery.block_losses import channel_moment
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.tasks.headed import output_head
-from rankNAS.trees import tensors, tree_map
+from rankNAS.trees import floating_tensors, tree_map
 
 __all__ = ["chain_gradients"]
 
@@ -65,8 +65,8 @@ def chain_gradients(
     for number in range(count, 0, -1):  # from the last block to the end of the network first
         for i in numbers:
             given = before(number, i)
-            given[-1] = tree_map(_leaf, given[-1])
-            starts = _floating(given[-1])
+            given[-1] = tree_map(leaf, given[-1])
+            starts = floating_tensors(given[-1])
             end = number == count
             with torch.enable_grad(), task.compact(chain.network) if end else nullcontext():
                 output = chain.run(number, batches[i], given, whole=end)
@@ -76,9 +76,7 @@ def chain_gradients(
                     prediction = task.predict(output, batches.batch(i))
                     ends = [prediction.sampled_loss(generator)]
                 else:
-                    pairs = zip(_floating(output), cache.get(("g", i)), strict=True)
-                    graded = [(y, g) for y, g in pairs if y.requires_grad]
-                    ends, known = [y for y, _ in graded], [g for _, g in graded]
+                    ends, known = graded(output, cache.get(("g", i)))
                 if not ends or not ends[0].requires_grad:
                     return sums
                 found = torch.autograd.grad(ends, starts, known, materialize_grads=True)
@@ -87,11 +85,3 @@ def chain_gradients(
             own, total = channel_moment(found[0]), sums[number - 1]
             sums[number - 1] = own if total is None else total + own
     return [x if x is not None and bool(x.isfinite().all()) else None for x in sums]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
-
-
-def _floating(tree: Any) -> list[Tensor]:
-    return [tensor for tensor in tensors(tree) if tensor.is_floating_point()]

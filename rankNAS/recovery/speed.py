@@ -12,19 +12,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankNAS.copies import without_graphs
-from rankNAS.deadline import check_time
+from rankNAS.data.samples import Samples
+from rankNAS.deadline import TimeLimitError, check_time
 from rankNAS.exceptions import UsageError
+from rankNAS.recovery.config import TrainingConfig
 
-if TYPE_CHECKING:
-    from rankNAS.recovery.loop import Loop
-
-__all__ = ["SPEEDS", "Mode", "fastest", "training_mode"]
+__all__ = ["SPEEDS", "Mode", "Training", "fastest", "training_mode"]
 
 logger = logging.getLogger(__name__)
 #: Options: measure; as trainings always were; or named parts of a mode, joined by ``+``.
@@ -79,11 +78,32 @@ class Mode:
         return self._compiled[key]
 
 
-def fastest(loop: Loop, speed: str) -> Mode:
+class Training(Protocol):
+    """What is measured: a training before its first step.
+
+    Attributes:
+        network: The network.
+        samples: The training samples.
+        config: Its length and batches.
+        device: Where it runs.
+        total: The number of its steps.
+    """
+
+    network: nn.Module
+    samples: Samples
+    config: TrainingConfig
+    device: torch.device
+    total: int
+
+    def loss_of(self, network: nn.Module, batch: Any, place: None, mode: Mode) -> Tensor:
+        """The loss of a batch in a mode, with gradients."""
+
+
+def fastest(training: Training, speed: str) -> Mode:
     """The mode of a training: the one that is asked for, or the fastest.
 
     Args:
-        loop: The training, before its first step; it is not changed.
+        training: The training; it is not changed.
         speed: One of `SPEEDS`, or a mode.
 
     Raises:
@@ -91,49 +111,45 @@ def fastest(loop: Loop, speed: str) -> Mode:
     """
     if speed != "auto":
         return Mode() if speed == "plain" else Mode.parse(speed)
-    modes = [Mode()]
-    if any(p.dim() == 4 for p in loop.network.parameters()):
-        modes.append(Mode(channels_last=False))
-    chosen = _first_of(loop, modes)
-    chosen = _first_of(loop, [chosen, replace(chosen, bf16=True)])
-    if loop.total * _seconds(loop, chosen) > LONG:
-        chosen = _first_of(loop, [chosen, replace(chosen, compile=True)])
+    chosen = Mode()
+    least = _seconds(training, chosen)
+    if any(p.dim() == 4 for p in training.network.parameters()):
+        chosen, least = _faster(training, chosen, least, Mode(channels_last=False))
+    chosen, least = _faster(training, chosen, least, replace(chosen, bf16=True))
+    if training.total * least > LONG:
+        chosen, _ = _faster(training, chosen, least, replace(chosen, compile=True))
     logger.info("the training computes in the mode %s", chosen)
     return chosen
 
 
-def _first_of(loop: Loop, modes: list[Mode]) -> Mode:
-    """The first mode, unless another one is clearly faster."""
-    best = modes[0]
-    if len(modes) == 1:
-        return best
-    least = _seconds(loop, best)
-    for mode in modes[1:]:
-        try:
-            found = _seconds(loop, mode)
-        except Exception as error:  # no compiler, or an operation without this type
-            logger.info("the mode %s does not work here: %s", mode, error)
-            continue
-        if found < FASTER * least:
-            best, least = mode, found
-    return best
+def _faster(training: Training, best: Mode, least: float, mode: Mode) -> tuple[Mode, float]:
+    """The best mode and the seconds of its steps, or another one that is clearly faster."""
+    try:
+        found = _seconds(training, mode)
+    except TimeLimitError:
+        raise
+    except Exception as error:  # no compiler, or an operation without this type
+        logger.info("the mode %s does not work here: %s", mode, error)
+        return best, least
+    return (mode, found) if found < FASTER * least else (best, least)
 
 
-def _seconds(loop: Loop, mode: Mode) -> float:
+def _seconds(training: Training, mode: Mode) -> float:
     """The least seconds of a forward and a backward pass; the network ends as it was."""
-    network, taken = loop.network, []
-    few = loop.samples.take(torch.arange(min(loop.config.batch_size, len(loop.samples))))
-    batch = few.example(loop.config.batch_size, loop.device)
+    network, device, size = training.network, training.device, training.config.batch_size
+    taken: list[float] = []
+    few = training.samples.take(torch.arange(min(size, len(training.samples))))
+    batch = few.example(size, device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
     try:
-        with training_mode(network, loop.device, mode), warnings.catch_warnings():
+        with training_mode(network, device, mode), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="grad and param do not obey")
             for _ in range(1 + STEPS):
                 check_time()
                 started = time.perf_counter()
-                loop.loss_of(network, batch, None, mode).backward()
-                if loop.device.type == "cuda":
-                    torch.cuda.synchronize(loop.device)
+                training.loss_of(network, batch, None, mode).backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 taken.append(time.perf_counter() - started)
     finally:
         network.zero_grad()

@@ -14,7 +14,7 @@ from rankNAS.tasks.categorical import Categorical
 from rankNAS.tasks.checks import check_some
 from rankNAS.tasks.classification import likelihood_metrics
 from rankNAS.tasks.continuous import Outputs, normalised_distance
-from rankNAS.trees import tensors
+from rankNAS.trees import floating_tensors
 
 __all__ = ["Matching", "distance_of", "outputs_of"]
 
@@ -76,7 +76,7 @@ def outputs_of(output: Any, mask: Tensor | None = None) -> Outputs:
     Raises:
         DataError: It has none.
     """
-    found = [x for x in tensors(output) if x.is_floating_point()]
+    found = floating_tensors(output)
     if not found:
         raise DataError(
             f"the model returns a {type(output).__name__} without floating-point tensors; its "

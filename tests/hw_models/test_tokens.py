@@ -51,28 +51,24 @@ def test_all_tensors_of_a_window_are_cut() -> None:
 def test_a_search_within_a_part_of_the_latency_of_one_token() -> None:
     torch.manual_seed(0)
     items = [{"input_ids": row} for row in torch.randint(256, (20, 16))]
-    study = rankNAS.search(
-        tiny_llama(),
-        items,
-        task="causal_lm",
-        budget={"latency": 0.8},
-        strategy="solve",
-        hardware=Roofline(BOARD),
-        settings=FEW,
-    )
+
+    def searched(settings: rankNAS.Settings) -> rankNAS.Study:
+        return rankNAS.search(
+            tiny_llama(),
+            items,
+            task="causal_lm",
+            budget={"latency": 0.8},
+            strategy="solve",
+            hardware=Roofline(BOARD),
+            settings=settings,
+        )
+
+    study = searched(FEW)
     one = compile_space(tiny_llama(), {"input_ids": items[0]["input_ids"][None, :1]})
     dense = compile_latency(Roofline(BOARD), one).predict(one.dense)[0]
     assert study.dense["predicted_latency"] == pytest.approx(dense)
     assert study.best.metrics["predicted_latency"] <= 0.8 * dense * (1 + 1e-9)
-    whole = rankNAS.search(
-        tiny_llama(),
-        items,
-        task="causal_lm",
-        budget={"latency": 0.8},
-        strategy="solve",
-        hardware=Roofline(BOARD),
-        settings=rankNAS.Settings(calibration=8, validation=4, norm="weight"),
-    )
+    whole = searched(rankNAS.Settings(calibration=8, validation=4, norm="weight"))
     assert whole.dense["predicted_latency"] > 2 * dense
 
 
