@@ -40,6 +40,7 @@ from rankNAS.threads import limited_threads
 __all__ = ["Refitted", "SequentialRefit", "refit_sequentially"]
 
 SAMPLES = 2  # fewest patches per input feature for reliable moments
+KEPT = 1 << 28  # bytes of refitted factors that are kept for the next call
 Progress = Callable[[int, int], None]
 
 
@@ -89,7 +90,7 @@ class SequentialRefit:
     """Refits of many allocations of one factorisation, on the same calibration inputs.
 
     What does not depend on the allocation is computed once: the dense network's outputs, and the
-    trace of the network.
+    trace of the network. The latest refits are kept, as the best trial is often the answer.
 
     Args:
         factorisation: Factors from the dense network's inputs; unchanged.
@@ -119,12 +120,24 @@ class SequentialRefit:
         )
         self._network = statistics(changeable_copy(model, factorisation.layers))
         self._walk = walk_through(self._network, layers, self._batches)
+        self._kept: dict[frozenset[tuple[str, Choice]], Refitted] = {}
+        # An estimate: factors are in float64 and hold at most about the weights' numbers.
+        numbers = sum(found.weight.numel() for found in factorisation.layers.values())
+        self._most = max(1, KEPT // max(1, 8 * numbers))
 
-    @torch.no_grad()
     def factors(
         self, allocation: Mapping[str, Choice], on_layer: Progress | None = None
     ) -> Refitted:
         """The refitted factors of an allocation; see `refit_sequentially`."""
+        key = frozenset(allocation.items())
+        if key not in self._kept:
+            while len(self._kept) >= self._most:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = self._fitted(allocation, on_layer)
+        return self._kept[key]
+
+    @torch.no_grad()
+    def _fitted(self, allocation: Mapping[str, Choice], on_layer: Progress | None) -> Refitted:
         space = self._factorisation.space
         for found in self._factorisation.layers.values():  # of an earlier allocation
             found.write(self._network, DENSE)

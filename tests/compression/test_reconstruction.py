@@ -234,6 +234,26 @@ def test_kept_dense_outputs_give_the_same_factors(memory: int) -> None:
             assert all(map(torch.equal, pair, again.statistics[name]))
 
 
+def test_the_latest_refits_are_kept_and_no_training_changes_them() -> None:
+    x = images()
+    found = factorised(convolutional(), x)
+    refit = SequentialRefit(found, x)
+    refit._most = 2
+    allocations = [cheap(found, position) for position in (-1, -2, -3)]
+    first = refit.factors(allocations[0])
+    network = first.materialise(allocations[0])
+    expected = copy.deepcopy(network)(x)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert refit.factors(allocations[0]) is first
+    again = first.materialise(allocations[0])
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=0)
+    for allocation in allocations[1:]:
+        refit.factors(allocation)
+    assert refit.factors(allocations[0]) is not first
+
+
 @pytest.mark.parametrize("traced", [True, False])
 def test_statistics_are_those_of_a_pass_through_the_refitted_network(traced: bool) -> None:
     x = images()
