@@ -17,10 +17,12 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
+import torch
 from torch import nn
 
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.distil import Distil
+from rankNAS.recovery.paths import find, put
 from rankNAS.recovery.products import LAYERS, Chain, chains, is_product
 from rankNAS.recovery.recipe import Job
 from rankNAS.recovery.restart import blocks_of, dense_blocks, extended, rebuilt, truncated
@@ -71,7 +73,7 @@ class Progressive(Distil):
                 yield replace(job, checkpoint=checkpoint)
         except GeneratorExit:  # the ranks that the network had
             for path, module in given.items():
-                _put(job.network, job.network.get_submodule(path), module)
+                put(job.network, job.network.get_submodule(path), module)
             raise
 
     def _restart(self, job: Job, last: Mapping[str, int], steps: int) -> None:
@@ -99,13 +101,14 @@ def falling_ranks(last: int, factor: float, steps: int) -> int:
 def _two_factors(job: Job) -> list[Chain]:
     """The layers of two factors whose dense layer is known."""
     assert job.dense is not None
-    return [c for c in _pairs(job.network) if isinstance(_found(job.dense, c.path), LAYERS)]
+    return [c for c in _pairs(job.network) if isinstance(find(job.dense, c.path), LAYERS)]
 
 
 def _pairs(network: nn.Module) -> list[Chain]:
     return [c for c in chains(network) if len(c.stages) == 2 and is_product(c.stages)]
 
 
+@torch.no_grad()
 def _restart(network: nn.Module, chain: Chain, dense: Any, rank: int) -> None:
     """Give a chain another rank: extended by its dense weight, or truncated."""
     U, V = blocks_of(chain.stages)
@@ -114,19 +117,4 @@ def _restart(network: nn.Module, chain: Chain, dense: Any, rank: int) -> None:
     if rank == V.shape[1]:
         return
     factors = extended(U, V, W, rank) if rank > V.shape[1] else truncated(U, V, rank)
-    _put(network, network.get_submodule(chain.path), rebuilt(chain.stages, *factors))
-
-
-def _put(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module at all of its paths."""
-    modules = network.named_modules(remove_duplicate=False)
-    for path in [path for path, module in modules if module is old]:
-        parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, new)
-
-
-def _found(network: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return network.get_submodule(path)
-    except AttributeError:
-        return None
+    put(network, network.get_submodule(chain.path), rebuilt(chain.stages, *factors))

@@ -62,6 +62,14 @@ ENTRIES = {
         "rankNAS.recovery.progressive:Progressive",
         "As distil, at ranks that fall to those of the network, each started from the last.",
     ),
+    "msr": (
+        "rankNAS.recovery.msr:Msr",
+        "Dense weights trained to low spectra (BSR), then truncated, then as distil.",
+    ),
+    "prehab": (
+        "rankNAS.recovery.msr:Prehab",
+        "As msr, with the stable rank of whitened weights.",
+    ),
 }
 #: Recipes by name.
 RECIPES: Catalogue[type[Recipe]] = Catalogue(ENTRIES)

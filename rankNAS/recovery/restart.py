@@ -39,10 +39,15 @@ def blocks_of(stages: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 def dense_blocks(stages: Sequence[Any], dense: Any) -> Tensor:
-    """The weight of the dense layer that a chain stands for, as the blocks (k, m, n) of U V."""
+    """The weight of the dense layer that a chain stands for, as the blocks (k, m, n) of U V.
+
+    Gradients flow to the weight.
+    """
     first, second = stages
     blocks, groups = _groups(first), _groups(second)
-    W = _matrix(dense)
+    W: Tensor = dense.weight
+    if isinstance(dense, GroupedLinear):
+        W = W.flatten(0, 1)
     kernels = [size for pair in zip(_kernel(first), _kernel(second), strict=True) for size in pair]
     k = blocks // groups
     W = W.reshape(groups, W.shape[0] // groups, k, W.shape[1] // k, *kernels)

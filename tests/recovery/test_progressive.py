@@ -3,64 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from chain_cases import CASES
 from recipe_jobs import JOBS, loss_of, regression, same, state
 from torch import Tensor, nn
 
-from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.recovery.progressive import Progressive, chain_ranks, falling_ranks
 from rankNAS.recovery.recover import run_recipe
 from rankNAS.recovery.restart import blocks_of, dense_blocks, extended, rebuilt, truncated
-
-#: Two stages, the dense layer that they stand for, and the shape of an input.
-CASES: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], tuple[int, ...]]] = {
-    "linear": (
-        lambda: (nn.Linear(9, 4, bias=False), nn.Linear(4, 7), nn.Linear(9, 7)),
-        (5, 9),
-    ),
-    "grouped linear": (
-        lambda: (GroupedLinear(12, 6, 3, bias=False), nn.Linear(6, 5), nn.Linear(12, 5)),
-        (5, 12),
-    ),
-    "convolution": (
-        lambda: (
-            nn.Conv2d(6, 4, 3, padding=1, bias=False),
-            nn.Conv2d(4, 5, 1),
-            nn.Conv2d(6, 5, 3, padding=1),
-        ),
-        (2, 6, 5, 5),
-    ),
-    "spatial": (
-        lambda: (
-            nn.Conv2d(6, 4, (3, 1), stride=(2, 1), bias=False),
-            nn.Conv2d(4, 5, (1, 3), stride=(1, 2), bias=False),
-            nn.Conv2d(6, 5, 3, stride=2, bias=False),
-        ),
-        (2, 6, 7, 7),
-    ),
-    "groups": (
-        lambda: (
-            nn.Conv2d(6, 4, 3, groups=2, bias=False),
-            nn.Conv2d(4, 5, 1),
-            nn.Conv2d(6, 5, 3),
-        ),
-        (2, 6, 5, 5),
-    ),
-    "of a grouped layer": (
-        lambda: (
-            nn.Conv2d(8, 8, 3, groups=4, bias=False),
-            nn.Conv2d(8, 6, 1, groups=2),
-            nn.Conv2d(8, 6, 3, groups=2),
-        ),
-        (2, 8, 5, 5),
-    ),
-}
 
 
 @pytest.mark.parametrize("kind", CASES)
