@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from rankNAS.exceptions import BudgetError, RankNASError
 from rankNAS.solver import min_sum as solver
 from rankNAS.solver.min_max import min_max
 from rankNAS.solver.min_sum import min_sum
+from rankNAS.solver.relaxation import relaxed
 from rankNAS.solver.tables import SLACK, Solution, least_cost
 
 Table = list[np.ndarray]
@@ -119,11 +121,40 @@ def test_a_core_of_one_choice_a_layer_is_widened_until_the_optimum_is_proven(
 @given(case=cases())
 def test_no_allocation_is_below_its_bound(case: Case) -> None:
     """The bound of the relaxation, and what each choice adds to it."""
-    kept = [np.arange(len(v)) for v in case.value]
-    bound, extra = solver._relaxation(case.value, case.costs, case.limits, kept)
+    kept = [
+        solver._worthwhile(v, [cost[i] for cost in case.costs], np.inf)
+        for i, v in enumerate(case.value)
+    ]
+    found = relaxed(case.value, case.costs, case.limits, kept)
+    extra = [dict(zip(k.tolist(), e, strict=True)) for k, e in zip(kept, found.extra, strict=True)]
     for indices in case.feasible():
-        added = sum(e[i] for e, i in zip(extra, indices, strict=True))
-        assert case.total(case.value, indices) >= bound + added - 1e-9
+        if all(i in e for e, i in zip(extra, indices, strict=True)):
+            added = sum(e[i] for e, i in zip(extra, indices, strict=True))
+            assert case.total(case.value, indices) >= found.bound + added - 1e-9
+    if found.rounded is not None:
+        assert case.meets(found.rounded)
+    elif len(case.limits) == 1:
+        assert not case.feasible()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_one_budget_has_the_bound_of_the_linear_programme(seed: int) -> None:
+    """The multiplier from the hulls is the dual of the linear programme."""
+    rng = np.random.default_rng(seed)
+    value = [np.sort(rng.random(5)) for _ in range(4)]
+    cost = [np.sort(rng.random(5))[::-1].copy() for _ in value]
+    limit = float(rng.uniform(sum(c.min() for c in cost), sum(c.max() for c in cost)))
+    kept = [solver._worthwhile(v, [c], np.inf) for v, c in zip(value, cost, strict=True)]
+    found = relaxed(value, [cost], [limit], kept)
+    programme = linprog(
+        np.concatenate(value),
+        A_ub=[np.concatenate(cost)],
+        b_ub=[limit],
+        A_eq=np.kron(np.eye(4), np.ones(5)),
+        b_eq=np.ones(4),
+    )
+    assert found.bound == pytest.approx(programme.fun, abs=1e-7)
 
 
 def test_a_core_proves_the_optimum_of_a_large_table() -> None:
@@ -337,7 +368,7 @@ def test_cutting_planes_find_the_bound_of_the_linear_programme(
     costs = [[np.sort(rng.random(10))[::-1].copy() for _ in value] for _ in range(3)]
     limits = [0.5 * sum(float(c[0]) for c in cost) for cost in costs]
     expected = min_sum(value, costs, limits)
-    monkeypatch.setattr("rankNAS.solver.min_sum.LARGE", 0)
+    monkeypatch.setattr("rankNAS.solver.relaxation.LARGE", 0)
     found = min_sum(value, costs, limits)
     assert found.value == pytest.approx(expected.value, rel=2e-4)
     assert found.gap <= 1e-4 and expected.gap <= 1e-4
