@@ -37,6 +37,7 @@ from rankNAS.storage.store import StudyStore
 from rankNAS.strategies.base import Strategy
 from rankNAS.strategies.binding import bind, focused
 from rankNAS.strategies.history import Trial
+from rankNAS.strategies.one_shot.uniform import Uniform
 from rankNAS.strategies.problem import Problem
 from rankNAS.study import Study
 from rankNAS.tasks.base import Sums, Task, summed
@@ -164,8 +165,8 @@ class SeedStudies:
         return 1 if test is None else block_size(len(test))
 
     def dense_row(self) -> Row:
-        """The row of the dense model."""
-        tested = self.test_reference
+        """The row of the dense model, which a recipe trains as it trains the solutions."""
+        tested, control = self.test_reference, self._control()
         return Row(
             DENSE_MODEL,
             DENSE_MODEL,
@@ -181,7 +182,17 @@ class SeedStudies:
             direction=self.context.task.directions[self.metric],
             search_cpu_seconds=0.0,
             setup_cpu_seconds=self.setup_cpu_seconds,
+            finetuned_test=control.finetuned,
+            note=control.note,
         )
+
+    def _control(self) -> _Tested:
+        """The dense model after the recipe, except `plain`; empty if there is none."""
+        recipe, untrained = self.plan.recipe, _Tested(math.nan)
+        if recipe is None or recipe.name == "plain" or self.context.splits.test is None:
+            return untrained
+        study = self._open(DENSE_MODEL, Uniform(), Phases())
+        return self._retested(study, copied(self.model), untrained)
 
     def study(self, name: str, strategy: Strategy, missing: set[Key]) -> Iterator[Row]:
         """Search the budgets in order; yield a row for each one that is missing."""
@@ -296,6 +307,10 @@ class SeedStudies:
         before = replace(before, test=test[self.metric], divergence=divergence, blocks=blocks)
         if self.plan.training is None and self.plan.recipe is None:
             return before
+        return self._retested(study, network, before)
+
+    def _retested(self, study: Study, network: nn.Module, before: _Tested) -> _Tested:
+        """The quality of a network with that after its training, which changes it."""
         try:
             with limited_by(self.plan.deadline):
                 before = replace(before, note=self._train(study, network))
@@ -303,9 +318,10 @@ class SeedStudies:
             return replace(before, note=f"{error}, during the fine-tuning")
         except UsageError as error:  # the loss is not finite, for example
             return replace(before, note=" ".join(str(error).split()))
-        blocks = {**blocks, "finetuned_test": self._blocks(network, splits.test)}
-        tuned = self._finished(blocks["finetuned_test"])
-        return replace(before, finetuned=tuned[self.metric], blocks=blocks)
+        assert study.splits.test is not None
+        found = self._blocks(network, study.splits.test)
+        blocks = {**before.blocks, "finetuned_test": found}
+        return replace(before, finetuned=self._finished(found)[self.metric], blocks=blocks)
 
     def _train(self, study: Study, network: nn.Module) -> str:
         """Train a network in place; a note if a time limit has ended it."""

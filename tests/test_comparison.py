@@ -23,6 +23,7 @@ from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.exceptions import BudgetError, UnknownNameError, UsageError
 from rankNAS.recovery.config import Refinement, TrainingConfig
 from rankNAS.recovery.trainer import train
+from rankNAS.reporting.comparison import markdown
 from rankNAS.reporting.rows import COLUMNS, OK, Row, summarise
 from rankNAS.strategies import Energy, Random, Uniform
 from rankNAS.strategies.base import Request, Strategy
@@ -466,5 +467,9 @@ def test_answers_are_recovered_by_a_recipe(small_net: nn.Module, small_data: Pai
         **given,
     )
     assert rows.finetuned_test.notna()[1] and rows.test[1] == trained.test[1]
+    dense, _ = rows.to_dict("records")  # the control is the dense model after the same recipe
+    assert dense["strategy"] == "dense" and 0 < dense["finetuned_test"] <= 1
+    text = markdown(rows, command="", about="")
+    assert f"trained alike: {100 * dense['finetuned_test']:.2f} %." in text
     with pytest.raises(UsageError, match="give it or `recipe`, not both"):
         run(small_net, small_data, ["uniform"], recipe=plain, training=config, **given)

@@ -174,7 +174,7 @@ class SpectralPenalty(Part):
         """The gradient of a layer's penalty for its weight."""
         dense = self.dense[path]
         with torch.enable_grad():
-            (found,) = torch.autograd.grad(self.of(path), dense.weight)
+            found: Tensor = torch.autograd.grad(self.of(path), dense.weight)[0]
         return found
 
     def of(self, path: str) -> Tensor:
@@ -186,8 +186,10 @@ class SpectralPenalty(Part):
                 values.append(stable_rank(W).mean())
             elif rank < min(W.shape[1:]):
                 values.append(modified_stable_rank(W, rank, self.recipe.exponent).mean())
-        zero = self.dense[path].weight.sum() * 0.0
-        return torch.stack(values).mean() if values else zero
+        if not values:
+            zero: Tensor = 0.0 * self.dense[path].weight.sum()
+            return zero
+        return torch.stack(values).mean()
 
 
 def decomposed(job: Job) -> dict[str, tuple[Any, ...]]:

@@ -104,10 +104,10 @@ class Moment:
         if isinstance(dense, nn.Conv2d):
             x = functional.unfold(
                 x,
-                dense.kernel_size,  # type: ignore[arg-type]
-                dilation=dense.dilation,  # type: ignore[arg-type]
+                dense.kernel_size,
+                dilation=dense.dilation,
                 padding=dense.padding,  # type: ignore[arg-type]
-                stride=dense.stride,  # type: ignore[arg-type]
+                stride=dense.stride,
             ).transpose(1, 2)
         rows = x.reshape(-1, x.shape[-1])
         self.total += rows.mT @ rows
@@ -117,7 +117,8 @@ class Moment:
         """The Cholesky factor L (n, n) of the mean moment C = L L^T, with a small ridge."""
         C = self.total.double() / max(self.count, 1)
         ridge = RIDGE * C.diagonal().mean().clamp_min(1e-30)
-        return torch.linalg.cholesky(C + ridge * torch.eye(len(C)).to(C))
+        root: Tensor = torch.linalg.cholesky(C + ridge * torch.eye(len(C)).to(C))
+        return root
 
 
 def _tucker(stages: Sequence[Any], dense: Any) -> nn.Sequential:

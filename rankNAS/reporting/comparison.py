@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -187,7 +188,10 @@ def markdown(
     for row in table[table.strategy == DENSE_MODEL].to_dict("records"):
         unit = " %" if known.metric in SHARES else ""
         name = f"{known.main} {metric_name(known.metric)}"
-        lines[-1] += f" Dense {name}: {known.value(row, known.main)}{unit}."
+        lines[-1] += f" Dense {name}: {known.value(row, known.main)}{unit}"
+        if not math.isnan(row["finetuned_test"]):
+            lines[-1] += f"; trained alike: {known.value(row, 'finetuned_test')}{unit}"
+        lines[-1] += "."
         lines[-1] += (
             f" Setup, shared by all strategies: {_seconds(row['setup_seconds'])} s a seed."
         )
@@ -279,7 +283,8 @@ def draw(rows: pd.DataFrame) -> Figure:
         _draw_quality(axes, table, column, known.scale, budgets, styles)
         axes.set_title(title, fontsize=10)
         if len(dense):
-            value = known.scale * dense[known.main].iloc[0]
+            tuned = dense[column].iloc[0]
+            value = known.scale * (dense[known.main].iloc[0] if math.isnan(tuned) else tuned)
             axes.axhline(value, color="0.4", linestyle="--", label="dense")
     _draw_seconds(panels[-1], table, styles)
     handles, labels = panels[0].get_legend_handles_labels()

@@ -36,7 +36,8 @@ class Row:
         setup_seconds: Time of the shared set-up of the seed: splits, calibration, factors and
             tables. Cached statistics reduce it.
         evaluations: Trials of the study so far, including failed ones and probes.
-        finetuned_test: The metric on the test data after fine-tuning or recovery, equal for all.
+        finetuned_test: The metric on the test data after fine-tuning or recovery, equal for all;
+            of the dense model after the recovery, the control.
         metric: Name of the task's main metric; empty if nothing was measured.
         direction: Whether to ``maximize`` or ``minimize`` the metric.
         status: ``ok``, or why there is no solution.
