@@ -176,6 +176,7 @@ def prepare(
             else Refiner(splits.training, task, settings.refine, seed, report),
             parts=PARTS if settings.early_stopping else (1.0,),
             phases=phases,
+            report=report,
         )
     context = SearchContext(
         factorisation, splits, evaluator, task, device, seed, report, phases, complete

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class Evaluator:
         parts: Increasing shares up to 1, after which an evaluation may be pruned: of the epochs if
             the network is trained, of the validation samples otherwise.
         phases: Takes the CPU seconds of refinements.
+        report: Called with the stage ``refit``, the layers done and all layers; pickled copies do
+            not have it.
     """
 
     factorisation: Factorisation
@@ -90,6 +92,7 @@ class Evaluator:
     timing: Timing = field(default_factory=Timing)
     known: Sequence[Reference] | None = None
     phases: Phases = field(default_factory=Phases)
+    report: Callable[[str, int, int], None] | None = None
 
     def __post_init__(self) -> None:
         self.backend = Backend(
@@ -125,6 +128,7 @@ class Evaluator:
             "low_memory": True,
             "timing": Timing(),
             "phases": Phases(),
+            "report": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -373,7 +377,8 @@ class Evaluator:
         self.factorisation.space.check(allocation)
         if not (refit and self.sequential):
             return self.factorisation
-        return self.backend.refit.factors(allocation)
+        on_layer = None if self.report is None else partial(self.report, "refit")
+        return self.backend.refit.factors(allocation, on_layer)
 
     def _untrained(self, allocation: Allocation, weights: str = "") -> nn.Module:
         """The network of an allocation, with weights of a file if there are any.

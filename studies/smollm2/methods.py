@@ -167,6 +167,11 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
         settings=settings,
         seed=seed,
         on_progress=Progress(),
+        on_trial=lambda trial, _: print(
+            f"trial {trial.number} ({'probe' if trial.probe else 'trial'}, {trial.budget_key}): "
+            f"{trial.metrics.get('perplexity', math.nan):.3f}, {trial.seconds:.0f} s",
+            flush=True,
+        ),
     )
     test: Any = study.data.test
     windows = [test[i]["input_ids"] for i in range(len(test))]
