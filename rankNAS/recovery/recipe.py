@@ -62,6 +62,10 @@ ENTRIES = {
         "rankNAS.recovery.progressive:Progressive",
         "As distil, at ranks that fall to those of the network, each started from the last.",
     ),
+    "fast": (
+        "rankNAS.recovery.fast:Fast",
+        "Labels in a time limit: smoothing, centralised gradients, SAM, a virtual step.",
+    ),
 }
 #: Recipes by name.
 RECIPES: Catalogue[type[Recipe]] = Catalogue(ENTRIES)
