@@ -47,6 +47,7 @@ TIMED = 8  # steps, after the first one, from which the number of all steps is f
 RESERVE = 0.1  # of the time that is left: for the judging and the end of the training
 JUDGED = 256  # samples on which the best weights so far are found
 JUDGING = 0.05  # of the time, at most, for finding them
+ENDING = 2.0  # times the seconds of that: the end of the training
 
 
 class TooShortError(UsageError):
@@ -159,7 +160,7 @@ class Loop:
         limits = self._limits((content or {}).get("seconds", 0.0))
         stopped = False
         if self.mode is None:
-            self.mode = fastest(self, self.speed)
+            self.mode = fastest(self, self.speed, min(self.seconds or math.inf, seconds_left()))
         with training_mode(self.network, self.device, self.mode):
             if content is not None:
                 self._load(content)
@@ -225,6 +226,8 @@ class Loop:
             if self._generators is not None:
                 self._restore_generators(generator)
             check_time()
+            if limited and self.step and seconds_left() < ENDING * self._judging:
+                raise TimeLimitError("the end of the training needs the time that is left")
             self._update(batch(), place)
             self._position = number + 1
             if limited and not self._timed:
