@@ -39,10 +39,7 @@ Place: TypeAlias = tuple[int, int]
 Loss: TypeAlias = Callable[[Any, Prediction, Place | None], Tensor]
 
 SAVED = 60.0  # seconds between checkpoints within an epoch, if they are written quickly
-QUICK, RARE = (
-    3.0,
-    20.0,
-)  # seconds of a quick write; what is slow takes at most 1 / RARE of the time
+QUICK, RARE = 3.0, 20.0  # seconds of a quick write; a slow one takes at most this part of the time
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
 RESERVE = 0.1  # of the time that is left: for the judging and the end of the training
 JUDGED = 256  # samples on which the best weights so far are found
@@ -140,6 +137,7 @@ class Loop:
         self._began = self._saved = 0.0
         self._cost = 0.0  # seconds of writing the last checkpoint
         self._judged, self._judging = -math.inf, 0.0  # when weights were judged; its seconds
+        self._each = 0.0  # seconds of the last step
 
     # ------------------------------------------------------------------------------ the course
 
@@ -226,9 +224,12 @@ class Loop:
             if self._generators is not None:
                 self._restore_generators(generator)
             check_time()
-            if limited and self.step and seconds_left() < ENDING * self._judging:
+            needed = self._each + ENDING * self._judging
+            if limited and self.keeps_best and self.step and seconds_left() < needed:
                 raise TimeLimitError("the end of the training needs the time that is left")
+            began = time.monotonic()
             self._update(batch(), place)
+            self._each = time.monotonic() - began
             self._position = number + 1
             if limited and not self._timed:
                 self._fix_length()

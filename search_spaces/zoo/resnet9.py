@@ -136,10 +136,9 @@ class Residual(nn.Module):
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that normalises parts of a training batch apart; in evaluation it is batch norm.
 
-    The parts are as many, up to a number, as divide the batch into equal parts of at least two
-    samples; sample i is in part i modulo their number. The running statistics take the mean of
-    the parts' statistics. While statistics are estimated anew (``momentum`` None), the whole batch
-    is one part.
+    The parts are consecutive samples, as many parts, up to a number, as divide the batch equally
+    and have at least two samples. The running statistics take the mean of the parts' statistics.
+    While statistics are estimated anew (``momentum`` None), the whole batch is one part.
 
     Args:
         features: The number of channels.
@@ -157,22 +156,18 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             return super().forward(features)
         assert self.running_mean is not None and self.running_var is not None
         assert self.momentum is not None and self.num_batches_tracked is not None
-        count, channels, *sides = features.shape
-        means, variances = self.running_mean.repeat(parts), self.running_var.repeat(parts)
-        found = functional.batch_norm(
-            features.reshape(count // parts, parts * channels, *sides),
-            means,
-            variances,
-            self.weight.repeat(parts),
-            self.bias.repeat(parts),
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-        self.running_mean.copy_(means.view(parts, channels).mean(0))
-        self.running_var.copy_(variances.view(parts, channels).mean(0))
+        means, variances = self.running_mean.repeat(parts, 1), self.running_var.repeat(parts, 1)
+        # One call for all parts, with their channels side by side, was half as fast: it copies.
+        found = [
+            functional.batch_norm(
+                part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps
+            )
+            for part, mean, variance in zip(features.chunk(parts), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
         self.num_batches_tracked.add_(1)
-        return found.reshape(features.shape)
+        return torch.cat(found)
 
     def _parts(self, count: int) -> int:
         fitting = (n for n in range(self.ghosts, 1, -1) if count % n == 0 and count >= 2 * n)

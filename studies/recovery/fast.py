@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16, help="of the first stage")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.2, help="peak of the learning rate")
+    parser.add_argument("--speed", default="auto", help="as the recipe's option of this name")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("fast.csv"))
     args = parser.parse_args()
@@ -82,7 +83,13 @@ def run(args: argparse.Namespace, data: Data, part: str, seed: int) -> dict[str,
     samples, task = data.train.subsample(args.images, seed), Classification(layout=LABELLED)
     torch.manual_seed(seed)
     network = ResNet9(data.num_classes, data.input_shape[0], args.width, **of_network)
-    recipe = Fast(seconds=args.seconds, batch_size=args.batch, learning_rate=args.rate, clip=None)
+    recipe = Fast(
+        seconds=args.seconds,
+        batch_size=args.batch,
+        learning_rate=args.rate,
+        clip=None,
+        speed=args.speed,
+    )
     recipe = replace(recipe, **of_recipe)
     job = Job(network, samples, task, augmentation=data.augmentation, seed=seed)
     with limited_by(Deadline(args.seconds)):

@@ -27,7 +27,7 @@ def data() -> tuple[TensorDataset, TensorDataset]:
 
 
 def test_a_row_for_a_part(tmp_path: Path) -> None:
-    options = {"images": 32, "width": 2, "batch": 8, "rate": 0.1, "threads": 1}
+    options = {"images": 32, "width": 2, "batch": 8, "rate": 0.1, "threads": 1, "speed": "plain"}
     args = argparse.Namespace(seconds=3.0, **options)
     run = load_callable(f"{FILE}:run")
     for part in ("nothing", "whitening"):
@@ -74,7 +74,8 @@ def test_whitening_is_fitted_to_the_images_of_the_run(monkeypatch: pytest.Monkey
         raise KeyboardInterrupt
 
     monkeypatch.setitem(module, "run_recipe", stopped)
-    args = argparse.Namespace(seconds=3.0, images=48, width=2, batch=8, rate=0.1, threads=1)
+    options = {"images": 48, "width": 2, "batch": 8, "rate": 0.1, "threads": 1, "speed": "plain"}
+    args = argparse.Namespace(seconds=3.0, **options)
     with pytest.raises(KeyboardInterrupt):
         module["run"](args, rankNAS.load_data(data()), "nothing", 0)
     filters = whitening_filters([data()[0].tensors[0]]).float()
