@@ -1,11 +1,11 @@
 """Recipe ``fast``: training on labels in a limit of seconds, as in a competition of ten minutes.
 
-Every part has an option that leaves it out. Of the published recipe, the sum of the losses of a
-batch, the piece-wise linear learning rate and the larger rate of biases are left to the schedule
-of all recipes. Its code applied SAM to one weight at a time with gradients of the first pass; here
-it is the method of its authors. The code of the virtual step was not published: a step of gradient
-descent on one half of a batch comes before the gradients of the other half. The average over
-mirrored images at test time would double the cost of the network, so it is not part of a recipe.
+Every part has an option that leaves it out. The learning rate is that of all recipes; the published
+one is piece-wise linear, and larger for biases. The published code applied SAM to one weight at a
+time with the graph of the first pass; here it is the method of its authors. The code of the
+virtual step was not published: here the gradients of one half of a batch follow a step of gradient
+descent on the other half. The mean over mirrored images at test time would double the cost of the
+network, so it is not part of the recipe.
 
 References:
     arXiv 2309.03965, 2023: the recipe.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rankNAS.data.samples import Samples
+from rankNAS.data.samples import Samples, Source
 from rankNAS.exceptions import UsageError
 from rankNAS.trees import floating_tensors
 
@@ -199,15 +199,18 @@ class Whitening(nn.Conv2d):
         self.weight.copy_(whitening_filters(images))
 
 
-def whiten(network: nn.Module, samples: Samples) -> None:
-    """Fit the whitening layers of a network to the first images of samples, at most 10,000.
+def whiten(network: nn.Module, data: Source) -> None:
+    """Fit the whitening layers of a network to the first images of data, at most 10,000.
 
     It is called before a training from random weights. Other networks do not change.
     """
+    layers = [module for module in network.modules() if isinstance(module, Whitening)]
+    if not layers:
+        return
+    samples = Samples.of(data)
     few = samples.take(torch.arange(min(FITTED, len(samples))))
-    for layer in network.modules():
-        if isinstance(layer, Whitening):
-            layer.fit(floating_tensors(batch)[0] for batch in few.batches(CHUNK))
+    for layer in layers:
+        layer.fit(floating_tensors(batch)[0] for batch in few.batches(CHUNK))
 
 
 @torch.no_grad()

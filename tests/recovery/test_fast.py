@@ -12,6 +12,7 @@ from recipe_jobs import classification, generator, language, regression, same, s
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankNAS.deadline import Deadline, limited_by
 from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.exceptions import UsageError
 from rankNAS.recovery.fast import Fast
@@ -274,6 +275,33 @@ def test_the_schedule_counts_the_steps_that_take_twice_the_time() -> None:
     loop.step = 13
     assert loop._affordable(11 * 0.5, 0.5) == 13 + 5 + 1 and loop._affordable(0.0, 0.5) == 13
     assert loop._affordable(1e9, 0.5) == 6 * 10**4
+
+
+def test_judging_takes_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second and judging two, of which forty must have passed."""
+    now, began = [0.0], list[float]()
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:
+            return now[0]
+
+    def judged(self: Loop) -> float:
+        began.append(now[0])
+        now[0] += 2.0
+        return 1.0
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr("rankNAS.recovery.loop.time", Time)
+    monkeypatch.setattr(Loop, "judged", judged)
+    with limited_by(Deadline(1e6)):
+        run_recipe(
+            make_recipe("plain:epochs=40,batch=16,distill=0"), regression(), on_step=on_step
+        )
+    gaps = [b - a - 2.0 for a, b in zip(began, began[1:], strict=False)]
+    assert len(gaps) > 3 and 40.0 <= min(gaps) and max(gaps) < 48.0
 
 
 def test_the_seconds_are_kept() -> None:
