@@ -1,7 +1,7 @@
 """Recipe ``fast``: training on labels in a limit of seconds, as in a competition of ten minutes.
 
-Every part has an option that leaves it out. The learning rate is that of all recipes; the published
-one is piece-wise linear, and larger for biases. The published code applied SAM to one weight at a
+Every part has an option that leaves it out. The learning rate is that of all recipes; in the paper
+it is piece-wise linear, and larger for biases. The published code applied SAM to one weight at a
 time with the graph of the first pass; here it is the method of its authors. The code of the
 virtual step was not published: here the gradients of one half of a batch follow a step of gradient
 descent on the other half. The mean over mirrored images at test time would double the cost of the
