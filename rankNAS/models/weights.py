@@ -27,6 +27,7 @@ from rankNAS.models.weight_files import read_weights
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.trainer import RECIPE_VERSION, train
 from rankNAS.search_spaces.zoo import SPACES
+from rankNAS.search_spaces.zoo.resnet9 import whiten
 from rankNAS.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ def trained_model(
         except WeightsError as error:
             logger.warning("training %s again, because the cached result is bad: %s", spec, error)
     partial = path.with_suffix(".partial.pt")
+    whiten(model, training_data)
 
     def trained() -> None:
         train(

@@ -77,6 +77,10 @@ class Distil(Recipe):
     def other_decay(self) -> float:
         return self.decay
 
+    def smoothing(self, job: Job) -> float:
+        """Share of a label that is spread over all classes."""
+        return 0.0
+
     @contextmanager
     def prepared(self, job: Job) -> Iterator[Setup]:
         with ExitStack() as stack:
@@ -97,8 +101,9 @@ class Distil(Recipe):
     def loss(self, job: Job, stack: ExitStack) -> tuple[Any, int]:
         """The loss, and the number of variants of the batches."""
         share = self.distill if job.task.labelled else 1.0
+        smoothing = self.smoothing(job)
         if not share and not self.features:
-            return (lambda batch, prediction, place: prediction.loss()), 0
+            return (lambda batch, prediction, place: prediction.loss(smoothing)), 0
         assert job.dense is not None
         temperature = self.temperature or (1.0 if job.language else 4.0)
         keeps = self.cache > 0 and not self.features
@@ -115,7 +120,7 @@ class Distil(Recipe):
             reference = teacher.prediction(batch, place)
             found = share * prediction.distillation(reference, temperature)
             if share < 1:
-                found = found + (1 - share) * prediction.loss()
+                found = found + (1 - share) * prediction.loss(smoothing)
             if layers is not None and layers.paths:
                 found = found + self.features * layers.distance()
             return found

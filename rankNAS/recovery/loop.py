@@ -26,7 +26,7 @@ from rankNAS.deadline import Deadline, TimeLimitError, check_time, limited_by, s
 from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
-from rankNAS.recovery.parts import Part
+from rankNAS.recovery.parts import Gradients, Part
 from rankNAS.recovery.schedule import learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
 from rankNAS.tasks.base import Prediction, Task
@@ -41,8 +41,10 @@ Loss: TypeAlias = Callable[[Any, Prediction, Place | None], Tensor]
 SAVED = 60.0  # seconds between checkpoints within an epoch, if they are written quickly
 QUICK, RARE = 3.0, 20.0  # seconds of a quick write; a slow one takes at most this part of the time
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
-RESERVE = 0.05  # of the time that is left: for the end of the training
+RESERVE = 0.1  # of the time that is left: for the judging and the end of the training
 JUDGED = 256  # samples on which the best weights so far are found
+JUDGING = 0.05  # of the time, at most, for finding them
+ENDING = 2.0  # times the seconds of that: the end of the training
 
 
 class TooShortError(UsageError):
@@ -134,6 +136,8 @@ class Loop:
         self._timing: tuple[int, float] | None = None  # a step of this session, and when it ended
         self._began = self._saved = 0.0
         self._cost = 0.0  # seconds of writing the last checkpoint
+        self._judged, self._judging = -math.inf, 0.0  # when weights were judged; its seconds
+        self._each = 0.0  # seconds of the last step
 
     # ------------------------------------------------------------------------------ the course
 
@@ -154,7 +158,7 @@ class Loop:
         limits = self._limits((content or {}).get("seconds", 0.0))
         stopped = False
         if self.mode is None:
-            self.mode = fastest(self, self.speed)
+            self.mode = fastest(self, self.speed, min(self.seconds or math.inf, seconds_left()))
         with training_mode(self.network, self.device, self.mode):
             if content is not None:
                 self._load(content)
@@ -193,7 +197,8 @@ class Loop:
             if self.checkpoint is not None and self._is_due():
                 self._save()
             if limited and self.keeps_best and self.step < self.total:
-                self._judge()
+                if self._judging <= JUDGING * (time.monotonic() - self._judged):
+                    self._judge()
             if self.on_epoch is not None:
                 self.on_epoch(math.ceil(self.step / self.per_epoch))
                 self.network.train()
@@ -219,7 +224,12 @@ class Loop:
             if self._generators is not None:
                 self._restore_generators(generator)
             check_time()
+            needed = self._each + ENDING * self._judging
+            if limited and self.keeps_best and self.step and seconds_left() < needed:
+                raise TimeLimitError("the end of the training needs the time that is left")
+            began = time.monotonic()
             self._update(batch(), place)
+            self._each = time.monotonic() - began
             self._position = number + 1
             if limited and not self._timed:
                 self._fix_length()
@@ -252,16 +262,13 @@ class Loop:
         return len(self.samples) == 1 or size_of(batch) > 1
 
     def _update(self, batch: Any, place: Place | None) -> None:
-        assert self.mode is not None
         rate = learning_rate(self.step, self.total, self.config.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss_of(self.network, batch, place, self.mode)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(value, rate)
-        self.optimizer.zero_grad()
-        loss.backward()
+        compute: Gradients = self._backward
+        for part in self.parts:
+            compute = part.gradients(compute, rate)
+        value = compute(batch, place)
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         for part in self.parts:
@@ -272,6 +279,17 @@ class Loop:
         self.step += 1
         if self.on_step is not None:
             self.on_step(self.step, self.total, value)
+
+    def _backward(self, batch: Any, place: Place | None) -> float:
+        """Set the gradients of a batch; its loss."""
+        assert self.mode is not None
+        loss = self.loss_of(self.network, batch, place, self.mode)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(value)
+        self.optimizer.zero_grad()
+        loss.backward()
+        return value
 
     def loss_of(self, network: nn.Module, batch: Any, place: Place | None, mode: Mode) -> Tensor:
         """The loss of a batch in a mode, with gradients."""
@@ -285,8 +303,8 @@ class Loop:
             output = self.task.inputs_of(batch).copied().run(mode.runner(network))
             return self.loss(batch, self.task.predict(output, batch), place)
 
-    def _diverged(self, value: float, rate: float) -> UsageError:
-        kept = ""
+    def _diverged(self, value: float) -> UsageError:
+        kept, rate = "", self.optimizer.param_groups[0]["lr"]
         if self.checkpoint is not None and self.checkpoint.is_file():
             kept = f"; the last good checkpoint is kept in {str(self.checkpoint)!r}"
         return UsageError(
@@ -302,13 +320,29 @@ class Loop:
             self._timing = self.step, time.monotonic()
         first, began = self._timing
         if self.step == first + TIMED:
-            each = (time.monotonic() - began) / TIMED
-            more = int((1 - RESERVE) * seconds_left() / max(each, 1e-9))
-            self.total, self._timed = min(self.total, self.step + more), True
+            passes = sum(self._passes(i // self.per_epoch) for i in range(first, self.step))
+            each = max((time.monotonic() - began) / passes, 1e-9)
+            seconds = (1 - RESERVE) * seconds_left()
+            self.total, self._timed = self._affordable(seconds, each), True
+
+    def _affordable(self, seconds: float, each: float) -> int:
+        """The number of all steps, those done included, if a plain step takes ``each`` seconds."""
+        step = self.step
+        while step < self.total:
+            epoch = step // self.per_epoch
+            cost, more = each * self._passes(epoch), (epoch + 1) * self.per_epoch - step
+            if seconds < more * cost:
+                return min(self.total, step + int(seconds / cost))
+            step, seconds = step + more, seconds - more * cost
+        return self.total
+
+    def _passes(self, epoch: int) -> float:
+        return math.prod(part.passes(epoch) for part in self.parts)
 
     @torch.no_grad()
     def _judge(self) -> None:
         """Remember the present weights if they are the best so far."""
+        began = time.monotonic()
         with limited_by(None), ExitStack() as stack:
             for part in self.parts if self.step else ():
                 stack.enter_context(part.evaluated())
@@ -317,6 +351,8 @@ class Loop:
                 state = {n: x.detach().clone() for n, x in self.network.state_dict().items()}
                 self._best = found, state
         self.network.train()
+        self._judged = time.monotonic()
+        self._judging = self._judged - began
 
     @torch.no_grad()
     def judged(self) -> float:

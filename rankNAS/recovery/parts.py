@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Average", "Part"]
+__all__ = ["Average", "Gradients", "Part"]
+
+#: Sets the gradients of a batch at its place (`rankNAS.recovery.loop.Place`), and gives its loss.
+Gradients: TypeAlias = Callable[[Any, tuple[int, int] | None], float]
 
 
 class Part:
@@ -21,6 +24,14 @@ class Part:
 
     def begin_epoch(self, number: int) -> None:
         """Called before each epoch, numbered from 0, and before a resumed one."""
+
+    def gradients(self, compute: Gradients, rate: float) -> Gradients:
+        """How the gradients of a step at a learning rate are computed; by default as before."""
+        return compute
+
+    def passes(self, epoch: int) -> float:
+        """The time of a step in an epoch, by that of a step without this part."""
+        return 1.0
 
     def before_step(self, rate: float) -> None:
         """Called when gradients are known, before the optimiser's step at a learning rate."""

@@ -69,6 +69,9 @@ ENTRIES = {
     "prehab": (
         "rankNAS.recovery.msr:Prehab",
         "As msr, with the stable rank of whitened weights.",
+    "fast": (
+        "rankNAS.recovery.fast:Fast",
+        "Labels in a time limit: smoothing, centralised gradients, SAM, a virtual step.",
     ),
 }
 #: Recipes by name.

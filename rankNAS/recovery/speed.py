@@ -7,6 +7,7 @@ Channels-last convolutions were measured to be 2.6 times as fast on a CPU. Wheth
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -99,12 +100,13 @@ class Training(Protocol):
         """The loss of a batch in a mode, with gradients."""
 
 
-def fastest(training: Training, speed: str) -> Mode:
+def fastest(training: Training, speed: str, seconds: float = math.inf) -> Mode:
     """The mode of a training: the one that is asked for, or the fastest.
 
     Args:
         training: The training; it is not changed.
         speed: One of `SPEEDS`, or a mode.
+        seconds: Seconds of the training, at most.
 
     Raises:
         TimeLimitError: The active deadline has passed.
@@ -116,7 +118,7 @@ def fastest(training: Training, speed: str) -> Mode:
     if any(p.dim() == 4 for p in training.network.parameters()):
         chosen, least = _faster(training, chosen, least, Mode(channels_last=False))
     chosen, least = _faster(training, chosen, least, replace(chosen, bf16=True))
-    if training.total * least > LONG:
+    if min(training.total * least, seconds) > LONG:
         chosen, _ = _faster(training, chosen, least, replace(chosen, compile=True))
     logger.info("the training computes in the mode %s", chosen)
     return chosen
@@ -125,7 +127,7 @@ def fastest(training: Training, speed: str) -> Mode:
 def _faster(training: Training, best: Mode, least: float, mode: Mode) -> tuple[Mode, float]:
     """The best mode and the seconds of its steps, or another one that is clearly faster."""
     try:
-        found = _seconds(training, mode)
+        found = _seconds(training, mode, least)
     except TimeLimitError:
         raise
     except Exception as error:  # no compiler, or an operation without this type
@@ -134,8 +136,14 @@ def _faster(training: Training, best: Mode, least: float, mode: Mode) -> tuple[M
     return (mode, found) if found < FASTER * least else (best, least)
 
 
-def _seconds(training: Training, mode: Mode) -> float:
-    """The least seconds of a forward and a backward pass; the network ends as it was."""
+def _seconds(training: Training, mode: Mode, least: float = math.inf) -> float:
+    """The least seconds of a forward and a backward pass; the network ends as it was.
+
+    Args:
+        training: The training.
+        mode: The mode.
+        least: Seconds of another mode; no more passes are timed after one of twice as many.
+    """
     network, device, size = training.network, training.device, training.config.batch_size
     taken: list[float] = []
     few = training.samples.take(torch.arange(min(size, len(training.samples))))
@@ -151,6 +159,8 @@ def _seconds(training: Training, mode: Mode) -> float:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 taken.append(time.perf_counter() - started)
+                if len(taken) > 1 and taken[-1] > 2 * least:
+                    break
     finally:
         network.zero_grad()
         for name, buffer in network.named_buffers():

@@ -30,6 +30,10 @@ CATALOGUE: dict[str, tuple[str, str]] = {
     "resnet20": (f"{_CIFAR}:resnet20", "ResNet-20 for CIFAR, option A (He et al. 2016, 4.2)"),
     "resnet56": (f"{_CIFAR}:resnet56", "ResNet-56 for CIFAR, option A (He et al. 2016, 4.2)"),
     "vgg16_cifar": (f"{_CIFAR}:vgg16_cifar", "VGG-16 with batch norm and one linear layer"),
+    "resnet9": (
+        "rankNAS.search_spaces.zoo.resnet9:resnet9",
+        "ResNet-9 with whitened patches, ghost batch norm and CELU (arXiv 2309.03965)",
+    ),
     "vit_cifar": (
         "rankNAS.search_spaces.zoo.vit:vit_cifar",
         "ViT of 9 blocks of width 192, sides a multiple of 4 (Wu 2025)",

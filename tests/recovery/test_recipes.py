@@ -260,7 +260,7 @@ def test_the_mode_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     buffers = {n: b.clone() for n, b in job.network.named_buffers()}
     seen: list[str] = []
 
-    def measured(loop: Loop, mode: Any) -> float:
+    def measured(loop: Loop, mode: Any, least: float = math.inf) -> float:
         seen.append(str(mode))
         return 1.0 if "bf16" in str(mode) else 2.0
 
@@ -351,9 +351,16 @@ run_recipe(make_recipe({recipe!r}), recipe_jobs.JOBS[{kind!r}](), on_step=on_ste
 """
 
 
-@pytest.mark.parametrize(("name", "kind"), [("distil", "classification"), ("lora", "language")])
-def test_a_killed_training_resumes_to_the_same_weights(name: str, kind: str) -> None:
-    recipe = f"{name}:{SHORT}"
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ("distil:", "classification"),
+        ("lora:", "language"),
+        ("fast:sam_every=2,", "classification"),
+    ],
+)
+def test_a_killed_training_resumes_to_the_same_weights(given: str, kind: str) -> None:
+    recipe = given + SHORT
     here = Path(__file__).parent
     program = KILLED.format(paths=[str(here), str(here.parent)], recipe=recipe, kind=kind)
     environment = os.environ | {"PYTHONPATH": str(Path(rankNAS.__file__).parents[1])}
@@ -371,6 +378,7 @@ def test_a_killed_training_resumes_to_the_same_weights(name: str, kind: str) -> 
 
 def test_a_limit_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of the tests ends the time in the third epoch, after the weights were spoilt."""
+    monkeypatch.setattr("rankNAS.recovery.loop.JUDGING", math.inf)  # judged after every epoch
     clock, job = Clock(monkeypatch), classification()
     before, good = loss_of(job, job.network), {}
 
@@ -412,6 +420,7 @@ def test_the_schedule_is_fitted_to_the_seconds() -> None:
         "distil:refine=true",
         "lora:speed=auto",
         "progressive",
+        "fast",
     ],
 )
 def test_a_limit_shorter_than_a_step(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
