@@ -1,10 +1,10 @@
 """The training loop of all recipes: batches, steps, schedule, limits, checkpoints.
 
 What recipes differ in is a loss, and `Part`s: the decay of products, an average of the weights,
-frozen factors, adapters. All randomness derives from the seed and the epoch, and a checkpoint
-within an epoch holds the state of the generators, so a resumed training gives the same weights as
-an uninterrupted one. With a limit on the time, a short measurement fixes the number of steps, and
-a training that the limit ends all the same keeps the best weights so far.
+frozen factors, adapters, the samples of an epoch. All randomness derives from the seed and the
+epoch, and a checkpoint within an epoch holds the state of the generators, so a resumed training
+gives the same weights as an uninterrupted one. With a limit on the time, a short measurement fixes
+the number of steps, and a training that the limit ends all the same keeps the best weights so far.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Part
-from rankNAS.recovery.schedule import learning_rate, make_optimizer
+from rankNAS.recovery.schedule import Epochs, learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
@@ -118,16 +118,18 @@ class Loop:
     on_epoch: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        self.per_epoch = steps_per_epoch(len(self.samples), self.config.batch_size)
-        self.total = int(
-            min(self.config.epochs * self.per_epoch, self.config.max_steps or math.inf)
-        )
+        size = len(self.samples)
+        counts = next((found for part in self.parts if (found := part.counts(size))), [size])
+        self.epochs = Epochs([steps_per_epoch(n, self.config.batch_size) for n in counts])
+        every = self.epochs.total(self.config.epochs)
+        self.total = int(min(every, self.config.max_steps or math.inf))
         self.step, self.spent = 0, 0.0
         self.mode: Mode | None = None
         self.network.to(self.device)
         exempt = {id(p) for part in self.parts for p in part.exempt()}
         self.optimizer = make_optimizer(self.network, self.config, exempt)
         self._epoch, self._position = 0, 0  # of the next batch
+        self._present = self.samples  # those of the epoch
         self._generators: dict[str, Tensor] | None = None  # of a checkpoint within an epoch
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._timed = False  # whether the number of steps has been fixed
@@ -185,9 +187,8 @@ class Loop:
     def _epochs(self, *, limited: bool) -> None:
         while self.step < self.total:
             if not self._position:
-                self._epoch = self.step // self.per_epoch
-            for part in self.parts:
-                part.begin_epoch(self._epoch)
+                self._epoch = self.epochs.of(self.step)
+            self._begin_epoch()
             self._one_epoch(limited)
             self._position, self._generators = 0, None
             if self.checkpoint is not None and self._is_due():
@@ -195,8 +196,15 @@ class Loop:
             if limited and self.keeps_best and self.step < self.total:
                 self._judge()
             if self.on_epoch is not None:
-                self.on_epoch(math.ceil(self.step / self.per_epoch))
+                self.on_epoch(self.epochs.of(self.step - 1) + 1)
                 self.network.train()
+
+    def _begin_epoch(self) -> None:
+        self._present = self.samples
+        for part in self.parts:
+            part.begin_epoch(self._epoch)
+            if (positions := part.chosen()) is not None:
+                self._present = self.samples.take(positions)
 
     def _one_epoch(self, limited: bool) -> None:
         """Train for one pass over the data, or until the last step."""
@@ -209,6 +217,11 @@ class Loop:
             if self.checkpoint is not None and self.step:
                 self._save(generator)  # more time may be given later
             raise
+        if not self._position:
+            raise UsageError(
+                f"no batch of epoch {self._epoch + 1} has two samples, because their shapes "
+                "differ; give data with a `collate_fn` that pads."
+            )
 
     def _steps(self, seed: int, generator: torch.Generator, limited: bool) -> None:
         for number, (place, batch) in enumerate(self._batches(seed, generator)):
@@ -234,7 +247,7 @@ class Loop:
         size = self.config.batch_size
         kept = self.augmentation if self.config.augment and self.task.invariant else None
         if not self.variants:
-            for batch in self.samples.batches(size, device=self.device, shuffle_seed=seed):
+            for batch in self._present.batches(size, device=self.device, shuffle_seed=seed):
                 if self._fits(batch):
                     yield None, _augmented(batch, kept, generator)
             return
@@ -249,7 +262,7 @@ class Loop:
 
     def _fits(self, batch: Any) -> bool:
         # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
-        return len(self.samples) == 1 or size_of(batch) > 1
+        return len(self._present) == 1 or size_of(batch) > 1
 
     def _update(self, batch: Any, place: Place | None) -> None:
         assert self.mode is not None

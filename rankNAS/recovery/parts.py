@@ -19,8 +19,22 @@ class Part:
         """Parameters without the optimiser's weight decay."""
         return ()
 
+    def counts(self, size: int) -> Sequence[int]:
+        """The numbers of samples of the first epochs, if it chooses them (`chosen`).
+
+        All later epochs have as many as the last one of these.
+
+        Args:
+            size: The number of all samples.
+        """
+        return ()
+
     def begin_epoch(self, number: int) -> None:
         """Called before each epoch, numbered from 0, and before a resumed one."""
+
+    def chosen(self) -> Tensor | None:
+        """The positions (n,) of the samples of the epoch that has begun; None for all."""
+        return None
 
     def before_step(self, rate: float) -> None:
         """Called when gradients are known, before the optimiser's step at a learning rate."""

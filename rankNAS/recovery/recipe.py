@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
+from types import FunctionType, NoneType, UnionType
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -57,6 +57,10 @@ ENTRIES = {
     "freeze": (
         "rankNAS.recovery.freeze:Freeze",
         "As distil, with one group of factors frozen in each epoch, in turns.",
+    ),
+    "swiftlearn": (
+        "rankNAS.recovery.swiftlearn:SwiftLearn",
+        "As distil, on a shrinking part of the samples: the most important ones, found anew.",
     ),
     "progressive": (
         "rankNAS.recovery.progressive:Progressive",
@@ -285,6 +289,8 @@ def option_lines(kind: type[Recipe]) -> Mapping[str, str]:
 
 def _text(value: Any) -> str:
     """A value as in the text of a recipe."""
+    if isinstance(value, type | FunctionType):
+        return f"{value.__module__}:{value.__qualname__}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -293,15 +299,18 @@ def _default(known: Field[Any]) -> Any:
 
 
 def _parsed(recipe: str, key: str, text: str, kind: Any) -> Any:
-    """The value of an option, of its type: an int, a float, a bool, a text, or none of them."""
+    """The value of an option, of its type: an int, a float, a bool, a text, or none of them.
+
+    Of types that no text gives, such as functions, an option takes the name.
+    """
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in kinds and text.lower() == "none":
         return None
+    if str in kinds or any(get_origin(k) is Literal for k in kinds):
+        return text
     (wanted,) = (k for k in kinds if k is not NoneType)
     expected = {int: "a whole number", float: "a number", bool: "true or false"}
     try:
-        if get_origin(wanted) is Literal or wanted is str:
-            return text
         if wanted is bool:
             return {"true": True, "false": False}[text.lower()]
         return wanted(text)

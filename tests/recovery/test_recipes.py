@@ -72,6 +72,10 @@ def test_recipes_are_made_from_texts() -> None:
         ("distil:optimizer=lion", "optimizer is 'lion'"),
         ("distil:speed=warp", "speed is 'warp'"),
         ("plain:temperature=0", "temperature is 0.0"),
+        ("swiftlearn:keep=0", "keep is 0.0, but it must be in .* not empty"),
+        ("swiftlearn:epochs=3,warm_up=3", "warm_up is 3"),
+        ("swiftlearn:score=los", "unknown score 'los'. Did you mean 'loss'"),
+        ("swiftlearn:schedule=cosine", "schedule is 'cosine'"),
         (3, "must be a text"),
     ],
 )
@@ -351,9 +355,16 @@ run_recipe(make_recipe({recipe!r}), recipe_jobs.JOBS[{kind!r}](), on_step=on_ste
 """
 
 
-@pytest.mark.parametrize(("name", "kind"), [("distil", "classification"), ("lora", "language")])
-def test_a_killed_training_resumes_to_the_same_weights(name: str, kind: str) -> None:
-    recipe = f"{name}:{SHORT}"
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ("distil:", "classification"),
+        ("lora:", "language"),
+        ("swiftlearn:warm_up=1,keep=0.5,draw=weighted,", "classification"),
+    ],
+)
+def test_a_killed_training_resumes_to_the_same_weights(given: str, kind: str) -> None:
+    recipe = f"{given}{SHORT}"
     here = Path(__file__).parent
     program = KILLED.format(paths=[str(here), str(here.parent)], recipe=recipe, kind=kind)
     environment = os.environ | {"PYTHONPATH": str(Path(rankNAS.__file__).parents[1])}
