@@ -60,7 +60,7 @@ ENTRIES = {
     ),
     "swiftlearn": (
         "rankNAS.recovery.swiftlearn:SwiftLearn",
-        "As distil, on a shrinking part of the samples: the most important ones, found anew.",
+        "As distil, on a shrinking part of the samples, drawn by their importance.",
     ),
     "progressive": (
         "rankNAS.recovery.progressive:Progressive",

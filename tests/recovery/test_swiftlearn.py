@@ -168,7 +168,9 @@ def test_an_epoch_has_the_most_important_samples() -> None:
     def score(outcome: Outcome) -> Tensor:
         return torch.tensor([by_input[tuple(x.tolist())] for x in outcome.batch[0]])
 
-    recipe = SwiftLearn(keep=0.25, warm_up=1, shrink=2, epochs=4, score=score, **COMMON)
+    recipe = SwiftLearn(
+        keep=0.25, warm_up=1, shrink=2, epochs=4, score=score, draw="top", **COMMON
+    )
     epochs = seen_samples(recipe, job)
     assert [len(epoch) for epoch in epochs] == [80, 40, 20, 20]
     order = wanted.argsort(descending=True).tolist()
@@ -193,7 +195,9 @@ def test_a_sample_returns_when_its_score_rises() -> None:
         rank = torch.arange(16) + 16 * ((len(calls) - 1) % 2)  # two batches a scoring
         return rank.float() * (1 if len(calls) <= 2 else -1)
 
-    recipe = SwiftLearn(keep=0.5, warm_up=1, refresh=2, epochs=5, score=score, **COMMON)
+    recipe = SwiftLearn(
+        keep=0.5, warm_up=1, refresh=2, epochs=5, score=score, draw="top", **COMMON
+    )
     epochs = [sorted(epoch) for epoch in seen_samples(recipe, job)]
     upper, lower = list(range(16, 32)), list(range(16))
     assert epochs == [lower + upper, upper, upper, lower, lower] and calls == [16] * 4
@@ -214,7 +218,7 @@ def test_a_weighted_draw_follows_the_scores() -> None:
     )
 
 
-@pytest.mark.parametrize(("score", "draw"), [("random", "top"), ("loss", "weighted")])
+@pytest.mark.parametrize(("score", "draw"), [("random", "top"), ("gradient", "weighted")])
 def test_equal_seeds_choose_equal_samples(score: str, draw: Any, tmp_path: Path) -> None:
     recipe = SwiftLearn(keep=0.5, warm_up=1, epochs=3, score=score, draw=draw, **COMMON)
     jobs = [
@@ -277,7 +281,9 @@ def test_scores_that_do_not_fit_the_task() -> None:
     images = job.data.batch()[0]
     task = Matching().bound(images, job.network)
     unlabelled = replace(job, data=Samples.of(images), task=task)
-    with pytest.raises(UsageError, match="'loss' needs labels, but the task 'matching' has none"):
+    with pytest.raises(
+        UsageError, match="'gradient' needs labels, but the task 'matching' has none"
+    ):
         run_recipe(SwiftLearn(), unlabelled)
     run_recipe(SwiftLearn(score="random", epochs=3, **COMMON), unlabelled)
 
@@ -305,7 +311,9 @@ def test_a_choice_without_two_samples_of_one_shape() -> None:
         return torch.tensor([float(len(seen.append(0) or seen) <= 6)])
 
     seen: list[Any] = []
-    recipe = SwiftLearn(score=score, keep=0.5, warm_up=0, epochs=2, distill=0.0, **COMMON)
+    recipe = SwiftLearn(
+        score=score, draw="top", keep=0.5, warm_up=0, epochs=2, distill=0.0, **COMMON
+    )
     with pytest.raises(UsageError, match="no batch of epoch 1 has two samples, because their sh"):
         run_recipe(recipe, replace(job, data=data))
 
