@@ -24,7 +24,14 @@ from typing import Any
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 
-__all__ = ["MODULE_PREFIX", "is_plugin", "load_callable", "neighbours_of"]
+__all__ = [
+    "MODULE_PREFIX",
+    "import_files",
+    "imported_files",
+    "is_plugin",
+    "load_callable",
+    "neighbours_of",
+]
 
 MODULE_PREFIX = "rankNAS_plugin_"  # of the packages of folders, and so of all modules from files
 INSTALLED = {"site-packages", "dist-packages"}
@@ -72,6 +79,24 @@ def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]  # callable() narrows Any to nothing more
 
 
+def imported_files() -> list[Path]:
+    """The files that `load_callable` has imported, for `import_files` in another process."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        folder = _folders.get(name.rpartition(".")[0])
+        file = getattr(module, "__file__", None)
+        # The names of neighbours have no key of the content; the files import them.
+        if folder is not None and file and name == _name(Path(file), Path(file).read_bytes()):
+            found.append(Path(file))
+    return found
+
+
+def import_files(files: Sequence[Path]) -> None:
+    """Import files, so that objects of their modules can be unpickled."""
+    for path in files:
+        _import_file(path, "plug-in")
+
+
 @contextmanager
 def neighbours_of(function: Callable[..., Any]) -> Iterator[None]:
     """Context for a call of a callable from a file, which may import neighbours as it runs.
@@ -98,10 +123,14 @@ def _import_file(path: Path, kind: str) -> ModuleType:
             f"cannot read {path} for the {kind} ({reason}); "
             "give the path of an existing Python file before the colon."
         ) from error
-    # The name contains a key of the content: an edited file is a new module.
-    key, stem = hashlib.sha256(content).hexdigest()[:16], re.sub(r"\W", "_", path.stem)
-    name = f"{_package(path.resolve().parent)}.{stem}_{key}"
+    name = _name(path, content)
     return sys.modules[name] if name in sys.modules else _execute(name, path, kind)
+
+
+def _name(path: Path, content: bytes) -> str:
+    """The name of the module of a file; an edited file is a new module."""
+    key, stem = hashlib.sha256(content).hexdigest()[:16], re.sub(r"\W", "_", path.stem)
+    return f"{_package(path.resolve().parent)}.{stem}_{key}"
 
 
 def _package(folder: Path) -> str:

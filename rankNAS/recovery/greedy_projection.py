@@ -63,7 +63,7 @@ class Projection:
 
     Args:
         shape: The shape of the parameter, with 2 axes or more.
-        rank: The number of directions that are sent.
+        rank: The number of directions that are sent, at most.
 
     Attributes:
         basis: ``U``, (n, n); None before the first refresh.
@@ -71,10 +71,11 @@ class Projection:
     """
 
     def __init__(self, shape: torch.Size, rank: int) -> None:
-        self.shape, self.rank = shape, rank
+        self.shape = shape
         rows, columns = shape[0], math.prod(shape[1:])
         self.tall = rows > columns
         self.size = (min(rows, columns), max(rows, columns))  # n, m
+        self.rank = min(rank, self.size[0])
         self.basis: Tensor | None = None
         self.error = torch.zeros(self.size)
         self._pending: tuple[Tensor, Tensor] | None = None  # H, and U^T H

@@ -29,6 +29,7 @@ from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Part
 from rankNAS.recovery.schedule import Epochs, learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
+from rankNAS.recovery.team import Team
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
 
@@ -89,6 +90,7 @@ class Loop:
         device: Where to train.
         variants: The batches and their augmentations are the same in every so many epochs, in
             another order; 0 for new ones in each.
+        team: The processes that share each batch; None if this one trains alone.
         speed: ``auto`` measures which mode is the fastest; see `rankNAS.recovery.speed`.
         seconds: Seconds of the training, those of earlier sessions included; None for no limit.
         keeps_best: Whether a time limit ends the training with the best weights so far. Otherwise
@@ -109,6 +111,7 @@ class Loop:
     augmentation: Augmentation = NO_FLIP
     device: torch.device = torch.device("cpu")
     variants: int = 0
+    team: Team | None = None
     speed: str = "plain"
     seconds: float | None = None
     keeps_best: bool = False
@@ -120,7 +123,10 @@ class Loop:
     def __post_init__(self) -> None:
         size = len(self.samples)
         counts = next((found for part in self.parts if (found := part.counts(size))), [size])
-        self.epochs = Epochs([steps_per_epoch(n, self.config.batch_size) for n in counts])
+        batch_size = self.config.batch_size
+        # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
+        self._least = 2 if self.team is None else self.team.least(batch_size)
+        self.epochs = Epochs([steps_per_epoch(n, batch_size, self._least) for n in counts])
         every = self.epochs.total(self.config.epochs)
         self.total = int(min(every, self.config.max_steps or math.inf))
         self.step, self.spent = 0, 0.0
@@ -149,10 +155,7 @@ class Loop:
             WriteError: The checkpoint cannot be written; the last one is intact.
         """
         self._began = self._saved = time.monotonic()
-        content = None
-        if self.checkpoint is not None and self.checkpoint.is_file():
-            content = read_checkpoint(self.checkpoint, self._identity())
-            self.mode = Mode.parse(content.get("mode", "channels_last"))
+        content = self._content()
         limits = self._limits((content or {}).get("seconds", 0.0))
         stopped = False
         if self.mode is None:
@@ -172,6 +175,32 @@ class Loop:
             with limited_by(None):
                 self._finish(stopped)
         return Report(self.step, self.total, self._seconds(), stopped, str(self.mode))
+
+    def follow(self) -> None:
+        """Train beside the process that leads the team, until it says to stop.
+
+        Raises:
+            DismissedError: The leader has said so.
+            UsageError: The loss is not finite.
+        """
+        assert self.team is not None
+        content = self._content()
+        self.checkpoint = None  # the leader writes it
+        if self.mode is None:
+            self.mode = fastest(self, self.speed)
+        with training_mode(self.network, self.device, self.mode):
+            if content is not None:
+                self._load(content)
+            self._epochs(limited=False)
+            self.team.wait()
+
+    def _content(self) -> dict[str, Any] | None:
+        """The checkpoint and its mode, if there is one."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        content = read_checkpoint(self.checkpoint, self._identity())
+        self.mode = Mode.parse(content.get("mode", "channels_last"))
+        return content
 
     def _limits(self, spent: float) -> AbstractContextManager[None] | None:
         """Context with the limit on the time; None if there is none.
@@ -248,7 +277,7 @@ class Loop:
         kept = self.augmentation if self.config.augment and self.task.invariant else None
         if not self.variants:
             for batch in self._present.batches(size, device=self.device, shuffle_seed=seed):
-                if self._fits(batch):
+                if self._fits(size_of(batch)):
                     yield None, _augmented(batch, kept, generator)
             return
         variant = self._epoch % self.variants
@@ -257,24 +286,21 @@ class Loop:
         batches = self.samples.take(order).batched(size, device=self.device)
         for number in permutation(len(batches), seed).tolist():
             own = torch.Generator().manual_seed((fixed + 7919 * number) % 2**31)
-            if batches.sizes[number] > 1 or len(self.samples) == 1:
+            if self._fits(batches.sizes[number]):
                 yield (variant, number), _augmented(batches[number], kept, own)
 
-    def _fits(self, batch: Any) -> bool:
-        # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
-        return len(self._present) == 1 or size_of(batch) > 1
+    def _fits(self, size: int) -> bool:
+        return size >= min(self._least, len(self._present))
 
     def _update(self, batch: Any, place: Place | None) -> None:
-        assert self.mode is not None
+        if self.team is not None:
+            self.total = self.team.begin_step(self.step, self.total)
         rate = learning_rate(self.step, self.total, self.config.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss_of(self.network, batch, place, self.mode)
-        value = loss.item()
+        value = self._gradients(batch, place)
         if not math.isfinite(value):
             raise self._diverged(value, rate)
-        self.optimizer.zero_grad()
-        loss.backward()
         if self.config.clip is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
         for part in self.parts:
@@ -285,6 +311,18 @@ class Loop:
         self.step += 1
         if self.on_step is not None:
             self.on_step(self.step, self.total, value)
+
+    def _gradients(self, batch: Any, place: Place | None) -> float:
+        """The loss of a batch, whose gradients the parameters then have."""
+        assert self.mode is not None
+        weight = 1.0
+        if self.team is not None:
+            batch, weight = self.team.own(batch)
+        loss = weight * self.loss_of(self.network, batch, place, self.mode)
+        self.optimizer.zero_grad()
+        loss.backward()
+        value = loss.item()
+        return value if self.team is None else self.team.exchange(value)
 
     def loss_of(self, network: nn.Module, batch: Any, place: Place | None, mode: Mode) -> Tensor:
         """The loss of a batch in a mode, with gradients."""

@@ -26,6 +26,7 @@ from rankNAS.recovery.config import TrainingConfig, affordable_training
 from rankNAS.recovery.loop import Loss
 from rankNAS.recovery.parts import Part
 from rankNAS.recovery.speed import SPEEDS, Mode
+from rankNAS.recovery.team import Team
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.language import LanguageModelling
 
@@ -61,6 +62,10 @@ ENTRIES = {
     "swiftlearn": (
         "rankNAS.recovery.swiftlearn:SwiftLearn",
         "As distil, on a shrinking part of the samples, drawn by their importance.",
+    ),
+    "greedylore": (
+        "rankNAS.recovery.greedy_distil:GreedyDistil",
+        "As distil, in several local processes that exchange low-rank gradients.",
     ),
     "progressive": (
         "rankNAS.recovery.progressive:Progressive",
@@ -111,11 +116,13 @@ class Setup:
         loss: The loss.
         parts: What happens beside it.
         variants: As for `Loop`.
+        team: As for `Loop`.
     """
 
     loss: Loss
     parts: Sequence[Part] = ()
     variants: int = 0
+    team: Team | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

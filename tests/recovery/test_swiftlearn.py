@@ -27,6 +27,7 @@ from rankNAS.tasks.custom import Custom
 from rankNAS.tasks.matching import Matching
 
 COMMON: dict[str, Any] = {"batch_size": 16, "learning_rate": 0.02, "speed": "plain"}
+TOP = COMMON | {"draw": "top"}
 
 
 def scored(job: Job, name: str, batch_size: int = 20) -> Tensor:
