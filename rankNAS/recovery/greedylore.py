@@ -13,7 +13,7 @@ their exchanges must have one order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, final, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -165,6 +165,10 @@ def greedylore_hook(state: GreedyLore, bucket: dist.GradBucket) -> torch.futures
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer())
     return future
+
+
+# DistributedDataParallel compares the types, which are texts here.
+greedylore_hook.__annotations__.update(get_type_hints(greedylore_hook))
 
 
 def _sent_whole(network: nn.Module, skip: Sequence[str] | None) -> set[int]:

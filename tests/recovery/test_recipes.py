@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from clocks import Clock
+from processes import FORKS  # noqa: F401  # those of greedylore need not import torch then
 from recipe_jobs import JOBS, classification, language, loss_of, regression, same, state
 from torch import nn
 
@@ -360,7 +361,8 @@ run_recipe(make_recipe({recipe!r}), recipe_jobs.JOBS[{kind!r}](), on_step=on_ste
     [
         ("distil:", "classification"),
         ("lora:", "language"),
-        ("swiftlearn:warm_up=1,keep=0.5,draw=weighted,", "classification"),
+        ("swiftlearn:warm_up=1,keep=0.5,", "classification"),
+        ("greedylore:rank=1,rate=1,period=5,", "regression"),
     ],
 )
 def test_a_killed_training_resumes_to_the_same_weights(given: str, kind: str) -> None:
