@@ -28,6 +28,8 @@ __all__ = ["GreedyDistil"]
 class GreedyDistil(Distil):
     """`Distil` in several processes of this machine.
 
+    Starting them takes some seconds, which the limit `seconds` does not count.
+
     Args:
         processes: Processes, this one included; each has its own copy of the data.
         rank: Directions of each gradient that are exchanged; see `GreedyLore`.
@@ -74,7 +76,10 @@ class GreedyDistil(Distil):
             with super().prepared(job) as setup:
                 yield replace(setup, parts=[*setup.parts, team], team=team)
         finally:
-            helpers.close(None if team is None else team.dismiss)
+            if team is None:
+                helpers.close()
+            else:
+                helpers.close(team.dismiss)
 
     @contextmanager
     def prepared_beside(self, job: Job) -> Iterator[Setup]:

@@ -101,6 +101,7 @@ class Projection:
         """
         assert self.basis is not None
         H = self._matrix(gradient) + self.error.to(gradient.device)
+        self.basis = self.basis.to(H)  # that of a checkpoint is on the CPU
         coordinates = self.basis.T @ H
         self._pending = H, coordinates
         return estimates(coordinates, torch.randn(self.size, generator=generator).to(H))

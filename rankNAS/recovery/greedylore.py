@@ -167,8 +167,9 @@ def greedylore_hook(state: GreedyLore, bucket: dist.GradBucket) -> torch.futures
     return future
 
 
-# DistributedDataParallel compares the types, which are texts here.
-greedylore_hook.__annotations__.update(get_type_hints(greedylore_hook))
+if dist.is_available():
+    # DistributedDataParallel compares the types, which are texts here.
+    greedylore_hook.__annotations__.update(get_type_hints(greedylore_hook))
 
 
 def _sent_whole(network: nn.Module, skip: Sequence[str] | None) -> set[int]:

@@ -45,6 +45,11 @@ class Helpers:
     def __init__(
         self, count: int, function: Callable[[Any], None], payload: object, kept: str = ""
     ) -> None:
+        if not dist.is_available():
+            raise UsageError(
+                "this version of torch has no torch.distributed; install one that has it, or take "
+                "the recipe 'distil'."
+            )
         if dist.is_initialized():
             raise UsageError(
                 "this process belongs to a process group of torch.distributed already; register "
@@ -116,20 +121,15 @@ class Helpers:
             )
         return None
 
-    def close(self, dismiss: Callable[[], None] | None = None) -> None:
+    def close(self, dismiss: Callable[[], bool] = lambda: False) -> None:
         """End all helpers and the process group.
 
         Args:
-            dismiss: Tells them to stop; without it they are killed.
+            dismiss: Tells them to stop; they are killed if it returns False.
         """
-        patience = LEAVE
-        try:
-            if dismiss is None:
-                patience = 0.0
-            else:
-                dismiss()
-        except RuntimeError:  # one has gone already
-            patience = 0.0
+        patience = 0.0
+        with contextlib.suppress(RuntimeError):  # one has gone already
+            patience = LEAVE if dismiss() else 0.0
         for process in self._processes:
             process.join(patience)
             if process.is_alive():

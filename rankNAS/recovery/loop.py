@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Part
 from rankNAS.recovery.schedule import Epochs, learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
-from rankNAS.recovery.team import Team
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
+
+if TYPE_CHECKING:
+    from rankNAS.recovery.team import Team
 
 __all__ = ["Loop", "Loss", "Place", "Report", "TooShortError"]
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import FunctionType, NoneType, UnionType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -26,9 +26,11 @@ from rankNAS.recovery.config import TrainingConfig, affordable_training
 from rankNAS.recovery.loop import Loss
 from rankNAS.recovery.parts import Part
 from rankNAS.recovery.speed import SPEEDS, Mode
-from rankNAS.recovery.team import Team
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.language import LanguageModelling
+
+if TYPE_CHECKING:
+    from rankNAS.recovery.team import Team
 
 __all__ = [
     "ALIASES",

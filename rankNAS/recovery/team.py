@@ -116,10 +116,11 @@ class Team(Part):
         while True:
             self._obeyed()
 
-    def dismiss(self) -> None:
-        """Let all others stop, if they wait for an order."""
+    def dismiss(self) -> bool:
+        """Let all others stop, and return True, if they wait for an order."""
         if self.idle:
             dist.broadcast(torch.tensor([STOP, 0]), 0)
+        return self.idle
 
     def state_dict(self) -> dict[str, Any]:
         own = self.lore.state_dict()
