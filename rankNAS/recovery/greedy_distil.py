@@ -65,11 +65,7 @@ class GreedyDistil(Distil):
                 f"recipe 'greedylore': {self.processes} processes are more than the {size} "
                 "samples of a batch; give fewer processes or larger batches."
             )
-        kept = ""
-        if job.checkpoint is not None:
-            kept = f"; the last checkpoint is kept in {str(job.checkpoint)!r}, from which the "
-            kept += "same command goes on"
-        helpers = Helpers(self.processes, follow, (self, job), kept)
+        helpers = Helpers(self.processes, follow, (self, job), job.checkpoint)
         team: Team | None = None
         try:
             team = self._team(job, helpers)

@@ -9,6 +9,7 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,12 +21,14 @@ import torch
 import torch.distributed as dist
 
 from rankNAS.exceptions import UsageError
+from rankNAS.io.files import save_bytes
 from rankNAS.plugins import import_files, imported_files
 
 __all__ = ["Helpers"]
 
 PATIENCE = timedelta(days=1)  # of an exchange: the leader may evaluate between two steps
 LEAVE = 10.0  # seconds for a helper to end by itself
+OTHERS = 0.5  # seconds in which helpers end that have lost another one
 
 
 @final
@@ -36,14 +39,18 @@ class Helpers:
         count: N.
         function: What each of them runs, with the payload; importable.
         payload: Pickled for them.
-        kept: Words about what is not lost if one of them dies.
+        checkpoint: The file from which the work goes on if one of them dies.
 
     Raises:
         UsageError: They cannot start, or there is a process group.
     """
 
     def __init__(
-        self, count: int, function: Callable[[Any], None], payload: object, kept: str = ""
+        self,
+        count: int,
+        function: Callable[[Any], None],
+        payload: object,
+        checkpoint: Path | None = None,
     ) -> None:
         if not dist.is_available():
             raise UsageError(
@@ -55,7 +62,7 @@ class Helpers:
                 "this process belongs to a process group of torch.distributed already; register "
                 "`greedylore_hook` with its DistributedDataParallel instead of this recipe."
             )
-        self.count, self._kept = count, kept
+        self.count, self._checkpoint = count, checkpoint
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._threads = torch.get_num_threads()
@@ -69,12 +76,13 @@ class Helpers:
     def _start(self, function: Callable[[Any], None], payload: object) -> None:
         folder = Path(self._folder.name)
         try:
-            (folder / "payload").write_bytes(pickle.dumps((function, payload)))
+            content = pickle.dumps((function, payload))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise UsageError(
                 f"the network, the data or the task cannot be sent to another process ({error}); "
                 "define their classes at the top level of a file, without lambdas or open files."
             ) from None
+        save_bytes(folder / "payload", content)
         threads = max(1, self._threads // self.count)
         torch.set_num_threads(threads)
         known = multiprocessing.get_all_start_methods()
@@ -90,9 +98,7 @@ class Helpers:
             self._processes.append(process)
             self._connections.append(own)
         for number, connection in enumerate(self._connections):
-            reason: str | None = (
-                "none; a script must begin its work below if __name__ == '__main__'"
-            )
+            reason: str | None = "a script must begin its work below if __name__ == '__main__'"
             with contextlib.suppress(EOFError, OSError):
                 reason = connection.recv()
             if reason is not None:
@@ -109,17 +115,25 @@ class Helpers:
 
     def _ended(self, seconds: float) -> UsageError | None:
         """An error about a helper that has ended; None if none ends within so many seconds."""
-        wait([p.sentinel for p in self._processes], seconds)
-        for number, process in enumerate(self._processes):
-            if process.exitcode is None and not wait([process.sentinel], 0):
-                continue
-            process.join()
-            reason = _reason(self._connections[number]) or f"exit code {process.exitcode}"
-            return UsageError(
-                f"process {number + 1} of the {self.count} has ended ({reason}), so the training "
-                f"stops{self._kept}."
-            )
-        return None
+        if not wait([p.sentinel for p in self._processes], seconds):
+            return None
+        time.sleep(OTHERS)
+        ended: list[tuple[int, int, str]] = []
+        for number, process in enumerate(self._processes, 1):
+            if wait([process.sentinel], 0):
+                process.join()
+                reason = _reason(self._connections[number - 1])
+                # One was killed or had an error; the others then lose the connection to it.
+                order = 0 if reason is None else 1 + ("RuntimeError" in reason)
+                ended.append((order, number, reason or f"exit code {process.exitcode}"))
+        _, number, reason = min(ended)
+        kept = ""
+        if self._checkpoint is not None and self._checkpoint.is_file():
+            kept = f"; the same command goes on from {str(self._checkpoint)!r}"
+        return UsageError(
+            f"process {number} of the {self.count} has ended ({reason}), so the training "
+            f"stops{kept}."
+        )
 
     def close(self, dismiss: Callable[[], bool] = lambda: False) -> None:
         """End all helpers and the process group.

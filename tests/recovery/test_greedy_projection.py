@@ -127,8 +127,8 @@ def relative_error(mode: str, workers: int = 4, steps: int = 1500, refresh: int 
 
 def test_a_fresh_selection_converges_and_a_fixed_one_stalls() -> None:
     """From a basis of the first step alone. The test does not tell greedy from random."""
-    assert relative_error("semi") < 1e-10
-    assert relative_error("lazy") > 0.5
+    assert relative_error("semi", steps=900) < 1e-10
+    assert relative_error("lazy", steps=300) > 0.5
     assert relative_error("lazy", refresh=200) < 0.1
 
 
