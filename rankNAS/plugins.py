@@ -36,6 +36,7 @@ __all__ = [
 MODULE_PREFIX = "rankNAS_plugin_"  # of the packages of folders, and so of all modules from files
 INSTALLED = {"site-packages", "dist-packages"}
 _folders: dict[str, Path] = {}  # by name of the package
+_files: dict[str, Path] = {}  # by name of the module, those that were asked for
 _neighbours: dict[Path, dict[str, ModuleType]] = {}  # by folder: its modules, by their own names
 _open: list[Path] = []  # folders whose files can import each other now
 
@@ -79,16 +80,16 @@ def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]  # callable() narrows Any to nothing more
 
 
-def imported_files() -> list[Path]:
-    """The files that `load_callable` has imported, for `import_files` in another process."""
-    found = []
-    for name, module in list(sys.modules.items()):
-        folder = _folders.get(name.rpartition(".")[0])
-        file = getattr(module, "__file__", None)
-        # The names of neighbours have no key of the content; the files import them.
-        if folder is not None and file and name == _name(Path(file), Path(file).read_bytes()):
-            found.append(Path(file))
-    return found
+def imported_files(pickled: bytes) -> list[Path]:
+    """The files that objects of a pickle need, for `import_files` in another process.
+
+    These are the files of `load_callable` whose folder has a module that the pickle names.
+    """
+    return [
+        path
+        for name, path in _files.items()
+        if name.rpartition(".")[0].encode() in pickled and path.is_file()
+    ]
 
 
 def import_files(files: Sequence[Path]) -> None:
@@ -123,14 +124,10 @@ def _import_file(path: Path, kind: str) -> ModuleType:
             f"cannot read {path} for the {kind} ({reason}); "
             "give the path of an existing Python file before the colon."
         ) from error
-    name = _name(path, content)
-    return sys.modules[name] if name in sys.modules else _execute(name, path, kind)
-
-
-def _name(path: Path, content: bytes) -> str:
-    """The name of the module of a file; an edited file is a new module."""
+    # The name contains a key of the content: an edited file is a new module.
     key, stem = hashlib.sha256(content).hexdigest()[:16], re.sub(r"\W", "_", path.stem)
-    return f"{_package(path.resolve().parent)}.{stem}_{key}"
+    name = f"{_package(path.resolve().parent)}.{stem}_{key}"
+    return sys.modules[name] if name in sys.modules else _execute(name, path, kind)
 
 
 def _package(folder: Path) -> str:
@@ -160,6 +157,7 @@ def _execute(name: str, path: Path, kind: str) -> ModuleType:
             f"{path} raised {type(error).__name__}: {error} while it was imported for the {kind}; "
             f"the file must import without an error (try: python {path})."
         ) from error
+    _files[name] = path.absolute()  # the name has the stem of a link, not of its target
     return module
 
 

@@ -83,6 +83,7 @@ class Helpers:
                 "define their classes at the top level of a file, without lambdas or open files."
             ) from None
         save_bytes(folder / "payload", content)
+        files = imported_files(content)
         threads = max(1, self._threads // self.count)
         torch.set_num_threads(threads)
         known = multiprocessing.get_all_start_methods()
@@ -91,7 +92,7 @@ class Helpers:
         )
         for rank in range(1, self.count):
             own, other = context.Pipe()
-            arguments = (folder, rank, self.count, threads, imported_files(), dict(os.environ))
+            arguments = (folder, rank, self.count, threads, files, dict(os.environ))
             process = context.Process(target=_help, args=(*arguments, other), daemon=True)
             process.start()
             other.close()

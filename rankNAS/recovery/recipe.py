@@ -308,10 +308,7 @@ def _default(known: Field[Any]) -> Any:
 
 
 def _parsed(recipe: str, key: str, text: str, kind: Any) -> Any:
-    """The value of an option, of its type: an int, a float, a bool, a text, or none of them.
-
-    Of types that no text gives, such as functions, an option takes the name.
-    """
+    """The value of an option, of its type: an int, a float, a bool, a text, or none of them."""
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in kinds and text.lower() == "none":
         return None
