@@ -24,11 +24,19 @@ from typing import Any
 
 from rankNAS.exceptions import UnknownNameError, UsageError
 
-__all__ = ["MODULE_PREFIX", "is_plugin", "load_callable", "neighbours_of"]
+__all__ = [
+    "MODULE_PREFIX",
+    "import_files",
+    "imported_files",
+    "is_plugin",
+    "load_callable",
+    "neighbours_of",
+]
 
 MODULE_PREFIX = "rankNAS_plugin_"  # of the packages of folders, and so of all modules from files
 INSTALLED = {"site-packages", "dist-packages"}
 _folders: dict[str, Path] = {}  # by name of the package
+_files: dict[str, Path] = {}  # by name of the module, those that were asked for
 _neighbours: dict[Path, dict[str, ModuleType]] = {}  # by folder: its modules, by their own names
 _open: list[Path] = []  # folders whose files can import each other now
 
@@ -70,6 +78,24 @@ def load_callable(spec: str, kind: str = "plug-in") -> Callable[..., Any]:
             "name a function or a class."
         )
     return found  # type: ignore[no-any-return]  # callable() narrows Any to nothing more
+
+
+def imported_files(pickled: bytes) -> list[Path]:
+    """The files that objects of a pickle need, for `import_files` in another process.
+
+    These are the files of `load_callable` whose folder has a module that the pickle names.
+    """
+    return [
+        path
+        for name, path in _files.items()
+        if name.rpartition(".")[0].encode() in pickled and path.is_file()
+    ]
+
+
+def import_files(files: Sequence[Path]) -> None:
+    """Import files, so that objects of their modules can be unpickled."""
+    for path in files:
+        _import_file(path, "plug-in")
 
 
 @contextmanager
@@ -131,6 +157,7 @@ def _execute(name: str, path: Path, kind: str) -> ModuleType:
             f"{path} raised {type(error).__name__}: {error} while it was imported for the {kind}; "
             f"the file must import without an error (try: python {path})."
         ) from error
+    _files[name] = path.absolute()  # the name has the stem of a link, not of its target
     return module
 
 

@@ -156,7 +156,7 @@ def affordable_training(config: TrainingConfig, samples: Samples) -> TrainingCon
     return replace(config, batch_size=size)
 
 
-def steps_per_epoch(images: int, batch_size: int) -> int:
-    """The number of batches per epoch; a last batch of a single image is dropped."""
+def steps_per_epoch(images: int, batch_size: int, least: int = 2) -> int:
+    """The number of batches per epoch; a last batch of fewer images than `least` is dropped."""
     full, rest = divmod(images, batch_size)
-    return max(1, full + (rest > 1))
+    return max(1, full + (rest >= least))

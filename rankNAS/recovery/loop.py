@@ -1,10 +1,10 @@
 """The training loop of all recipes: batches, steps, schedule, limits, checkpoints.
 
 What recipes differ in is a loss, and `Part`s: the decay of products, an average of the weights,
-frozen factors, adapters. All randomness derives from the seed and the epoch, and a checkpoint
-within an epoch holds the state of the generators, so a resumed training gives the same weights as
-an uninterrupted one. With a limit on the time, a short measurement fixes the number of steps, and
-a training that the limit ends all the same keeps the best weights so far.
+frozen factors, adapters, the samples of an epoch. All randomness derives from the seed and the
+epoch, and a checkpoint within an epoch holds the state of the generators, so a resumed training
+gives the same weights as an uninterrupted one. With a limit on the time, a short measurement fixes
+the number of steps, and a training that the limit ends all the same keeps the best weights so far.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,13 @@ from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Gradients, Part
-from rankNAS.recovery.schedule import learning_rate, make_optimizer
+from rankNAS.recovery.schedule import Epochs, learning_rate, make_optimizer
 from rankNAS.recovery.speed import Mode, fastest, training_mode
 from rankNAS.tasks.base import Prediction, Task
 from rankNAS.trees import channels_last, size_of
+
+if TYPE_CHECKING:
+    from rankNAS.recovery.team import Team
 
 __all__ = ["Loop", "Loss", "Place", "Report", "TooShortError"]
 
@@ -91,6 +94,7 @@ class Loop:
         device: Where to train.
         variants: The batches and their augmentations are the same in every so many epochs, in
             another order; 0 for new ones in each.
+        team: The processes that share each batch; None if this one trains alone.
         speed: ``auto`` measures which mode is the fastest; see `rankNAS.recovery.speed`.
         seconds: Seconds of the training, those of earlier sessions included; None for no limit.
         keeps_best: Whether a time limit ends the training with the best weights so far. Otherwise
@@ -111,6 +115,7 @@ class Loop:
     augmentation: Augmentation = NO_FLIP
     device: torch.device = torch.device("cpu")
     variants: int = 0
+    team: Team | None = None
     speed: str = "plain"
     seconds: float | None = None
     keeps_best: bool = False
@@ -120,16 +125,21 @@ class Loop:
     on_epoch: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        self.per_epoch = steps_per_epoch(len(self.samples), self.config.batch_size)
-        self.total = int(
-            min(self.config.epochs * self.per_epoch, self.config.max_steps or math.inf)
-        )
+        size = len(self.samples)
+        counts = next((found for part in self.parts if (found := part.counts(size))), [size])
+        batch_size = self.config.batch_size
+        # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
+        self._least = 2 if self.team is None else self.team.least(batch_size)
+        self.epochs = Epochs([steps_per_epoch(n, batch_size, self._least) for n in counts])
+        every = self.epochs.total(self.config.epochs)
+        self.total = int(min(every, self.config.max_steps or math.inf))
         self.step, self.spent = 0, 0.0
         self.mode: Mode | None = None
         self.network.to(self.device)
         exempt = {id(p) for part in self.parts for p in part.exempt()}
         self.optimizer = make_optimizer(self.network, self.config, exempt)
         self._epoch, self._position = 0, 0  # of the next batch
+        self._present = self.samples  # those of the epoch
         self._generators: dict[str, Tensor] | None = None  # of a checkpoint within an epoch
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._timed = False  # whether the number of steps has been fixed
@@ -151,10 +161,7 @@ class Loop:
             WriteError: The checkpoint cannot be written; the last one is intact.
         """
         self._began = self._saved = time.monotonic()
-        content = None
-        if self.checkpoint is not None and self.checkpoint.is_file():
-            content = read_checkpoint(self.checkpoint, self._identity())
-            self.mode = Mode.parse(content.get("mode", "channels_last"))
+        content = self._content()
         limits = self._limits((content or {}).get("seconds", 0.0))
         stopped = False
         if self.mode is None:
@@ -175,6 +182,32 @@ class Loop:
                 self._finish(stopped)
         return Report(self.step, self.total, self._seconds(), stopped, str(self.mode))
 
+    def follow(self) -> None:
+        """Train beside the process that leads the team, until it says to stop.
+
+        Raises:
+            DismissedError: The leader has said so.
+            UsageError: The loss is not finite.
+        """
+        assert self.team is not None
+        content = self._content()
+        self.checkpoint = None  # the leader writes it
+        if self.mode is None:
+            self.mode = fastest(self, self.speed)
+        with training_mode(self.network, self.device, self.mode):
+            if content is not None:
+                self._load(content)
+            self._epochs(limited=False)
+            self.team.wait()
+
+    def _content(self) -> dict[str, Any] | None:
+        """The checkpoint and its mode, if there is one."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        content = read_checkpoint(self.checkpoint, self._identity())
+        self.mode = Mode.parse(content.get("mode", "channels_last"))
+        return content
+
     def _limits(self, spent: float) -> AbstractContextManager[None] | None:
         """Context with the limit on the time; None if there is none.
 
@@ -189,9 +222,8 @@ class Loop:
     def _epochs(self, *, limited: bool) -> None:
         while self.step < self.total:
             if not self._position:
-                self._epoch = self.step // self.per_epoch
-            for part in self.parts:
-                part.begin_epoch(self._epoch)
+                self._epoch = self.epochs.of(self.step)
+            self._begin_epoch()
             self._one_epoch(limited)
             self._position, self._generators = 0, None
             if self.checkpoint is not None and self._is_due():
@@ -200,8 +232,15 @@ class Loop:
                 if self._judging <= JUDGING * (time.monotonic() - self._judged):
                     self._judge()
             if self.on_epoch is not None:
-                self.on_epoch(math.ceil(self.step / self.per_epoch))
+                self.on_epoch(self.epochs.of(self.step - 1) + 1)
                 self.network.train()
+
+    def _begin_epoch(self) -> None:
+        self._present = self.samples
+        for part in self.parts:
+            part.begin_epoch(self._epoch)
+            if (positions := part.chosen()) is not None:
+                self._present = self.samples.take(positions)
 
     def _one_epoch(self, limited: bool) -> None:
         """Train for one pass over the data, or until the last step."""
@@ -214,6 +253,11 @@ class Loop:
             if self.checkpoint is not None and self.step:
                 self._save(generator)  # more time may be given later
             raise
+        if not self._position:
+            raise UsageError(
+                f"no batch of epoch {self._epoch + 1} has two samples, because their shapes "
+                "differ; give data with a `collate_fn` that pads."
+            )
 
     def _steps(self, seed: int, generator: torch.Generator, limited: bool) -> None:
         for number, (place, batch) in enumerate(self._batches(seed, generator)):
@@ -244,8 +288,8 @@ class Loop:
         size = self.config.batch_size
         kept = self.augmentation if self.config.augment and self.task.invariant else None
         if not self.variants:
-            for batch in self.samples.batches(size, device=self.device, shuffle_seed=seed):
-                if self._fits(batch):
+            for batch in self._present.batches(size, device=self.device, shuffle_seed=seed):
+                if self._fits(size_of(batch)):
                     yield None, _augmented(batch, kept, generator)
             return
         variant = self._epoch % self.variants
@@ -254,14 +298,15 @@ class Loop:
         batches = self.samples.take(order).batched(size, device=self.device)
         for number in permutation(len(batches), seed).tolist():
             own = torch.Generator().manual_seed((fixed + 7919 * number) % 2**31)
-            if batches.sizes[number] > 1 or len(self.samples) == 1:
+            if self._fits(batches.sizes[number]):
                 yield (variant, number), _augmented(batches[number], kept, own)
 
-    def _fits(self, batch: Any) -> bool:
-        # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
-        return len(self.samples) == 1 or size_of(batch) > 1
+    def _fits(self, size: int) -> bool:
+        return size >= min(self._least, len(self._present))
 
     def _update(self, batch: Any, place: Place | None) -> None:
+        if self.team is not None:
+            self.total = self.team.begin_step(self.step, self.total)
         rate = learning_rate(self.step, self.total, self.config.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -283,12 +328,19 @@ class Loop:
     def _backward(self, batch: Any, place: Place | None) -> float:
         """Set the gradients of a batch; its loss."""
         assert self.mode is not None
-        loss = self.loss_of(self.network, batch, place, self.mode)
+        weight = 1.0
+        if self.team is not None:
+            batch, weight = self.team.own(batch)
+        loss = weight * self.loss_of(self.network, batch, place, self.mode)
         value = loss.item()
-        if not math.isfinite(value):
+        if self.team is None and not math.isfinite(value):
             raise self._diverged(value)
         self.optimizer.zero_grad()
         loss.backward()
+        if self.team is not None:  # all processes learn of a loss that is not finite
+            value = self.team.exchange(value)
+            if not math.isfinite(value):
+                raise self._diverged(value)
         return value
 
     def loss_of(self, network: nn.Module, batch: Any, place: Place | None, mode: Mode) -> Tensor:

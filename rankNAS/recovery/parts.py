@@ -22,6 +22,16 @@ class Part:
         """Parameters without the optimiser's weight decay."""
         return ()
 
+    def counts(self, size: int) -> Sequence[int]:
+        """The numbers of samples of the first epochs, if it chooses them (`chosen`).
+
+        All later epochs have as many as the last one of these.
+
+        Args:
+            size: The number of all samples.
+        """
+        return ()
+
     def begin_epoch(self, number: int) -> None:
         """Called before each epoch, numbered from 0, and before a resumed one."""
 
@@ -32,6 +42,10 @@ class Part:
     def passes(self, epoch: int) -> float:
         """The time of a step in an epoch, by that of a step without this part."""
         return 1.0
+
+    def chosen(self) -> Tensor | None:
+        """The positions (n,) of the samples of the epoch that has begun; None for all."""
+        return None
 
     def before_step(self, rate: float) -> None:
         """Called when gradients are known, before the optimiser's step at a learning rate."""

@@ -12,8 +12,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from types import FunctionType, NoneType, UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from rankNAS.recovery.parts import Part
 from rankNAS.recovery.speed import SPEEDS, Mode
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.language import LanguageModelling
+
+if TYPE_CHECKING:
+    from rankNAS.recovery.team import Team
 
 __all__ = [
     "ALIASES",
@@ -58,6 +61,14 @@ ENTRIES = {
         "rankNAS.recovery.freeze:Freeze",
         "As distil, with one group of factors frozen in each epoch, in turns.",
     ),
+    "swiftlearn": (
+        "rankNAS.recovery.swiftlearn:SwiftLearn",
+        "As distil, on a shrinking part of the samples, drawn by their importance.",
+    ),
+    "greedylore": (
+        "rankNAS.recovery.greedy_distil:GreedyDistil",
+        "As distil, in several local processes that exchange low-rank gradients.",
+    ),
     "progressive": (
         "rankNAS.recovery.progressive:Progressive",
         "As distil, at ranks that fall to those of the network, each started from the last.",
@@ -69,6 +80,7 @@ ENTRIES = {
     "prehab": (
         "rankNAS.recovery.msr:Prehab",
         "As msr, with the stable rank of whitened weights.",
+    ),
     "fast": (
         "rankNAS.recovery.fast:Fast",
         "Labels in a time limit: smoothing, centralised gradients, SAM, a virtual step.",
@@ -118,11 +130,13 @@ class Setup:
         loss: The loss.
         parts: What happens beside it.
         variants: As for `Loop`.
+        team: As for `Loop`.
     """
 
     loss: Loss
     parts: Sequence[Part] = ()
     variants: int = 0
+    team: Team | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +310,8 @@ def option_lines(kind: type[Recipe]) -> Mapping[str, str]:
 
 def _text(value: Any) -> str:
     """A value as in the text of a recipe."""
+    if isinstance(value, type | FunctionType):
+        return f"{value.__module__}:{value.__qualname__}"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
@@ -308,11 +324,11 @@ def _parsed(recipe: str, key: str, text: str, kind: Any) -> Any:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in kinds and text.lower() == "none":
         return None
+    if str in kinds or any(get_origin(k) is Literal for k in kinds):
+        return text
     (wanted,) = (k for k in kinds if k is not NoneType)
     expected = {int: "a whole number", float: "a number", bool: "true or false"}
     try:
-        if get_origin(wanted) is Literal or wanted is str:
-            return text
         if wanted is bool:
             return {"true": True, "false": False}[text.lower()]
         return wanted(text)

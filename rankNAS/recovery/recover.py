@@ -25,7 +25,7 @@ from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import Refinement
 from rankNAS.recovery.loop import Loop, Report, TooShortError
 from rankNAS.recovery.products import chains
-from rankNAS.recovery.recipe import Job, Recipe, make_recipe
+from rankNAS.recovery.recipe import Job, Recipe, Setup, make_recipe
 from rankNAS.recovery.refinement import refine
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.infer import examples, infer_task, make_task
@@ -34,7 +34,7 @@ from rankNAS.trees import device_of, named_tensors, tensors
 if TYPE_CHECKING:
     from rankNAS.data.loading import DataSource
 
-__all__ = ["VERSION", "recover", "run_recipe"]
+__all__ = ["VERSION", "loop_of", "recover", "run_recipe"]
 
 logger = logging.getLogger(__name__)
 KEPT = 4 << 30  # bytes of samples that are kept in memory; more are read in every epoch
@@ -221,26 +221,30 @@ def _trained(
     on_epoch: Callable[[int], object] | None,
 ) -> Report:
     """One training of a recipe."""
-    seconds = None if recipe.seconds is None else recipe.seconds / recipe.trainings
     with recipe.prepared(job) as setup:
-        return Loop(
-            job.network,
-            job.data,
-            job.task,
-            recipe.config(job),
-            setup.loss,
-            setup.parts,
-            augmentation=job.augmentation,
-            device=job.device,
-            variants=setup.variants,
-            speed=recipe.speed,
-            seconds=seconds,
-            keeps_best=keeps_best,
-            checkpoint=job.checkpoint,
-            identity={"recipe": str(recipe), "version": VERSION},
-            on_step=on_step,
-            on_epoch=on_epoch,
-        ).run()
+        loop = loop_of(recipe, job, setup)
+        loop.keeps_best, loop.on_step, loop.on_epoch = keeps_best, on_step, on_epoch
+        return loop.run()
+
+
+def loop_of(recipe: Recipe, job: Job, setup: Setup) -> Loop:
+    """The loop of a training by a recipe."""
+    return Loop(
+        job.network,
+        job.data,
+        job.task,
+        recipe.config(job),
+        setup.loss,
+        setup.parts,
+        augmentation=job.augmentation,
+        device=job.device,
+        variants=setup.variants,
+        team=setup.team,
+        speed=recipe.speed,
+        seconds=None if recipe.seconds is None else recipe.seconds / recipe.trainings,
+        checkpoint=job.checkpoint,
+        identity={"recipe": str(recipe), "version": VERSION},
+    )
 
 
 def _finished(path: Path, network: nn.Module) -> Report | None:

@@ -100,6 +100,29 @@ def test_a_loss_that_is_not_finite_keeps_the_answer(command: Command) -> None:
     assert "finetuned" in result()["solutions"][0]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("swiftlearn:epochs=3,keep=0.001", "the subset of the 64 samples is empty"),
+        ("greedylore:epochs=1,processes=33", "33 processes are more than the 32 samples"),
+    ],
+)
+def test_what_cannot_be_trained_keeps_the_answer(
+    command: Command, recipe: str, message: str
+) -> None:
+    code, _, error = command("search", "--recover", f"{recipe},{FEW}")
+    assert code == 2 and len(error.strip().splitlines()) == 1 and message in error
+    (solution,) = result()["solutions"]
+    assert "finetuned" not in solution and Path(solution["artifact"]).is_file()
+
+
+def test_a_search_recovers_in_two_processes(command: Command) -> None:
+    """The network is of a file, which the other process has to import."""
+    code, printed, error = command("search", "--recover", f"greedylore:epochs=1,{FEW}")
+    assert code == 0 and "recovered, test accuracy" in printed and not error
+    assert result()["solutions"][0]["finetuned"]["steps"] == 2
+
+
 def test_each_member_of_a_family_is_saved(command: Command, model_file: str) -> None:
     recipe = f"progressive:epochs=3,members=3,{FEW}"
     assert command("search", "--operators", "svd", "--recover", recipe)[0] == 0

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from clocks import Clock
+from processes import FORKS  # noqa: F401  # those of greedylore need not import torch then
 from recipe_jobs import JOBS, classification, language, loss_of, regression, same, state
 from torch import nn
 
@@ -72,6 +73,10 @@ def test_recipes_are_made_from_texts() -> None:
         ("distil:optimizer=lion", "optimizer is 'lion'"),
         ("distil:speed=warp", "speed is 'warp'"),
         ("plain:temperature=0", "temperature is 0.0"),
+        ("swiftlearn:keep=0", "keep is 0.0, but it must be in .* not empty"),
+        ("swiftlearn:epochs=3,warm_up=3", "warm_up is 3"),
+        ("swiftlearn:score=los", "unknown score 'los'. Did you mean 'loss'"),
+        ("swiftlearn:schedule=cosine", "schedule is 'cosine'"),
         (3, "must be a text"),
     ],
 )
@@ -357,10 +362,12 @@ run_recipe(make_recipe({recipe!r}), recipe_jobs.JOBS[{kind!r}](), on_step=on_ste
         ("distil:", "classification"),
         ("lora:", "language"),
         ("fast:sam_every=2,", "classification"),
+        ("swiftlearn:warm_up=1,keep=0.5,", "classification"),
+        ("greedylore:rank=1,rate=1,period=5,", "regression"),
     ],
 )
 def test_a_killed_training_resumes_to_the_same_weights(given: str, kind: str) -> None:
-    recipe = given + SHORT
+    recipe = f"{given}{SHORT}"
     here = Path(__file__).parent
     program = KILLED.format(paths=[str(here), str(here.parent)], recipe=recipe, kind=kind)
     environment = os.environ | {"PYTHONPATH": str(Path(rankNAS.__file__).parents[1])}
