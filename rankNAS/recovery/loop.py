@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
-from rankNAS.data.samples import Samples, permutation
+from rankNAS.data.samples import Samples
 from rankNAS.deadline import Deadline, TimeLimitError, check_time, limited_by, seconds_left
 from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
+from rankNAS.recovery.batches import EpochBatches, Place, epoch_seed
 from rankNAS.recovery.config import TrainingConfig, steps_per_epoch
 from rankNAS.recovery.parts import Gradients, Part
 from rankNAS.recovery.schedule import Epochs, learning_rate, make_optimizer
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Loop", "Loss", "Place", "Report", "TooShortError"]
 
-#: The variant of the batches and the number of the batch, if both are of a fixed set.
-Place: TypeAlias = tuple[int, int]
 Loss: TypeAlias = Callable[[Any, Prediction, Place | None], Tensor]
 
 SAVED = 60.0  # seconds between checkpoints within an epoch, if they are written quickly
@@ -129,8 +128,17 @@ class Loop:
         counts = next((found for part in self.parts if (found := part.counts(size))), [size])
         batch_size = self.config.batch_size
         # A batch norm over 1 x 1 pixels cannot be trained on a last batch of one image.
-        self._least = 2 if self.team is None else self.team.least(batch_size)
-        self.epochs = Epochs([steps_per_epoch(n, batch_size, self._least) for n in counts])
+        least = 2 if self.team is None else self.team.least(batch_size)
+        self.epochs = Epochs([steps_per_epoch(n, batch_size, least) for n in counts])
+        self._batches = EpochBatches(
+            self.samples,
+            batch_size,
+            self.config.seed,
+            self.device,
+            self.augmentation if self.config.augment and self.task.invariant else None,
+            self.variants,
+            least,
+        )
         every = self.epochs.total(self.config.epochs)
         self.total = int(min(every, self.config.max_steps or math.inf))
         self.step, self.spent = 0, 0.0
@@ -244,11 +252,11 @@ class Loop:
 
     def _one_epoch(self, limited: bool) -> None:
         """Train for one pass over the data, or until the last step."""
-        seed = _epoch_seed(self.config.seed, self._epoch)
+        seed = epoch_seed(self.config.seed, self._epoch)
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # for dropout
         try:
-            self._steps(seed, generator, limited)
+            self._steps(generator, limited)
         except TimeLimitError:
             if self.checkpoint is not None and self.step:
                 self._save(generator)  # more time may be given later
@@ -259,8 +267,9 @@ class Loop:
                 "differ; give data with a `collate_fn` that pads."
             )
 
-    def _steps(self, seed: int, generator: torch.Generator, limited: bool) -> None:
-        for number, (place, batch) in enumerate(self._batches(seed, generator)):
+    def _steps(self, generator: torch.Generator, limited: bool) -> None:
+        batches = self._batches.of(self._epoch, self._present, generator)
+        for number, (place, batch) in enumerate(batches):
             if self.step == self.total:
                 return
             if number < self._position:
@@ -280,29 +289,6 @@ class Loop:
             passed = time.monotonic() - self._saved
             if self.checkpoint is not None and passed > SAVED * max(1.0, self._cost / QUICK):
                 self._save(generator)
-
-    def _batches(
-        self, seed: int, generator: torch.Generator
-    ) -> Iterator[tuple[Place | None, Callable[[], Any]]]:
-        """Functions that give the batches; one that is passed over is not augmented."""
-        size = self.config.batch_size
-        kept = self.augmentation if self.config.augment and self.task.invariant else None
-        if not self.variants:
-            for batch in self._present.batches(size, device=self.device, shuffle_seed=seed):
-                if self._fits(size_of(batch)):
-                    yield None, _augmented(batch, kept, generator)
-            return
-        variant = self._epoch % self.variants
-        fixed = _epoch_seed(self.config.seed, -1 - variant)
-        order = permutation(len(self.samples), fixed)
-        batches = self.samples.take(order).batched(size, device=self.device)
-        for number in permutation(len(batches), seed).tolist():
-            own = torch.Generator().manual_seed((fixed + 7919 * number) % 2**31)
-            if self._fits(batches.sizes[number]):
-                yield (variant, number), _augmented(batches[number], kept, own)
-
-    def _fits(self, size: int) -> bool:
-        return size >= min(self._least, len(self._present))
 
     def _update(self, batch: Any, place: Place | None) -> None:
         if self.team is not None:
@@ -372,7 +358,7 @@ class Loop:
             self._timing = self.step, time.monotonic()
         first, began = self._timing
         if self.step == first + TIMED:
-            passes = sum(self._passes(i // self.per_epoch) for i in range(first, self.step))
+            passes = sum(self._passes(self.epochs.of(i)) for i in range(first, self.step))
             each = max((time.monotonic() - began) / passes, 1e-9)
             seconds = (1 - RESERVE) * seconds_left()
             self.total, self._timed = self._affordable(seconds, each), True
@@ -381,15 +367,15 @@ class Loop:
         """The number of all steps, those done included, if a plain step takes ``each`` seconds."""
         step = self.step
         while step < self.total:
-            epoch = step // self.per_epoch
-            cost, more = each * self._passes(epoch), (epoch + 1) * self.per_epoch - step
+            epoch = self.epochs.of(step)
+            cost, more = each * self._passes(epoch), self.epochs.total(epoch + 1) - step
             if seconds < more * cost:
                 return min(self.total, step + int(seconds / cost))
             step, seconds = step + more, seconds - more * cost
         return self.total
 
     def _passes(self, epoch: int) -> float:
-        return math.prod(part.passes(epoch) for part in self.parts)
+        return math.prod([part.passes(epoch) for part in self.parts])
 
     @torch.no_grad()
     def _judge(self) -> None:
@@ -496,16 +482,6 @@ class Loop:
             "shapes": shapes,
             **self.identity,
         }
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch) % 2**31
-
-
-def _augmented(
-    batch: Any, augmentation: Augmentation | None, generator: torch.Generator
-) -> Callable[[], Any]:
-    return lambda: batch if augmentation is None else augmentation.of_batch(batch, generator)
 
 
 def _generators(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
