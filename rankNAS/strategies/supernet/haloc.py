@@ -21,8 +21,8 @@ candidates, the cost expected under softmax(logits) where ComCAT weighs it by th
 the relative error in the regulariser, few steps an epoch, the expected ranks where the argmax,
 which ComCAT takes, leaves a tenth of the budget (`picked`), exact decoding of the solution, and
 SVD where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so
-the method is not tied to images). Trained weights are truncated in the norm of the weights, and
-batch norms re-estimated; original weights are decomposed in the norm of the study.
+the method is not tied to images). In the training, weights are truncated in their own norm; the
+solution is decomposed in the Fisher norm and refitted, as networks of other strategies are.
 """
 
 from __future__ import annotations

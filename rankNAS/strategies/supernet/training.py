@@ -11,11 +11,13 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankNAS.allocation import Allocation
 from rankNAS.compression.batch_norm import reestimate_batch_norm
+from rankNAS.compression.calibration import calibrate
 from rankNAS.compression.factorisation import Factorisation, factorise
+from rankNAS.compression.reconstruction import refit_sequentially
 from rankNAS.copies import copied
 from rankNAS.data.samples import Samples
 from rankNAS.evaluation.context import SearchContext
@@ -39,7 +41,7 @@ from rankNAS.trees import channels_last, size_of
 __all__ = ["Schedule", "Training"]
 
 logger = logging.getLogger(__name__)
-VERSION = 3  # part of the key of checkpoints: raise it when the training changes
+VERSION = 4  # part of the key of checkpoints: raise it when the training changes
 TEMPERATURES = 5.0, 0.1  # [ComCAT]
 DECAY = 5e-4  # weight decay of the logits [ComCAT]
 MOMENTUM = 0.9
@@ -128,18 +130,33 @@ class Training:
         path = self.context.checkpoint(f"{self.key} weights {allocation.to_json()}")
         path = path.with_suffix(".safetensors")
         if not path.is_file():
-            model = copied(self.context.factorisation.model)
-            model.load_state_dict(self.net.network.state_dict())
-            space = self.net.space.restrict({name: [c] for name, c in allocation.items()})
-            network = factorise(model, space).materialise(allocation)
-            calibration = self.context.splits.calibration
-            if len(calibration) > 1:
-                inputs = input_batches(
-                    calibration, NORMALISED, task=self.task, device=self.context.device, even=True
-                )
-                reestimate_batch_norm(network, inputs)
-            write_tensors(path, network.state_dict())
+            write_tensors(path, self._compressed(allocation).state_dict())
         return path
+
+    def _compressed(self, allocation: Allocation) -> nn.Module:
+        """The trained network at an allocation's ranks.
+
+        Its weights are decomposed and refitted as those of the dense network are for other
+        strategies; those of a streamed model are truncated.
+        """
+        model = copied(self.context.factorisation.model)
+        model.load_state_dict(self.net.network.state_dict())
+        space = self.net.space.restrict({name: [c] for name, c in allocation.items()})
+        calibration = self.context.splits.calibration
+        if len(calibration) < 2:
+            return factorise(model, space).materialise(allocation)
+        inputs = input_batches(
+            calibration, NORMALISED, task=self.task, device=self.context.device, even=True
+        )
+        reestimate_batch_norm(model, inputs)
+        if self.context.factorisation.streamed:
+            network = factorise(model, space).materialise(allocation)
+        else:
+            statistics = calibrate(model, space, calibration, self.task, seed=self.context.seed)
+            factors = factorise(model, space, statistics, norm="fisher")
+            network = refit_sequentially(factors, allocation, inputs).materialise(allocation)
+        reestimate_batch_norm(network, inputs)
+        return network
 
     def _search_logits(self, factors: Factorisation, generator: torch.Generator) -> None:
         """Improve the logits on held-out data; weights stay as they are."""
