@@ -268,7 +268,7 @@ def test_the_schedule_counts_the_steps_that_take_twice_the_time() -> None:
         lambda batch, prediction, place: prediction.loss(),
         [Sharpness(job.network, 0.05, 3)],
     )
-    assert loop.per_epoch == 6
+    assert loop.epochs.total(1) == 6
     assert [loop._affordable(passes * 0.5, 0.5) for passes in (6, 12, 14, 24, 25, 48)] == [
         *(6, 12, 13, 18, 19, 36)
     ]
