@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import rankNAS
+from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.exceptions import WeightsError
 from rankNAS.io.tensors import read_tensors
 from rankNAS.recovery.config import TrainingConfig
@@ -24,7 +25,7 @@ from rankNAS.strategies.history import History
 
 Pair = tuple[TensorDataset, TensorDataset]
 SETTINGS = rankNAS.Settings(calibration=64, validation=50)
-HALOC = Haloc(epochs=2, steps=4, batch_size=16, weight_rate=0.05)
+HALOC = Haloc(epochs=2, steps=4, batch_size=16, weight_rate=0.05, keep=True)
 
 
 def search(model: nn.Module, data: Pair, **options: Any) -> rankNAS.Study:
@@ -106,3 +107,21 @@ def test_other_strategies_propose_without_weights(small_net: nn.Module, small_da
     found = Uniform().proposals(study.problem, History(), 1, rng)
     assert found == [Proposal(a) for a in Uniform().propose(study.problem, History(), 1, rng)]
     assert found[0].weights is None and study.best.weights == ""
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_weights_are_kept_where_they_are_better(
+    small_net: nn.Module, small_data: Pair, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    """The divergence of trained weights is compared with that of the original ones, refitted."""
+    evaluate = Evaluator.evaluate
+
+    def shifted(self: Evaluator, *args: Any, weights: str = "", **options: Any) -> Any:
+        found = evaluate(self, *args, weights=weights, **options)
+        if weights:
+            found["kl_divergence"] += -100.0 if better else 100.0
+        return found
+
+    monkeypatch.setattr(Evaluator, "evaluate", shifted)
+    study = search(small_net, small_data, strategy=replace(HALOC, keep=None))
+    assert bool(study.weights_of(study.best.allocation)) == better

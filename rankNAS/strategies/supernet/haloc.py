@@ -18,8 +18,9 @@ settings: equal logits at the start, Gumbel-softmax with its temperature falling
 AdamW on the logits, the loss CE (cost / T)^1.5 above the budget, fixed ranks before each epoch of
 weights, and the coefficient of the regulariser. Own choices: dense and the cheapest choice as
 candidates, the cost expected under softmax(logits) where ComCAT weighs it by the relaxed sample,
-the relative error in the regulariser, few steps an epoch, the expected ranks where the argmax,
-which ComCAT takes, leaves a tenth of the budget (`picked`), exact decoding of the solution, and
+the relative error in the regulariser, few steps an epoch with a larger rate of the logits, the
+expected ranks where the argmax, which ComCAT takes, leaves a tenth of the budget (`picked`), exact
+decoding of the solution, the original weights where they are better on the validation data, and
 SVD where Tucker-2 does not apply (at equal ranks the Tucker-2 of a matrix is its truncated SVD, so
 the method is not tied to images). In the training, weights are truncated in their own norm; the
 solution is decomposed in the Fisher norm and refitted, as networks of other strategies are.
@@ -68,7 +69,8 @@ class Haloc(Strategy):
         learning_rate: Of the logits (AdamW).
         weight_rate: Of the weights (SGD, momentum 0.9).
         features: Coefficient of the feature-map regulariser in the first epoch.
-        keep: Whether the solution keeps the trained weights.
+        keep: Whether the solution keeps the trained weights; None keeps them where they are better
+            on the validation data than the original ones, refitted.
         operators: In order of preference: a layer takes its candidates from the first that it
             offers. None is the default, followed by all others.
 
@@ -82,10 +84,10 @@ class Haloc(Strategy):
     granularity: int | None = None
     penalty: Penalty = "power"
     strength: float = 1.5
-    learning_rate: float = 1e-2
+    learning_rate: float = 0.1
     weight_rate: float = 5e-3
     features: float = 0.5
-    keep: bool = True
+    keep: bool | None = None
     operators: tuple[str, ...] | None = ("tucker2", "svd")
     name = "haloc"
     needs_context = True
@@ -189,5 +191,20 @@ class _Bound(Strategy):
         allocation = searched.allocation(picked(searched, training.run()))
         if allocation in history.proposed:
             return []
-        weights = training.keep(allocation) if self.configuration.keep else None
+        keep = self.configuration.keep
+        weights = None if keep is False else training.keep(allocation)
+        if keep is None and not self._better(problem, allocation, str(weights)):
+            weights = None
         return [Proposal(allocation, weights)]
+
+    def _better(self, problem: Problem, allocation: Allocation, weights: str) -> bool:
+        """Whether trained weights are better than the original ones, refitted."""
+        evaluator = self.context.evaluator
+        if evaluator is None or evaluator.recovery is not None:  # or both are trained further
+            return True
+        original = evaluator.evaluate(allocation, final=True)
+        trained = evaluator.evaluate(allocation, weights=weights)
+        if problem.objectives[0] in problem.metrics and problem.divergence in trained:
+            return trained[problem.divergence] < original[problem.divergence]
+        first = problem.objectives[0]
+        return float(problem.signs[0]) * (trained[first] - original[first]) > 0
