@@ -297,10 +297,10 @@ def test_a_limit_reaches_the_integer_solver(monkeypatch: pytest.MonkeyPatch) -> 
         return milp(*arguments, options=options, **others)
 
     monkeypatch.setattr("rankNAS.solver.min_sum.milp", watched)
-    table, costs = [np.array([0.0, 1.0, 3.0])] * 3, [[np.array([3.0, 2.0, 1.0])] * 3]
-    whole = min_sum(table, costs, [6.0])
+    table, costs = [np.array([0.0, 1.0, 3.0])] * 3, [[np.array([3.0, 2.0, 1.0])] * 3] * 2
+    whole = min_sum(table, costs, [6.0, 6.0])  # two budgets, as one needs no integer solver
     with limited_by(Deadline(600.0)):
-        assert min_sum(table, costs, [6.0]) == whole
+        assert min_sum(table, costs, [6.0, 6.0]) == whole
     assert given[0] == np.inf and 0 < given[-1] <= 600
 
 

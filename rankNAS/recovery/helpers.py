@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -83,7 +84,7 @@ class Helpers:
                 "define their classes at the top level of a file, without lambdas or open files."
             ) from None
         save_bytes(folder / "payload", content)
-        files = imported_files(content)
+        files, digest = imported_files(content), hashlib.sha256(content).hexdigest()
         threads = max(1, self._threads // self.count)
         torch.set_num_threads(threads)
         known = multiprocessing.get_all_start_methods()
@@ -92,7 +93,7 @@ class Helpers:
         )
         for rank in range(1, self.count):
             own, other = context.Pipe()
-            arguments = (folder, rank, self.count, threads, files, dict(os.environ))
+            arguments = (folder, digest, rank, self.count, threads, files, dict(os.environ))
             process = context.Process(target=_help, args=(*arguments, other), daemon=True)
             process.start()
             other.close()
@@ -160,6 +161,7 @@ class Helpers:
 
 def _help(
     folder: Path,
+    digest: str,
     rank: int,
     count: int,
     threads: int,
@@ -174,7 +176,10 @@ def _help(
     torch.set_num_threads(threads)
     try:
         import_files(files)
-        function, payload = pickle.loads((folder / "payload").read_bytes())
+        content = (folder / "payload").read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:  # unpickling runs what it reads
+            raise RuntimeError("its task is not what the leading process has written")
+        function, payload = pickle.loads(content)
         connection.send(None)
         with _member(folder, rank, count):
             function(payload)

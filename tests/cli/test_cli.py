@@ -279,7 +279,7 @@ def finished(database: Path) -> int:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--space", "resnet19"], "Did you mean 'resnet18'"),
+        (["--space", "resnet188"], "Did you mean 'resnet18'"),
         (["--strategy", "bow"], "Did you mean 'bo'"),
         (["--objective", "acuracy"], "Did you mean 'accuracy'"),
         (["--cost", "mac"], "Did you mean 'macs'"),

@@ -42,8 +42,9 @@ def command(model_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def ending(patch: pytest.MonkeyPatch, stage: str, count: int = 1) -> None:
-    """The time ends in a stage of every command from now on."""
-    patch.setattr(ProgressDisplay, "stage", lambda self, *a: Clock(patch).at(stage, count)(*a))
+    """The time ends in a stage of the next command."""
+    clock = Clock(patch).at(stage, count)
+    patch.setattr(ProgressDisplay, "stage", lambda self, *a: clock(*a))
 
 
 def result() -> dict[str, object]:
