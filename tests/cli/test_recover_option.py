@@ -196,3 +196,6 @@ def test_the_list_of_recipes(command: Command) -> None:
     rows = json.loads(printed)
     assert code == 0 and [row["name"] for row in rows] == list(RECIPES)
     assert "epochs=20" in rows[1]["options"] and "ema=" in rows[1]["options"]
+    code, printed, _ = command("recipes")
+    assert code == 0 and "(all)" in printed and "as distil; period=1 " in printed
+    assert "as msr; penalty=stable" in printed and printed.count("augmentations=4") == 1
