@@ -2,8 +2,9 @@
 
 The first half of the epochs trains the dense weights under a penalty on their singular values, for
 the ranks of the given network. Then the trained weights are truncated to these ranks, and the
-second half trains the factors. With ``--strategy beam`` this is the whole method of BSR. Prehab
-penalises the stable rank of whitened weights, which knows no target rank.
+second half trains the factors. With ``--strategy beam`` this is the whole method of BSR, but for
+the truncation, which is that of whitened weights here: it is better where a short training leaves
+a tail. Prehab penalises the stable rank of whitened weights, which knows no target rank.
 
 References:
     Eo, Kang and Rhee, Neural Networks 2023 (BSR): the modified stable rank. The published formula
@@ -49,8 +50,8 @@ class Msr(Distil):
         penalty: ``msr``, the modified stable rank for the ranks of the given network, or
             ``stable``, the stable rank.
         exponent: Of the singular values in the modified stable rank, 1 or 2.
-        whiten: Whether singular values are those of the weights times a square root of the
-            second moment of their inputs; layers of an ``svd`` take part, others stay plain.
+        whiten: Whether the penalty's singular values are those of the weights times a square root
+            of the second moment of their inputs, except in chains of three factors.
         refresh: Steps between two computations of the penalty's gradient.
     """
 
@@ -92,7 +93,7 @@ class Msr(Distil):
         try:
             take_dense(job, layers)
             yield _dense_job(job, layers)
-            roots = input_roots(job, layers) if self.whiten else {}
+            roots = input_roots(job, layers)
             for path, stages in layers.items():
                 dense = job.network.get_submodule(path)
                 put(job.network, dense, truncated_chain(stages, dense, roots.get(path)))
@@ -216,13 +217,9 @@ def take_dense(job: Job, layers: Mapping[str, Any]) -> None:
 
 
 def input_roots(job: Job, layers: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
-    """By path, a square root of the second moment of a dense layer's inputs."""
+    """By path, a square root of the second moment of a dense layer's inputs, where it is known."""
     modules = {path: job.network.get_submodule(path) for path in layers}
-    moments = {
-        path: Moment(module)
-        for path, module in modules.items()
-        if whitenable(layers[path], module)
-    }
+    moments = {p: Moment(stages[0]) for p, stages in layers.items() if whitenable(stages)}
     hooks = [
         modules[path].register_forward_pre_hook(lambda _, args, m=moment: m.add(args[0]))
         for path, moment in moments.items()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.recovery.restart import blocks_of, dense_blocks, rebuilt, truncated
 
 __all__ = ["Moment", "truncated_chain", "unfoldings", "whitenable"]
@@ -53,8 +54,8 @@ def truncated_chain(
     Args:
         stages: The stages of the chain, which give the ranks.
         dense: The dense layer.
-        root: A square root of the second moment of the inputs (n, n), lower triangular; only for
-            layers that are `whitenable`. None truncates the plain weight.
+        root: A square root of the second moments of the inputs (k, n, n), lower triangular; only
+            for chains that are `whitenable`. None truncates the plain weight.
     """
     if len(stages) == 3:
         chain = _tucker(stages, dense)
@@ -72,52 +73,55 @@ def truncated_chain(
     return chain
 
 
-def whitenable(stages: Sequence[Any], dense: Any) -> bool:
-    """Whether the first stage reads the same patches as a dense layer without groups."""
-    if len(stages) != 2 or getattr(dense, "groups", 1) != 1:
-        return False
+def whitenable(stages: Sequence[Any]) -> bool:
+    """Whether a chain has two factors, of which the first one reads patches of its inputs."""
     first = stages[0]
-    if isinstance(dense, nn.Linear):
-        return isinstance(first, nn.Linear)
-    plain = isinstance(dense, nn.Conv2d) and dense.padding_mode == "zeros"
-    plain = plain and not isinstance(dense.padding, str)
-    return plain and first.groups == 1 and first.kernel_size == dense.kernel_size
+    if len(stages) != 2 or isinstance(first, nn.Linear | GroupedLinear):
+        return len(stages) == 2
+    plain = isinstance(first, nn.Conv2d) and first.padding_mode == "zeros"
+    return plain and not isinstance(first.padding, str)
 
 
 class Moment:
-    """The second moment of a layer's inputs, summed over batches.
+    """The second moment of what the first factor of a chain reads, summed over batches.
 
     Args:
-        dense: A linear layer or a two-dimensional convolution that is `whitenable`.
+        first: A linear layer or a two-dimensional convolution that is `whitenable`, with k groups.
     """
 
-    def __init__(self, dense: Any) -> None:
-        self.dense = dense
-        n = dense.weight.flatten(1).shape[1]
-        self.total = torch.zeros(n, n, device=dense.weight.device)
+    def __init__(self, first: Any) -> None:
+        self.first, self.blocks = first, int(getattr(first, "groups", 1))
+        n = first.weight.flatten(2).shape[2] if self._is_grouped else first.weight[0].numel()
+        self.total = torch.zeros(self.blocks, n, n, device=first.weight.device)
         self.count = 0
+
+    @property
+    def _is_grouped(self) -> bool:
+        return isinstance(self.first, GroupedLinear)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take an input of the layer into account."""
-        dense, x = self.dense, x.float()
-        if isinstance(dense, nn.Conv2d):
+        first, x = self.first, x.float()
+        if isinstance(first, nn.Conv2d):
             x = functional.unfold(
                 x,
-                dense.kernel_size,
-                dilation=dense.dilation,
-                padding=dense.padding,  # type: ignore[arg-type]
-                stride=dense.stride,
+                first.kernel_size,
+                dilation=first.dilation,
+                padding=first.padding,  # type: ignore[arg-type]
+                stride=first.stride,
             ).transpose(1, 2)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, self.blocks, self.total.shape[1]).transpose(0, 1)
         self.total += rows.mT @ rows
-        self.count += len(rows)
+        self.count += rows.shape[1]
 
     def root(self) -> Tensor:
-        """The Cholesky factor L (n, n) of the mean moment C = L L^T, with a small ridge."""
+        """The Cholesky factors L (k, n, n) of the mean moments C = L L^T, with a small ridge."""
         C = self.total.double() / max(self.count, 1)
-        ridge = RIDGE * C.diagonal().mean().clamp_min(1e-30)
-        root: Tensor = torch.linalg.cholesky(C + ridge * torch.eye(len(C)).to(C))
+        ridge = RIDGE * C.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        root: Tensor = torch.linalg.cholesky(
+            C + ridge[:, None, None] * torch.eye(C.shape[1]).to(C)
+        )
         return root
 
 

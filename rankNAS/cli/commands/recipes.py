@@ -20,7 +20,7 @@ def run_recipes(options: JsonOptions) -> None:
         rows = [(name, text, every[name]) for name, (_, text) in ENTRIES.items()]
         print_json([dict(zip(COLUMNS, row, strict=True)) for row in rows])
         return
-    rows = [("(all)", "What every recipe has.", _joined(option_lines(Recipe)))]
+    rows = [("(all)", "What every recipe has.", _joined(option_lines(Recipe)))]  # type: ignore[type-abstract]
     rows += [(name, text, _own(RECIPES[name])) for name, (_, text) in ENTRIES.items()]
     print_table("Recipes", COLUMNS, rows, left=len(COLUMNS))
 
