@@ -34,6 +34,8 @@ from rankNAS.study import Study
 
 __all__ = ["solution_for", "describe_trial", "keep", "load_result"]
 
+WORSE = 0.01  # relative change of the main metric from which a training has made a network worse
+
 
 def keep(
     options: SearchOptions,
@@ -78,7 +80,11 @@ def keep(
         "solutions": solutions,
         "trials": [describe_trial(t) for t in study.trials],
         "cpu_seconds": {name: round(s, 3) for name, s in study.cpu_seconds.items()},
-        "notes": [*filter(None, [study.limit_note]), *_untuned(options, solutions, deadline)],
+        "notes": [
+            *filter(None, [study.limit_note]),
+            *_untuned(options, solutions, deadline),
+            *_worse(study, solutions),
+        ],
         "unprepared": not study.context.complete,
         "versions": versions(),
         "machine": machine(),
@@ -150,6 +156,25 @@ def _untuned(
         f"the time limit of {deadline.seconds:g} s ended the fine-tuning for {'; '.join(left)}; "
         "the network is kept as it was before"
     ]
+
+
+def _worse(study: Study, solutions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says which trainings have made a network clearly worse, and where the one before is."""
+    main, found = study.task.main_metric, list[str]()
+    sign = 1 if study.task.directions[main] == "maximize" else -1
+    for solution in solutions:
+        after = solution.get("finetuned", {}).get(main)
+        before = solution["best"].get(main)
+        if after is None or before is None or sign * (before - after) <= WORSE * abs(before):
+            continue
+        path = Path(solution["artifact"])
+        kept = path.with_name(path.name.replace("finetuned", "best"))
+        found.append(
+            f"the training has made the network for {solution['budget_key']} worse ({main} "
+            f"{before:.4g}, then {after:.4g}); the one before it is {str(kept)!r}; train for "
+            "longer, or with a lower learning rate"
+        )
+    return found
 
 
 def _safe(label: str) -> str:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 import rankNAS
 from rankNAS.cli import main
 from rankNAS.cli.output import ProgressDisplay
+from rankNAS.cli.results import _worse
 from rankNAS.plugins import load_callable
 from rankNAS.recovery.recipe import RECIPES
 
@@ -77,6 +79,25 @@ def test_a_search_recovers_its_answers(command: Command, monkeypatch: pytest.Mon
     assert later["finetuned"]["recipe"].startswith("lora:epochs=1")
     assert later["finetuned"]["test_loss"] != tuned["test_loss"]
     assert later["best"] == solution["best"]
+
+
+@pytest.mark.parametrize(
+    ("direction", "after", "worse"),
+    [
+        ("maximize", 0.7, True),
+        ("maximize", 0.899, False),
+        ("minimize", 0.7, False),
+        ("minimize", 0.95, True),
+    ],
+)
+def test_a_training_that_makes_a_network_worse(direction: str, after: float, worse: bool) -> None:
+    task = SimpleNamespace(main_metric="metric", directions={"metric": direction})
+    solution = {"budget_key": "macs<=0.3", "best": {"metric": 0.9}, "finetuned": {"metric": after}}
+    solution["artifact"] = "out/finetuned-macs-0.3.safetensors"
+    untrained = {"budget_key": "macs<=0.5", "best": {"metric": 0.9}, "artifact": "best"}
+    notes = _worse(SimpleNamespace(task=task), [untrained, solution])  # type: ignore[arg-type]
+    assert len(notes) == worse
+    assert all(f"then {after:.4g}); the one before it is 'out/best-macs-0.3" in n for n in notes)
 
 
 def test_finetune_is_the_recipe_plain(command: Command) -> None:
