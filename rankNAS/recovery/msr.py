@@ -18,7 +18,6 @@ import copy
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -97,7 +96,7 @@ class Msr(Distil):
             for path, stages in layers.items():
                 dense = job.network.get_submodule(path)
                 put(job.network, dense, truncated_chain(stages, dense, roots.get(path)))
-            yield replace(job, checkpoint=_numbered(job, 1))
+            yield replace(job, checkpoint=job.checkpoint_of(1))
         except GeneratorExit:  # the form and the weights that the network had
             for path, module in given.items():
                 put(job.network, job.network.get_submodule(path), module)
@@ -238,8 +237,4 @@ def input_roots(job: Job, layers: Mapping[str, Sequence[Any]]) -> dict[str, Tens
 
 def _dense_job(job: Job, layers: Mapping[str, Sequence[Any]]) -> DenseJob:
     given = {f.name: getattr(job, f.name) for f in fields(Job)}
-    return DenseJob(**(given | {"checkpoint": _numbered(job, 0)}), layers=layers)
-
-
-def _numbered(job: Job, number: int) -> Path | None:
-    return None if job.checkpoint is None else job.checkpoint.with_suffix(f".{number}.pt")
+    return DenseJob(**(given | {"checkpoint": job.checkpoint_of(0)}), layers=layers)

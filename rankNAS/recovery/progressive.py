@@ -67,10 +67,7 @@ class Progressive(Distil):
         try:
             for number in range(self.members):
                 self._restart(job, last, self.members - 1 - number)
-                checkpoint = job.checkpoint
-                if checkpoint is not None:
-                    checkpoint = checkpoint.with_suffix(f".{number}.pt")
-                yield replace(job, checkpoint=checkpoint)
+                yield replace(job, checkpoint=job.checkpoint_of(number))
         except GeneratorExit:  # the ranks that the network had
             for path, module in given.items():
                 put(job.network, job.network.get_submodule(path), module)

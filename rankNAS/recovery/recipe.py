@@ -121,6 +121,10 @@ class Job:
         """Whether the network is a language model."""
         return isinstance(self.task, LanguageModelling)
 
+    def checkpoint_of(self, number: int) -> Path | None:
+        """The checkpoint of one of several trainings, numbered from 0."""
+        return None if self.checkpoint is None else self.checkpoint.with_suffix(f".{number}.pt")
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -11,7 +11,6 @@ the mirror image brings. The table of a finished file is printed at the end.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csv_rows import append, rows_of
 from torch import Tensor, nn
 
 import rankNAS
@@ -70,7 +70,7 @@ def main() -> None:
         for part in args.without:
             if (part, seed) not in known:
                 row = run(args, data, part, seed)
-                write(args.out, row)
+                append(args.out, FIELDS, row)
                 print(row, flush=True)
     print(table(rows_of(args.out)))
 
@@ -131,24 +131,6 @@ class Mirrored(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         mean: Tensor = (self.network(images) + self.network(images.flip(3))) / 2
         return mean
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from csv_rows import append, rows_of
 from matplotlib.figure import Figure
 from scipy.optimize import curve_fit
 from torch import nn
@@ -116,16 +116,15 @@ def record(args: argparse.Namespace, study: Study, row: Mapping[str, str]) -> No
         text += f"epochs={args.epochs}"
     else:
         text += f"epochs=1000,seconds={row['seconds']}"
-    report = run_recipe(
-        make_recipe(text), job, on_epoch=lambda _: curve.append(accuracy(network, few, task))
-    )
+    recipe = make_recipe(text)
+    report = run_recipe(recipe, job, on_epoch=lambda _: curve.append(accuracy(network, few, task)))
     after = accuracy(network, splits.test, task)
     for epoch, value in enumerate(curve, 1):
-        write(args.out / "curves.csv", CURVES, {**row, "epoch": epoch, "accuracy": value})
-    per_epoch = math.ceil(len(splits.training) / make_recipe(text).batch_size)
+        append(args.out / "curves.csv", CURVES, {**row, "epoch": epoch, "accuracy": value})
+    per_epoch = math.ceil(len(splits.training) / recipe.batch_size)
     found = {"before": before, "after": after, "used": round(report.seconds)}
     found["epochs"] = round(report.steps / per_epoch, 2)
-    write(args.out / "results.csv", RESULTS, {**row, **found})
+    append(args.out / "results.csv", RESULTS, {**row, **found})
     print({**row, **found}, flush=True)
 
 
@@ -139,21 +138,7 @@ def accuracy(network: nn.Module, samples: Samples, task: Task) -> float:
 
 def known(path: Path) -> list[dict[str, str]]:
     """What identifies the rows of a file."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [{name: row[name] for name in RESULTS[:5]} for row in csv.DictReader(file)]
-
-
-def write(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Append a row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    return [{name: row[name] for name in RESULTS[:5]} for row in rows_of(path)]
 
 
 def reached(accuracies: Sequence[float], target: float) -> float:
@@ -174,15 +159,14 @@ def reached(accuracies: Sequence[float], target: float) -> float:
 
 def draw(out: Path) -> None:
     """Draw the curves of all rows."""
-    path = out / "curves.csv"
-    if not path.exists():
+    rows = rows_of(out / "curves.csv")
+    if not rows:
         return
     matplotlib.use("Agg")
     lines: dict[tuple[str, ...], list[float]] = {}
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            key = tuple(row[name] for name in CURVES[:5])
-            lines.setdefault(key, []).append(100 * float(row["accuracy"]))
+    for row in rows:
+        key = tuple(row[name] for name in CURVES[:5])
+        lines.setdefault(key, []).append(100 * float(row["accuracy"]))
     budgets = sorted({key[1] for key in lines}, key=float)
     figure = Figure((4.2 * len(budgets), 3.4), dpi=150, layout="constrained")
     for axes, kept in zip(

@@ -15,7 +15,6 @@ paper cleaned its text is not known to us; ours is `cleaned`.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from csv_rows import append, rows_of
 from torch import nn
 
 import rankNAS
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, data: dict[str, Data], text: str, seed: int) -
         if any(all(row[n] == str(x) for n, x in key.items()) for row in rows_of(path)):
             return
         row = key | measurements(args, data, *make())
-        write(path, row)
+        append(path, FIELDS, row)
         print(row, flush=True)
 
     large = teacher(args, data[text], text, seed)
@@ -235,24 +235,6 @@ def cleaned(text: str) -> str:
 
 
 # -------------------------------------------------------------------------------------- the rows
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def write(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: list[dict[str, str]]) -> str:

@@ -1,0 +1,27 @@
+"""Rows of CSV files that the studies of this folder write one by one."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Append a row to a file, which gets a header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
