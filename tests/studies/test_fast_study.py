@@ -30,12 +30,13 @@ def test_a_row_for_a_part(tmp_path: Path) -> None:
     options = {"images": 32, "width": 2, "batch": 8, "rate": 0.1, "threads": 1, "speed": "plain"}
     args = argparse.Namespace(seconds=3.0, **options)
     run = load_callable(f"{FILE}:run")
+    module = run.__globals__
     for part in ("nothing", "whitening"):
         row = run(args, rankNAS.load_data(data()), part, 1)
         assert row["without"] == part and row["seed"] == 1 and row["images"] == 32
         assert 0 <= row["accuracy"] <= 1 and 0 < row["steps"] <= row["planned"]
-        load_callable(f"{FILE}:write")(tmp_path / "fast.csv", row)
-    rows = load_callable(f"{FILE}:rows_of")(tmp_path / "fast.csv")
+        module["append"](tmp_path / "fast.csv", module["FIELDS"], row)
+    rows = module["rows_of"](tmp_path / "fast.csv")
     assert [row["without"] for row in rows] == ["nothing", "whitening"]
     lines = load_callable(f"{FILE}:table")([*rows, rows[0]]).splitlines()
     assert len(lines) == 4 and lines[2].startswith("| nothing | ") and "± 0.00" in lines[2]
