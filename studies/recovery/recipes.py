@@ -5,7 +5,8 @@
 Each budget is searched once by `solve`. Then the network is trained by each recipe for each number
 of seconds, and the dense network is, too. DIR/results.csv gets a row as soon as it is known,
 and rows that are there are not computed again; DIR/curves.csv has the accuracy on a part of the
-test images after each epoch. DIR/curves.png is drawn from it.
+test images after each epoch. DIR/curves.png is drawn from it. A training that was broken off goes
+on from its checkpoint in the cache folder.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seconds", nargs="+", type=float, default=[300, 1200])
-    parser.add_argument("--kept", nargs="+", type=float, default=[0.278, 0.5], help="of the MACs")
+    parser.add_argument(
+        "--kept", nargs="+", type=float, default=[0.278, 0.5, DENSE], help="of the MACs; 1: dense"
+    )
     parser.add_argument("--epochs", type=int, help="instead of seconds")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -60,10 +63,11 @@ def main() -> None:
     model = build_model(args.space, num_classes=10, input_shape=(3, 32, 32)).eval()
     load_weights(model, args.weights)
     for seed in args.seeds:
-        study = searched(model, data, args.kept, seed)
+        budgets = [kept for kept in args.kept if kept != DENSE] or [0.5]  # a study has a budget
+        study = searched(model, data, budgets, seed)
         for row in wanted(args, seed):
             if row not in known(args.out / "results.csv"):
-                record(args, study, row)
+                record(args, study, budgets, row)
     draw(args.out)
 
 
@@ -86,41 +90,39 @@ def wanted(args: argparse.Namespace, seed: int) -> list[dict[str, str]]:
         }
         for seconds in limits
         for recipe in args.recipes
-        for kept in [*args.kept, DENSE]
+        for kept in args.kept
         if kept != DENSE or not recipe.startswith(("msr", "prehab"))  # these need ranks
     ]
 
 
-def record(args: argparse.Namespace, study: Study, row: Mapping[str, str]) -> None:
+def record(
+    args: argparse.Namespace, study: Study, budgets: Sequence[float], row: Mapping[str, str]
+) -> None:
     """Train one network by one recipe, and write its row and its curve."""
     kept, dense = float(row["kept"]), study.context.factorisation.model
     network = copy.deepcopy(dense)
     if kept != DENSE:
-        problem = study.problems[args.kept.index(kept)]
+        problem = study.problems[budgets.index(kept)]
         network = study.materialise(study.solution(problem).allocation)
     splits, task = study.splits, study.task
     assert splits.test is not None
     before = accuracy(network, splits.test, task)
     few = splits.test.subsample(CURVE_IMAGES, 0)
-    curve: list[float] = []
-    job = Job(
-        network,
-        splits.training,
-        task,
-        copy.deepcopy(dense),
-        splits.augmentation,
-        seed=int(row["seed"]),
-    )
+    teacher, seed = copy.deepcopy(dense), int(row["seed"])
+    job = Job(network, splits.training, task, teacher, splits.augmentation, seed=seed)
     text = row["recipe"] + (":" if ":" not in row["recipe"] else ",")
     if args.epochs:
         text += f"epochs={args.epochs}"
     else:
         text += f"epochs=1000,seconds={row['seconds']}"
     recipe = make_recipe(text)
-    report = run_recipe(recipe, job, on_epoch=lambda _: curve.append(accuracy(network, few, task)))
-    after = accuracy(network, splits.test, task)
-    for epoch, value in enumerate(curve, 1):
+
+    def on_epoch(epoch: int) -> None:
+        value = accuracy(network, few, task)
         append(args.out / "curves.csv", CURVES, {**row, "epoch": epoch, "accuracy": value})
+
+    report = run_recipe(recipe, job, on_epoch=on_epoch)
+    after = accuracy(network, splits.test, task)
     per_epoch = math.ceil(len(splits.training) / recipe.batch_size)
     found = {"before": before, "after": after, "used": round(report.seconds)}
     found["epochs"] = round(report.steps / per_epoch, 2)

@@ -52,3 +52,41 @@ def test_traffic_is_counted_for_all_methods_alike(tmp_path: Path) -> None:
     whole, *others = table.bytes
     assert whole == 4 * (3 * 65 * 64 + 65 * 10) and all(bytes < whole for bytes in others)
     assert "| GreedyLore | 4 |" in load_callable(f"{FOLDER}/gradients.py:summary")(table)
+
+
+def test_the_rate_of_a_recipe_is_measured_beside_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row for each loop; the ratio of the plain loop to itself is 1."""
+    options = "--batch 2 --size 8 --repeats 1 --recipe distil:augmentations=2"
+    monkeypatch.setattr(sys, "argv", ["rate.py", *options.split()])
+    load_callable(f"{FOLDER}/rate.py:main")()
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    kinds = [row[1].strip() for row in rows[2:]]
+    assert kinds == [
+        "plain loop",
+        "recipe, the dense network runs",
+        "recipe, its outputs are kept",
+    ]
+    assert rows[2][3].strip() == "1.000 (1.000 to 1.000)"
+    assert all(float(row[2]) > 0 for row in rows[2:])
+
+
+def test_the_epoch_at_which_a_curve_reaches_a_target() -> None:
+    """Of a curve that follows the law a - b e^-c exactly, e = (b / (a - target))^(1 / c)."""
+    reached = load_callable(f"{FOLDER}/recipes.py:reached")
+    curve = [0.9 - 0.1 * epoch**-0.5 for epoch in range(1, 11)]
+    assert reached(curve, 0.88) == pytest.approx(25, rel=1e-3)
+    assert reached(curve, 0.9001) == float("inf")
+
+
+def test_which_networks_are_trained_by_which_recipes() -> None:
+    """Each budget by each recipe, the dense network by those that do not need ranks."""
+    options: dict[str, Any] = {"space": "resnet20", "recipes": ["distil", "msr"], "epochs": None}
+    args = argparse.Namespace(**options, seconds=[300.0], kept=[0.278, 1.0])
+    rows = load_callable(f"{FOLDER}/recipes.py:wanted")(args, 0)
+    assert [(row["recipe"], row["kept"], row["seconds"]) for row in rows] == [
+        ("distil", "0.278", "300"),
+        ("distil", "1.0", "300"),
+        ("msr", "0.278", "300"),
+    ]
