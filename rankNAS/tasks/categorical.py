@@ -19,6 +19,9 @@ from rankNAS.tasks.checks import IGNORED
 __all__ = ["Categorical", "Logits", "TopClasses"]
 
 CHUNK = 1 << 20  # logits that are read at once, in float64
+CACHED = (
+    1 << 17
+)  # of these on a CPU, where what lies outside of its cache is several times as slow
 FEWEST = 4  # classes of a compact reference
 
 
@@ -116,13 +119,12 @@ class Categorical(Logits):
         for start, logits in self._numbered():
             rows = slice(start, start + len(logits))
             valid = None if self._valid is None else self._valid[rows]
-            z = _of(logits, valid).double()
-            log_q = z.log_softmax(-1)
-            found: Sums = {"count": number(len(z), z.device)}
+            q = _Softmax.of(_of(logits, valid))
+            found: Sums = {"count": number(len(q.logits), logits.device)}
             if self.targets is not None:
-                found |= self._labelled(z, log_q, _of(self.targets[rows], valid))
+                found |= self._labelled(q, _of(self.targets[rows], valid))
             if reference is not None:
-                found |= _divergences(log_q, reference, rows, valid)
+                found |= _divergences(q, reference, rows, valid)
             total = {k: total[k] + v for k, v in found.items()} if total else found
         return total
 
@@ -138,28 +140,27 @@ class Categorical(Logits):
     def nbytes(self) -> int:
         return self.logits.nbytes
 
-    def _labelled(self, z: Tensor, log_q: Tensor, y: Tensor) -> Sums:
-        classes = z.shape[-1]
+    def _labelled(self, q: _Softmax, y: Tensor) -> Sums:
+        classes = q.logits.shape[-1]
         if len(y) and (int(y.max()) >= classes or int(y.min()) < 0):
             wrong = y[(y < 0) | (y >= classes)][0]
             raise DataError(
                 f"a target is the class {int(wrong)}, but the model has {classes} classes; number "
                 f"the classes from 0, and mark what does not count by {IGNORED}."
             )
-        nll = -log_q.gather(-1, y[:, None])[:, 0]
-        weights = self._weights(z)
+        nll = -q.log_probabilities_of(y[:, None])[:, 0]
+        weights = self._weights(q.logits)
         w = torch.ones_like(nll) if weights is None else weights[y]
-        predicted = z.argmax(-1)
         found = {"loss": (w * nll).sum(), "weight": w.sum()}
-        found["correct"] = (predicted == y).double().sum()
+        found["correct"] = (q.likeliest == y).double().sum()
         if self.confusion:
-            cells = torch.bincount(y * classes + predicted, minlength=classes**2)
+            cells = torch.bincount(y * classes + q.likeliest, minlength=classes**2)
             found["confusion"] = cells.reshape(classes, classes).double()
         return found
 
     def _numbered(self) -> Iterator[tuple[int, Tensor]]:
         start = 0
-        for chunk in _chunks(self.logits):
+        for chunk in _chunks(self.logits, CACHED if self.logits.device.type == "cpu" else CHUNK):
             yield start, chunk
             start += len(chunk)
 
@@ -225,16 +226,57 @@ def _reference_only() -> NotImplementedError:
     return NotImplementedError("a compact prediction is a reference and nothing else")
 
 
-def _divergences(log_q: Tensor, reference: Prediction, rows: slice, valid: Tensor | None) -> Sums:
-    """KL divergences between a reference p and log_q (n, C) of the counted rows."""
+@final
+@dataclass(frozen=True, eq=False)
+class _Softmax:
+    """Probabilities in float64. Only some of their logarithms are computed: they take long.
+
+    Args:
+        logits: (n, C).
+        scaled: The probabilities (n, C) times `total`.
+        total: (n,).
+        log_total: The logits minus the logarithms of the probabilities, (n,).
+        likeliest: The classes with the largest probabilities, (n,).
+    """
+
+    logits: Tensor
+    scaled: Tensor
+    total: Tensor
+    log_total: Tensor
+    likeliest: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> _Softmax:
+        """The probabilities of logits (n, C)."""
+        largest, likeliest = logits.max(-1)  # faster in the given type
+        logits, largest = logits.double(), largest.double()
+        scaled = (logits - largest[:, None]).exp_()
+        total = scaled.sum(-1)
+        return cls(logits, scaled, total, largest + total.log(), likeliest)
+
+    def log_probabilities_of(self, classes: Tensor) -> Tensor:
+        """The logarithms (n, k) of the probabilities of some classes (n, k)."""
+        return self.logits.gather(-1, classes) - self.log_total[:, None]
+
+    def summed_mean(self, values: Tensor) -> Tensor:
+        """The sum over rows of the means of values (n, C); probabilities of 0 contribute 0."""
+        products = torch.linalg.vecdot(self.scaled, values)
+        if not bool(products.isfinite().all()):
+            products = torch.where(self.scaled > 0, self.scaled * values, 0.0).sum(-1)
+        return (products / self.total).sum()
+
+
+def _divergences(q: _Softmax, reference: Prediction, rows: slice, valid: Tensor | None) -> Sums:
+    """The summed KL divergences between a reference p and q in the counted rows."""
     if isinstance(reference, TopClasses):
-        classes = _of(reference.classes[rows], valid).long()
         log_p = _of(reference.log_probabilities[rows], valid).double()
-        log_q = _with_rest(log_q.gather(-1, classes))
-    else:
-        assert isinstance(reference, Logits)
-        log_p = _of(reference.logits_of(rows), valid).double().log_softmax(-1)
-    return {"kl": _kl(log_p, log_q), "reverse_kl": _kl(log_q, log_p)}
+        log_q = q.log_probabilities_of(_of(reference.classes[rows], valid).long())
+        log_q = _with_rest(log_q)
+        return {"kl": _kl(log_p, log_q), "reverse_kl": _kl(log_q, log_p)}
+    assert isinstance(reference, Logits)
+    p = _Softmax.of(_of(reference.logits_of(rows), valid))
+    ratios = (p.logits - q.logits).sub_((p.log_total - q.log_total)[:, None])  # log p / q
+    return {"kl": p.summed_mean(ratios), "reverse_kl": 0.0 - q.summed_mean(ratios)}
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -250,9 +292,9 @@ def _with_rest(log_p: Tensor) -> Tensor:  # (n, k) -> (n, k + 1)
     return torch.cat([log_p, rest.log()], -1)
 
 
-def _chunks(logits: Tensor) -> tuple[Tensor, ...]:
-    """Rows in parts of at most `CHUNK` elements."""
-    found: tuple[Tensor, ...] = logits.split(max(1, CHUNK // max(1, logits.shape[-1])))
+def _chunks(logits: Tensor, elements: int = CHUNK) -> tuple[Tensor, ...]:
+    """Rows in parts of at most so many elements."""
+    found: tuple[Tensor, ...] = logits.split(max(1, elements // max(1, logits.shape[-1])))
     return found
 
 

@@ -259,9 +259,34 @@ def test_rows_are_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     z, y = normal(20, 4), classes(4, 20)
     y[3:9] = -100
     whole = Categorical(z, y, confusion=True).sums(Categorical(z.flip(0)))
-    monkeypatch.setattr("rankNAS.tasks.categorical.CHUNK", 12)
+    monkeypatch.setattr("rankNAS.tasks.categorical.CACHED", 12)  # logits of a CPU
     chunked = Categorical(z, y, confusion=True).sums(Categorical(z.flip(0)))
     torch.testing.assert_close(chunked, whole)
+
+
+@given(seed=st.integers(0, 10**6), scale=st.sampled_from([1e-6, 1.0, 300.0]))
+@settings(max_examples=30, deadline=None)
+def test_divergences_are_the_sums_over_the_probabilities(seed: int, scale: float) -> None:
+    """Close networks and far ones, whose least probabilities are 0 in float64, too."""
+    z = 5 * normal(7, 6, seed=seed)
+    dense = z + scale * normal(7, 6, seed=seed + 1)
+    found = Categorical(z).sums(Categorical(dense))
+    log_q, log_p = z.log_softmax(-1), dense.log_softmax(-1)
+    for name, a, b in (("kl", log_p, log_q), ("reverse_kl", log_q, log_p)):
+        expected = float((a.exp() * (a - b)).sum())
+        assert float(found[name]) == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+def test_classes_that_are_impossible() -> None:
+    """A class that only the reference excludes adds nothing to KL(p || q), and the other way."""
+    z, dense = torch.zeros(3, 4), torch.zeros(3, 4)
+    z[:2, 0], dense[1:, 0] = -math.inf, -math.inf  # excluded by q, by both, by the reference
+    rows = [Categorical(z[i : i + 1]).sums(Categorical(dense[i : i + 1])) for i in range(3)]
+    found = [(float(row["kl"]), float(row["reverse_kl"])) for row in rows]
+    ratio = math.log(4 / 3)
+    assert found[0] == (math.inf, pytest.approx(ratio))
+    assert found[1] == (0.0, 0.0)
+    assert found[2] == (pytest.approx(ratio), math.inf)
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0, 60.0])
