@@ -260,7 +260,7 @@ class _Softmax:
 
     def summed_mean(self, values: Tensor) -> Tensor:
         """The sum over rows of the means of values (n, C); probabilities of 0 contribute 0."""
-        products = torch.linalg.vecdot(self.scaled, values)
+        products: Tensor = torch.linalg.vecdot(self.scaled, values)
         if not bool(products.isfinite().all()):
             products = torch.where(self.scaled > 0, self.scaled * values, 0.0).sum(-1)
         return (products / self.total).sum()
