@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {
         *("exceptions", "allocation", "budget", "copies", "deadline", "lazy", "phases"),
-        *("plugins", "renamed", "threads", "trees"),
+        *("memory", "plugins", "renamed", "threads", "trees"),
     },
     {"io", "data", "decompositions", "solver"},
     {"tasks"},

@@ -18,6 +18,7 @@ from rankNAS.compression.activations import ActivationCache
 from rankNAS.compression.blocks import BlockChain, freed
 from rankNAS.compression.factor_store import FactorStore
 from rankNAS.compression.factors import LayerFactors
+from rankNAS.memory import give_back
 from rankNAS.tasks.base import at_least_float32
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import Inputs, tree_map
@@ -121,6 +122,7 @@ class PairedWalk:
                 self._advance(number, i, seen[0] or i >= self._count)
                 for leader in leaders:
                     self._cache.drop((leader, i))
+            give_back()
 
     def output(self, number: int, further: int) -> Any:
         """The output of the dense block for one of the further inputs."""

@@ -33,6 +33,7 @@ from rankNAS.compression.factorisation import Factorisation, OneLayer
 from rankNAS.compression.factors import LayerFactors
 from rankNAS.copies import unchanged
 from rankNAS.decompositions.norms import NormName, Statistics
+from rankNAS.memory import give_back
 from rankNAS.search_spaces.base import Layer, SearchSpace
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.feeding import InputBatches
@@ -324,6 +325,7 @@ class _Walk:
         for name, statistics in statistics_of(experts, layers).items():
             if name in self.missing:
                 self.made(layers[name], statistics)
+        give_back()
 
     def _report(self, walks: int) -> None:
         self._done += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import sys
 import time
 import warnings
@@ -15,6 +14,7 @@ import torch
 
 from rankNAS.evaluation.evaluator import Evaluator
 from rankNAS.execution.scheduler import Evaluation, Outcome, Pruner, execute
+from rankNAS.memory import give_back
 
 __all__ = ["Mailbox", "work"]
 
@@ -106,7 +106,7 @@ def work(
         except Exception as error:
             ray.get(mailbox.unable.remote(worker, f"{type(error).__name__}: {error}"))
             return
-    _give_back()
+    give_back()
     life, stops = ray.get(mailbox.hello.remote(worker, ray.get_runtime_context().current_actor))
 
     def pruner(budget_key: str, step: int, metrics: Mapping[str, float]) -> bool:
@@ -126,11 +126,5 @@ def work(
         if time.monotonic() - reported > REPORT:
             reported = time.monotonic()
             tune.report({"finished": finished})
-            _give_back()
+            give_back()
         found = ray.get(mailbox.done.remote(worker, life, number, outcome))
-
-
-def _give_back() -> None:
-    """Return free memory to the system; the C library would otherwise keep it."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
