@@ -119,10 +119,10 @@ def check_options(options: ModelOptions) -> Settings:
 
 
 def _refinement(options: ModelOptions) -> Refinement | None:
-    """The refinement of chosen networks; None without ``--refine``."""
-    if not options.refine:
-        return None
-    return Refinement(**({} if options.refine_steps is None else {"steps": options.refine_steps}))
+    """The refinement of chosen networks, which a number of steps asks for as well; or None."""
+    if options.refine_steps is not None:
+        return Refinement(steps=options.refine_steps)
+    return Refinement() if options.refine else None
 
 
 def workers_of(options: SearchOptions) -> Workers:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from rankNAS.cli import main
 from rankNAS.cli.commands import COMMANDS
 from rankNAS.cli.generate import make_command
+from rankNAS.cli.loading import check_options
 from rankNAS.cli.notices import taken_notices
 from rankNAS.cli.options.compare import CompareOptions
 from rankNAS.cli.options.fields import PANELS, SEARCH, Options, Spec, option, specs
@@ -25,6 +26,7 @@ from rankNAS.cli.options.stored import current_options, read_options
 from rankNAS.cli.options.toml_file import read_toml, to_toml
 from rankNAS.exceptions import StudyError, UsageError
 from rankNAS.io.files import write_json
+from rankNAS.recovery.config import Refinement
 from rankNAS.renamed import OPTIONS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -318,3 +320,19 @@ def test_a_file_that_cannot_be_read(ranknas: Run, tmp_path: Path) -> None:
     for name in ("none.toml", ".", "binary.toml"):
         code, _, error = ranknas("compare", "--config", name)
         assert code == 2 and len(error.splitlines()) == 1 and f"'{name}'" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, None),
+        ({"refine": True}, Refinement()),
+        ({"refine": True, "refine_steps": 8}, Refinement(steps=8)),
+        ({"refine_steps": 8}, Refinement(steps=8)),
+    ],
+)
+def test_a_number_of_steps_asks_for_a_refinement(
+    given: dict[str, Any], expected: Refinement | None
+) -> None:
+    options = SearchOptions(space="resnet20", **given)
+    assert check_options(options).refine == expected

@@ -91,7 +91,8 @@ class ModelOptions(SpaceOptions):
     )
     refine_steps: int | None = option(
         None,
-        "Steps of --refine for two neighbouring blocks. Default: 300.",
+        "Refine, with so many steps for two neighbouring blocks (one, if blocks are streamed). "
+        "Default of --refine: 300.",
         TRAINING,
         min=1,
         hidden=True,
