@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from freezing import thin
@@ -91,8 +93,16 @@ def recipe(
     ends = [time.process_time()]
     samples = Samples.of((images, labels))
     task = Classification().bound(samples.example(), dense)
-    job = Job(copy.deepcopy(network), samples, task, copy.deepcopy(dense), Augmentation(flip=True))
-    run_recipe(chosen, job, on_epoch=lambda _: ends.append(time.process_time()))
+    with tempfile.TemporaryDirectory() as folder:  # not the checkpoint of an earlier training
+        job = Job(
+            copy.deepcopy(network),
+            samples,
+            task,
+            copy.deepcopy(dense),
+            Augmentation(flip=True),
+            checkpoint=Path(folder) / "training.pt",
+        )
+        run_recipe(chosen, job, on_epoch=lambda _: ends.append(time.process_time()))
     each = [(end - began) / STEPS for began, end in zip(ends, ends[1:], strict=False)]
     return {ONCE: statistics.median(each[1:variants]), KEPT: statistics.median(each[variants:])}
 

@@ -58,7 +58,7 @@ def test_the_rate_of_a_recipe_is_measured_beside_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One row for each loop; the ratio of the plain loop to itself is 1."""
-    options = "--batch 2 --size 8 --repeats 1 --recipe distil:augmentations=2"
+    options = "--batch 2 --size 8 --repeats 2 --recipe distil:augmentations=2"
     monkeypatch.setattr(sys, "argv", ["rate.py", *options.split()])
     load_callable(f"{FOLDER}/rate.py:main")()
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
