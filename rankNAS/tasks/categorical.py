@@ -19,9 +19,7 @@ from rankNAS.tasks.checks import IGNORED
 __all__ = ["Categorical", "Logits", "TopClasses"]
 
 CHUNK = 1 << 20  # logits that are read at once, in float64
-CACHED = (
-    1 << 17
-)  # of these on a CPU, where what lies outside of its cache is several times as slow
+CACHED = 1 << 16  # of these on a CPU: outside of its cache they take several times as long
 FEWEST = 4  # classes of a compact reference
 
 
