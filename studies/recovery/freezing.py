@@ -14,7 +14,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -101,11 +101,13 @@ def report(args: argparse.Namespace, network: nn.Module, seconds: dict[str, list
     print("| trained | seconds a step | ratio, least to largest |\n|---|---|---|")
     whole = seconds["all factors"]
     for kind, values in seconds.items():
-        ratios = [value / other for value, other in zip(values, whole, strict=True)]
-        print(
-            f"| {kind} | {statistics.median(values):.3f} | {statistics.median(ratios):.3f} "
-            f"({min(ratios):.3f} to {max(ratios):.3f}) |"
-        )
+        print(f"| {kind} | {statistics.median(values):.3f} | {paired_ratio(values, whole)} |")
+
+
+def paired_ratio(values: Sequence[float], others: Sequence[float]) -> str:
+    """The median of the ratios of paired measurements, and the least and the largest."""
+    ratios = [value / other for value, other in zip(values, others, strict=True)]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 if __name__ == "__main__":

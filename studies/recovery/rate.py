@@ -16,10 +16,11 @@ import copy
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from freezing import thin
+from freezing import paired_ratio, thin
 from torch import nn
 from torch.nn import functional
 
@@ -86,10 +87,11 @@ def recipe(
     args: argparse.Namespace,
 ) -> dict[str, float]:
     """Seconds of a step of the recipe, by whether the dense network runs."""
-    text = args.recipe + (":" if ":" not in args.recipe else ",")
-    chosen = make_recipe(f"{text}speed=plain,batch_size={args.batch}")
-    variants = chosen.augmentations if isinstance(chosen, Distil) else 1
-    chosen = make_recipe(f"{text}speed=plain,batch_size={args.batch},epochs={2 * variants}")
+    given = make_recipe(args.recipe)
+    if not isinstance(given, Distil) or given.augmentations < 2:
+        raise SystemExit("--recipe must be distil, or one made from it, with two augmentations")
+    variants = given.augmentations
+    chosen = replace(given, speed="plain", batch_size=args.batch, epochs=2 * variants)
     ends = [time.process_time()]
     samples = Samples.of((images, labels))
     task = Classification().bound(samples.example(), dense)
@@ -118,11 +120,8 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     print("|---|---|---|")
     whole = seconds["plain loop"]
     for kind, values in seconds.items():
-        ratios = [value / other for value, other in zip(values, whole, strict=True)]
-        print(
-            f"| {kind} | {args.batch / statistics.median(values):.0f} | "
-            f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |"
-        )
+        rate = args.batch / statistics.median(values)
+        print(f"| {kind} | {rate:.0f} | {paired_ratio(values, whole)} |")
 
 
 if __name__ == "__main__":
