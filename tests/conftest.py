@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401  # an import at the end of a run would fail by a warning
 import pytest
 import torch
 from groups import group_of, rank_of

@@ -150,6 +150,34 @@ def test_outputs_that_differ_from_pass_to_pass_are_not_compared(
     assert "differ from pass to pass" in caplog.text
 
 
+class Magnifying(nn.Sequential):
+    """Its last layers cancel nearly all of their input, and with it most correct digits."""
+
+    def forward(self, x: Tensor) -> Any:
+        x = self[0](x)
+        return self[1]((x - x.mean(-1, keepdim=True)) * 1e4)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_what_rounding_changes_is_not_an_error(
+    wrong: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    thin = nn.Sequential(nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False))
+    with torch.no_grad():
+        thin[1].weight.copy_(torch.ones(64, 8) + 1e-5 * torch.randn(64, 8))
+    dense = nn.Linear(64, 64, bias=False)
+    dense.weight.data = (thin[1].weight.double() @ thin[0].weight.double()).float()
+    head = nn.Linear(64, 4)
+    if not wrong:
+        verify_outputs(Magnifying(thin, head), Magnifying(dense, head), Inputs.of(X))
+        assert "rounding changes the outputs" in caplog.text
+        return
+    other = nn.Sequential(thin[0], nn.Linear(8, 64, bias=False))
+    with pytest.raises(NetworkError, match="differs by more than rounding"):
+        verify_outputs(Magnifying(other, head), Magnifying(dense, head), Inputs.of(X))
+
+
 def test_random_numbers_and_containers_are_compared() -> None:
     class Noisy(nn.Module):
         def forward(self, x: Tensor) -> Any:
