@@ -1,6 +1,7 @@
 """Low-rank adapters beside linear layers: trained instead of the weights, and merged into them.
 
-A layer W x becomes W x + a / r B (A x) with W frozen, A of r rows and B = 0 at the start.
+A layer W x becomes W x + a / r B (A x) with W frozen, A of r rows and B = 0 at the start. A and B
+have at least 32 bits, whatever W has.
 
 References:
     Hu et al., ICLR 2022, arXiv 2106.09685 (LoRA).
@@ -16,6 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from rankNAS.compression.batch_norm import HALF
 from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.recovery.parts import Part
 from rankNAS.recovery.products import LAYERS, chains
@@ -41,7 +43,8 @@ class Adapted(nn.Module):
         rows = _matrix(base)  # (o, n) of all groups
         rank = min(rank, rows.shape[0] // groups, rows.shape[1])
         self.down, self.up = _stages(base, rank, groups)
-        to = {"device": base.weight.device, "dtype": base.weight.dtype}
+        dtype = torch.float32 if base.weight.dtype in HALF else base.weight.dtype
+        to = {"device": base.weight.device, "dtype": dtype}
         self.down.to(**to)
         self.up.to(**to)
         bound = 1 / math.sqrt(rows.shape[1])
@@ -52,8 +55,9 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output and the adapter's."""
-        y: Tensor = self.base(x) + self.scale * self.up(self.down(x))
-        return y
+        y: Tensor = self.base(x)
+        change: Tensor = self.scale * self.up(self.down(x.to(self.down.weight.dtype)))
+        return y.add(change.to(y.dtype))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -61,7 +65,8 @@ class Adapted(nn.Module):
         groups = int(getattr(self.base, "groups", 1))
         up, down = (_matrix(stage).unflatten(0, (groups, -1)) for stage in (self.up, self.down))
         change = self.scale * (up @ down)
-        self.base.weight.add_(change.reshape(self.base.weight.shape))
+        W = self.base.weight
+        W.copy_(W.to(change.dtype) + change.reshape(W.shape))
         self.up.weight.zero_()
 
 
@@ -93,12 +98,13 @@ def adapted(
         scale: Of the adapters.
         seed: Of their initialisation.
         every: Whether layers that are no factors have adapters, too.
-        vectors: Whether biases and norms are trained, too.
+        vectors: Whether biases and norms are trained, too; those of 16 bits are not.
     """
     required = [(p, p.requires_grad) for p in network.parameters()]
     generator = torch.Generator().manual_seed(seed)
     for parameter, wanted in required:
-        parameter.requires_grad_(wanted and vectors and parameter.dim() <= 1)
+        trained = vectors and parameter.dim() <= 1 and parameter.dtype not in HALF
+        parameter.requires_grad_(wanted and trained)
     layers = {}
     for path in _targets(network, every):
         layers[path] = Adapted(network.get_submodule(path), rank, scale, generator)

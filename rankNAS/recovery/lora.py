@@ -31,12 +31,13 @@ class Lora(Distil):
         alpha: Their scale is alpha / rank.
         targets: ``factors``, or ``all`` for linear layers and convolutions that are no factors,
             too. A network without factors has adapters on all layers.
-        vectors: Whether biases and norms are trained, too.
+        vectors: Whether biases and norms are trained, too; those of 16 bits are not.
         gradient_checkpointing: Compute activations again in the backward pass, where the network
             offers it: slower, in less memory.
     """
 
     name: ClassVar[str] = "lora"
+    trains_weights: ClassVar[bool] = False
     epochs: int = 3
     decay: float = 0.0
     ema: float = 0.0

@@ -164,9 +164,12 @@ class Recipe(ABC):
 
     Attributes:
         name: As given to ``--recover``.
+        trains_weights: Whether the network's own weights are trained; those of 16 bits need
+            float32 then.
     """
 
     name: ClassVar[str]
+    trains_weights: ClassVar[bool] = True
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float | None = None

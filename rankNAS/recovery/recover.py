@@ -24,6 +24,7 @@ from rankNAS.io.files import cache_folder
 from rankNAS.io.fingerprints import fingerprint
 from rankNAS.recovery.config import Refinement
 from rankNAS.recovery.loop import Loop, Report, TooShortError
+from rankNAS.recovery.precision import in_float32
 from rankNAS.recovery.products import chains
 from rankNAS.recovery.recipe import Job, Recipe, Setup, make_recipe
 from rankNAS.recovery.refinement import refine
@@ -38,7 +39,7 @@ __all__ = ["VERSION", "loop_of", "recover", "run_recipe"]
 
 logger = logging.getLogger(__name__)
 KEPT = 4 << 30  # bytes of samples that are kept in memory; more are read in every epoch
-VERSION = 1  # part of the key of checkpoints: raise it when the trainings change
+VERSION = 2  # part of the key of checkpoints: raise it when the trainings change
 
 
 def recover(
@@ -57,7 +58,8 @@ def recover(
     """Train a compressed network in place, to regain the quality of the dense one.
 
     Args:
-        network: The compressed network. It ends in evaluation mode, on its device.
+        network: The compressed network. It ends in evaluation mode, on its device. Weights of 16
+            bits are trained in float32 and rounded at the end.
         data: As for `rankNAS.search`, or the training samples.
         recipe: ``NAME:key=value,...`` or a `Recipe`; see `rankNAS.recovery.recipe.RECIPES`.
         dense: The dense network, from which most recipes learn; it is not changed.
@@ -221,7 +223,8 @@ def _trained(
     on_epoch: Callable[[int], object] | None,
 ) -> Report:
     """One training of a recipe."""
-    with recipe.prepared(job) as setup:
+    precise = in_float32(job.network) if recipe.trains_weights else nullcontext()
+    with precise, recipe.prepared(job) as setup:
         loop = loop_of(recipe, job, setup)
         loop.keeps_best, loop.on_step, loop.on_epoch = keeps_best, on_step, on_epoch
         return loop.run()

@@ -38,9 +38,10 @@ from rankNAS.recovery.block_gradients import chain_gradients
 from rankNAS.recovery.block_losses import ChannelLoss
 from rankNAS.recovery.blocks import main_tensor
 from rankNAS.recovery.config import Refinement
+from rankNAS.recovery.precision import widen_arguments
 from rankNAS.tasks.base import Task, at_least_float32
 from rankNAS.tasks.feeding import InputBatches
-from rankNAS.trees import count_bytes, named_tensors, tree_map
+from rankNAS.trees import count_bytes, named_tensors
 
 __all__ = ["StreamedRefinement", "refine_streamed"]
 
@@ -185,7 +186,7 @@ class StreamedRefinement:
         first = self._descent.held_out
         targets = _Targets(walk, number, range(first, len(self.batches)))
         loss = ChannelLoss(targets, self._gradients[number], self.batches)
-        handle = block.register_forward_pre_hook(_widened, with_kwargs=True)
+        handle = block.register_forward_pre_hook(widen_arguments, with_kwargs=True)
         mixed = _mixed(self._chain.blocks[number])
 
         def error(i: int) -> Tensor:
@@ -281,13 +282,6 @@ def _mixed(dense: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     if weight is None or weight.dtype != torch.bfloat16:
         return nullcontext
     return partial(torch.autocast, weight.device.type, torch.bfloat16)
-
-
-def _widened(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a block in single precision."""
-    return tree_map(at_least_float32, args), tree_map(at_least_float32, kwargs)
 
 
 def _is_inside(found: LayerFactors, path: str) -> bool:

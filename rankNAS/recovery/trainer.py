@@ -19,6 +19,7 @@ from rankNAS.data.splits import Splits
 from rankNAS.recovery.config import TrainingConfig
 from rankNAS.recovery.loop import Loop
 from rankNAS.recovery.losses import loss_function
+from rankNAS.recovery.precision import in_float32
 from rankNAS.tasks.base import Task
 from rankNAS.tasks.infer import examples, infer_task
 
@@ -43,7 +44,8 @@ def train(
     """Train ``network`` in place.
 
     Args:
-        network: The network. It stays on ``device``, in evaluation mode.
+        network: The network. It stays on ``device``, in evaluation mode. Weights of 16 bits are
+            trained in float32 and rounded at the end.
         data: The samples.
         config: The training configuration.
         task: Reads batches and outputs; found from a first batch if None.
@@ -68,19 +70,20 @@ def train(
     samples = Samples.of(data)
     if task is None:
         task = infer_task(network.to(device), examples(network, samples))
-    Loop(
-        network,
-        samples,
-        task,
-        config,
-        loss_function(config, task, teacher, device),
-        augmentation=augmentation,
-        device=device,
-        checkpoint=checkpoint,
-        identity={"recipe": RECIPE_VERSION},
-        on_step=on_step,
-        on_epoch=on_epoch,
-    ).run()
+    with in_float32(network):
+        Loop(
+            network,
+            samples,
+            task,
+            config,
+            loss_function(config, task, teacher, device),
+            augmentation=augmentation,
+            device=device,
+            checkpoint=checkpoint,
+            identity={"recipe": RECIPE_VERSION},
+            on_step=on_step,
+            on_epoch=on_epoch,
+        ).run()
     return network
 
 

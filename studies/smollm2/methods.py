@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, help="windows")
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, help="of a block's refinement")
+    parser.add_argument("--recover", help="a recipe, such as lora:seconds=3600, for each network")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="a CSV file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -114,8 +115,13 @@ def main() -> None:
         for method in args.methods:
             together = METHODS[method].strategy == "auto"
             for group in [args.kept] if together else [[kept] for kept in args.kept]:
-                if not is_known(args.out, method, seed, group):
+                if not is_known(args.out, named(method, args.recover), seed, group):
                     start(method, seed, group)
+
+
+def named(method: str, recipe: str | None) -> str:
+    """What a row calls a method and its recipe."""
+    return method + (f" + {recipe}" if recipe else "")
 
 
 def is_known(path: Path, method: str, seed: int, kept: Sequence[float]) -> bool:
@@ -181,8 +187,18 @@ def run(args: argparse.Namespace, name: str, seed: int) -> None:
     for problem, kept in zip(study.problems, args.kept, strict=True):
         best = study.solution(problem)
         network = study.materialise(best.allocation)
+        if args.recover:
+            rankNAS.recover(
+                network,
+                study.splits.training,
+                args.recover,
+                dense=study.context.factorisation.model,
+                task=study.task,
+                seed=seed,
+                on_step=Progress().step,
+            )
         row = {
-            "method": name,
+            "method": named(name, args.recover),
             "kept": kept,
             "seed": seed,
             "validation": round(best.metrics["perplexity"], 3),
@@ -262,6 +278,10 @@ class Progress:
         if stage != self._stage or now - self._last > 30:
             self._stage, self._last = stage, now
             print(f"{now - self._started:.0f} s: {stage} {done}/{total}", flush=True)
+
+    def step(self, number: int, total: int, loss: float) -> None:
+        """Report a step of a training."""
+        self(f"training, loss {loss:.1f}", number, total)
 
 
 if __name__ == "__main__":
