@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rankNAS.data.images.augment import NO_FLIP, Augmentation
 from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import PASS, affordable_samples
 from rankNAS.deadline import Deadline, TimeLimitError, check_time, limited_by, seconds_left
 from rankNAS.exceptions import UsageError
 from rankNAS.io.checkpoints import read_checkpoint, write_checkpoint
@@ -44,7 +45,8 @@ SAVED = 60.0  # seconds between checkpoints within an epoch, if they are written
 QUICK, RARE = 3.0, 20.0  # seconds of a quick write; a slow one takes at most this part of the time
 TIMED = 8  # steps, after the first one, from which the number of all steps is fixed
 RESERVE = 0.1  # of the time that is left: for the judging and the end of the training
-JUDGED = 256  # samples on which the best weights so far are found
+JUDGED = 256  # samples on which the best weights so far are found; few if they are long
+JUDGED_TOKENS = 4 * PASS  # of these samples, if they are sequences
 JUDGING = 0.05  # of the time, at most, for finding them
 ENDING = 2.0  # times the seconds of that: the end of the training
 
@@ -395,7 +397,8 @@ class Loop:
     @torch.no_grad()
     def judged(self) -> float:
         """The loss of the network in evaluation mode on a few samples without augmentation."""
-        few = self.samples.subsample(JUDGED, self.config.seed)
+        count = affordable_samples(JUDGED, self.samples, JUDGED_TOKENS)
+        few = self.samples.subsample(count, self.config.seed)
         self.network.eval()
         total, count = 0.0, 0
         for batch in few.batches(self.config.batch_size, device=self.device):

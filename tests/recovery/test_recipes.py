@@ -31,7 +31,7 @@ from rankNAS.recovery.parts import Average
 from rankNAS.recovery.plain import Plain
 from rankNAS.recovery.products import chains
 from rankNAS.recovery.recipe import RECIPES, Job, Recipe, make_recipe
-from rankNAS.recovery.recover import run_recipe
+from rankNAS.recovery.recover import loop_of, run_recipe
 from rankNAS.recovery.teacher import Teacher
 from rankNAS.recovery.trainer import train
 
@@ -403,6 +403,20 @@ def test_a_limit_keeps_the_best_weights(monkeypatch: pytest.MonkeyPatch) -> None
         report = run_recipe(recipe, job, on_epoch=on_epoch)
     assert report.stopped and report.steps == 18 and report.planned == 50 * 6
     assert same(state(job.network), good) and loss_of(job, job.network) < before
+
+
+@pytest.mark.parametrize(("tokens", "seen"), [(13, 2), (1, 1), (10**6, 48)])
+def test_weights_are_judged_on_a_bounded_number_of_tokens(
+    tokens: int, seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences have 6 tokens."""
+    monkeypatch.setattr("rankNAS.recovery.loop.JUDGED_TOKENS", tokens)
+    job, sizes, recipe = language(), list[int](), recipe_of("plain", distill=0.0)
+    with recipe.prepared(job) as setup:
+        loop = loop_of(recipe, job, setup)
+        job.network.register_forward_hook(lambda network, args, y: sizes.append(len(args[0])))
+        assert math.isfinite(loop.judged())
+    assert sum(sizes) == seen
 
 
 def test_the_schedule_is_fitted_to_the_seconds() -> None:
