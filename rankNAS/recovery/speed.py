@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rankNAS.copies import without_graphs
 from rankNAS.data.samples import Samples
+from rankNAS.data.sizes import affordable_samples
 from rankNAS.deadline import TimeLimitError, check_time
 from rankNAS.exceptions import UsageError
 from rankNAS.recovery.config import TrainingConfig
@@ -146,7 +147,8 @@ def _seconds(training: Training, mode: Mode, least: float = math.inf) -> float:
     """
     network, device, size = training.network, training.device, training.config.batch_size
     taken: list[float] = []
-    few = training.samples.take(torch.arange(min(size, len(training.samples))))
+    count = max(2, affordable_samples(size, training.samples))
+    few = training.samples.take(torch.arange(min(count, len(training.samples))))
     batch = few.example(size, device)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
     try:
