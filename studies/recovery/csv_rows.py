@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     """The rows of a file; none if it does not exist."""
@@ -19,9 +21,5 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def append(path: Path, fields: Sequence[str], row: Mapping[str, Any]) -> None:
     """Append a row to a file, which gets a header if it is new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    frame = pd.DataFrame([row], columns=list(fields))
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False)

@@ -11,7 +11,6 @@ the process. Rows that exist are kept.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional
@@ -126,7 +126,10 @@ def named(method: str, recipe: str | None) -> str:
 
 def is_known(path: Path, method: str, seed: int, kept: Sequence[float]) -> bool:
     """Whether a file has the rows of a method for all budgets."""
-    known = {(r["method"], float(r["kept"]), int(r["seed"])) for r in rows_of(path)}
+    if not path.exists():
+        return False
+    rows = pd.read_csv(path)
+    known = set(zip(rows.method, rows.kept, rows.seed, strict=True))
     return all((method, x, seed) in known for x in kept)
 
 
@@ -136,14 +139,6 @@ def start(method: str, seed: int, kept: Sequence[float]) -> None:
     command = [sys.executable, __file__, *sys.argv[1:], "--child", task]
     if subprocess.run(command, check=False).returncode:
         print(f"{task}: failed", flush=True)
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file; none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def run(args: argparse.Namespace, name: str, seed: int) -> None:
@@ -242,12 +237,8 @@ def write(path: Path, row: dict[str, Any]) -> None:
     row["versions"] = f"rankNAS {rankNAS.__version__}, torch {torch.__version__}"
     print(json.dumps(row), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    frame = pd.DataFrame([row], columns=list(FIELDS))
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
 class Memory:
