@@ -33,7 +33,8 @@ SPEEDS = ("auto", "plain")
 PARTS = ("channels_last", "bf16", "compile")
 FASTER = 0.9  # of the seconds of a step: a mode must take less to be chosen
 STEPS = 3  # that are timed in each mode, after one that is not
-LONG = 600.0  # seconds of a training from which trying to compile is worth while
+TIMED = 20.0  # seconds after which no more steps are timed in a mode, not even after the first one
+COMPILED = 30.0  # seconds of a training, for each of its weights, from which compiling is tried
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def fastest(training: Training, speed: str, seconds: float = math.inf) -> Mode:
     if any(p.dim() == 4 for p in training.network.parameters()):
         chosen, least = _faster(training, chosen, least, Mode(channels_last=False))
     chosen, least = _faster(training, chosen, least, replace(chosen, bf16=True))
-    if min(training.total * least, seconds) > LONG:
+    weights = sum(p.dim() > 1 for p in training.network.parameters())
+    if min(training.total * least, seconds) > COMPILED * weights:
         chosen, _ = _faster(training, chosen, least, replace(chosen, compile=True))
     logger.info("the training computes in the mode %s", chosen)
     return chosen
@@ -161,14 +163,16 @@ def _seconds(training: Training, mode: Mode, least: float = math.inf) -> float:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 taken.append(time.perf_counter() - started)
-                if len(taken) > 1 and taken[-1] > 2 * least:
+                if (len(taken) > 1 and taken[-1] > 2 * least) or sum(
+                    taken[mode.compile :]
+                ) > TIMED:
                     break
     finally:
         network.zero_grad()
         for name, buffer in network.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
-    return min(taken[1:])
+    return min(taken[1:] or taken)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from clocks import Clock
 from processes import FORKS  # noqa: F401  # those of greedylore need not import torch then
 from recipe_jobs import JOBS, classification, language, loss_of, regression, same, state
-from torch import nn
+from torch import Tensor, nn
 
 import rankNAS
 from rankNAS.data.images.augment import Augmentation
@@ -32,6 +34,7 @@ from rankNAS.recovery.plain import Plain
 from rankNAS.recovery.products import chains
 from rankNAS.recovery.recipe import RECIPES, Job, Recipe, make_recipe
 from rankNAS.recovery.recover import loop_of, run_recipe
+from rankNAS.recovery.speed import fastest
 from rankNAS.recovery.teacher import Teacher
 from rankNAS.recovery.trainer import train
 
@@ -260,7 +263,7 @@ def test_refinement_comes_before() -> None:
 
 
 def test_the_mode_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankNAS.recovery.speed.LONG", 0.0)
+    monkeypatch.setattr("rankNAS.recovery.speed.COMPILED", 0.0)
     job = classification()
     buffers = {n: b.clone() for n, b in job.network.named_buffers()}
     seen: list[str] = []
@@ -276,9 +279,35 @@ def test_the_mode_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.mode == "channels_last+bf16"
     again = classification()
     run_recipe(recipe_of("distil", speed="none", epochs=1), again)
-    monkeypatch.setattr("rankNAS.recovery.speed.LONG", math.inf)  # without a compiler
+    monkeypatch.setattr("rankNAS.recovery.speed.COMPILED", math.inf)  # without a compiler
     run_recipe(recipe_of("distil", speed="auto", epochs=1), again)
     assert set(buffers) == {n for n, _ in again.network.named_buffers()}
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(1.0, 4), (9.0, 3), (25.0, 1)])
+def test_slow_steps_are_timed_less_often(
+    seconds: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading of the clock is so many seconds after the one before."""
+    readings = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: seconds * next(readings))
+    monkeypatch.setattr("rankNAS.recovery.speed.time", clock)
+    job, recipe, calls = classification(), recipe_of("plain", distill=0.0), list[str]()
+    with recipe.prepared(job) as setup:
+        loop = loop_of(recipe, job, setup)
+        plain = loop.loss_of
+
+        def counted(network: nn.Module, batch: Any, place: Any, mode: Any) -> Tensor:
+            calls.append(str(mode))
+            return plain(network, batch, place, mode)
+
+        monkeypatch.setattr(loop, "loss_of", counted)
+        assert str(fastest(loop, "auto", 60.0)) == "channels_last"  # no other one is faster
+    assert {mode: calls.count(mode) for mode in calls} == {
+        "channels_last": passes,
+        "none": passes,
+        "channels_last+bf16": passes,
+    }
 
 
 # ------------------------------------------------------------------------- interrupted, limited
