@@ -25,6 +25,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.tasks.matching import Matching
 from rankNAS.tasks.regression import Regression
 from rankNAS.tasks.segmentation import Segmentation
+from rankNAS.tasks.slow_types import warn_of_slow_weights
 from rankNAS.tasks.text import check_text
 from rankNAS.trees import (
     Inputs,
@@ -123,6 +124,8 @@ def resolve_task(given: str | Task | None, model: nn.Module, data: Data) -> Task
         DataError: The data do not fit the model or the task.
         UnknownNameError: There is no such task.
     """
+    if not isinstance(given, Task):  # else it was resolved before
+        warn_of_slow_weights(model)
     given = None if given is None else make_task(given)
     check_text(model, data)
     batch = examples(model, data.train, given)
