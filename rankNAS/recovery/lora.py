@@ -53,7 +53,7 @@ class Lora(Distil):
         self._require("alpha", 0 < self.alpha < float("inf"), "above 0")
         self._require("targets", self.targets in ("factors", "all"), "factors or all")
 
-    def default_rate(self, optimizer: str) -> float:
+    def default_rate(self, optimizer: str, job: Job) -> float:
         return 1e-3 if optimizer == "adamw" else 0.03
 
     @contextmanager

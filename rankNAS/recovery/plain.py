@@ -48,7 +48,7 @@ class Plain(Recipe):
     def needs_dense(self) -> bool:
         return self.distill > 0
 
-    def default_rate(self, optimizer: str) -> float:
+    def default_rate(self, optimizer: str, job: Job) -> float:
         return 3e-4 if optimizer == "adamw" else 0.01
 
     @property

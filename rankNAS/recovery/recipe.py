@@ -150,7 +150,8 @@ class Recipe(ABC):
     Args:
         epochs: Passes over the data.
         batch_size: Samples per step; fewer if they are long sequences of tokens.
-        learning_rate: Peak learning rate, after linear warm-up and before cosine decay to 0.
+        learning_rate: Peak learning rate, after linear warm-up and before cosine decay to 0; None
+            is that of the recipe for the optimiser and the network.
         optimizer: ``sgd`` with Nesterov momentum 0.9, or ``adamw``; ``auto`` is adamw for language
             models.
         clip: Largest gradient norm of a step.
@@ -223,7 +224,7 @@ class Recipe(ABC):
         optimizer = self.optimizer
         if optimizer == "auto":
             optimizer = "adamw" if job.language else "sgd"
-        rate = self.learning_rate or self.default_rate(optimizer)
+        rate = self.learning_rate or self.default_rate(optimizer, job)
         config = TrainingConfig(
             self.epochs,
             batch_size=self.batch_size,
@@ -236,8 +237,8 @@ class Recipe(ABC):
         )
         return affordable_training(config, job.data)
 
-    def default_rate(self, optimizer: str) -> float:
-        """The peak learning rate if none is given."""
+    def default_rate(self, optimizer: str, job: Job) -> float:
+        """The peak learning rate of a job if none is given."""
         return 3e-4 if optimizer == "adamw" else 0.03
 
     @property

@@ -262,6 +262,17 @@ def test_refinement_comes_before() -> None:
         run_recipe(recipe_of("plain", refine=True, distill=0.0), replace(job, dense=None))
 
 
+def test_default_rates() -> None:
+    def rate(text: str, job: Job) -> float:
+        return make_recipe(text).config(job).learning_rate
+
+    assert rate("distil", classification()) == rate("freeze", classification()) == 0.1
+    assert rate("distil", regression()) == 0.03  # without a batch norm
+    assert rate("distil", language()) == rate("distil:optimizer=adamw", classification()) == 3e-4
+    assert rate("distil:lr=0.2", classification()) == 0.2
+    assert (rate("plain", classification()), rate("lora", classification())) == (0.01, 0.03)
+
+
 def test_the_mode_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rankNAS.recovery.speed.COMPILED", 0.0)
     job = classification()
