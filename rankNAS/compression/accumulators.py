@@ -10,6 +10,7 @@ from rankNAS.decompositions.norms import Statistics
 from rankNAS.decompositions.shapes import LayerShape
 from rankNAS.exceptions import RankNASError
 from rankNAS.search_spaces.base import Layer
+from rankNAS.tasks.base import at_least_float32
 
 __all__ = ["MomentAccumulator", "counted", "unbiased_covariance"]
 
@@ -123,8 +124,7 @@ class MomentAccumulator:
 
 def counted(shape: LayerShape, x: Tensor, mask: Tensor | None) -> Tensor:
     """The positions that count, in at least float32: half precision overflows in sums."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
+    x = at_least_float32(x)
     if mask is None or shape.kernel or x.shape[:-1] != mask.shape:
         return x
     return x[mask]

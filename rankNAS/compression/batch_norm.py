@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankNAS.exceptions import UsageError
+from rankNAS.tasks.base import HALF
 from rankNAS.tasks.feeding import InputBatches, InputSource, input_batches
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 
-HALF = (torch.float16, torch.bfloat16)
 FEW, ENOUGH = 4.0, 256  # values per channel: of 4, no variance is trusted below the stored one
 
 

@@ -17,10 +17,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rankNAS.compression.batch_norm import HALF
 from rankNAS.decompositions.shapes import GroupedLinear
 from rankNAS.recovery.parts import Part
 from rankNAS.recovery.products import LAYERS, chains
+from rankNAS.tasks.base import HALF
 
 __all__ = ["Adapted", "Adapters", "adapted"]
 

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from rankNAS.compression.batch_norm import HALF
-from rankNAS.tasks.base import at_least_float32
+from rankNAS.tasks.base import HALF, at_least_float32
 from rankNAS.trees import tree_map
 
 __all__ = ["in_float32", "widen_arguments"]
@@ -31,8 +30,7 @@ def in_float32(network: nn.Module) -> Iterator[None]:
     Args:
         network: The network; its modules stay the same in the context.
     """
-    named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    types = {name: x.dtype for name, x in named.items() if x.dtype in HALF}
+    types = {name: x.dtype for name, x in _named(network).items() if x.dtype in HALF}
     if not types:
         yield
         return
@@ -43,9 +41,14 @@ def in_float32(network: nn.Module) -> Iterator[None]:
     finally:
         handle.remove()
         network.zero_grad()  # a gradient has the type of its weight
-        named = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        named = _named(network)  # other buffers than before
         for name, dtype in types.items():
             named[name].data = named[name].data.to(dtype)
+
+
+def _named(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a network by name."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def widen_arguments(

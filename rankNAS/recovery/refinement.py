@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from rankNAS.allocation import Allocation
-from rankNAS.compression.batch_norm import HALF
 from rankNAS.compression.block_refit import BlockRefit
 from rankNAS.compression.factorisation import Factorisation
 from rankNAS.compression.surgery import shared_copy
@@ -33,7 +32,7 @@ from rankNAS.recovery.blocks import Blocks, JoinedBlocks
 from rankNAS.recovery.config import Refinement
 from rankNAS.recovery.splitting import paired_blocks
 from rankNAS.recovery.streamed_refinement import refine_streamed
-from rankNAS.tasks.base import Task, at_least_float32
+from rankNAS.tasks.base import HALF, Task, at_least_float32
 from rankNAS.tasks.feeding import InputBatches
 from rankNAS.trees import (
     Inputs,

@@ -23,6 +23,7 @@ from rankNAS.tasks.layout import Layout
 from rankNAS.trees import Inputs, size_of, tensors
 
 __all__ = [
+    "HALF",
     "Direction",
     "Prediction",
     "Sums",
@@ -37,6 +38,7 @@ __all__ = [
     "summed",
 ]
 
+HALF = (torch.float16, torch.bfloat16)
 CHECKED = 1024  # samples whose targets are checked at a time
 Direction = Literal["maximize", "minimize"]
 #: Sums over predictions by name, float64 tensors of any shape; see `Task.finish`.
@@ -267,7 +269,7 @@ def number(value: float, device: torch.device | str = "cpu") -> Tensor:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision, which overflows in sums, as float32; other tensors unchanged."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def held(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import time
 import torch
 from torch import nn
 
+from rankNAS.tasks.base import HALF
+
 __all__ = ["warn_of_slow_weights"]
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ def warn_of_slow_weights(model: nn.Module) -> None:
         if p.device.type == "cpu" and p.is_floating_point() and p.dim() > 1:
             counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
     dtype = max(counts, key=counts.__getitem__, default=torch.float32)
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF:
         return
     seconds = {t: _seconds(t) for t in (dtype, torch.float32, torch.bfloat16)}
     best = min(seconds, key=seconds.__getitem__)
