@@ -27,6 +27,7 @@ from torch import nn
 
 import rankNAS
 from rankNAS.data.base import Data
+from rankNAS.data.samples import Samples
 from rankNAS.evaluation.outputs import network_metrics
 from rankNAS.io.tensors import read_tensors, write_tensors
 from rankNAS.recovery.distil import Distil
@@ -147,6 +148,7 @@ def trained(
     seed: int,
     share: float,
     dense: nn.Module | None,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> Report:
     """Train a network for the seconds, with a weight of the dense network's predictions."""
     recipe = Distil(
@@ -160,7 +162,7 @@ def trained(
         speed=args.speed,
     )
     task = CausalLanguageModelling().bound(data.train.example(2), network)
-    return run_recipe(recipe, Job(network, data.train, task, dense, seed=seed))
+    return run_recipe(recipe, Job(network, data.train, task, dense, seed=seed), on_step=on_step)
 
 
 def measurements(
@@ -171,9 +173,7 @@ def measurements(
     for name in TEXTS:
         test = data[name].test
         assert test is not None
-        task = CausalLanguageModelling().bound(test.example(2), network)
-        value = network_metrics(network, test, task, batch_size=args.batch)["perplexity"]
-        found[f"perplexity_{name}"] = round(value, 4)
+        found[f"perplexity_{name}"] = round(perplexity(network, test, args.batch), 4)
     return found | {
         "seconds": round(report.seconds, 1),
         "steps": report.steps,
@@ -185,6 +185,12 @@ def measurements(
         "threads": args.threads,
         "versions": f"torch {torch.__version__} transformers {transformers.__version__}",
     }
+
+
+def perplexity(network: nn.Module, samples: Samples, batch: int) -> float:
+    """The perplexity per byte."""
+    task = CausalLanguageModelling().bound(samples.example(2), network)
+    return network_metrics(network, samples, task, batch_size=batch)["perplexity"]
 
 
 # -------------------------------------------------------------------------------------- the text

@@ -11,7 +11,7 @@ import pytest
 from rankNAS.plugins import load_callable
 
 STUDIES = Path(__file__).parents[2] / "studies"
-TRAINING, METHODS = STUDIES / "shakespeare" / "train_gpt.py", STUDIES / "smollm2" / "methods.py"
+TRAINING, METHODS = STUDIES / "recovery" / "train_gpt.py", STUDIES / "smollm2" / "methods.py"
 pytestmark = pytest.mark.skipif(not METHODS.is_file(), reason="not in a checkout")
 pytest.importorskip("transformers")
 
